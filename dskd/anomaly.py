@@ -1,0 +1,114 @@
+"""From disagreement to judgement: pure functions from pyramids to anomaly maps to image scores."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from dskd.config import Fusion, ScoreConfig
+
+Pyramid = tuple[Float[Tensor, "b _ _ _"], ...]
+
+BLUR_REFERENCE = 256
+"""Map side, in pixels, that `blur_sigma` is meant for."""
+BLUR_TRUNCATE = 4.0
+"""Radius of the Gaussian in standard deviations; scipy's default, as in RD4AD's code."""
+
+
+class Discrepancies(NamedTuple):
+    """How far each student is from the teacher at every position; None without that student.
+
+    Cosine distances in [0, 2], one map per level, shallowest first: all that scoring needs, whatever the
+    score configuration, and a fraction of the pyramids' size.
+    """
+
+    encoder: tuple[Float[Tensor, "b _ _"], ...] | None
+    decoder: tuple[Float[Tensor, "b _ _"], ...] | None
+
+
+def discrepancies(teacher: Pyramid, encoder: Pyramid | None, decoder: Pyramid | None) -> Discrepancies:
+    """1 - cos per position and level (Wang et al., arXiv 2103.04257, equation 1), in float32."""
+
+    def compare(student: Pyramid) -> tuple[Tensor, ...]:
+        return tuple(
+            # Rounding can leave a negative distance, of which a product's fractional power is not a number.
+            (1 - F.cosine_similarity(target.float(), level.float(), dim=1)).clamp_min(0)
+            for target, level in zip(teacher, student, strict=True)
+        )
+
+    return Discrepancies(None if encoder is None else compare(encoder), None if decoder is None else compare(decoder))
+
+
+def anomaly_maps(
+    discrepancies: Discrepancies, config: ScoreConfig, image_size: int
+) -> Float[Tensor, "b image_size image_size"]:
+    """One non-negative map per image: levels fused, then students, then blurred.
+
+    Levels are first brought to `image_size` by bilinear interpolation. Weights w fuse maps d as Σ w·d,
+    max w·d or Π d^w. The blur is a Gaussian of blur_sigma · image_size / 256 pixels.
+    Raises ValueError where no student exists.
+    """
+    students = [
+        (weight, _fuse(_resize(levels, image_size), config.score_level_weights, config.level_fusion))
+        for weight, levels in (
+            (config.encoder_score_weight, discrepancies.encoder),
+            (config.decoder_score_weight, discrepancies.decoder),
+        )
+        if levels is not None
+    ]
+    if not students:
+        raise ValueError("anomaly maps need the discrepancies of at least one student, got none.")
+    if len(students) == 1:
+        fused = students[0][1]
+    else:
+        weights, maps = zip(*students, strict=True)
+        fused = _fuse(maps, weights, config.student_fusion)
+    return _blur(fused, config.blur_sigma * image_size / BLUR_REFERENCE)
+
+
+def image_scores(maps: Float[Tensor, "b h w"], top_fraction: float) -> Float[Tensor, " b"]:
+    """Each map's maximum for `top_fraction` 0, else the mean of that share of its highest values."""
+    values = maps.flatten(1)
+    if top_fraction == 0:
+        return values.amax(dim=1)
+    count = max(1, round(top_fraction * values.shape[1]))
+    return values.topk(count, dim=1, sorted=False).values.mean(dim=1)
+
+
+def _resize(levels: Sequence[Tensor], size: int) -> list[Tensor]:
+    return [F.interpolate(level[:, None], (size, size), mode="bilinear", align_corners=False)[:, 0] for level in levels]
+
+
+def _fuse(maps: Sequence[Tensor], weights: Sequence[float], fusion: Fusion) -> Tensor:
+    pairs = zip(weights, maps, strict=True)
+    if fusion == "product":
+        return functools.reduce(torch.mul, (level**weight for weight, level in pairs))
+    combine = torch.add if fusion == "sum" else torch.maximum
+    return functools.reduce(combine, (weight * level for weight, level in pairs))
+
+
+def _blur(maps: Tensor, sigma: float) -> Tensor:
+    if sigma == 0:
+        return maps
+    # As two matrix products: exact borders without padding, and float32 where autocast or cuDNN's
+    # TF32 would round a convolution.
+    rows, columns = (_blur_matrix(side, sigma).to(maps) for side in maps.shape[-2:])
+    with torch.autocast(maps.device.type, enabled=False):
+        return rows @ maps @ columns.T
+
+
+def _blur_matrix(side: int, sigma: float) -> Float[Tensor, "side side"]:
+    """The Gaussian along one axis, the edge pixels mirrored outwards ("reflect" in scipy's words)."""
+    radius = math.floor(BLUR_TRUNCATE * sigma + 0.5)
+    offsets = torch.arange(-radius, radius + 1)
+    kernel = torch.exp(-0.5 * (offsets.double() / sigma) ** 2)
+    unfolded = (torch.arange(side)[:, None] + offsets) % (2 * side)  # (side, 2 radius + 1)
+    sources = torch.where(unfolded < side, unfolded, 2 * side - 1 - unfolded)
+    return torch.zeros(side, side, dtype=torch.float64).scatter_add_(
+        1, sources, (kernel / kernel.sum()).expand(side, -1)
+    )

@@ -1,0 +1,51 @@
+"""Thresholds for chosen false-alarm rates, from the scores of held-out normal images."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+FALSE_ALARM_RATES = (0.05, 0.01, 0.001)
+
+
+class Threshold(NamedTuple):
+    """A score above `value` is anomalous; on new normal images at most `false_alarm_rate` of them are."""
+
+    false_alarm_rate: float
+    value: float
+    num_normals: int
+    """How many held-out normal images the value rests on."""
+
+
+def conformal_threshold(normal_scores: Sequence[float], false_alarm_rate: float) -> Threshold | None:
+    """The smallest threshold with a split-conformal guarantee, None where the images are too few.
+
+    With n exchangeable normal scores the ceil((n + 1)(1 - rate))-th smallest is exceeded by a new
+    normal score with probability at most the rate (Vovk et al. 2005; Lei et al. 2018, eq. 2), so
+    1/(n + 1) is the lowest rate that n images can vouch for. The guarantee is for images that
+    played no part in training or selection; a search that selects on them weakens it a little.
+    """
+    if not 0 < false_alarm_rate < 1:
+        raise ValueError(f"false_alarm_rate must lie in (0, 1), got {false_alarm_rate}.")
+    count = len(normal_scores)
+    # A rate such as 0.05 has no exact binary form: 20 * 0.95 must not round up to 20.
+    rank = math.ceil((count + 1) * (1 - false_alarm_rate) - 1e-9)
+    if rank > count:
+        return None
+    return Threshold(false_alarm_rate, float(sorted(normal_scores)[rank - 1]), count)
+
+
+def calibrate(normal_scores: Sequence[float], rates: Iterable[float] = FALSE_ALARM_RATES) -> tuple[Threshold, ...]:
+    """Thresholds for each attainable rate, the strictest last; at least one.
+
+    Where the images are too few even for the loosest rate, the only entry is the lowest rate
+    that they can vouch for, 1/(n + 1).
+    """
+    if not normal_scores:
+        raise ValueError("no held-out normal score to calibrate on; raise validation_fraction.")
+    attainable = [conformal_threshold(normal_scores, rate) for rate in sorted(rates, reverse=True)]
+    found = tuple(threshold for threshold in attainable if threshold is not None)
+    if found:
+        return found
+    lowest = conformal_threshold(normal_scores, 1 / (len(normal_scores) + 1))
+    assert lowest is not None
+    return (lowest,)

@@ -1,0 +1,198 @@
+"""The detector folder: written whole or not at all, verified when read, no pickle anywhere."""
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import safetensors.torch
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor
+
+from dskd.calibration import Threshold
+from dskd.config import RunConfig
+from dskd.model.teacher import IMAGENET_MEAN, IMAGENET_STD
+
+SCHEMA_VERSION = 1
+RECORD_FILE = "detector.json"
+WEIGHTS_FILE = "model.safetensors"
+PREVIEW_FILE = "preview.png"
+_LIBRARIES = ("torch", "timm", "numpy", "pillow")
+
+
+class BrokenDetector(ValueError):
+    """A detector folder that must not be used; the message names the file and what is wrong with it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DetectorRecord:
+    """Everything about a detector except its weights: the content of `detector.json`."""
+
+    category: str
+    config: RunConfig
+    teacher: str
+    """Where the teacher's weights came from: "hub", "random" (untrained) or a file name."""
+    teacher_sha256: str
+    data_sha256: str
+    """Fingerprint of the training and validation images."""
+    validation_files: tuple[str, ...]
+    """Names of the normal images held out from training."""
+    epoch: int
+    """Epoch, counted from 0, whose students these are."""
+    thresholds: tuple[Threshold, ...]
+    """Loosest first."""
+    metrics: Mapping[str, float]
+    """`val/…` and `test/…` figures; `val/` rests on synthetic defects."""
+    revision: str = ""
+    """Revision of the code that trained it, empty where it is not known."""
+
+    @property
+    def is_untrained_teacher(self) -> bool:
+        return self.teacher == "random"
+
+    def with_metrics(self, metrics: Mapping[str, float]) -> Self:
+        """The same record with more figures."""
+        return dataclasses.replace(self, metrics={**self.metrics, **metrics})
+
+    def to_json(self, weights_sha256: str) -> str:
+        """Text of `detector.json` beside weights of the given hash."""
+        document = {
+            "schema": SCHEMA_VERSION,
+            **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
+            "config": self.config.to_dict(),
+            "thresholds": [threshold._asdict() for threshold in self.thresholds],
+            "preprocessing": {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "resize": "bilinear, antialiased"},
+            "weights": {"file": WEIGHTS_FILE, "sha256": weights_sha256},
+            "versions": {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES},
+            "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+        return json.dumps(document, indent=2) + "\n"
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, Any]) -> Self:
+        """The record in a parsed `detector.json`.
+
+        Raises KeyError, TypeError or ValueError where it does not fit this schema.
+        """
+        return cls(
+            **{field.name: document[field.name] for field in dataclasses.fields(cls)}
+            | {
+                "config": RunConfig.from_dict(document["config"]),
+                "thresholds": tuple(Threshold(**threshold) for threshold in document["thresholds"]),
+                "validation_files": tuple(document["validation_files"]),
+            }
+        )
+
+
+def write_detector(
+    folder: Path, record: DetectorRecord, weights: Mapping[str, Tensor], preview: np.ndarray | None = None
+) -> None:
+    """Write a detector folder; `folder` appears complete, replacing an older detector of that name.
+
+    Raises ValueError when `folder` exists and is no detector: it is never overwritten.
+    """
+    if folder.exists() and not (folder / RECORD_FILE).is_file():
+        raise ValueError(f"{folder} exists and is not a detector folder; choose another --out.")
+    with folder_in_making(folder) as temporary:
+        safetensors.torch.save_file(
+            {name: value.contiguous() for name, value in weights.items()}, temporary / WEIGHTS_FILE
+        )
+        (temporary / RECORD_FILE).write_text(record.to_json(sha256_of(temporary / WEIGHTS_FILE)))
+        if preview is not None:
+            Image.fromarray(preview).save(temporary / PREVIEW_FILE)
+
+
+def rewrite_record(folder: Path, record: DetectorRecord) -> None:
+    """Replace `detector.json` beside unchanged weights, atomically."""
+    partial = folder / f".{RECORD_FILE}.partial"
+    partial.write_text(record.to_json(sha256_of(folder / WEIGHTS_FILE)))
+    os.replace(partial, folder / RECORD_FILE)
+
+
+@contextmanager
+def folder_in_making(folder: Path) -> Iterator[Path]:
+    """A temporary sibling that takes the place of `folder` when the block ends, and vanishes when it fails."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        yield temporary
+        for file in sorted(temporary.rglob("*")):
+            if file.is_file():
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+        temporary.chmod(0o755)
+        if folder.exists():
+            replaced = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-old-"))
+            os.rename(folder, replaced / folder.name)
+            os.rename(temporary, folder)
+            shutil.rmtree(replaced)
+        else:
+            os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_record(folder: Path) -> DetectorRecord:
+    """The verified record of a detector folder; the weights' hash is checked too.
+
+    Raises BrokenDetector naming the file that is missing, damaged, changed, or too new.
+    """
+    path = folder / RECORD_FILE
+    for name in (RECORD_FILE, WEIGHTS_FILE):
+        if (folder / name).is_symlink():
+            raise BrokenDetector(f"{folder / name} is a symbolic link; a detector folder holds plain files.")
+        if not (folder / name).is_file():
+            raise BrokenDetector(f"{folder} is not a detector folder: it has no {name}.")
+    try:
+        document = json.loads(path.read_text())
+        schema = document["schema"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BrokenDetector(f"{path} is damaged ({error!r}); fetch the detector again.") from None
+    if not isinstance(schema, int) or schema > SCHEMA_VERSION:
+        raise BrokenDetector(f"{path} has schema {schema!r}, this dskd reads up to {SCHEMA_VERSION}; upgrade dskd.")
+    try:
+        record = DetectorRecord.from_document(document)
+        expected = document["weights"]["sha256"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise BrokenDetector(f"{path} is damaged ({error!r}); fetch the detector again.") from None
+    if (found := sha256_of(folder / WEIGHTS_FILE)) != expected:
+        raise BrokenDetector(
+            f"{folder / WEIGHTS_FILE} was changed or cut short: sha256 {found[:12]}…, expected {expected[:12]}…; "
+            "fetch the detector again."
+        )
+    return record
+
+
+def read_detector(folder: Path) -> tuple[DetectorRecord, dict[str, Tensor]]:
+    """Record and weights of a verified detector folder, on the CPU.
+
+    Raises BrokenDetector as `read_record`, and where the weights cannot be parsed.
+    """
+    record = read_record(folder)
+    try:
+        return record, safetensors.torch.load_file(folder / WEIGHTS_FILE)
+    except (SafetensorError, OSError) as error:
+        raise BrokenDetector(f"{folder / WEIGHTS_FILE} cannot be read ({error}).") from None
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def threshold_for(thresholds: Sequence[Threshold], false_alarm_rate: float) -> Threshold:
+    """The strictest stored threshold that is no stricter than asked; the loosest where all are stricter."""
+    loose_enough = [threshold for threshold in thresholds if threshold.false_alarm_rate >= false_alarm_rate]
+    return loose_enough[-1] if loose_enough else thresholds[0]

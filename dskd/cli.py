@@ -1,0 +1,312 @@
+"""The command line: `dskd demo-data | train | evaluate | predict`.
+
+What people read goes to stderr; stdout carries results, with --json one JSON document and nothing
+else. torch is imported only by the commands that compute, so that help comes at once.
+"""
+
+import functools
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional
+
+from dskd.config import RunConfig
+from dskd.presets import PRESETS
+
+if TYPE_CHECKING:
+    from dskd.detector import Detector
+    from dskd.metrics import Scores
+
+UNTRAINED_TEACHER = "UNTRAINED TEACHER: fit to see the machinery, not for inspection"
+_PRESET_FLAG = "--preset"
+Preset = Literal["dskd", "stfpm", "rd4ad"]
+
+
+def demo_data(out: Positional[Path], /, *, seed: int = 0) -> None:
+    """Draw three product categories with good and defective images (MVTec AD layout).
+
+    Args:
+        out: Folder to make.
+        seed: Another seed draws other images.
+    """
+    from dskd.demo import draw_dataset
+
+    draw_dataset(out, seed=seed)
+    _say(f"drew {out}; train on it with: dskd train --data {out} --category <name> --out detector")
+
+
+def train(
+    *,
+    data: Path,
+    out: Path,
+    config: Annotated[RunConfig, OmitArgPrefixes],
+    category: str | None = None,
+    preset: Preset = "dskd",
+    teacher_weights: str = "hub",
+    device: str = "auto",
+    cache_dir: Path | None = None,
+    cache_gb: float = 20.0,
+    json: bool = False,
+) -> None:
+    """Train a detector on the good images of one category.
+
+    Args:
+        data: Folder of categories in the MVTec AD layout.
+        out: Detector folder to write.
+        config: What the run is.
+        category: Which category; may be left out where the folder holds one.
+        preset: Method whose configuration the other flags change.
+        teacher_weights: hub, a .safetensors or .pth file, or random (untrained, for wiring tests).
+        device: auto, cpu, or cuda.
+        cache_dir: Folder of decoded images and teacher features, shared by all runs.
+        cache_gb: Size in GB that the cache may reach; 0 turns it off.
+        json: Print one JSON document with the validation figures.
+    """
+    import torch
+
+    from dskd.checkpoint import write_detector
+    from dskd.data.cache import ArrayCache, default_folder
+    from dskd.data.datasets import find_categories
+    from dskd.distillation import Distillation, prepare
+    from dskd.show.overlays import preview_of
+
+    if category is None:
+        categories = list(find_categories(data))
+        if len(categories) > 1:
+            raise ValueError(f"{data} holds several categories, choose one with --category: {', '.join(categories)}.")
+        category = categories[0]
+    place = torch.device(_device(device))
+    cache = ArrayCache(cache_dir or default_folder(), int(cache_gb * 1e9)) if cache_gb > 0 else None
+    materials = prepare(
+        config.data,
+        config.model.backbone,
+        config.model.levels,
+        data=data,
+        category=category,
+        teacher_weights=teacher_weights,
+        device=place,
+        cache=cache,
+    )
+    if materials.teacher_source == "random":
+        _say(UNTRAINED_TEACHER)
+    run = Distillation.begin(config, materials, place)
+    for progress in run.epochs():
+        epoch, scores = progress.epoch, progress.scores
+        _say(
+            f"epoch {epoch.index + 1:3d}/{config.train.epochs}  loss {epoch.loss:.4f}  "
+            f"{epoch.images_per_second:5.1f} images/s  val image AUROC {scores.image_auroc:.3f}  "
+            f"AUPRO {scores.aupro:.3f}"
+        )
+    record, weights = run.detector()
+    write_detector(out, record, weights, preview_of(run, record))
+    _say(f"wrote {out}: epoch {record.epoch + 1}, {_thresholds(record.thresholds)}")
+    if json:
+        _print_json({"detector": str(out), "category": category, "epoch": record.epoch, **record.metrics})
+
+
+def evaluate(
+    detector: Positional[Path],
+    /,
+    *,
+    data: Path,
+    category: str | None = None,
+    device: str = "auto",
+    json: bool = False,
+) -> None:
+    """Measure a detector on the labelled test images of a category.
+
+    Args:
+        detector: Detector folder.
+        data: Folder of categories in the MVTec AD layout.
+        category: Which category; the detector's own unless given.
+        device: auto, cpu, or cuda.
+        json: Print one JSON document.
+    """
+    loaded = _load(detector, device)
+    scores = loaded.evaluate(data, category or loaded.record.category)
+    if json:
+        _print_json(
+            {
+                "category": category or loaded.record.category,
+                "teacher": loaded.record.teacher,
+                **scores._asdict(),
+            }
+        )
+    else:
+        _print_scores(scores)
+
+
+def predict(
+    detector: Positional[Path],
+    images: Positional[tuple[Path, ...]],
+    /,
+    *,
+    out: Path,
+    false_alarm_rate: float = 0.01,
+    threshold: float | None = None,
+    device: str = "auto",
+    json: bool = False,
+) -> None:
+    """Inspect images: a verdict for each, with the anomalous regions drawn.
+
+    Args:
+        detector: Detector folder.
+        images: Image files, or folders that are searched for them.
+        out: Folder for predictions.jsonl and an overlay per image.
+        false_alarm_rate: Share of good images that may be called anomalous, in (0, 1).
+        threshold: Score above which an image is anomalous, instead of the calibrated one.
+        device: auto, cpu, or cuda.
+        json: Print one JSON document.
+    """
+    from dskd.checkpoint import folder_in_making
+    from dskd.show.overlays import overlay
+
+    if out.exists():
+        raise ValueError(f"{out} exists; choose another --out, results are never overwritten.")
+    loaded = _load(detector, device)
+    paths = _image_files(images)
+    limit, note = _limit(loaded, false_alarm_rate, threshold)
+    verdicts: list[dict[str, Any]] = []
+    with folder_in_making(out) as folder:
+        for index, seen in enumerate(loaded.predict(paths, limit)):
+            picture = f"overlays/{index:05d}_{seen.path.parent.name}_{seen.path.stem}.png"
+            (folder / "overlays").mkdir(exist_ok=True)
+            overlay(seen, UNTRAINED_TEACHER if loaded.record.is_untrained_teacher else "").save(folder / picture)
+            verdict = "anomalous" if seen.is_anomalous else "good"
+            verdicts.append(
+                {
+                    "image": str(seen.path),
+                    "score": seen.score,
+                    "threshold": seen.threshold,
+                    "verdict": verdict,
+                    "regions": [region._asdict() for region in seen.regions] if seen.is_anomalous else [],
+                    "map_size": loaded.record.config.data.image_size,
+                    "overlay": picture,
+                    "teacher": loaded.record.teacher,
+                }
+            )
+            if not json:
+                print(f"{verdict:9}  {seen.score:10.4g}  {seen.path}")
+        lines = "".join(_dumps(verdict) + "\n" for verdict in verdicts)
+        (folder / "predictions.jsonl").write_text(lines)
+    num_anomalous = sum(verdict["verdict"] == "anomalous" for verdict in verdicts)
+    _say(f"{num_anomalous} of {len(verdicts)} anomalous; {note}; overlays in {out / 'overlays'}")
+    if json:
+        _print_json({"out": str(out), "num_anomalous": num_anomalous, "predictions": verdicts})
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; bad input ends with one line on stderr and exit code 2."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    commands = {
+        "demo-data": demo_data,
+        "train": functools.partial(train, config=PRESETS[_preset(given)]),
+        "evaluate": evaluate,
+        "predict": predict,
+    }
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            commands,
+            prog="dskd",
+            description="Visual anomaly detection by knowledge distillation.",
+            args=given,
+        )
+    except (ValueError, FloatingPointError) as error:
+        _say(f"dskd: error: {error}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _say("dskd: interrupted")
+        sys.exit(130)
+
+
+def _preset(arguments: Sequence[str]) -> str:
+    """The preset named in the arguments: it decides the defaults of the flags that are parsed next."""
+    for flag, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        name = value if flag == _PRESET_FLAG else flag.removeprefix(f"{_PRESET_FLAG}=")
+        if name in PRESETS and (flag == _PRESET_FLAG or name != flag):
+            return name
+    return "dskd"
+
+
+def _device(wanted: str) -> str:
+    import torch
+
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {wanted}: this machine has no usable GPU; use --device cpu.")
+    if wanted != "cpu" and not wanted.startswith("cuda"):
+        raise ValueError(f"--device must be auto, cpu or cuda, got {wanted!r}.")
+    return wanted
+
+
+def _load(folder: Path, device: str) -> "Detector":
+    from dskd.detector import Detector
+
+    detector = Detector.load(folder, _device(device))
+    if detector.record.is_untrained_teacher:
+        _say(UNTRAINED_TEACHER)
+    return detector
+
+
+def _limit(detector: "Detector", false_alarm_rate: float, threshold: float | None) -> tuple[float, str]:
+    if threshold is not None:
+        return threshold, f"threshold {threshold:g} as given"
+    if not 0 < false_alarm_rate < 1:
+        raise ValueError(f"--false-alarm-rate must lie in (0, 1), got {false_alarm_rate}.")
+    found = detector.threshold(false_alarm_rate)
+    note = f"threshold {found.value:.4g} for at most {found.false_alarm_rate:.1%} false alarms"
+    if found.false_alarm_rate > false_alarm_rate:
+        note += (
+            f" ({found.num_normals} held-out normals cannot vouch for {false_alarm_rate:.1%}: "
+            f"that takes {round(1 / false_alarm_rate) - 1})"
+        )
+    return found.value, note
+
+
+def _image_files(given: Sequence[Path]) -> list[Path]:
+    from dskd.data.datasets import IMAGE_SUFFIXES
+
+    files: list[Path] = []
+    for path in given:
+        if path.is_dir():
+            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+            if not found:
+                raise ValueError(f"{path} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+            files += found
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise ValueError(f"image {path} does not exist.")
+    if not files:
+        raise ValueError("no image given; name image files or folders after the detector.")
+    return files
+
+
+def _thresholds(thresholds: Sequence[Any]) -> str:
+    return ", ".join(f"threshold {t.value:.4g} at {t.false_alarm_rate:.1%} false alarms" for t in thresholds)
+
+
+def _print_scores(scores: "Scores") -> None:
+    for name, value in scores._asdict().items():
+        print(f"{name:14} {value:.4f}")
+
+
+def _dumps(document: dict[str, Any]) -> str:
+    return json.dumps(document, allow_nan=True)
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    print(json.dumps(document, indent=2))
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""What a run is: everything that changes a result is a field here, and nothing else is."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+Fusion = Literal["sum", "product", "max"]
+_Config = typing.TypeVar("_Config")
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+def _require_weights(name: str, weights: tuple[float, ...]) -> None:
+    _require(
+        all(w >= 0 for w in weights) and sum(weights) > 0,
+        f"{name} must be non-negative and not all zero, got {weights}.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Which pixels the network sees, and which normal images are held out."""
+
+    image_size: int = 256
+    """Side in pixels of the square that every image is resized to, without crop (as in the four papers)."""
+    validation_fraction: float = 0.2
+    """Share of the normal training images held out for validation, in (0, 1); STFPM holds out 0.2."""
+    split_seed: int = 0
+    """Seed of the held-out split and of the synthetic defects drawn on it."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.image_size >= 32 and self.image_size % 32 == 0,
+            f"image_size must be a positive multiple of 32 (backbone stride), got {self.image_size}.",
+        )
+        _require(
+            0 < self.validation_fraction < 1,
+            f"validation_fraction must lie in (0, 1), got {self.validation_fraction}.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The wiring of teacher, students and embedding; a method is one such configuration."""
+
+    backbone: str = "resnet18.tv_in1k"
+    """timm model of the teacher and of the student encoder; `tv_in1k` are the papers' weights."""
+    levels: tuple[int, ...] = (1, 2, 3)
+    """timm feature indices of the pyramid; 1, 2, 3 are a ResNet's layer1 to layer3."""
+    student_encoder: bool = True
+    """Train a student of the backbone's own shape that sees the image (STFPM, DSKD's S_e)."""
+    student_decoder: bool = True
+    """Train a reversed student that decodes an embedding back into the pyramid (RD4AD, DSKD's S_d)."""
+    decoder_input: Literal["student", "teacher"] = "student"
+    """Whose pyramid the embedding condenses for the decoder: the encoder's (DSKD) or the teacher's (RD4AD)."""
+    detach_embedding: bool = False
+    """Stop the decoder's gradient at the embedding; off: the students learn from each other (reconstructed)."""
+    embedding_depth: int = 2
+    """Residual blocks of the deep feature embedding, at least 1; RD4AD: 2 for ResNet18, 3 for WideResNet50-2."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.student_encoder or self.student_decoder,
+            "student_encoder and student_decoder are both off: nothing to train.",
+        )
+        _require(
+            self.student_encoder or not self.student_decoder or self.decoder_input == "teacher",
+            "decoder_input 'student' needs student_encoder; use decoder_input 'teacher' (RD4AD).",
+        )
+        _require(self.embedding_depth >= 1, f"embedding_depth must be at least 1, got {self.embedding_depth}.")
+        _require(
+            len(self.levels) > 0 and list(self.levels) == sorted(set(self.levels)) and self.levels[0] >= 0,
+            f"levels must be ascending timm feature indices, got {self.levels}.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig:
+    """The distillation loss of each student: pyramid matching plus hard knowledge distillation."""
+
+    level_weights: tuple[float, ...] = (1.0, 1.0, 1.0)
+    """Weight of each pyramid level in the loss, shallowest first."""
+    encoder_match: Literal["position", "flattened"] = "position"
+    """Cosine per position (STFPM eq. 2) or of each whole level (RD4AD's code), for the encoder."""
+    decoder_match: Literal["position", "flattened"] = "flattened"
+    """The same choice for the decoder; reversed decoders train markedly better on flattened levels."""
+    decoder_weight: float = 1.0
+    """Weight of the decoder's loss beside the encoder's (reconstructed)."""
+    hkd_weight: float = 0.0
+    """Weight of the hard-patch loss on every student; 0 leaves it out, 1 is AAND's sum."""
+    hkd_hardest: int = 10
+    """Number K of worst-matched patches per level and image in the hard loss (AAND: 10)."""
+    encoder_hkd_margin: float = 0.0
+    """Cosine distance below which a hard patch of the encoder costs nothing; 0 is AAND's loss."""
+    decoder_hkd_margin: float = 0.0
+    """The same margin for the decoder."""
+
+    def __post_init__(self) -> None:
+        _require_weights("level_weights (loss)", self.level_weights)
+        _require(self.decoder_weight >= 0, f"decoder_weight must not be negative, got {self.decoder_weight}.")
+        _require(self.hkd_weight >= 0, f"hkd_weight must not be negative, got {self.hkd_weight}.")
+        _require(self.hkd_hardest >= 1, f"hkd_hardest must be at least 1, got {self.hkd_hardest}.")
+        for name in ("encoder_hkd_margin", "decoder_hkd_margin"):
+            margin = getattr(self, name)
+            _require(0 <= margin <= 2, f"{name} is a cosine distance and must lie in [0, 2], got {margin}.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreConfig:
+    """How discrepancies become one anomaly map and one image score; needs no retraining."""
+
+    score_level_weights: tuple[float, ...] = (1.0, 1.0, 1.0)
+    """Weight of each pyramid level in the map: a factor under sum and max, an exponent under product."""
+    encoder_score_weight: float = 1.0
+    """Weight of the student encoder's map beside the decoder's."""
+    decoder_score_weight: float = 1.0
+    """Weight of the student decoder's map beside the encoder's."""
+    level_fusion: Fusion = "sum"
+    """How a student's levels combine: sum (RD4AD, AAND) or product (STFPM)."""
+    student_fusion: Fusion = "sum"
+    """How the two students' maps combine."""
+    blur_sigma: float = 4.0
+    """Standard deviation in pixels of the Gaussian over a 256-pixel map, scaled with image_size; 0: none."""
+    score_top_fraction: float = 0.0
+    """Image score = mean of this share of the highest map values; 0: the maximum (all four papers)."""
+
+    def __post_init__(self) -> None:
+        _require_weights("score_level_weights", self.score_level_weights)
+        _require_weights("student score weights", (self.encoder_score_weight, self.decoder_score_weight))
+        _require(self.blur_sigma >= 0, f"blur_sigma must not be negative, got {self.blur_sigma}.")
+        _require(
+            0 <= self.score_top_fraction <= 1,
+            f"score_top_fraction must lie in [0, 1], got {self.score_top_fraction}.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """How the students are optimised."""
+
+    epochs: int = 100
+    """Passes over the normal training images."""
+    batch_size: int = 16
+    """Images of one optimiser step, summed over all workers."""
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """adam with betas (0.5, 0.999) as RD4AD and AAND; sgd with momentum 0.9, weight decay 1e-4 as STFPM."""
+    learning_rate: float = 0.005
+    """Peak step size; RD4AD and AAND 0.005 with adam, STFPM 0.4 with sgd."""
+    schedule: Literal["constant", "multistep", "cosine"] = "constant"
+    """constant (STFPM, RD4AD), x0.2 at 80 % and 90 % of the epochs (AAND), or a half cosine to zero."""
+    seed: int = 0
+    """Seed of the students' initial weights and of the order of the images."""
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 1, f"epochs must be at least 1, got {self.epochs}.")
+        _require(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}.")
+        _require(self.learning_rate > 0, f"learning_rate must be positive, got {self.learning_rate}.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """One complete, reproducible run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        for name, weights in (
+            ("level_weights (loss)", self.loss.level_weights),
+            ("score_level_weights", self.score.score_level_weights),
+        ):
+            _require(
+                len(weights) == len(self.model.levels),
+                f"{name} must have one weight per level ({len(self.model.levels)}), got {len(weights)}.",
+            )
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Plain nested values, ready for JSON; the inverse of `from_dict`."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Rebuild a run from nested plain values; missing fields take their defaults.
+
+        Raises ValueError on an unknown name (with the known ones) or on a value out of range.
+        """
+        return _build(cls, values, "run")
+
+    def with_values(self, values: Mapping[str, Any]) -> Self:
+        """A copy with fields replaced by name; every field name is unique over all sections.
+
+        Raises ValueError on a name that no section has.
+        """
+        sections = {section.name: getattr(self, section.name) for section in dataclasses.fields(self)}
+        owner = {f.name: name for name, section in sections.items() for f in dataclasses.fields(section)}
+        if unknown := sorted(set(values) - set(owner)):
+            raise ValueError(f"unknown configuration field {unknown[0]!r}; known: {', '.join(sorted(owner))}.")
+        nested = self.to_dict()
+        for name, value in values.items():
+            nested[owner[name]][name] = value
+        return type(self).from_dict(nested)
+
+    def flat(self) -> dict[str, Any]:
+        """Every field by its own name, without the sections: what MLflow shows as parameters."""
+        return {name: value for section in self.to_dict().values() for name, value in section.items()}
+
+
+def _build(cls: type[_Config], values: Mapping[str, Any], where: str) -> _Config:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where} must be a table of fields, got {values!r}.")
+    hints = typing.get_type_hints(cls)
+    known = {f.name: hints[f.name] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if unknown := sorted(set(values) - set(known)):
+        raise ValueError(f"unknown field {unknown[0]!r} in {where}; known: {', '.join(sorted(known))}.")
+    return cls(**{name: _value(known[name], value, f"{where}.{name}") for name, value in values.items()})
+
+
+def _value(kind: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _build(typing.cast(type, kind), value, where)
+    origin = typing.get_origin(kind)
+    if origin is Literal:
+        _require(value in typing.get_args(kind), f"{where} must be one of {typing.get_args(kind)}, got {value!r}.")
+        return value
+    if origin is tuple:
+        _require(isinstance(value, list | tuple), f"{where} must be a list, got {value!r}.")
+        return tuple(_value(typing.get_args(kind)[0], item, where) for item in value)
+    if isinstance(kind, types.GenericAlias) or not isinstance(kind, type):
+        raise TypeError(f"{where}: no rule to read {kind}.")
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    _require(type(value) is kind, f"{where} must be of type {kind.__name__}, got {value!r}.")
+    return value

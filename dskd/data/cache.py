@@ -1,0 +1,125 @@
+"""Arrays computed once per machine and shared by every process on it through the page cache.
+
+An entry is one `.npy` file named by the content that it was computed from, opened with mmap. It
+appears under its name only when complete, so a process killed at any moment leaves no half entry.
+"""
+
+import fcntl
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+class ArrayCache:
+    """Content-keyed arrays below `folder`, the least recently used removed beyond `max_bytes`.
+
+    Safe for any number of processes of one machine: a lock per key lets one of them compute while
+    the others wait. Removing an entry that another process has open is harmless (POSIX unlink).
+    """
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self._folder = folder
+        self._max_bytes = max_bytes
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def get(
+        self,
+        key: str,
+        shape: tuple[int, ...],
+        dtype: npt.DTypeLike,
+        fill: Callable[[npt.NDArray[Any]], object],
+    ) -> npt.NDArray[Any]:
+        """The read-only array of `key`; `fill` writes it into a zeroed array where it is not there yet.
+
+        An error in `fill` leaves no entry. An array larger than the whole cache is computed in
+        memory and not kept.
+        """
+        num_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        if num_bytes > self._max_bytes:
+            array = np.zeros(shape, dtype)
+            fill(array)
+            return array
+        name = hashlib.sha256(f"{key}|{shape}|{np.dtype(dtype).str}".encode()).hexdigest()[:32]
+        path = self._folder / f"{name}.npy"
+        if (hit := self._open(path)) is not None:
+            return hit
+        with self._locked(name):
+            if (hit := self._open(path)) is not None:
+                return hit
+            self._make_room(num_bytes)
+            self._write(path, shape, dtype, fill)
+        return np.load(path, mmap_mode="r")  # type: ignore[no-any-return]
+
+    def _open(self, path: Path) -> npt.NDArray[Any] | None:
+        try:
+            array = np.load(path, mmap_mode="r")
+            os.utime(path)
+        except FileNotFoundError:
+            return None
+        return array  # type: ignore[no-any-return]
+
+    def _write(
+        self,
+        path: Path,
+        shape: tuple[int, ...],
+        dtype: npt.DTypeLike,
+        fill: Callable[[npt.NDArray[Any]], object],
+    ) -> None:
+        handle, temporary = tempfile.mkstemp(dir=self._folder, prefix=f"{path.stem}-", suffix=".partial")
+        os.close(handle)
+        try:
+            array = np.lib.format.open_memmap(temporary, mode="w+", shape=shape, dtype=dtype)  # type: ignore[no-untyped-call]
+            fill(array)
+            array.flush()
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+
+    @contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        with (self._folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _make_room(self, num_bytes: int) -> None:
+        """Forget the oldest entries and what killed processes left, until `num_bytes` more fit."""
+        for leftover in self._folder.glob("*.partial"):
+            if not _is_being_written(leftover):
+                leftover.unlink(missing_ok=True)
+        entries = sorted(_entries(self._folder))
+        total = sum(size for _, size, _ in entries)
+        for _, size, path in entries:
+            if total + num_bytes <= self._max_bytes:
+                break
+            path.unlink(missing_ok=True)
+            total -= size
+
+
+def _entries(folder: Path) -> Iterator[tuple[float, int, Path]]:
+    """(time of last use, bytes, path) of every entry that another process does not remove meanwhile."""
+    for path in folder.glob("*.npy"):
+        with suppress(FileNotFoundError):
+            status = path.stat()
+            yield status.st_mtime, status.st_size, path
+
+
+def _is_being_written(partial: Path) -> bool:
+    lock = partial.with_name(f"{partial.name.split('-')[0]}.lock")
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def default_folder() -> Path:
+    """Where entries lie unless told otherwise: `dskd` in the user's cache folder (XDG)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dskd"

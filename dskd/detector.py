@@ -1,0 +1,118 @@
+"""A finished detector: load a folder, inspect images."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy import ndimage
+from torch import nn
+
+from dskd.calibration import Threshold
+from dskd.checkpoint import BrokenDetector, DetectorRecord, read_detector, threshold_for
+from dskd.data.datasets import load_images
+from dskd.evaluate import Inspection, inspect, labelled_test_split, measure
+from dskd.metrics import Scores
+from dskd.model.network import build_students
+from dskd.model.teacher import Teacher, build_teacher
+
+_CHUNK = 64
+_EIGHT_NEIGHBOURS = np.ones((3, 3), np.int8)
+
+
+class Region(NamedTuple):
+    """A box around connected anomalous pixels, in pixels of the inspected (resized) image."""
+
+    left: int
+    top: int
+    right: int
+    """Exclusive."""
+    bottom: int
+    """Exclusive."""
+    peak: float
+    """Highest map value inside."""
+
+
+class Prediction(NamedTuple):
+    """What the detector says of one image."""
+
+    path: Path
+    score: float
+    threshold: float
+    is_anomalous: bool
+    regions: tuple[Region, ...]
+    """Connected pixels above the threshold, the highest peak first."""
+    image: npt.NDArray[np.uint8]
+    """(S, S, 3)"""
+    map: npt.NDArray[np.float32]
+    """(S, S)"""
+
+
+class Detector:
+    """A frozen teacher and the students that imitate it on one category."""
+
+    def __init__(self, record: DetectorRecord, teacher: Teacher, students: nn.Module, device: torch.device) -> None:
+        self.record = record
+        self._teacher = teacher
+        self._students = students
+        self._device = device
+
+    @classmethod
+    def load(cls, folder: Path, device: str = "cpu") -> Self:
+        """Read and verify a detector folder; needs neither the network nor the training images.
+
+        Raises BrokenDetector where the folder is damaged, changed, or too new.
+        """
+        record, weights = read_detector(folder)
+        model = record.config.model
+        teacher = build_teacher(model.backbone, model.levels, "random")
+        students = build_students(model, teacher, seed=0)
+        for prefix, module in (("teacher.", teacher), ("students.", students)):
+            part = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+            try:
+                module.load_state_dict(part)
+            except RuntimeError as error:
+                reason = str(error).splitlines()[-1].strip()
+                raise BrokenDetector(f"the weights in {folder} do not fit its configuration: {reason}") from None
+        place = torch.device(device)
+        return cls(record, teacher.to(place), students.to(place).eval(), place)
+
+    def inspect(self, images: npt.NDArray[np.uint8]) -> Inspection:
+        """Anomaly maps and scores of RGB images (N, S, S, 3), S as in training."""
+        return inspect(self._teacher, self._students, images, self.record.config, self._device)
+
+    def threshold(self, false_alarm_rate: float) -> Threshold:
+        """The stored threshold nearest to the wanted share of false alarms, never a stricter one."""
+        return threshold_for(self.record.thresholds, false_alarm_rate)
+
+    def predict(self, paths: Sequence[Path], threshold: float) -> Iterator[Prediction]:
+        """Verdicts in the order of `paths`, a bounded number of images in memory at a time.
+
+        Raises ValueError naming the file that is not a readable image.
+        """
+        size = self.record.config.data.image_size
+        for start in range(0, len(paths), _CHUNK):
+            chunk = paths[start : start + _CHUNK]
+            images = load_images(chunk, size)
+            seen = self.inspect(images)
+            for path, image, heat, score in zip(chunk, images, seen.maps, seen.scores.tolist(), strict=True):
+                regions = find_regions(heat, threshold)
+                yield Prediction(path, score, threshold, score > threshold, regions, image, heat)
+
+    def evaluate(self, data: Path, category: str) -> Scores:
+        """All metrics on the labelled test split of a category."""
+        truth = labelled_test_split(data, category, self.record.config.data.image_size)
+        return measure(self.inspect(truth.images), truth)
+
+
+def find_regions(heat: npt.NDArray[np.float32], threshold: float) -> tuple[Region, ...]:
+    """Boxes of the 8-connected pixels of a map (S, S) above `threshold`, the highest peak first."""
+    labels, count = ndimage.label(heat > threshold, _EIGHT_NEIGHBOURS)
+    peaks = ndimage.maximum(heat, labels, range(1, count + 1)) if count else []
+    regions = [
+        Region(columns.start, rows.start, columns.stop, rows.stop, float(peak))
+        for (rows, columns), peak in zip(ndimage.find_objects(labels), peaks, strict=True)
+    ]
+    return tuple(sorted(regions, key=lambda region: -region.peak))

@@ -1,0 +1,255 @@
+"""One category's run: prepare its images, train the students, keep those of the best epoch."""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dskd.calibration import calibrate
+from dskd.checkpoint import DetectorRecord
+from dskd.config import DataConfig, RunConfig
+from dskd.data.cache import ArrayCache
+from dskd.data.datasets import fingerprint, hold_out, load_images, read_category
+from dskd.evaluate import LabelledImages, inspect, measure_shared, synthetic_validation
+from dskd.metrics import Scores
+from dskd.model.network import build_students
+from dskd.model.teacher import Teacher, build_teacher, weights_fingerprint
+from dskd.pyramids import FeatureTable, feature_table
+from dskd.train import Epoch, Shard, build_optimizer, fit
+
+_NUM_VALIDATION_DEFECTS = 32
+_STATE_FILE = "training.pt"
+
+
+class Materials(NamedTuple):
+    """What training needs of one category and one teacher; the same for every trial that shares them."""
+
+    category: str
+    teacher: Teacher
+    teacher_source: str
+    teacher_sha256: str
+    train_images: npt.NDArray[np.uint8]
+    train_features: FeatureTable
+    validation: LabelledImages
+    """Held-out normals first, then copies with synthetic defects."""
+    validation_features: FeatureTable
+    validation_files: tuple[str, ...]
+    data_sha256: str
+
+
+def prepare(
+    config: DataConfig,
+    backbone: str,
+    levels: tuple[int, ...],
+    *,
+    data: Path,
+    category: str,
+    teacher_weights: str,
+    device: torch.device,
+    cache: ArrayCache | None,
+) -> Materials:
+    """Decode, split, draw the validation defects and run the teacher, each at most once per machine.
+
+    `teacher_weights` is "hub", "random" or a file. Raises ValueError on unusable data or weights.
+    """
+    teacher = build_teacher(backbone, levels, teacher_weights).to(device)
+    teacher_sha256 = weights_fingerprint(teacher)
+    samples = read_category(data, category).train
+    train, held = hold_out(samples, config.validation_fraction, config.split_seed)
+    train_images, train_sha256 = _pixels([sample.path for sample in train], config, cache)
+    held_images, held_sha256 = _pixels([sample.path for sample in held], config, cache)
+    validation = synthetic_validation(held_images, seed=config.split_seed, num_defective=_NUM_VALIDATION_DEFECTS)
+
+    def features(images: npt.NDArray[np.uint8]) -> FeatureTable:
+        content = hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()
+        key = f"{content}|{teacher_sha256}|{backbone}|{levels}|{device.type}"
+        return feature_table(teacher, images, device, cache=cache, key=key)
+
+    return Materials(
+        category=category,
+        teacher=teacher,
+        teacher_source=teacher_weights if teacher_weights in ("hub", "random") else Path(teacher_weights).name,
+        teacher_sha256=teacher_sha256,
+        train_images=train_images,
+        train_features=features(train_images),
+        validation=validation,
+        validation_features=features(validation.images),
+        validation_files=tuple(sample.path.name for sample in held),
+        data_sha256=hashlib.sha256((train_sha256 + held_sha256).encode()).hexdigest(),
+    )
+
+
+def _pixels(paths: list[Path], config: DataConfig, cache: ArrayCache | None) -> tuple[npt.NDArray[np.uint8], str]:
+    content = fingerprint(paths)
+    if cache is None:
+        return load_images(paths, config.image_size), content
+    shape = (len(paths), config.image_size, config.image_size, 3)
+    fill = lambda out: load_images(paths, config.image_size, out)  # noqa: E731
+    return cache.get(f"bilinear pixels|{content}", shape, np.uint8, fill), content
+
+
+class Progress(NamedTuple):
+    """One epoch with its validation."""
+
+    epoch: Epoch
+    scores: Scores
+    """On held-out normals and synthetic defects."""
+    objective: float
+    best_objective: float
+    """Highest objective of the epochs so far: what a search compares, as it is what a run keeps."""
+
+
+def objective(scores: Scores) -> float:
+    """The one honest figure that selects: mean of image AUROC and AUPRO on the validation images."""
+    return (scores.image_auroc + scores.aupro) / 2
+
+
+@dataclasses.dataclass
+class Distillation:
+    """The students of one run, their optimiser, and the best of them so far."""
+
+    config: RunConfig
+    materials: Materials
+    device: torch.device
+    students: nn.Module
+    optimizer: torch.optim.Optimizer
+    next_epoch: int = 0
+    best_epoch: int = -1
+    best_objective: float = -1.0
+    best_scores: Scores | None = None
+    best_weights: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def begin(
+        cls, config: RunConfig, materials: Materials, device: torch.device, num_workers: int = 1
+    ) -> "Distillation":
+        """Untrained students, initialised from the configuration's seed alike on every worker.
+
+        Several GPU workers share their BatchNorm statistics; gloo has no such layer, so CPU workers
+        normalise their own share of a batch and average the running statistics after each epoch.
+        """
+        students: nn.Module = build_students(config.model, materials.teacher, config.train.seed).to(device)
+        if num_workers > 1 and device.type == "cuda":
+            students = nn.SyncBatchNorm.convert_sync_batchnorm(students)
+        return cls(config, materials, device, students, build_optimizer(students, config.train))
+
+    def epochs(self, trained: nn.Module | None = None, shard: Shard = Shard()) -> Iterator[Progress]:  # noqa: B008
+        """Train to the configured last epoch, validating after each.
+
+        `trained` is `students` wrapped for DDP where several workers train together; every worker
+        then yields the same figures.
+        """
+        materials = self.materials
+        training = fit(
+            trained or self.students,
+            self.optimizer,
+            materials.train_images,
+            materials.train_features,
+            self.config,
+            device=self.device,
+            shard=shard,
+            first_epoch=self.next_epoch,
+        )
+        for epoch in training:
+            _average_buffers(self.students)
+            scores = measure_shared(
+                materials.validation_features,
+                self.students,
+                materials.validation,
+                self.config,
+                self.device,
+                shard.rank,
+                shard.world_size,
+            )
+            value = objective(scores)
+            if value > self.best_objective:
+                self.best_epoch, self.best_objective, self.best_scores = epoch.index, value, scores
+                self.best_weights = {
+                    name: tensor.detach().cpu().clone() for name, tensor in self.students.state_dict().items()
+                }
+            self.next_epoch = epoch.index + 1
+            yield Progress(epoch, scores, value, self.best_objective)
+
+    def save(self, folder: Path) -> None:
+        """Write all that is needed to go on training exactly as if never interrupted."""
+        torch.save(
+            {
+                "config": self.config.to_dict(),
+                "students": self.students.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "next_epoch": self.next_epoch,
+                "best_epoch": self.best_epoch,
+                "best_objective": self.best_objective,
+                "best_scores": tuple(self.best_scores) if self.best_scores else None,
+                "best_weights": self.best_weights,
+            },
+            folder / _STATE_FILE,
+        )
+
+    def restore(self, folder: Path) -> None:
+        """Go on from what `save` wrote.
+
+        Raises ValueError when it belongs to another configuration.
+        """
+        state = torch.load(folder / _STATE_FILE, map_location=self.device, weights_only=True)
+        if RunConfig.from_dict(state["config"]) != self.config:
+            raise ValueError(f"{folder} holds the training state of another configuration; start afresh elsewhere.")
+        self.students.load_state_dict(state["students"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.next_epoch, self.best_epoch = state["next_epoch"], state["best_epoch"]
+        self.best_objective = state["best_objective"]
+        self.best_scores = Scores(*state["best_scores"]) if state["best_scores"] else None
+        self.best_weights = {name: tensor.cpu() for name, tensor in state["best_weights"].items()}
+
+    def detector(self, revision: str = "") -> tuple[DetectorRecord, dict[str, Tensor]]:
+        """Record and weights (teacher and best students) of the finished detector.
+
+        Leaves `students` with the weights of the best epoch.
+        """
+        assert self.best_scores is not None, "no epoch has been trained"
+        self.students.load_state_dict(self.best_weights)
+        materials = self.materials
+        normals = np.flatnonzero(~materials.validation.labels)
+        seen = inspect(
+            materials.validation_features,
+            self.students,
+            materials.validation.images,
+            self.config,
+            self.device,
+            normals.tolist(),
+        )
+        record = DetectorRecord(
+            category=materials.category,
+            config=self.config,
+            teacher=materials.teacher_source,
+            teacher_sha256=materials.teacher_sha256,
+            data_sha256=materials.data_sha256,
+            validation_files=materials.validation_files,
+            epoch=self.best_epoch,
+            thresholds=calibrate(seen.scores.tolist()),
+            metrics={
+                "val/objective": self.best_objective,
+                **{f"val/{name}": value for name, value in self.best_scores._asdict().items()},
+            },
+            revision=revision,
+        )
+        weights = {f"teacher.{name}": value.cpu() for name, value in materials.teacher.state_dict().items()}
+        weights |= {f"students.{name}": value for name, value in self.best_weights.items()}
+        return record, weights
+
+
+def _average_buffers(students: nn.Module) -> None:
+    """BatchNorm statistics differ between workers without SyncBatchNorm; their mean has seen all images."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    for buffer in students.buffers():
+        if buffer.is_floating_point():
+            dist.all_reduce(buffer)
+            buffer /= dist.get_world_size()

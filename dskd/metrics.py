@@ -1,0 +1,384 @@
+"""Exact detection and localisation metrics, and a state that merges across ranks without rounding.
+
+Every figure here depends on scores only through their order, so everything is counted, not binned:
+the defects are ranked among the normals (`_rank`) and the metrics are sums over that ranking. Sums
+of floats are taken in sorted order or with `math.fsum`, which makes each result independent of the
+order of the images, to the last bit.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage  # type: ignore[import-untyped]
+
+Array: TypeAlias = NDArray[Any] | torch.Tensor
+
+AUPRO_FPR_LIMIT = 0.3
+_RD_STEPS = 200
+_EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=bool)
+
+
+class Scores(NamedTuple):
+    """All figures of one category, each in [0, 1].
+
+    The pixel figures and `aupro` are NaN where no mask has a defect pixel.
+    """
+
+    image_auroc: float
+    image_ap: float
+    image_f1max: float
+    pixel_auroc: float
+    pixel_ap: float
+    pixel_f1max: float
+    aupro: float
+
+
+class _Batch(NamedTuple):
+    """What the metrics need of some images: their pixels split by the mask, and their image scores."""
+
+    normals: NDArray[Any]
+    defects: NDArray[Any]
+    regions: NDArray[np.int32]  # per defect pixel, the number of its component within this batch
+    image_scores: NDArray[Any]
+    image_labels: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class MetricState:
+    """The images seen so far; `MetricState()` has seen none.
+
+    Plain numpy arrays, about 4 bytes a pixel of float32 maps: it pickles cheaply, so
+    `torch.distributed.all_gather_object` and Ray carry it as it is. Feed every image to one rank only:
+    an image that a padding sampler hands to two ranks counts twice.
+    """
+
+    batches: tuple[_Batch, ...] = ()
+
+
+class _Ranking(NamedTuple):
+    """Each distinct positive value in ascending order, and how it stands among the negatives."""
+
+    positives: NDArray[np.int64]  # positives of exactly this value
+    above: NDArray[np.int64]  # negatives greater than the value
+    at_least: NDArray[np.int64]  # negatives greater than or equal to it
+
+
+def auroc(scores: Array, labels: Array) -> float:
+    """Area under the ROC curve; a tie between the classes counts half.
+
+    `scores` (N,), higher is more anomalous; `labels` (N,), 1 or True for anomalous. ValueError where the
+    shapes differ, a score is not finite, a label is not 0 or 1, or a class is missing; likewise below.
+    """
+    positives, negatives = _split_scores(scores, labels)
+    return _auroc(_rank(np.sort(negatives), np.sort(positives)), negatives.size)
+
+
+def average_precision(scores: Array, labels: Array) -> float:
+    """Mean over the positives of the precision at their threshold, without interpolation.
+
+    Arguments and errors as for `auroc`; equal scores share one threshold, as in scikit-learn.
+    """
+    positives, negatives = _split_scores(scores, labels)
+    return _average_precision(_rank(np.sort(negatives), np.sort(positives)))
+
+
+def f1_max(scores: Array, labels: Array) -> float:
+    """The best F1 = 2PR / (P + R) over all thresholds; arguments and errors as for `auroc`."""
+    positives, negatives = _split_scores(scores, labels)
+    return _f1_max(_rank(np.sort(negatives), np.sort(positives)))
+
+
+def pixel_auroc(maps: Array, masks: Array) -> float:
+    """Area under the ROC curve over all pixels of all images, the normal images included.
+
+    `maps` (N, H, W), higher is more anomalous; `masks` (N, H, W), 1 or True on defects. ValueError where
+    the shapes differ, a map value is not finite, a mask value is not 0 or 1, or there is no defect pixel
+    or no normal pixel; likewise for `aupro`.
+    """
+    pixels, mask = _checked_maps(maps, masks)
+    defects, normals = pixels[mask], pixels[~mask]
+    _require_both(defects.size, normals.size, "pixel")
+    normals.sort()
+    return _auroc(_rank(normals, np.sort(defects)), normals.size)
+
+
+def aupro(maps: Array, masks: Array, fpr_limit: float = AUPRO_FPR_LIMIT) -> float:
+    """Area under the per-region-overlap curve up to `fpr_limit`, divided by it (Bergmann et al. 2021).
+
+    PRO is the mean, over the 8-connected mask components of the whole data set, of the share of the
+    component above the threshold; FPR the share of the normal pixels of all images, normal images
+    included. The curve runs over every distinct threshold and is cut at the limit by linear
+    interpolation. Arguments and errors as for `pixel_auroc`; ValueError also for `fpr_limit` outside (0, 1].
+    """
+    if not 0 < fpr_limit <= 1:
+        raise ValueError(f"fpr_limit must lie in (0, 1], got {fpr_limit}.")
+    pixels, mask = _checked_maps(maps, masks)
+    defects, normals = pixels[mask], pixels[~mask]
+    _require_both(defects.size, normals.size, "pixel")
+    limit = fpr_limit * normals.size
+    # Only the normals within the limit, and those tied with the least of them, need sorting: a defect
+    # below them all adds no area. In place, since boolean indexing copied and new memory is slow.
+    split = normals.size - math.ceil(limit)
+    normals.partition(split)
+    rest, top = normals[:split], normals[split:]
+    order = np.argsort(defects)
+    ranking = _rank(np.sort(np.append(rest[rest == top[0]], top)), defects[order])
+    return _aupro(ranking, _regions(mask)[order], limit)
+
+
+def aupro_rd(maps: Array, masks: Array) -> float:
+    """The lenient per-image AUPRO of RD4AD's released code, only to compare with figures from its family.
+
+    As there (and in RD++, ReContrast, AAND): each image with a defect has its own curve over 200
+    thresholds in equal steps from its lowest value, FPR over its own normal pixels; points with FPR < 0.3
+    are kept, the kept FPRs divided by the largest of them, and the areas averaged over the images.
+    Normal images never count, and the figure changes under monotone transforms of a map: use `aupro`
+    for anything else. Where an image's kept points all have FPR 0 (that code divides by zero) the area
+    is the highest kept PRO; where none is kept, 0. Arguments and errors as for `pixel_auroc`, but a
+    normal pixel is required in each defective image.
+    """
+    pixels, mask = _checked_maps(maps, masks)
+    defective = np.flatnonzero(mask.any(axis=(1, 2)))
+    _require_both(defective.size, mask.size - int(mask.sum()), "pixel")
+    return math.fsum(_rd_area(pixels[i], mask[i]) for i in defective) / defective.size
+
+
+def score_maps(maps: Array, masks: Array, image_scores: Array, image_labels: Array) -> Scores:
+    """All figures of one set of images; the pixels are sorted once.
+
+    `maps`, `masks` (N, H, W) and `image_scores`, `image_labels` (N,) as for `pixel_auroc` and `auroc`.
+    Labels are the folders' labels and never derived from masks: a defective image may have an empty mask,
+    and with no defect pixel at all the pixel figures and `aupro` are NaN. Errors as for `update`
+    and `compute`.
+    """
+    return compute(update(MetricState(), maps, masks, image_scores, image_labels))
+
+
+def update(state: MetricState, maps: Array, masks: Array, image_scores: Array, image_labels: Array) -> MetricState:
+    """The state with a batch of images added; N may be 0, H and W may differ from batch to batch.
+
+    Arguments as for `score_maps`, tensors on any device. ValueError where shapes disagree, a map or score
+    is not finite, or a mask or label is not 0 or 1; missing classes are for `compute` to judge.
+    """
+    pixels, mask = _checked_maps(maps, masks)
+    scores, labels = _checked_scores(image_scores, image_labels)
+    if len(scores) != len(pixels):
+        raise ValueError(f"expected one image score per map, got {len(scores)} scores for {len(pixels)} maps.")
+    # Boolean indexing copies; the scores must not change either when the caller reuses its buffer.
+    batch = _Batch(pixels[~mask], pixels[mask], _regions(mask), scores.copy(), labels.copy())
+    return MetricState((*state.batches, batch))
+
+
+def merge(states: Iterable[MetricState]) -> MetricState:
+    """One state of the images of all; `compute` gives identical figures for every partition and order."""
+    return MetricState(tuple(batch for state in states for batch in state.batches))
+
+
+def compute(state: MetricState) -> Scores:
+    """All figures of the images in the state.
+
+    ValueError where normal or anomalous images are missing, or no pixel of any image is normal.
+    """
+    if not state.batches:
+        raise ValueError("expected a state with images, got an empty one; update or merge it first.")
+    image_scores = np.concatenate([batch.image_scores for batch in state.batches])
+    image_labels = np.concatenate([batch.image_labels for batch in state.batches])
+    positives, negatives = image_scores[image_labels], image_scores[~image_labels]
+    _require_both(positives.size, negatives.size, "image")
+    images = _rank(np.sort(negatives), np.sort(positives))
+    return Scores(
+        _auroc(images, negatives.size),
+        _average_precision(images),
+        _f1_max(images),
+        *_pixel_figures(state),
+    )
+
+
+def _pixel_figures(state: MetricState) -> tuple[float, float, float, float]:
+    defects = np.concatenate([batch.defects for batch in state.batches])
+    if not defects.size:
+        return math.nan, math.nan, math.nan, math.nan
+    normals = np.concatenate([batch.normals for batch in state.batches])
+    _require_both(defects.size, normals.size, "pixel")
+    normals.sort()
+    order = np.argsort(defects)
+    ranking = _rank(normals, defects[order])
+    regions = _joined_regions([batch.regions for batch in state.batches])[order]
+    return (
+        _auroc(ranking, normals.size),
+        _average_precision(ranking),
+        _f1_max(ranking),
+        _aupro(ranking, regions, AUPRO_FPR_LIMIT * normals.size),
+    )
+
+
+def _rank(negatives: NDArray[Any], positives: NDArray[Any]) -> _Ranking:
+    """Ranks sorted positives among sorted negatives."""
+    first = np.flatnonzero(np.append(True, positives[1:] != positives[:-1]))
+    values = positives[first]
+    below = np.searchsorted(negatives, values)
+    not_above = below.copy()
+    # Few values of a real map are tied with a normal one; only those need the second search.
+    tied = np.flatnonzero(negatives[np.minimum(below, negatives.size - 1)] == values)
+    not_above[tied] = np.searchsorted(negatives, values[tied], side="right")
+    return _Ranking(
+        positives=np.diff(first, append=positives.size),
+        above=negatives.size - not_above,
+        at_least=negatives.size - below,
+    )
+
+
+def _auroc(ranking: _Ranking, num_negatives: int) -> float:
+    num_positives = int(ranking.positives.sum())
+    # Twice the Mann-Whitney count of wrongly ordered pairs, in integers.
+    wrong = int((ranking.positives * (ranking.above + ranking.at_least)).sum())
+    pairs = 2 * num_positives * num_negatives
+    return (pairs - wrong) / pairs
+
+
+def _average_precision(ranking: _Ranking) -> float:
+    # Thresholds at values that no positive has add no recall, so those of the positives are all.
+    hits = _hits(ranking)
+    precision = hits / (hits + ranking.at_least)
+    return float((ranking.positives * precision).sum() / hits[0])
+
+
+def _f1_max(ranking: _Ranking) -> float:
+    # A threshold between two positive values only adds false alarms to the upper one's.
+    hits = _hits(ranking)
+    return float((2 * hits / (hits + ranking.at_least + hits[0])).max())
+
+
+def _hits(ranking: _Ranking) -> NDArray[np.int64]:
+    """Positives at or above each value."""
+    return np.cumsum(ranking.positives[::-1])[::-1]
+
+
+def _aupro(ranking: _Ranking, regions: NDArray[np.int32], limit: float) -> float:
+    """AUPRO from ranked defect pixels; `regions` in their ascending order, `limit` in normal pixels.
+
+    While the threshold crosses a value, false positives grow from `above` to `at_least` and the pixel is
+    covered in step, since interpolation draws one straight segment through the tie; from there on
+    it is covered. Its area up to the limit is therefore
+        limit - (above + at_least) / 2              where the segment ends within the limit,
+        (limit - above)² / (2 (at_least - above))   where the limit cuts it: the triangle up to the cut,
+        0                                           where it begins beyond.
+    """
+    above, at_least = ranking.above, ranking.at_least
+    areas = np.maximum(limit - (above + at_least) / 2, 0)
+    cut = (above < limit) & (limit < at_least)
+    areas[cut] = (limit - above[cut]) ** 2 / (2 * (at_least[cut] - above[cut]))
+    # Each component adds up its pixels by ascending value, whatever batch it came in.
+    sums = np.bincount(regions, weights=np.repeat(areas, ranking.positives))
+    means = sums / np.bincount(regions)
+    return math.fsum(means) / (limit * means.size)
+
+
+def _regions(masks: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """Per defect pixel in raster order, the number of its 8-connected component, counted from 0."""
+    regions = []
+    for mask in masks[masks.any(axis=(1, 2))]:
+        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        components, _ = ndimage.label(box, _EIGHT_NEIGHBOURS)
+        regions.append(components[box] - 1)
+    return _joined_regions(regions)
+
+
+def _joined_regions(numbered: Iterable[NDArray[np.int32]]) -> NDArray[np.int32]:
+    """Concatenates component numbers so that no two parts share one."""
+    joined = [np.empty(0, dtype=np.int32)]
+    count = 0
+    for regions in numbered:
+        joined.append(regions + np.int32(count))
+        count += int(regions.max(initial=-1)) + 1
+    return np.concatenate(joined)
+
+
+def _rd_area(pixels: NDArray[Any], mask: NDArray[np.bool_]) -> float:
+    normals, defects = pixels[~mask], pixels[mask]
+    _require_both(defects.size, normals.size, "pixel (in each defective image)")
+    lowest, highest = float(pixels.min()), float(pixels.max())
+    thresholds = lowest + (highest - lowest) / _RD_STEPS * np.arange(_RD_STEPS)
+    fpr = (normals.size - np.searchsorted(np.sort(normals), thresholds, side="right")) / normals.size
+
+    regions = _regions(mask[None])
+    sizes = np.bincount(regions)
+    # A pixel is covered at each threshold strictly below it, so the curve is a sum from the far end.
+    covering = np.searchsorted(thresholds, defects)
+    weight_at = np.bincount(covering, weights=1 / sizes[regions], minlength=_RD_STEPS + 1) / sizes.size
+    pro = np.cumsum(weight_at[::-1])[::-1][1:]
+
+    kept = fpr < AUPRO_FPR_LIMIT
+    fpr, pro = fpr[kept][::-1], pro[kept][::-1]
+    if not fpr.size:
+        return 0.0
+    if fpr[-1] == 0:
+        return float(pro[-1])
+    return float(np.trapezoid(pro, fpr / fpr[-1]))
+
+
+def _split_scores(scores: Array, labels: Array) -> tuple[NDArray[Any], NDArray[Any]]:
+    values, anomalous = _checked_scores(scores, labels)
+    positives, negatives = values[anomalous], values[~anomalous]
+    _require_both(positives.size, negatives.size, "score")
+    return positives, negatives
+
+
+def _checked_scores(scores: Array, labels: Array) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    values, anomalous = _as_finite(scores, "scores"), _as_binary(labels, "labels")
+    if values.ndim != 1 or values.shape != anomalous.shape:
+        raise ValueError(f"expected scores and labels of one shape (N,), got {values.shape} and {anomalous.shape}.")
+    return values, anomalous
+
+
+def _checked_maps(maps: Array, masks: Array) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    pixels, mask = _as_finite(maps, "maps"), _as_binary(masks, "masks")
+    if pixels.ndim != 3 or pixels.shape != mask.shape:
+        raise ValueError(
+            f"expected maps and masks of one shape (N, H, W), got {pixels.shape} and {mask.shape}; "
+            "drop a channel axis, resize masks with nearest."
+        )
+    return pixels, mask
+
+
+def _require_both(num_anomalous: int, num_normal: int, what: str) -> None:
+    if not (num_anomalous and num_normal):
+        raise ValueError(
+            f"expected at least one anomalous and one normal {what}, "
+            f"got {num_anomalous} anomalous and {num_normal} normal; give a set with both."
+        )
+
+
+def _as_finite(values: Array, name: str) -> NDArray[Any]:
+    array = _as_numpy(values)
+    if array.dtype.kind not in "fiub":
+        raise ValueError(f"expected {name} of real numbers, got dtype {array.dtype}.")
+    # Widens halves and integers; float32 and float64 stay as they are, and so does their order.
+    array = array.astype(np.result_type(array.dtype, np.float32), copy=False)
+    finite = np.isfinite(array)
+    if not finite.all():
+        wrong = array.size - np.count_nonzero(finite)
+        raise ValueError(f"expected finite {name}, got {wrong} NaN or infinite of {array.size}; check the model.")
+    return array
+
+
+def _as_binary(values: Array, name: str) -> NDArray[np.bool_]:
+    array = _as_numpy(values)
+    ones: NDArray[np.bool_] = array == 1
+    if array.dtype != np.bool_ and not (ones | (array == 0)).all():
+        raise ValueError(f"expected {name} of 0 and 1 only, got other values; binarise them first.")
+    return ones
+
+
+def _as_numpy(values: Array) -> NDArray[Any]:
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        # numpy has no bfloat16; float32 holds each of its values.
+        return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+    return np.asarray(values)

@@ -1,0 +1,28 @@
+"""The networks: a frozen teacher and the students that imitate it."""
+
+from dskd.model.embedding import DeepFeatureEmbedding
+from dskd.model.network import StudentPyramids, Students, build_students
+from dskd.model.students import StudentDecoder, StudentEncoder
+from dskd.model.teacher import (
+    Pyramid,
+    Teacher,
+    TeacherUnavailable,
+    build_teacher,
+    normalize,
+    weights_fingerprint,
+)
+
+__all__ = [
+    "DeepFeatureEmbedding",
+    "Pyramid",
+    "StudentDecoder",
+    "StudentEncoder",
+    "StudentPyramids",
+    "Students",
+    "Teacher",
+    "TeacherUnavailable",
+    "build_students",
+    "build_teacher",
+    "normalize",
+    "weights_fingerprint",
+]

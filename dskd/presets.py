@@ -1,0 +1,23 @@
+"""The published methods as configurations of the one network."""
+
+from dskd.config import LossConfig, ModelConfig, RunConfig, ScoreConfig, TrainConfig
+
+PRESETS: dict[str, RunConfig] = {
+    # Yao, Gao, arXiv 2402.00448. The paper's text is silent on the layers, the optimiser and the
+    # fusion; every value here is our reconstruction and not the paper's.
+    "dskd": RunConfig(),
+    # Wang et al., BMVC 2021, arXiv 2103.04257 v3.
+    "stfpm": RunConfig(
+        model=ModelConfig(student_decoder=False),
+        loss=LossConfig(encoder_match="position"),
+        score=ScoreConfig(level_fusion="product", blur_sigma=0.0),
+        train=TrainConfig(optimizer="sgd", learning_rate=0.4, batch_size=32, epochs=100),
+    ),
+    # Deng, Li, CVPR 2022, arXiv 2201.10703; WideResNet50-2 in the paper.
+    "rd4ad": RunConfig(
+        model=ModelConfig(student_encoder=False, decoder_input="teacher"),
+        loss=LossConfig(decoder_match="flattened"),
+        score=ScoreConfig(level_fusion="sum", blur_sigma=4.0),
+        train=TrainConfig(optimizer="adam", learning_rate=0.005, batch_size=16, epochs=200),
+    ),
+}

@@ -1,0 +1,24 @@
+"""Entry: `python tune/search.py --data DIR`, locally or as a Ray job; `--help` lists the flags."""
+
+import sys
+
+import tyro
+
+from tune.settings import SearchSettings
+
+
+def main() -> None:
+    """Search as the flags say; bad input ends with one line and exit code 2."""
+    try:
+        settings = tyro.cli(SearchSettings, prog="tune/search.py")
+    except ValueError as error:
+        print(f"search: error: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(2)
+    # Ray, MLflow and torch take seconds to import; --help and a mistyped flag need none of them.
+    from tune.launch import launch
+
+    sys.exit(launch(settings))
+
+
+if __name__ == "__main__":
+    main()

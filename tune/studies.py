@@ -1,0 +1,131 @@
+"""All categories of a search: a process for each, one writer for what they report, the champions at the end."""
+
+import dataclasses
+import math
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import ray
+import ray.exceptions
+from ray.util.queue import Empty, Queue
+
+from tune.champions import Champion, crown, evaluate_on_test, note_run
+from tune.progress import Progress
+from tune.settings import SearchSettings
+from tune.storage import Storage
+from tune.study import Study, search_category
+from tune.tracking import CategoryEnded, Tracker
+from tune.worker import Assignment
+
+# A decorated function would be pickled by value and lose its module's state; this one goes by reference.
+_search_category = ray.remote(num_cpus=0, max_retries=3)(search_category)
+
+
+class Outcome(NamedTuple):
+    """How the search of one category ended."""
+
+    category: str
+    num_trials: int
+    num_pruned: int
+    num_failed: int
+    champion: Champion | None
+    """None where no trial finished."""
+    error: str
+    """Why there is no champion; empty where there is one."""
+
+
+def run_search(
+    settings: SearchSettings, categories: Sequence[str], assignment: Assignment, tracker: Tracker, progress: Progress
+) -> list[Outcome]:
+    """Search every category, as many side by side as the cluster holds trials; outcomes in their order.
+
+    An error in one category is its outcome and does not stop the others.
+    """
+    slots = settings.max_concurrent or concurrent_trials(assignment)
+    side_by_side = min(len(categories), slots)
+    concurrency = max(1, slots // side_by_side)
+    events = Queue(actor_options={"num_cpus": 0})
+    all_done = threading.Event()
+
+    def relay() -> None:
+        while True:
+            try:
+                event = events.get(timeout=1)
+            except Empty:
+                if all_done.is_set():
+                    return
+                continue
+            tracker.put(event)
+            progress.show(event)
+
+    def search(category: str) -> Outcome:
+        mine = dataclasses.replace(
+            assignment, category=category, workers_uri=f"{settings.search_uri}/workers/{category}"
+        )
+        try:
+            study = ray.get(_search_category.remote(settings, mine, concurrency, events))
+            return _conclude(settings, mine, study, tracker, progress)
+        except Exception as error:  # whatever it was, the other categories go on
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            tracker.put(CategoryEnded(category, "failed", {}, {"dskd.error": reason}))
+            return Outcome(category, 0, 0, 0, None, reason)
+
+    relaying = threading.Thread(target=relay, name="events")
+    relaying.start()
+    try:
+        with ThreadPoolExecutor(side_by_side, thread_name_prefix="category") as pool:
+            return list(pool.map(search, categories))
+    finally:
+        all_done.set()
+        relaying.join()
+
+
+def concurrent_trials(assignment: Assignment) -> int:
+    """How many trials the cluster can hold at once, at least 1."""
+    have = ray.cluster_resources()
+    needs = {"CPU": assignment.cpus_per_worker, "GPU": assignment.gpus_per_worker}
+    return max(
+        1,
+        min(
+            math.floor(have.get(name, 0) / (need * assignment.num_workers) + 1e-9)
+            for name, need in needs.items()
+            if need > 0
+        ),
+    )
+
+
+def _conclude(
+    settings: SearchSettings, assignment: Assignment, study: Study, tracker: Tracker, progress: Progress
+) -> Outcome:
+    category, counts = assignment.category, (study.num_trials, study.num_pruned, len(study.errors))
+    if study.best is None:
+        reason = study.errors[-1] if study.errors else "no trial reached its last epoch"
+        tracker.put(CategoryEnded(category, "failed", {}, {"dskd.error": reason}))
+        return Outcome(category, *counts, None, reason)
+    trial_id, detector = study.best
+    progress.say(f"{category}: trial {trial_id} is the best, evaluating it once on the test images")
+    resources = {"num_cpus": assignment.cpus_per_worker, "num_gpus": assignment.gpus_per_worker}
+    threads = max(1, int(assignment.cpus_per_worker))
+    tested = ray.get(evaluate_on_test.options(**resources).remote(detector, assignment.data, category, threads))
+    storage = Storage(settings.search_uri)
+    with TemporaryDirectory(prefix="dskd-") as temporary:
+        local = Path(temporary) / "detector"
+        champion, record = crown(storage, category, trial_id, detector, tested, local)
+        registered = tracker.register_champion(category, trial_id, local, record.metrics, record.data_sha256)
+    champion = champion._replace(run_id=registered.run_id)
+    note_run(storage, champion)
+    tags = {"dskd.champion_trial": trial_id, "dskd.champion_model": f"{registered.model}/{registered.version}"}
+    tracker.put(CategoryEnded(category, "finished", {}, tags))
+    return Outcome(category, *counts, champion, "")
+
+
+def summary(outcomes: Sequence[Outcome]) -> list[Mapping[str, Any]]:
+    """One plain document per category, for --json."""
+    return [
+        {**outcome._asdict(), "champion": outcome.champion._asdict() if outcome.champion else None}
+        for outcome in outcomes
+    ]

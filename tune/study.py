@@ -1,0 +1,188 @@
+"""One category's search, in a process of its own: an Optuna study driven by a Ray Tune experiment.
+
+Ray Tune keeps module-level state that two experiments in one process corrupt (seen with Ray 2.60:
+"dictionary changed size during iteration"), hence a process per category.
+"""
+
+import functools
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import optuna
+import ray
+import ray.tune
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search.optuna import OptunaSearch
+from ray.util.queue import Queue
+
+from dskd.config import RunConfig
+from tune.settings import SearchSettings
+from tune.space import known_good, search_space, with_suggestions
+from tune.tracking import EpochDone, Status, TrialEnded, TrialStarted
+from tune.trial import MAX_FAILURES, run_trial, trial_resources
+from tune.worker import DETECTOR_FOLDER, Assignment
+
+_REDUCTION = 3
+_EPOCH_METRICS = ("loss", "encoder_loss", "decoder_loss", "hard_loss", "images_per_second", "seconds", "objective")
+
+
+class Study(NamedTuple):
+    """What the trials of a category came to."""
+
+    num_trials: int
+    num_pruned: int
+    errors: tuple[str, ...]
+    """Why trials failed, one each."""
+    best: tuple[str, str] | None
+    """(trial id, address of its detector folder); None where no trial reached its last epoch."""
+
+
+def search_category(settings: SearchSettings, assignment: Assignment, concurrency: int, events: Queue) -> Study:
+    """Run or continue the trials of `assignment.category`, telling `events` what happens to them.
+
+    Meant to run in a Ray task: started again where its process was lost, it goes on from Tune's last
+    snapshot.
+    """
+    _quieten()
+    base = RunConfig.from_dict(assignment.config)
+    _revived.update(assignment=assignment, events=events, study_url=settings.studies)
+    trainable = ray.tune.with_resources(
+        ray.tune.with_parameters(run_trial, assignment=assignment), trial_resources(assignment)
+    )
+    folder, name = f"{settings.search_uri}/tune", assignment.category
+    if ray.tune.Tuner.can_restore(f"{folder}/{name}"):
+        tuner = ray.tune.Tuner.restore(f"{folder}/{name}", trainable, resume_unfinished=True)
+    else:
+        tuner = ray.tune.Tuner(
+            trainable,
+            tune_config=ray.tune.TuneConfig(
+                metric="objective",
+                mode="max",
+                num_samples=settings.trials,
+                max_concurrent_trials=concurrency,
+                reuse_actors=True,
+                search_alg=OptunaSearch(
+                    functools.partial(search_space, base=base),
+                    metric="objective",
+                    mode="max",
+                    sampler=optuna.samplers.TPESampler(seed=settings.seed, multivariate=True),
+                    storage=StudyStorage(settings.studies),
+                    study_name=f"{settings.name}/{name}",
+                    points_to_evaluate=known_good(base)[: settings.trials],
+                ),
+                scheduler=ASHAScheduler(
+                    time_attr="epoch",
+                    max_t=base.train.epochs,
+                    grace_period=max(1, base.train.epochs // _REDUCTION**2),
+                    reduction_factor=_REDUCTION,
+                ),
+                trial_name_creator=_trial_id,
+                trial_dirname_creator=_trial_id,
+            ),
+            run_config=ray.tune.RunConfig(
+                name=name,
+                storage_path=folder,
+                failure_config=ray.tune.FailureConfig(max_failures=MAX_FAILURES),
+                checkpoint_config=ray.tune.CheckpointConfig(num_to_keep=1),
+                callbacks=[_Observe()],
+                verbose=0,
+            ),
+        )
+    return _summarise(tuner.fit(), base.train.epochs)
+
+
+def _summarise(results: ray.tune.ResultGrid, epochs: int) -> Study:
+    finished, num_pruned, errors = [], 0, []
+    for result in results:
+        metrics = result.metrics or {}
+        detector = _detector_uri(result)
+        if result.error or metrics.get("error"):
+            errors.append(str(metrics.get("error") or result.error).strip().splitlines()[-1])
+        elif metrics.get("epoch", 0) < epochs or detector is None:
+            num_pruned += 1
+        else:
+            finished.append((metrics["objective"], metrics["trial_id"], detector))
+    best = max(finished)[1:] if finished else None
+    return Study(len(results), num_pruned, tuple(errors), best)
+
+
+def _detector_uri(result: ray.tune.Result) -> str | None:
+    """Where a finished trial left its detector; a nested Ray Train job reports the place as a metric."""
+    path = (result.metrics or {}).get("checkpoint_path") or (result.checkpoint.path if result.checkpoint else None)
+    if path is None:
+        return None
+    is_s3 = getattr(result.filesystem, "type_name", "") == "s3"
+    return f"{'s3://' if is_s3 and '://' not in path else ''}{path}/{DETECTOR_FOLDER}"
+
+
+# Tune pickles its callbacks and its searcher into the experiment's folder and revives them there when a
+# search is continued; what must not be pickled, a password or a handle, is found again here.
+_revived: dict[str, Any] = {}
+
+
+class StudyStorage(optuna.storages.RDBStorage):
+    """Optuna's storage, whose pickled form holds no URL: Tune's snapshots must not carry a password."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url, engine_kwargs={"pool_pre_ping": True})
+
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        return _revive_storage, ()
+
+
+def _revive_storage() -> StudyStorage:
+    return StudyStorage(_revived["study_url"])
+
+
+class _Observe(ray.tune.Callback):
+    """Sends what happens to the trials of this process's category to the search's driver."""
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        assignment: Assignment = _revived["assignment"]
+        config = with_suggestions(RunConfig.from_dict(assignment.config), trial.config)
+        weights = assignment.teacher_weights
+        params = config.flat() | {
+            "teacher_weights": weights if weights in ("hub", "random") else Path(weights).name,
+            "num_workers": assignment.num_workers,
+        }
+        _revived["events"].put(TrialStarted(assignment.category, trial.trial_id, params))
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        metrics = {
+            name: float(value)
+            for name, value in result.items()
+            if (name in _EPOCH_METRICS or name.startswith("val/")) and isinstance(value, int | float)
+        }
+        now = int(time.time() * 1000)
+        category = _revived["assignment"].category
+        _revived["events"].put(EpochDone(category, trial.trial_id, int(result["epoch"]), metrics, now))
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        last = trial.last_result or {}
+        is_last = last.get("epoch", 0) >= _revived["assignment"].config["train"]["epochs"]
+        error = str(last.get("error") or "")
+        self._ended(trial, "failed" if error else "finished" if is_last else "pruned", error)
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._ended(trial, "failed", str(trial.get_error() or "unknown error"))
+
+    def _ended(self, trial: Trial, status: Status, error: str) -> None:
+        _revived["events"].put(TrialEnded(_revived["assignment"].category, trial.trial_id, status, error))
+
+
+def _trial_id(trial: Trial) -> str:
+    return str(trial.trial_id)
+
+
+def _quieten() -> None:
+    """Tune's console and its log files per trial are replaced by the events."""
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    for name in ("ray.tune", "ray.train", "optuna", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)

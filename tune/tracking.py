@@ -1,0 +1,300 @@
+"""MLflow, through one writer per search; the only module that imports it.
+
+Training never waits for the tracking server: events go into a queue, one thread writes them, and
+tries again for as long as the server is away. A search that ends while it still is away leaves the
+unwritten events in a file instead of losing them.
+"""
+
+import json
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+logger = logging.getLogger(__name__)
+
+_LONGEST_PAUSE = 15.0
+_MAX_VALUE = 5000
+"""Characters of a parameter or tag that every MLflow store takes."""
+
+Status = Literal["finished", "pruned", "failed"]
+_RUN_STATUS = {"finished": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
+
+
+class TrialStarted(NamedTuple):
+    category: str
+    trial_id: str
+    params: Mapping[str, Any]
+
+
+class EpochDone(NamedTuple):
+    category: str
+    trial_id: str
+    epoch: int
+    """Counted from 1."""
+    metrics: Mapping[str, float]
+    time_ms: int
+
+
+class TrialEnded(NamedTuple):
+    category: str
+    trial_id: str
+    status: Status
+    error: str
+
+
+class CategoryEnded(NamedTuple):
+    category: str
+    status: Status
+    metrics: Mapping[str, float]
+    tags: Mapping[str, str]
+
+
+Event = TrialStarted | EpochDone | TrialEnded | CategoryEnded
+
+
+class Registration(NamedTuple):
+    """Where a champion stands in MLflow."""
+
+    run_id: str
+    model: str
+    version: str
+    is_champion: bool
+    """Whether the alias `champion` points to it; not so where an earlier version is better."""
+
+
+def prepare_client() -> None:
+    """Settings of MLflow's client that must be in place before its first request."""
+    # The writer tries again by itself, for longer and without blocking anyone.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    logging.getLogger("mlflow.utils.requests_utils").setLevel(logging.ERROR)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+
+
+def check_server(uri: str) -> None:
+    """Raise ConnectionError, in one line, where the tracking server does not answer."""
+    prepare_client()
+    try:
+        MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
+    except MlflowException as error:
+        reason = str(error).splitlines()[0][:300]
+        raise ConnectionError(f"MLflow at {without_password(uri)} does not answer: {reason}") from None
+
+
+def without_password(uri: str) -> str:
+    """The URI without its user and password, fit for a log."""
+    scheme, separator, rest = uri.partition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}" if "@" in rest else uri
+
+
+class Tracker:
+    """One search in MLflow: its experiment, a parent run per category, a child run per trial.
+
+    Runs are found again by their tags, so that a search which is continued writes to the same ones.
+    """
+
+    def __init__(
+        self, uri: str, search: str, *, artifact_location: str | None, tags: Mapping[str, str], unsent: Path
+    ) -> None:
+        prepare_client()
+        self._client = MlflowClient(tracking_uri=uri)
+        self._registry = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        self._search = search
+        self._artifact_location = artifact_location
+        self._tags = dict(tags)
+        self._unsent = unsent
+        self._runs: dict[tuple[str, str], str] = {}
+        self._experiment = ""
+        self._events: queue.Queue[Event | None] = queue.Queue()
+        self._writing = threading.Lock()
+        self._give_up = threading.Event()
+        self._writer = threading.Thread(target=self._write_all, name="mlflow writer", daemon=True)
+        self._writer.start()
+
+    def put(self, event: Event) -> None:
+        """Hand over an event; returns at once."""
+        self._events.put(event)
+
+    def close(self, patience: float) -> int:
+        """Write what is left, for at most `patience` seconds; the number of events saved to file instead."""
+        self._events.put(None)
+        self._writer.join(patience)
+        if not self._writer.is_alive():
+            return 0
+        self._give_up.set()
+        self._writer.join(60)
+        left: list[Event] = []
+        while not self._events.empty():
+            if (event := self._events.get()) is not None:
+                left.append(event)
+        with self._unsent.open("a") as file:
+            for event in left:
+                file.write(json.dumps({"event": type(event).__name__, **event._asdict()}) + "\n")
+        return len(left)
+
+    def wait_until_written(self) -> None:
+        """Return when every event handed over so far is in MLflow."""
+        self._events.join()
+
+    def register_champion(
+        self, category: str, trial_id: str, detector: Path, metrics: Mapping[str, float], data_sha256: str
+    ) -> Registration:
+        """Log a detector folder and its figures to the trial's run and register it as `dskd-<category>`.
+
+        It becomes `champion` unless the present champion, chosen on the same images, has a higher
+        validation objective. Tries again while the server is away.
+        """
+        with self._writing:
+            run_id = self._insistently(lambda: self._trial_run(category, trial_id))
+            parent = self._insistently(lambda: self._category_run(category))
+            self._insistently(lambda: self._client.log_artifacts(run_id, str(detector), "detector"))
+            for run in (run_id, parent):
+                self._insistently(lambda run=run: self._client.log_batch(run, metrics=_metrics(metrics, 0)))
+            self._insistently(lambda: self._client.set_tag(parent, "dskd.champion_run", run_id))
+            return self._insistently(lambda: self._register(category, run_id, metrics["val/objective"], data_sha256))
+
+    def _register(self, category: str, run_id: str, objective: float, data_sha256: str) -> Registration:
+        model = f"dskd-{category}"
+        if not self._registry.search_registered_models(f"name = '{model}'", max_results=1):
+            self._registry.create_registered_model(model)
+        versions = self._registry.search_model_versions(f"name = '{model}'")
+        mine = [version for version in versions if version.run_id == run_id]
+        tags = {"dskd.objective": repr(objective), "dskd.data_sha256": data_sha256, **self._tags}
+        if mine:
+            version = mine[0]
+        else:
+            source = f"{self._client.get_run(run_id).info.artifact_uri}/detector"
+            version = self._registry.create_model_version(model, source, run_id, tags=tags)
+        holder = next((other for other in versions if "champion" in (other.aliases or [])), None)
+        is_better = (
+            holder is None
+            or holder.tags.get("dskd.data_sha256") != data_sha256
+            or float(holder.tags.get("dskd.objective", "0")) <= objective
+        )
+        if is_better:
+            self._registry.set_registered_model_alias(model, "champion", version.version)
+        return Registration(run_id, model, str(version.version), is_better)
+
+    def _write_all(self) -> None:
+        while (event := self._events.get()) is not None:
+            with self._writing:
+                try:
+                    self._insistently(lambda event=event: self._write(event))
+                except _GivenUp:
+                    self._events.put(event)
+                    self._events.task_done()
+                    return
+                except Exception:  # a fault of ours in one event must not stop the others
+                    logger.exception("could not track %s of %s", type(event).__name__, event.category)
+            self._events.task_done()
+        self._events.task_done()
+
+    def _insistently(self, write: Any) -> Any:
+        pause = 0.5
+        while True:
+            try:
+                return write()
+            except MlflowException as error:
+                if not _is_outage(error):
+                    raise
+                if pause >= 2:
+                    logger.warning(
+                        "the MLflow server does not answer, trying again: %s",
+                        str(error).splitlines()[0][:200],
+                    )
+            if self._give_up.wait(pause):
+                raise _GivenUp
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _write(self, event: Event) -> None:
+        if isinstance(event, CategoryEnded):
+            run = self._category_run(event.category)
+            tags = [RunTag(name, value[:_MAX_VALUE]) for name, value in event.tags.items()]
+            self._client.log_batch(run, metrics=_metrics(event.metrics, 0), tags=tags)
+            self._client.set_terminated(run, _RUN_STATUS[event.status])
+            return
+        run = self._trial_run(event.category, event.trial_id)
+        if isinstance(event, TrialStarted):
+            params = [Param(name, str(value)[:_MAX_VALUE]) for name, value in event.params.items()]
+            self._client.log_batch(run, params=params)
+        elif isinstance(event, EpochDone):
+            self._client.log_batch(run, metrics=_metrics(event.metrics, event.epoch, event.time_ms))
+        else:
+            self._client.set_tag(run, "dskd.status", event.status)
+            if event.error:
+                self._client.set_tag(run, "dskd.error", event.error[:_MAX_VALUE])
+            self._client.set_terminated(run, _RUN_STATUS[event.status])
+
+    def _category_run(self, category: str) -> str:
+        return self._run(category, "", category, {})
+
+    def _trial_run(self, category: str, trial_id: str) -> str:
+        parent = self._category_run(category)
+        return self._run(category, trial_id, f"{category}-{trial_id}", {"mlflow.parentRunId": parent})
+
+    def _run(self, category: str, trial_id: str, name: str, more: dict[str, str]) -> str:
+        if (category, trial_id) in self._runs:
+            return self._runs[category, trial_id]
+        experiment = self._experiment_id()
+        wanted = f"tags.`dskd.category` = '{category}' and tags.`dskd.trial` = '{trial_id or '-'}'"
+        found = self._client.search_runs([experiment], wanted, max_results=1)
+        if found:
+            run_id = found[0].info.run_id
+            self._client.update_run(run_id, status="RUNNING")
+        else:
+            tags = {
+                "dskd.category": category,
+                "dskd.trial": trial_id or "-",
+                "mlflow.source.name": "tune/search.py",
+            }
+            run_id = self._client.create_run(experiment, tags=tags | self._tags | more, run_name=name).info.run_id
+        self._runs[category, trial_id] = run_id
+        return run_id
+
+    def _experiment_id(self) -> str:
+        if not self._experiment:
+            known = self._client.get_experiment_by_name(self._search)
+            self._experiment = (
+                known.experiment_id
+                if known
+                else self._client.create_experiment(self._search, artifact_location=self._artifact_location)
+            )
+        return self._experiment
+
+
+class _GivenUp(Exception):
+    """The search ends and the tracking server is still away."""
+
+
+def _is_outage(error: MlflowException) -> bool:
+    """Whether trying again can help: no answer, or the server's own failure, but not a refused request."""
+    return error.get_http_status_code() >= 500 or "Max retries exceeded" in str(error)
+
+
+def _metrics(metrics: Mapping[str, float], step: int, time_ms: int | None = None) -> list[Metric]:
+    now = time_ms or int(time.time() * 1000)
+    return [Metric(name, float(value), now, step) for name, value in metrics.items()]
+
+
+def tracking_ui_command(uri: str) -> str:
+    """What a person types to see the runs."""
+    if uri.startswith(("http://", "https://")):
+        return f"open {without_password(uri)}"
+    return f"mlflow ui --backend-store-uri {without_password(uri)}"
+
+
+def run_link(uri: str, run_id: str) -> str:
+    """Address of a run's page on a tracking server; the run's id where there is no such server."""
+    if not run_id or not uri.startswith(("http://", "https://")):
+        return run_id
+    experiment = MlflowClient(tracking_uri=uri).get_run(run_id).info.experiment_id
+    return f"{without_password(uri).rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -26,11 +27,14 @@ Bytes: TypeAlias = NDArray[np.uint8]
 Floats: TypeAlias = NDArray[np.float32]
 Mask: TypeAlias = NDArray[np.bool_]
 
+CATEGORIES: tuple[str, ...] = ("board", "fabric", "flange")
+"""What can be drawn."""
+
 _VERSION = 1  # of the pictures: another drawing of the same parameters is another data set
 _MANIFEST = "demo.json"
 _MIN_SIZE = 64
 _NOTICEABLE = 8  # of 255
-_ATTEMPTS = 20
+_ATTEMPTS = 40  # of a defect to be seen; most need one
 
 
 class _Defect(NamedTuple):
@@ -39,7 +43,7 @@ class _Defect(NamedTuple):
 
 
 Draw: TypeAlias = Callable[[Generator, int, _Defect | None], Floats]
-"""Renders one scene (S, S, 3), linear light in [0, 1]. Takes the same numbers from the generator with and
+"""Renders one scene (S, S, 3), linear light where 1 is about white. Takes the same numbers from the generator with and
 without a defect, so that two calls with equal generators show the same part."""
 
 
@@ -54,17 +58,152 @@ class _Item(NamedTuple):
     category: str
     split: str
     defect: str
-    index: int
+    number: int
 
     @property
     def image(self) -> Path:
-        return Path(self.category, self.split, self.defect, f"{self.index:03d}.png")
+        return Path(self.category, self.split, self.defect, f"{self.number:03d}.png")
 
     @property
     def mask(self) -> Path | None:
         if self.defect == "good":
             return None
-        return Path(self.category, "ground_truth", self.defect, f"{self.index:03d}_mask.png")
+        return Path(self.category, "ground_truth", self.defect, f"{self.number:03d}_mask.png")
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.image] if self.mask is None else [self.image, self.mask]
+
+
+def draw_dataset(
+    root: Path,
+    *,
+    categories: tuple[str, ...] = CATEGORIES,
+    num_train: int = 40,
+    num_test: int = 24,
+    image_size: int = 256,
+    seed: int = 0,
+) -> None:
+    """Draws good and defective pictures of each category below `root`, in the MVTec AD layout.
+
+    `num_train` and `num_test` count pictures of one category; half of the test pictures are defective, in
+    turn of every kind. Masks are 0 or 255. The same parameters give the same bytes with the same versions
+    of NumPy, SciPy and Pillow, and a picture does not change when more are asked for. `root` appears when
+    it is complete; if it already holds the complete set of the same parameters, nothing is done.
+    Raises ValueError on an unknown category, fewer than 2 pictures of a split, sizes below 64 pixels,
+    negative seeds, and a `root` that holds anything else.
+    """
+    _check_request(categories, num_train, num_test, image_size, seed)
+    root = root.absolute()
+    items = list(_plan(categories, num_train, num_test))
+    request = {
+        "version": _VERSION,
+        "categories": sorted(categories),
+        "num_train": num_train,
+        "num_test": num_test,
+        "image_size": image_size,
+        "seed": seed,
+    }
+    if _is_done(root, request, items):
+        return
+    root.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+    try:
+        made = staging / root.name
+        for folder in {(made / path).parent for item in items for path in item.files}:
+            folder.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+            list(pool.map(lambda item: _draw_item(made, item, image_size, seed), items))
+        (made / _MANIFEST).write_text(json.dumps(request, indent=2) + "\n")
+        try:
+            made.rename(root)
+        except OSError:
+            # another process may have drawn the same set in the meantime
+            if not _is_done(root, request, items):
+                raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _check_request(categories: tuple[str, ...], num_train: int, num_test: int, image_size: int, seed: int) -> None:
+    unknown = sorted(set(categories) - set(CATEGORIES))
+    if unknown or not categories or len(set(categories)) < len(categories):
+        raise ValueError(f"categories must be different ones of {', '.join(CATEGORIES)}; got {categories}.")
+    if num_train < 2 or num_test < 2:
+        raise ValueError(f"num_train and num_test must be at least 2, got {num_train} and {num_test}.")
+    if image_size < _MIN_SIZE:
+        raise ValueError(f"image_size must be at least {_MIN_SIZE} pixels, got {image_size}.")
+    if seed < 0:
+        raise ValueError(f"seed must not be negative, got {seed}.")
+
+
+def _plan(categories: tuple[str, ...], num_train: int, num_test: int) -> Iterator[_Item]:
+    for category in categories:
+        kinds = _PRODUCTS[category].defects
+        yield from (_Item(category, "train", "good", number) for number in range(num_train))
+        yield from (_Item(category, "test", "good", number) for number in range(num_test - num_test // 2))
+        for number in range(num_test // 2):
+            yield _Item(category, "test", kinds[number % len(kinds)], number // len(kinds))
+
+
+def _is_done(root: Path, request: dict[str, Any], items: list[_Item]) -> bool:
+    """False where `root` may be written; ValueError where it holds something else."""
+    if not root.exists():
+        return False
+    if not root.is_dir():
+        raise ValueError(f"{root} is a file; name a new folder for the data set.")
+    if not any(root.iterdir()):
+        return False
+    try:
+        found = json.loads((root / _MANIFEST).read_text())
+    except (OSError, ValueError):
+        raise ValueError(f"{root} is not empty and holds no drawn data set; name a new folder.") from None
+    if found != request:
+        raise ValueError(f"{root} holds a data set of other parameters ({_MANIFEST}); name a new folder or delete it.")
+    missing = [path for item in items for path in item.files if not (root / path).is_file()]
+    if missing:
+        raise ValueError(f"{root} lacks {len(missing)} of its files, such as {missing[0]}; delete it and draw again.")
+    return True
+
+
+def _draw_item(root: Path, item: _Item, image_size: int, seed: int) -> None:
+    product, scale = _PRODUCTS[item.category], 2 if image_size >= 128 else 3
+
+    def numbers(*purpose: int) -> Generator:
+        key = zlib.crc32(f"{item.category}/{item.split}/{item.defect}".encode())
+        return np.random.default_rng([seed, key, item.number, *purpose])
+
+    def picture(defect: _Defect | None) -> Bytes:
+        return _photograph(numbers(1), product.draw(numbers(0), image_size * scale, defect), scale)
+
+    image = picture(None)
+    if item.mask is not None:
+        image, mask = _first_visible(image, lambda a: picture(_Defect(item.defect, numbers(2, a))))
+        Image.fromarray(np.where(mask, 255, 0).astype(np.uint8)).save(root / item.mask)
+    # sensor noise hardly compresses: the fastest level costs 4 % of size and saves most of the time
+    Image.fromarray(image).save(root / item.image, compress_level=1)
+
+
+def _first_visible(clean: Bytes, attempt: Callable[[int], Bytes]) -> tuple[Bytes, Mask]:
+    for number in range(_ATTEMPTS):
+        found = _compare(clean, attempt(number))
+        if found is not None:
+            return found
+    raise AssertionError(f"none of {_ATTEMPTS} drawings of a defect can be seen.")
+
+
+def _compare(clean: Bytes, defective: Bytes) -> tuple[Bytes, Mask] | None:
+    """The defective picture and its mask; None where the defect is hidden, outside or too faint."""
+    difference = np.abs(defective.astype(np.int16) - clean).max(axis=2)
+    labels, count = ndimage.label(difference > _NOTICEABLE, structure=np.ones((3, 3)))
+    keep = np.bincount(labels.ravel(), minlength=count + 1) >= max(4, labels.size // 8192)
+    keep[0] = False
+    mask = keep[labels]
+    if mask.sum() < max(4, 0.0004 * mask.size) or np.percentile(difference[mask], 75) < 1.5 * _NOTICEABLE:
+        return None
+    mask |= ndimage.binary_closing(mask)
+    specks = (labels > 0) & ~mask  # such as a shadow's far edge, one level more or less
+    return np.where(specks[..., None], clean, defective), mask
 
 
 # ------------------------------------------------------------------------------------------------ the lab
@@ -75,7 +214,7 @@ def _noise(rng: Generator, size: int, down: float, across: float) -> Floats:
     rows, columns = max(2, round(down) + 1), max(2, round(across) + 1)
     coarse = Image.fromarray(rng.standard_normal((rows, columns)).astype(np.float32))
     field = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))
-    return field / max(float(field.std()), 1e-6)
+    return np.asarray(field / np.float32(max(float(field.std()), 1e-6)))
 
 
 def _soft(field: Floats, sigma: float) -> Floats:
@@ -122,7 +261,8 @@ class _Lamp(NamedTuple):
     diffuse: Floats
     gloss: Floats
     """Cosine between the surface normal and the half vector."""
-    half: tuple[Floats, Floats, Floats]
+    half_x: Floats
+    half_y: Floats
 
 
 def _light(height: Floats, position: tuple[float, float, float]) -> _Lamp:
@@ -131,14 +271,14 @@ def _light(height: Floats, position: tuple[float, float, float]) -> _Lamp:
     down, across = np.gradient(height, np.float32(2 / size))
     u, v = _grid(size)
     x, y, z = np.float32(position[0]) - u, np.float32(position[1]) - v, np.float32(position[2])
-    distance = np.sqrt(x * x + y * y + z * z)
-    x, y, z = x / distance, y / distance, z / distance
+    inverse = 1 / np.sqrt(x * x + y * y + z * z)
+    to_x, to_y, to_z = x * inverse, y * inverse, z * inverse
+    inverse = 1 / np.sqrt(to_x * to_x + to_y * to_y + (to_z + 1) ** 2)
+    half_x, half_y, half_z = to_x * inverse, to_y * inverse, (to_z + 1) * inverse
     steepness = np.sqrt(1 + across * across + down * down)
-    half_length = np.sqrt(x * x + y * y + (z + 1) ** 2)
-    half = x / half_length, y / half_length, (z + 1) / half_length
-    diffuse = np.clip((z - x * across - y * down) / steepness, 0, None)
-    gloss = np.clip((half[2] - half[0] * across - half[1] * down) / steepness, 0, None)
-    return _Lamp(diffuse, gloss, half)
+    diffuse = np.clip((to_z - to_x * across - to_y * down) / steepness, 0, None)
+    gloss = np.clip((half_z - half_x * across - half_y * down) / steepness, 0, None)
+    return _Lamp(*(np.asarray(field, dtype=np.float32) for field in (diffuse, gloss, half_x, half_y)))
 
 
 def _line(size: int, points: NDArray[Any], width: float) -> Floats:
@@ -148,9 +288,9 @@ def _line(size: int, points: NDArray[Any], width: float) -> Floats:
     pixels = (points + 1) * (size / 2)
     count = len(pixels) - 1
     for index in range(count):
-        thickness = width * size / 2 * min(1.0, 0.4 + 4 * min(index + 1, count - index) / count)
+        thickness = max(width * size / 2, 2.5) * min(1.0, 0.4 + 4 * min(index + 1, count - index) / count)
         pen.line([tuple(pixels[index]), tuple(pixels[index + 1])], fill=255, width=max(1, round(thickness)))
-    return ndimage.gaussian_filter(np.asarray(canvas, dtype=np.float32) / 255, 0.6)
+    return np.asarray(ndimage.gaussian_filter(np.asarray(canvas, dtype=np.float32) / 255, 0.6))
 
 
 def _wander(rng: Generator, centre: tuple[float, float], length: float, bend: float) -> NDArray[Any]:
@@ -160,7 +300,7 @@ def _wander(rng: Generator, centre: tuple[float, float], length: float, bend: fl
     heading = rng.uniform(0, 2 * np.pi) + np.cumsum(bends)
     points = np.stack([np.cos(heading), np.sin(heading)], axis=1).cumsum(axis=0) * (length / steps)
     points = np.concatenate([np.zeros((1, 2)), points])
-    return points - points.mean(axis=0) + np.asarray(centre)
+    return np.asarray(points - points.mean(axis=0) + np.asarray(centre))
 
 
 def _blob(rng: Generator, size: int, centre: tuple[float, float], radius: float, ragged: float) -> Floats:
@@ -195,7 +335,7 @@ def _photograph(rng: Generator, light: Floats, scale: int) -> Bytes:
     # a film-like shoulder instead of a hard cut at white
     pixels = np.clip(pixels, 0, None)
     pixels = np.where(pixels < 0.7, pixels, 0.7 + 0.3 * np.tanh((pixels - 0.7) / 0.3))
-    return np.rint(255 * pixels ** (1 / 2.2)).clip(0, 255).astype(np.uint8)
+    return np.asarray(np.rint(255 * pixels ** (1 / 2.2)).clip(0, 255), dtype=np.uint8)
 
 
 # ------------------------------------------------------------------------------------------------- flange
@@ -271,7 +411,7 @@ def _flange(rng: Generator, size: int, defect: _Defect | None) -> Floats:
     along_x, along_y = -(sin * c + cos * s), cos * c - sin * s  # the tool's direction in the picture
     shine = np.zeros_like(radius)
     for source, strength in ((key, 1.25), (fill, 0.55)):
-        across = along_x * source.half[0] + along_y * source.half[1] + np.float32(0.03) * ring
+        across = along_x * source.half_x + along_y * source.half_y + np.float32(0.03) * ring
         # light on grooves spreads across them (Kajiya and Kay 1989, eq. 16)
         shine += np.float32(strength) * _sharpen(np.clip(1 - across * across, 0, 1), 16) * _sharpen(source.gloss, 8)
     shine *= 1 + np.float32(0.07) * ring + np.float32(0.04) * cloud
@@ -317,10 +457,10 @@ def _fabric(rng: Generator, size: int, defect: _Defect | None) -> Floats:
         centre = (float(defect.rng.uniform(-0.75, 0.75)), float(defect.rng.uniform(-0.75, 0.75)))
     opening = np.ones((size, size), np.float32)
     if defect is not None and defect.kind == "hole":
-        reach = defect.rng.uniform(0.04, 0.10)
+        reach = defect.rng.uniform(0.05, 0.085)
         blob = _blob(defect.rng, size, centre, reach, 0.2)
         du, dv = _grid(size, x=centre[0], y=centre[1])
-        push = np.exp(-(du * du + dv * dv) / np.float32(2 * (1.6 * reach) ** 2)) * np.float32(0.45)
+        push = np.exp(-(du * du + dv * dv) / np.float32(2 * (1.3 * reach) ** 2)) * np.float32(0.40)
         u, v = u - push * du, v - push * dv  # the threads around have been pulled apart
         opening = 1 - _step(blob + np.float32(0.02) * upright, 0.03)
 
@@ -399,9 +539,14 @@ def _fabric(rng: Generator, size: int, defect: _Defect | None) -> Floats:
 # -------------------------------------------------------------------------------------------------- board
 
 
-_PINS = 7
-_GREEN, _TRACE, _TIN, _DARK = (13, 66, 42), (27, 96, 58), (196, 194, 186), (30, 30, 33)
-_SILK, _HOLE, _TAN, _BARE = (214, 217, 208), (9, 12, 10), (158, 124, 84), (176, 138, 92)
+_Colour: TypeAlias = tuple[int, int, int]
+
+_GREEN, _TRACK, _TIN, _DARK = (12, 62, 40), (36, 110, 66), (196, 194, 186), (30, 30, 33)
+_SILK, _HOLE, _TAN, _BARE, _CAN = (214, 217, 208), (9, 12, 10), (158, 124, 84), (176, 138, 92), (172, 174, 176)
+_ROWS = tuple(0.30 + 0.133 * row for row in range(4))  # of the small parts, left and right
+_PINS = tuple(0.365 + 0.045 * pin for pin in range(7))  # of the chip, left and right
+_PADS = tuple(0.22 + 0.08 * pad for pad in range(8))  # of the connectors, above and below
+_TALL = 60  # heights above are parts, below is the bare board
 
 
 class _Sheet(NamedTuple):
@@ -411,24 +556,40 @@ class _Sheet(NamedTuple):
     height: Image.Image
     metal: Image.Image
 
-    def polygon(self, points: NDArray[Any], colour: tuple[int, int, int], height: int, metal: int) -> None:
+    def polygon(self, points: NDArray[Any], colour: _Colour, height: int, metal: int) -> None:
         corners = [(float(x), float(y)) for x, y in np.asarray(points) * self.colour.width]
-        for layer, value in zip(self, (colour, height, metal), strict=True):
-            ImageDraw.Draw(layer).polygon(corners, fill=value)
+        ImageDraw.Draw(self.colour).polygon(corners, fill=colour)
+        ImageDraw.Draw(self.height).polygon(corners, fill=height)
+        ImageDraw.Draw(self.metal).polygon(corners, fill=metal)
 
-    def disc(self, x: float, y: float, radius: float, colour: tuple[int, int, int], height: int, metal: int) -> None:
-        turns = np.linspace(0, 2 * np.pi, 33)
-        self.polygon(np.stack([x + radius * np.cos(turns), y + radius * np.sin(turns)], 1), colour, height, metal)
+    def track(self, points: NDArray[Any], width: float, colour: _Colour, height: int) -> None:
+        corners = [(float(x), float(y)) for x, y in np.asarray(points) * self.colour.width]
+        pixels = round(width * self.colour.width)
+        ImageDraw.Draw(self.colour).line(corners, fill=colour, width=pixels, joint="curve")
+        ImageDraw.Draw(self.height).line(corners, fill=height, width=pixels, joint="curve")
 
-    def track(self, points: list[tuple[float, float]], width: float, colour: tuple[int, int, int], height: int) -> None:
-        pixels = [(x * self.colour.width, y * self.colour.width) for x, y in points]
-        for layer, value in zip(self[:2], (colour, height), strict=True):
-            ImageDraw.Draw(layer).line(pixels, fill=value, width=round(width * self.colour.width), joint="curve")
+    def text(self, x: float, y: float, words: str, size: float, colour: _Colour) -> None:
+        _write(self.colour, x, y, words, size, colour)
 
 
-def _write(layer: Image.Image, x: float, y: float, words: str, size: float, colour: Any) -> None:
+def _write(layer: Image.Image, x: float, y: float, words: str, size: float, colour: _Colour | int) -> None:
     font = ImageFont.load_default(size * layer.width)
     ImageDraw.Draw(layer).text((x * layer.width, y * layer.width), words, fill=colour, font=font, anchor="mm")
+
+
+def _rectangle(x: float, y: float, width: float, height: float, turn: float = 0.0) -> NDArray[Any]:
+    corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * [width / 2, height / 2]
+    cos, sin = np.cos(turn), np.sin(turn)
+    return np.asarray(corners @ np.array([[cos, sin], [-sin, cos]]) + [x, y])
+
+
+def _ellipse(x: float, y: float, width: float, height: float) -> NDArray[Any]:
+    turns = np.linspace(0, 2 * np.pi, 33)
+    return np.stack([x + width / 2 * np.cos(turns), y + height / 2 * np.sin(turns)], axis=1)
+
+
+def _disc(x: float, y: float, radius: float) -> NDArray[Any]:
+    return _ellipse(x, y, 2 * radius, 2 * radius)
 
 
 @functools.lru_cache(maxsize=1)
@@ -436,50 +597,32 @@ def _lettering(canvas: int) -> Image.Image:
     """Coverage of everything printed on the bare board."""
     layer = Image.new("L", (canvas, canvas))
     _write(layer, 0.5, 0.055, "DK-42  REV C", 0.034, 255)
-    for pad in range(8):
-        _write(layer, 0.22 + 0.08 * pad, 0.945, str(pad + 1), 0.026, 255)
-    for part in range(4):
-        for x, kind in ((0.185, "R"), (0.815, "C")):
-            _write(layer, x, 0.257 + 0.133 * part, f"{kind}{part + 1}", 0.026, 255)
+    for number, x in enumerate(_PADS, start=1):
+        _write(layer, x, 0.945, str(number), 0.026, 255)
+    for number, y in enumerate(_ROWS, start=1):
+        _write(layer, 0.185, y - 0.043, f"R{number}", 0.026, 255)
+        _write(layer, 0.815, y - 0.043, f"C{number}", 0.026, 255)
     return layer
 
 
-def _rectangle(x: float, y: float, width: float, height: float, turn: float = 0.0) -> NDArray[Any]:
-    corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * [width / 2, height / 2]
-    cos, sin = np.cos(turn), np.sin(turn)
-    return corners @ np.array([[cos, sin], [-sin, cos]]) + [x, y]
+def _tracks() -> list[NDArray[Any]]:
+    """The copper of the one board that all pictures show: polylines (K, 2)."""
+    half = []
+    for row, pin in zip(_ROWS, _PINS[::2], strict=True):
+        half.append([(0.35, pin), (0.31, pin), (0.31 - abs(pin - row), row), (0.22, row)])
+        half.append([(0.15, row), (0.105, row), (0.085, row + 0.02), (0.085, 0.74)])
+    half.extend([(0.35, pin), (0.285, pin)] for pin in _PINS[1::2])
+    for number, x in enumerate(_PADS[1:4]):
+        inner = 0.405 + 0.035 * number
+        half.append([(x, 0.12), (x, 0.19), (inner, 0.19 + inner - x), (inner, 0.30)])
+        half.append([(x, 0.88), (x, 0.84 - 0.025 * number), (inner, 0.74 - 0.01 * number), (inner, 0.66)])
+    half.append([(0.22, 0.12), (0.22, 0.18), (0.15, 0.25), (0.085, 0.25), (0.085, 0.34)])
+    half.append([(0.22, 0.88), (0.22, 0.80), (0.16, 0.74), (0.085, 0.74)])
+    left = [np.array(points) for points in half]
+    return left + [points * [-1, 1] + [1, 0] for points in left]
 
 
-def _tracks() -> list[list[tuple[float, float]]]:
-    """The copper of the one board that all pictures show."""
-    tracks = []
-    for side in (0, 1):
-
-        def at(x: float, y: float, mirrored: int = side) -> tuple[float, float]:
-            return (1 - x if mirrored else x, y)
-
-        for part in range(4):
-            pin, row = 0.365 + 0.09 * part, 0.30 + 0.133 * part
-            bend = 0.31 - abs(pin - row)
-            tracks.append([at(0.35, pin), at(0.31, pin), at(bend, row), at(0.22, row)])
-            tracks.append([at(0.15, row), at(0.105, row), at(0.085, row + 0.02), at(0.085, 0.74)])
-        for part in range(3):
-            pin = 0.41 + 0.09 * part
-            tracks.append([at(0.35, pin), at(0.285, pin)])
-        for pad in range(3):
-            column = 0.22 + 0.08 * (pad + 1)
-            inner = 0.405 + 0.035 * pad
-            tracks.append([at(column, 0.12), at(column, 0.19), at(inner, 0.19 + inner - column), at(inner, 0.30)])
-            tracks.append(
-                [at(column, 0.88), at(column, 0.84 - 0.025 * pad), at(inner, 0.74 - 0.01 * pad), at(inner, 0.66)]
-            )
-        tracks.append([at(0.22, 0.12), at(0.22, 0.18), at(0.15, 0.25), at(0.085, 0.25), at(0.085, 0.34)])
-        tracks.append([at(0.22, 0.88), at(0.22, 0.80), at(0.16, 0.74), at(0.085, 0.74)])
-    return tracks
-
-
-def _draw_board(rng: Generator, canvas: int, defect: _Defect | None) -> _Sheet:
-    kind, r = ("", rng) if defect is None else defect
+def _draw_bare_board(rng: Generator, canvas: int, defect: _Defect | None) -> _Sheet:
     sheet = _Sheet(
         Image.new("RGB", (canvas, canvas), _GREEN),
         Image.new("L", (canvas, canvas), 20),
@@ -487,85 +630,93 @@ def _draw_board(rng: Generator, canvas: int, defect: _Defect | None) -> _Sheet:
     )
     tracks = _tracks()
     for points in tracks:
-        sheet.track(points, 0.011, _TRACE, 25)
-    if kind == "open_track":
-        points = tracks[r.integers(len(tracks))]
-        lengths = [float(np.hypot(b[0] - a[0], b[1] - a[1])) for a, b in itertools.pairwise(points)]
-        longest = int(np.argmax(lengths))
-        start, end = np.array(points[longest]), np.array(points[longest + 1])
-        share, half = r.uniform(0.35, 0.65), r.uniform(0.008, 0.02) / lengths[longest]
-        gap = [start + (end - start) * (share + step) for step in (-half, half)]
-        sheet.track([tuple(gap[0]), tuple(gap[1])], 0.017, _GREEN, 20)
-    for x in (0.075, 0.925):
-        for y in (0.075, 0.925):
-            sheet.disc(x, y, 0.040, _TIN, 26, 200)
-            sheet.disc(x, y, 0.024, _HOLE, 0, 0)
-    for pad in range(8):
-        for y in (0.12, 0.88):
-            x, swell = 0.22 + 0.08 * pad, rng.normal(0, 0.0006)
-            sheet.disc(x, y, 0.025 + swell, _TIN, 32, 210)
-            sheet.disc(x + rng.normal(0, 0.0006), y + rng.normal(0, 0.0006), 0.012, _HOLE, 0, 0)
-    for side in (0.285, 0.715):
-        for part in range(3):
-            sheet.disc(side, 0.41 + 0.09 * part, 0.011, _TIN, 28, 200)
-            sheet.disc(side, 0.41 + 0.09 * part, 0.005, _HOLE, 0, 0)
+        sheet.track(points, 0.013, _TRACK, 26)
+    if defect is not None and defect.kind == "open_track":
+        points = tracks[defect.rng.integers(len(tracks))]
+        lengths = np.hypot(*np.diff(points, axis=0).T)
+        start = int(np.argmax(lengths))
+        middle, half = (
+            defect.rng.uniform(0.35, 0.65),
+            max(defect.rng.uniform(0.012, 0.028), 9 / canvas) / lengths[start],
+        )
+        ends = np.array([[middle - half], [middle + half]])
+        sheet.track(points[start] + ends * (points[start + 1] - points[start]), 0.020, _GREEN, 20)
+    for x, y in itertools.product((0.075, 0.925), repeat=2):
+        sheet.polygon(_disc(x, y, 0.040), _TIN, 26, 200)
+        sheet.polygon(_disc(x, y, 0.024), _HOLE, 0, 0)
+    for x, y in itertools.product(_PADS, (0.12, 0.88)):
+        swell, dx, dy = rng.normal(0, 0.0006, size=3)
+        sheet.polygon(_disc(x, y, 0.025 + swell), _TIN, 32, 210)
+        sheet.polygon(_disc(x + dx, y + dy, 0.012), _HOLE, 0, 0)
+    for x, y in itertools.product((0.285, 0.715), _PINS[1::2]):
+        sheet.polygon(_disc(x, y, 0.011), _TIN, 28, 200)
+        sheet.polygon(_disc(x, y, 0.005), _HOLE, 0, 0)
     sheet.colour.paste(_SILK, mask=_lettering(canvas))
-
-    victim = r.integers(9) if kind in ("missing_part", "skewed_part") else -1
-    number = 0
-    for x, body, size in ((0.185, _DARK, (0.046, 0.042)), (0.815, _TAN, (0.044, 0.046))):
-        for part in range(4):
-            y = 0.30 + 0.133 * part
-            dx, dy, turn = rng.normal(0, 0.0015), rng.normal(0, 0.0015), rng.normal(0, 0.012)
-            for end in (-0.036, 0.036):
-                sheet.polygon(_rectangle(x + end, y, 0.034, 0.052), _TIN, 30, 190)
-            if number == victim and kind == "skewed_part":
-                turn, dx, dy = r.choice([-1, 1]) * r.uniform(0.3, 0.9), dx + r.normal(0, 0.008), dy + r.normal(0, 0.008)
-            if number != victim or kind == "skewed_part":
-                for end in (-0.032, 0.032):
-                    across, down = end * np.cos(turn), end * np.sin(turn)
-                    sheet.polygon(_rectangle(x + dx + across, y + dy + down, 0.020, 0.042, turn), _TIN, 95, 230)
-                sheet.polygon(_rectangle(x + dx, y + dy, size[0], size[1], turn), body, 100, 0)
-                if x < 0.5 and number != victim:
-                    _write(sheet.colour, x + dx, y + dy, "103", 0.021, (190, 190, 188))
-            number += 1
-    for side in (-1, 1):
-        for pin in range(_PINS):
-            y = 0.365 + 0.045 * pin
-            sheet.polygon(_rectangle(0.5 + side * 0.148, y, 0.052, 0.026), _TIN, 30, 190)
-            sheet.polygon(_rectangle(0.5 + side * 0.134, y + rng.normal(0, 0.0008), 0.052, 0.017), _TIN, 62, 235)
-    if kind == "solder_bridge":
-        for _ in range(r.integers(1, 3)):
-            side, pin = r.choice([-1, 1]), r.integers(_PINS - 1)
-            x, y = 0.5 + side * r.uniform(0.145, 0.16), 0.3875 + 0.045 * pin
-            width, length = r.uniform(0.008, 0.016), 0.028
-            turns = np.linspace(0, 2 * np.pi, 33)
-            wobble = 1 + 0.12 * np.sin(3 * turns + r.uniform(0, 6))
-            ring = np.stack([x + width * wobble * np.cos(turns), y + length * wobble * np.sin(turns)], 1)
-            sheet.polygon(ring, _TIN, 58, 240)
-    dx, dy, turn = rng.normal(0, 0.0015), rng.normal(0, 0.0015), rng.normal(0, 0.004)
-    sheet.polygon(_rectangle(0.5 + dx, 0.5 + dy, 0.232, 0.345, turn), _DARK, 140, 0)
-    sheet.disc(0.415 + dx, 0.355 + dy, 0.011, (18, 18, 20), 130, 0)
-    _write(sheet.colour, 0.5 + dx, 0.475 + dy, "74HC165", 0.038, (150, 150, 150))
-    _write(sheet.colour, 0.5 + dx, 0.52 + dy, "K2403", 0.030, (135, 135, 135))
-    for end in (-0.085, 0.085):
-        sheet.disc(0.5 + end, 0.765, 0.016, _TIN, 32, 200)
-    if victim != 8 or kind == "skewed_part":
-        turn = rng.normal(0, 0.015) + (r.choice([-1, 1]) * r.uniform(0.15, 0.4) if victim == 8 else 0)
-        can = _rectangle(0.5, 0.765, 0.125, 0.062, turn)
-        for left, right in ((can[0], can[3]), (can[1], can[2])):
-            sheet.disc(*((left + right) / 2), 0.031, (172, 174, 176), 110, 255)
-        sheet.polygon(can, (172, 174, 176), 110, 255)
-    else:
-        rng.normal()
-    if kind == "scratch":
-        path = (_wander(r, tuple(r.uniform(-0.6, 0.6, size=2)), r.uniform(0.25, 0.6), 0.03) + 1) / 2
-        cut = Image.fromarray(np.uint8(255 * _line(canvas, 2 * path - 1, r.uniform(0.008, 0.014))))
-        flat = np.asarray(sheet.height) < 60  # parts stand above what the tool touched
-        cut = Image.fromarray(np.where(flat, np.asarray(cut), 0).astype(np.uint8))
-        for layer, value in zip(sheet, (_BARE, 18, 150), strict=True):
-            layer.paste(value, mask=cut)
     return sheet
+
+
+def _mount_small_parts(rng: Generator, sheet: _Sheet, defect: _Defect | None) -> None:
+    """Resistors on the left, capacitors on the right, a crystal below the chip."""
+    kind, victim = "", -1
+    if defect is not None and defect.kind in ("missing_part", "skewed_part"):
+        kind, victim = defect.kind, int(defect.rng.integers(9))
+    for number, (x, y) in enumerate(itertools.product((0.185, 0.815), _ROWS)):
+        dx, dy = rng.normal(0, 0.0015, size=2)
+        turn = rng.normal(0, 0.012)
+        for end in (-0.036, 0.036):
+            sheet.polygon(_rectangle(x + end, y, 0.034, 0.052), _TIN, 30, 190)
+        if number == victim and kind == "missing_part":
+            continue
+        if number == victim and defect is not None:
+            turn = float(defect.rng.choice([-1, 1]) * defect.rng.uniform(0.3, 0.9))
+            dx, dy = defect.rng.normal(0, 0.008, size=2)
+        for end in (-0.032, 0.032):
+            tip = x + dx + end * np.cos(turn), y + dy + end * np.sin(turn)
+            sheet.polygon(_rectangle(*tip, 0.020, 0.042, turn), _TIN, 95, 230)
+        sheet.polygon(_rectangle(x + dx, y + dy, 0.046, 0.043, turn), _DARK if x < 0.5 else _TAN, 100, 0)
+        if x < 0.5 and number != victim:
+            sheet.text(x + dx, y + dy, "103", 0.021, (190, 190, 188))
+    turn = rng.normal(0, 0.015)
+    for end in (-0.085, 0.085):
+        sheet.polygon(_disc(0.5 + end, 0.765, 0.016), _TIN, 32, 200)
+    if victim == 8 and kind == "missing_part":
+        return
+    if victim == 8 and defect is not None:
+        turn = float(defect.rng.choice([-1, 1]) * defect.rng.uniform(0.15, 0.4))
+    can = _rectangle(0.5, 0.765, 0.125, 0.062, turn)
+    for x, y in ((can[0] + can[3]) / 2, (can[1] + can[2]) / 2):
+        sheet.polygon(_disc(x, y, 0.031), _CAN, 110, 255)
+    sheet.polygon(can, _CAN, 110, 255)
+
+
+def _mount_chip(rng: Generator, sheet: _Sheet, defect: _Defect | None) -> None:
+    for side, y in itertools.product((-1, 1), _PINS):
+        sheet.polygon(_rectangle(0.5 + side * 0.148, y, 0.052, 0.026), _TIN, 30, 190)
+        sheet.polygon(_rectangle(0.5 + side * 0.134, y + rng.normal(0, 0.0008), 0.052, 0.017), _TIN, 62, 235)
+    if defect is not None and defect.kind == "solder_bridge":
+        r = defect.rng
+        for _ in range(r.integers(1, 3)):
+            x = 0.5 + r.choice([-1, 1]) * r.uniform(0.145, 0.16)
+            y = (_PINS[0] + _PINS[1]) / 2 + 0.045 * r.integers(6)
+            ring = _ellipse(x, y, r.uniform(0.016, 0.032), 0.056)
+            bulge = 1 + 0.12 * np.sin(3 * np.linspace(0, 2 * np.pi, len(ring)) + r.uniform(0, 6))
+            sheet.polygon((ring - [x, y]) * bulge[:, None] + [x, y], _TIN, 58, 240)
+    dx, dy = rng.normal(0, 0.0015, size=2)
+    sheet.polygon(_rectangle(0.5 + dx, 0.5 + dy, 0.232, 0.345, rng.normal(0, 0.004)), _DARK, 140, 0)
+    sheet.polygon(_disc(0.415 + dx, 0.355 + dy, 0.011), (18, 18, 20), 130, 0)
+    sheet.text(0.5 + dx, 0.475 + dy, "74HC165", 0.038, (150, 150, 150))
+    sheet.text(0.5 + dx, 0.52 + dy, "K2403", 0.030, (135, 135, 135))
+
+
+def _scratch_board(sheet: _Sheet, r: Generator) -> None:
+    """Cuts through the green lacquer, not through the parts that stand above it."""
+    centre = float(r.uniform(-0.7, 0.7)), float(r.uniform(-0.7, 0.7))
+    cut = _line(sheet.colour.width, _wander(r, centre, r.uniform(0.25, 0.6), 0.03), r.uniform(0.010, 0.018))
+    cut = np.where(np.asarray(sheet.height) < _TALL, cut, np.float32(0))
+    mask = Image.fromarray(np.asarray(255 * cut, dtype=np.uint8))
+    sheet.colour.paste(_BARE, mask=mask)
+    sheet.height.paste(18, mask=mask)
+    sheet.metal.paste(150, mask=mask)
 
 
 def _board(rng: Generator, size: int, defect: _Defect | None) -> Floats:
@@ -575,23 +726,26 @@ def _board(rng: Generator, size: int, defect: _Defect | None) -> Floats:
     lamp = (rng.normal(-1.2, 0.2), rng.normal(-1.5, 0.2), rng.normal(1.8, 0.1))
     u, v = _grid(size, turn=turn, zoom=zoom, x=x, y=y)
     grain, cloud = _noise(rng, size, size / 2, size / 2), _noise(rng, size, 6, 6)
-    sheet = _draw_board(rng, 2 * size, defect)
+    sheet = _draw_bare_board(rng, 2 * size, defect)
+    _mount_small_parts(rng, sheet, defect)
+    _mount_chip(rng, sheet, defect)
+    if defect is not None and defect.kind == "scratch":
+        _scratch_board(sheet, defect.rng)
 
     # picture to sheet: the grid above, written as the matrix that Pillow wants
     scale = 0.5 * size
     cos, sin = np.cos(turn) / zoom, np.sin(turn) / zoom
     across = (cos, sin, scale - cos * (scale + x * scale) - sin * (scale + y * scale))
     down = (-sin, cos, scale + sin * (scale + x * scale) - cos * (scale + y * scale))
-    colour, relief, metal = (
+    colour_bytes, relief_bytes, metal_bytes = (
         np.asarray(
-            layer.reduce(2).transform(
-                (size, size), Image.Transform.AFFINE, (*across, *down), Image.Resampling.BILINEAR
-            ),
+            layer.reduce(2).transform((size, size), Image.Transform.AFFINE, (*across, *down), Image.Resampling.BILINEAR)
         )
         for layer in sheet
     )
     linear = (np.arange(256, dtype=np.float32) / 255) ** np.float32(2.2)
-    colour, relief, metal = linear[colour], relief / np.float32(255), metal / np.float32(255)
+    colour, metal = linear[colour_bytes], metal_bytes / np.float32(255)
+    relief = relief_bytes / np.float32(255)
 
     corner = np.float32(0.06)
     out = np.hypot(np.clip(np.abs(u) - 1 + corner, 0, None), np.clip(np.abs(v) - 1 + corner, 0, None)) - corner
@@ -631,7 +785,7 @@ def _board(rng: Generator, size: int, defect: _Defect | None) -> Floats:
 
 
 _PRODUCTS: dict[str, _Product] = {
-    "flange": _Product(_flange, ("chip", "dent", "missing_hole", "rust", "scratch")),
-    "fabric": _Product(_fabric, ("broken_thread", "foreign_fibre", "hole", "misweave", "stain")),
     "board": _Product(_board, ("missing_part", "open_track", "residue", "scratch", "skewed_part", "solder_bridge")),
+    "fabric": _Product(_fabric, ("broken_thread", "foreign_fibre", "hole", "misweave", "stain")),
+    "flange": _Product(_flange, ("chip", "dent", "missing_hole", "rust", "scratch")),
 }

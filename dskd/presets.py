@@ -3,9 +3,10 @@
 from dskd.config import LossConfig, ModelConfig, RunConfig, ScoreConfig, TrainConfig
 
 PRESETS: dict[str, RunConfig] = {
-    # Yao, Gao, arXiv 2402.00448. The paper's text is silent on the layers, the optimiser and the
-    # fusion; every value here is our reconstruction and not the paper's.
-    "dskd": RunConfig(),
+    # Yao, Gao, arXiv 2402.00448. What is public of the paper is silent on the layers, the optimiser and
+    # the fusion; every value here is our reconstruction and not the paper's. A step that falls to zero
+    # stills the student encoder, which swings from epoch to epoch under a constant one.
+    "dskd": RunConfig(train=TrainConfig(schedule="cosine")),
     # Wang et al., BMVC 2021, arXiv 2103.04257 v3.
     "stfpm": RunConfig(
         model=ModelConfig(student_decoder=False),

@@ -64,7 +64,9 @@ def search_category(settings: SearchSettings, assignment: Assignment, concurrenc
                 mode="max",
                 num_samples=settings.trials,
                 max_concurrent_trials=concurrency,
-                reuse_actors=True,
+                # A process that serves trial after trial saves seconds each; one whose workers are stopped
+                # from outside must not live on.
+                reuse_actors=assignment.num_workers == 1,
                 search_alg=OptunaSearch(
                     functools.partial(search_space, base=base),
                     metric="objective",
@@ -76,7 +78,8 @@ def search_category(settings: SearchSettings, assignment: Assignment, concurrenc
                 ),
                 scheduler=ASHAScheduler(
                     time_attr="epoch",
-                    max_t=base.train.epochs,
+                    # Beyond the last epoch, which a trial reaches and ends by itself.
+                    max_t=base.train.epochs + 1,
                     grace_period=max(1, base.train.epochs // _REDUCTION**2),
                     reduction_factor=_REDUCTION,
                 ),

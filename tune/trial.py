@@ -17,6 +17,7 @@ from tune.worker import Assignment, run_worker, train
 
 MAX_FAILURES = 3
 """Times that a trial starts again from its last checkpoint after its process or node was lost."""
+_DRIVER_MEMORY = 512 * 2**20
 
 
 def run_trial(suggested: Mapping[str, Any], assignment: Assignment) -> None:
@@ -62,7 +63,9 @@ def _train_with_workers(assignment: Assignment, trial_id: str) -> None:
 def trial_resources(assignment: Assignment) -> ray.tune.PlacementGroupFactory:
     """What Tune reserves for a trial; the workers of a nested Ray Train job reserve their own."""
     if assignment.num_workers > 1:
-        return ray.tune.PlacementGroupFactory([{"CPU": 0}])
+        # No CPU: the workers may need every one. Ray refuses an empty reservation, so take the memory
+        # that this waiting process really uses.
+        return ray.tune.PlacementGroupFactory([{"memory": _DRIVER_MEMORY}])
     bundle = {"CPU": assignment.cpus_per_worker}
     if assignment.gpus_per_worker > 0:
         bundle["GPU"] = assignment.gpus_per_worker

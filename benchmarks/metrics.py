@@ -12,11 +12,11 @@ from collections.abc import Callable
 from statistics import median
 
 import numpy as np
-import scipy  # type: ignore[import-untyped]
-import sklearn  # type: ignore[import-untyped]
+import scipy
+import sklearn
 import torch
 from scipy import ndimage
-from sklearn.metrics import average_precision_score, roc_auc_score  # type: ignore[import-untyped]
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 from dskd import metrics
 from dskd.metrics import MetricState, compute, merge, update

@@ -7,7 +7,7 @@ else. torch is imported only by the commands that compute, so that help comes at
 import functools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -97,7 +97,7 @@ def train(
     for progress in run.epochs():
         epoch, scores = progress.epoch, progress.scores
         _say(
-            f"epoch {epoch.index + 1:3d}/{config.train.epochs}  loss {epoch.loss:.4f}  "
+            f"epoch {epoch.number + 1:3d}/{config.train.epochs}  loss {epoch.loss:.4f}  "
             f"{epoch.images_per_second:5.1f} images/s  val image AUROC {scores.image_auroc:.3f}  "
             f"AUPRO {scores.aupro:.3f}"
         )
@@ -202,7 +202,7 @@ def predict(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; bad input ends with one line on stderr and exit code 2."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {
+    commands: dict[str, Callable[..., None]] = {
         "demo-data": demo_data,
         "train": functools.partial(train, config=PRESETS[_preset(given)]),
         "evaluate": evaluate,

@@ -170,11 +170,11 @@ class Distillation:
             )
             value = objective(scores)
             if value > self.best_objective:
-                self.best_epoch, self.best_objective, self.best_scores = epoch.index, value, scores
+                self.best_epoch, self.best_objective, self.best_scores = epoch.number, value, scores
                 self.best_weights = {
                     name: tensor.detach().cpu().clone() for name, tensor in self.students.state_dict().items()
                 }
-            self.next_epoch = epoch.index + 1
+            self.next_epoch = epoch.number + 1
             yield Progress(epoch, scores, value, self.best_objective)
 
     def save(self, folder: Path) -> None:

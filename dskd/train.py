@@ -31,7 +31,7 @@ class Shard(NamedTuple):
 class Epoch(NamedTuple):
     """What one pass over the training images gave; losses are means over all workers' steps."""
 
-    index: int
+    number: int
     """Counted from 0."""
     loss: float
     encoder_loss: float

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from scipy import ndimage  # type: ignore[import-untyped]
+from scipy import ndimage
 
 from dskd.data import defects
 from dskd.data.defects import NOTICEABLE, add_defects, find_foreground, load_textures, perlin_noise

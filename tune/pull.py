@@ -1,6 +1,7 @@
 """Entry: `python tune/pull.py CATEGORY…|all --name NAME --to DIR` delivers champions as detector folders."""
 
 import json as json_format
+import os
 import sys
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def pull(
         to: Folder that receives one detector folder per category.
         name: Name of the search.
         storage: Folder or s3://bucket/path that the search was given.
-        tracking_uri: MLflow server, for links to the runs in the table.
+        tracking_uri: MLflow server, for links to the runs in the table; $MLFLOW_TRACKING_URI unless given.
         json: Print one JSON document on stdout.
     """
     # Ray, MLflow and torch take seconds to import; --help and a mistyped flag need none of them.
@@ -39,6 +40,7 @@ def pull(
     from tune.storage import open_search
     from tune.tracking import run_link
 
+    tracking = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
     search = open_search(storage, name)
     known = champion_categories(search)
     if not known:
@@ -65,7 +67,7 @@ def pull(
         folder = to / category
         record = deliver(search, champion, folder)
         threshold = threshold_for(record.thresholds, 0.01)
-        link = run_link(tracking_uri, champion.run_id) if tracking_uri else champion.run_id[:8]
+        link = run_link(tracking, champion.run_id) if tracking else champion.run_id[:8]
         figures = ("val/objective", "test/image_auroc", "test/pixel_auroc", "test/aupro")
         table.add_row(
             f"{category} (untrained teacher)" if record.is_untrained_teacher else category,

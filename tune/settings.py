@@ -1,7 +1,7 @@
 """What a search is asked to do: the flags of `tune/search.py`, and what they default to."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -45,9 +45,10 @@ class SearchSettings:
     storage: str = LOCAL_RESULTS
     """Folder or s3://bucket/path for trial state and champions; reachable from every node."""
     tracking_uri: str | None = None
-    """MLflow server; unless given, an SQLite file in a local storage folder."""
-    study_storage: str | None = None
-    """Optuna storage URL such as postgresql://…; unless given, an SQLite file in a local storage folder."""
+    """MLflow server; unless given, $MLFLOW_TRACKING_URI, or an SQLite file in a local storage folder."""
+    study_storage: str | None = field(default=None, repr=False)
+    """Optuna storage URL such as postgresql://…; unless given, $DSKD_STUDY_STORAGE, which keeps its password
+    out of the command line, or an SQLite file in a local storage folder."""
     address: str | None = None
     """Ray cluster: auto or ray://…; unless given, the job's cluster or one started for this search."""
     seed: int = 0
@@ -58,6 +59,9 @@ class SearchSettings:
     """Print one JSON document on stdout at the end."""
 
     def __post_init__(self) -> None:
+        # Read once, here: the processes on other nodes get these values and not their own environment's.
+        for name, variable in (("tracking_uri", "MLFLOW_TRACKING_URI"), ("study_storage", "DSKD_STUDY_STORAGE")):
+            object.__setattr__(self, name, getattr(self, name) or os.environ.get(variable) or None)
         for name in ("trials", "workers_per_trial"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")

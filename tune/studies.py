@@ -86,7 +86,7 @@ def run_search(
 
 def concurrent_trials(assignment: Assignment) -> int:
     """How many trials the cluster can hold at once, at least 1."""
-    have = ray.cluster_resources()
+    have: dict[str, float] = ray.cluster_resources()
     needs = {"CPU": assignment.cpus_per_worker, "GPU": assignment.gpus_per_worker}
     return max(
         1,

@@ -47,7 +47,7 @@ def search_category(settings: SearchSettings, assignment: Assignment, concurrenc
     Meant to run in a Ray task: started again where its process was lost, it goes on from Tune's last
     snapshot.
     """
-    _quieten()
+    _set_up_tune()
     base = RunConfig.from_dict(assignment.config)
     _revived.update(assignment=assignment, events=events, study_url=settings.studies)
     trainable = ray.tune.with_resources(
@@ -95,12 +95,21 @@ def search_category(settings: SearchSettings, assignment: Assignment, concurrenc
                 verbose=0,
             ),
         )
-    return _summarise(tuner.fit(), base.train.epochs)
+    results = tuner.fit()
+    _close_abandoned(settings.studies, f"{settings.name}/{name}")
+    return _summarise(results, base.train.epochs)
+
+
+def _close_abandoned(url: str, study_name: str) -> None:
+    """Mark what a killed process asked Optuna for, and no trial took up again, as failed."""
+    study = optuna.load_study(study_name=study_name, storage=url)
+    for trial in study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]):
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
 
 
 def _summarise(results: ray.tune.ResultGrid, epochs: int) -> Study:
     finished, num_pruned, errors = [], 0, []
-    for result in results:
+    for result in (results[index] for index in range(len(results))):
         metrics = result.metrics or {}
         detector = _detector_uri(result)
         if result.error or metrics.get("error"):
@@ -183,8 +192,9 @@ def _trial_id(trial: Trial) -> str:
     return str(trial.trial_id)
 
 
-def _quieten() -> None:
-    """Tune's console and its log files per trial are replaced by the events."""
+def _set_up_tune() -> None:
+    """Tune's console and its log files per trial are replaced by the events; snapshots are frequent."""
+    os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "2"
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     for name in ("ray.tune", "ray.train", "optuna", "alembic"):

@@ -76,6 +76,8 @@ def prepare_client() -> None:
     # The writer tries again by itself, for longer and without blocking anyone.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    # Its links would mix with the one JSON document on stdout.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     logging.getLogger("mlflow.utils.requests_utils").setLevel(logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.WARNING)
 
@@ -160,7 +162,10 @@ class Tracker:
             for run in (run_id, parent):
                 self._insistently(lambda run=run: self._client.log_batch(run, metrics=_metrics(metrics, 0)))
             self._insistently(lambda: self._client.set_tag(parent, "dskd.champion_run", run_id))
-            return self._insistently(lambda: self._register(category, run_id, metrics["val/objective"], data_sha256))
+            registration: Registration = self._insistently(
+                lambda: self._register(category, run_id, metrics["val/objective"], data_sha256)
+            )
+            return registration
 
     def _register(self, category: str, run_id: str, objective: float, data_sha256: str) -> Registration:
         model = f"dskd-{category}"
@@ -257,8 +262,8 @@ class Tracker:
                 "mlflow.source.name": "tune/search.py",
             }
             run_id = self._client.create_run(experiment, tags=tags | self._tags | more, run_name=name).info.run_id
-        self._runs[category, trial_id] = run_id
-        return run_id
+        self._runs[category, trial_id] = str(run_id)
+        return self._runs[category, trial_id]
 
     def _experiment_id(self) -> str:
         if not self._experiment:

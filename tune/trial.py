@@ -52,7 +52,7 @@ def _train_with_workers(assignment: Assignment, trial_id: str) -> None:
         run_config=ray.train.RunConfig(
             name=trial_id,
             storage_path=assignment.workers_uri,
-            callbacks=[TuneReportCallback()],
+            callbacks=[TuneReportCallback()],  # type: ignore[list-item]
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
             failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
         ),

@@ -94,11 +94,11 @@ def train(
     try:
         for progress in run.epochs(trained, shard):
             metrics = {
-                "epoch": progress.epoch.index + 1,
+                "epoch": progress.epoch.number + 1,
                 "objective": progress.best_objective,
                 "val/objective": progress.objective,
                 **{f"val/{name}": value for name, value in progress.scores._asdict().items()},
-                **{name: value for name, value in progress.epoch._asdict().items() if name != "index"},
+                **{name: value for name, value in progress.epoch._asdict().items() if name != "number"},
             }
             is_last = run.next_epoch == config.train.epochs
             if shard.rank != 0 or not (is_last or time.monotonic() - saved >= CHECKPOINT_SECONDS):

@@ -55,15 +55,17 @@ class ArrayCache:
                 return hit
             self._make_room(num_bytes)
             self._write(path, shape, dtype, fill)
-        return np.load(path, mmap_mode="r")  # type: ignore[no-any-return]
+            written = self._open(path)
+        assert written is not None, "only another process's eviction in this very moment could remove it"
+        return written
 
     def _open(self, path: Path) -> npt.NDArray[Any] | None:
         try:
-            array = np.load(path, mmap_mode="r")
+            array: npt.NDArray[Any] = np.load(path, mmap_mode="r")
             os.utime(path)
         except FileNotFoundError:
             return None
-        return array  # type: ignore[no-any-return]
+        return array
 
     def _write(
         self,
@@ -75,7 +77,7 @@ class ArrayCache:
         handle, temporary = tempfile.mkstemp(dir=self._folder, prefix=f"{path.stem}-", suffix=".partial")
         os.close(handle)
         try:
-            array = np.lib.format.open_memmap(temporary, mode="w+", shape=shape, dtype=dtype)  # type: ignore[no-untyped-call]
+            array = np.lib.format.open_memmap(temporary, mode="w+", shape=shape, dtype=dtype)
             fill(array)
             array.flush()
             os.replace(temporary, path)

@@ -33,7 +33,8 @@ def heat_colours(heat: npt.NDArray[np.float32], threshold: float) -> npt.NDArray
     ).clip(0, 1) * (len(_ANCHORS) - 1)
     lower = np.minimum(position.astype(int), len(_ANCHORS) - 2)
     share = (position - lower)[..., None]
-    return ((1 - share) * _ANCHORS[lower] + share * _ANCHORS[lower + 1]).astype(np.uint8)
+    colours: npt.NDArray[np.uint8] = ((1 - share) * _ANCHORS[lower] + share * _ANCHORS[lower + 1]).astype(np.uint8)
+    return colours
 
 
 def overlay(prediction: Prediction, note: str = "") -> Image.Image:

@@ -1,0 +1,220 @@
+"""The main job for real: Ray on this machine, real studies, real MLflow stores; with real servers where they run."""
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import services
+from mlflow.tracking import MlflowClient
+
+from dskd.checkpoint import read_record
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ["--image-size", "32", "--batch-size", "4", "--teacher-weights", "random"]
+
+
+def environment(tmp: Path, **more: str) -> dict[str, str]:
+    """A clean one: neither the user's cache nor the user's servers and clusters."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("RAY_", "MLFLOW_", "DSKD_", "AWS_", "XDG_"))
+    }
+    binaries = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
+    # Ray would otherwise write its token into the home folder.
+    private = {"XDG_CACHE_HOME": str(tmp / "cache"), "RAY_AUTH_TOKEN_PATH": str(tmp / "token"), "PATH": binaries}
+    return kept | private | more
+
+
+def run(
+    *words: object, env: dict[str, str], cwd: Path = ROOT, timeout: float = 420
+) -> subprocess.CompletedProcess[str]:
+    command = [str(word) for word in words]
+    return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def search(data: Path, storage: Path, *more: object) -> list[object]:
+    return [
+        sys.executable, "tune/search.py", "--data", data, "--name", "try", "--storage", storage, *TINY, *more,
+    ]  # fmt: skip
+
+
+def tracked(uri: str, name: str) -> tuple[list[Any], list[Any]]:
+    """Parents and children of an experiment."""
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name(name)
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    children = [each for each in runs if "mlflow.parentRunId" in each.data.tags]
+    return [each for each in runs if each not in children], children
+
+
+def studied(url: str, name: str) -> list[optuna.trial.FrozenTrial]:
+    return optuna.load_study(study_name=name, storage=url).trials
+
+
+@pytest.fixture
+def token_file(tmp_path: Path) -> Path:
+    file = tmp_path / "token"
+    file.write_text(secrets.token_hex(16))
+    file.chmod(0o600)
+    return file
+
+
+@pytest.mark.cluster
+def test_embedded_search_tracks_crowns_and_delivers(mvtec_root: Path, tmp_path: Path, token_file: Path) -> None:
+    env, storage = environment(tmp_path), tmp_path / "results"
+    first = run(*search(mvtec_root, storage, "--trials", "3", "--epochs", "2", "--json"), env=env)
+    assert first.returncode == 0, first.stderr
+    outcomes = json.loads(first.stdout)["categories"]
+    assert [outcome["num_trials"] for outcome in outcomes] == [3, 3]
+    assert "UNTRAINED TEACHER" in first.stderr
+
+    parents, children = tracked(f"sqlite:///{storage}/mlflow.db", "try")
+    assert sorted(parent.data.tags["dskd.category"] for parent in parents) == [each["category"] for each in outcomes]
+    assert {child.data.tags["mlflow.parentRunId"] for child in children} == {each.info.run_id for each in parents}
+    assert len(children) == 6
+    for child in children:
+        assert child.data.tags["dskd.teacher"] == "random (untrained)"
+        assert child.data.tags["dskd.selection"] == "val"
+        assert float(child.data.params["learning_rate"]) > 0
+        assert child.info.status in ("FINISHED", "KILLED")
+    for outcome in outcomes:
+        trials = studied(f"sqlite:///{storage}/optuna.db", f"try/{outcome['category']}")
+        assert [trial.state.name for trial in trials] == ["COMPLETE"] * 3
+        chosen = next(run for run in children if run.info.run_id == outcome["champion"]["run_id"])
+        finished = [child for child in children if child.data.tags["dskd.category"] == outcome["category"]
+                    and child.data.tags["dskd.status"] == "finished"]  # fmt: skip
+        assert chosen.data.metrics["objective"] == max(child.data.metrics["objective"] for child in finished)
+        tested = [child for child in children if "test/image_auroc" in child.data.metrics]
+        assert len(tested) == 2, "the test set is looked at once per category, for its champion"
+
+    pulled = run(
+        sys.executable, "tune/pull.py", "all", "--name", "try", "--storage", storage, "--to", tmp_path / "detectors",
+        "--json", env=env,
+    )  # fmt: skip
+    assert pulled.returncode == 0, pulled.stderr
+    category = outcomes[0]["category"]
+    record = read_record(tmp_path / "detectors" / category)
+    assert record.metrics == outcomes[0]["champion"]["metrics"]
+    images = mvtec_root / category / "test"
+    verdicts = run(
+        sys.executable, "-m", "dskd.cli", "predict", tmp_path / "detectors" / category, images,
+        "--out", tmp_path / "verdicts", env=env,
+    )  # fmt: skip
+    assert verdicts.returncode == 0, verdicts.stderr
+    assert len((tmp_path / "verdicts" / "predictions.jsonl").read_text().splitlines()) == 8
+
+    again = run(*search(mvtec_root, storage, "--trials", "3", "--epochs", "2", "--json"), env=env)
+    assert again.returncode == 0, again.stderr
+    assert [each["champion"]["trial_id"] for each in json.loads(again.stdout)["categories"]] == [
+        each["champion"]["trial_id"] for each in outcomes
+    ]
+    assert len(tracked(f"sqlite:///{storage}/mlflow.db", "try")[1]) == 6, "a finished search has nothing to add"
+
+
+@pytest.mark.cluster
+def test_killed_search_goes_on_without_losing_or_doubling_a_trial(
+    mvtec_root: Path, tmp_path: Path, token_file: Path
+) -> None:
+    env, storage = environment(tmp_path, DSKD_CHECKPOINT_SECONDS="0"), tmp_path / "results"
+    category = sorted(folder.name for folder in mvtec_root.iterdir() if folder.is_dir())[0]
+    words = search(mvtec_root, storage, "--trials", "4", "--epochs", "6", "--categories", category, "--json")
+    log = (tmp_path / "log").open("w+")
+    process = subprocess.Popen([str(word) for word in words], env=env, cwd=ROOT, stderr=log, start_new_session=True)
+    deadline = time.monotonic() + 240
+    while "trial 1/4" not in (tmp_path / "log").read_text():
+        assert time.monotonic() < deadline and process.poll() is None, (tmp_path / "log").read_text()
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+    resumed = run(*words, env=env)
+    assert resumed.returncode == 0, resumed.stderr
+    assert json.loads(resumed.stdout)["categories"][0]["num_trials"] == 4
+    assert len(tracked(f"sqlite:///{storage}/mlflow.db", "try")[1]) == 4
+    states = [trial.state.name for trial in studied(f"sqlite:///{storage}/optuna.db", f"try/{category}")]
+    assert states.count("COMPLETE") == 4
+
+
+@pytest.fixture
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    for unavailable in (services.s3_unavailable, services.postgres_unavailable, services.mlflow_unavailable):
+        if reason := unavailable():
+            pytest.skip(reason)
+    with services.all_services(tmp_path_factory.mktemp("s")) as env:
+        yield env
+
+
+@pytest.fixture
+def head(tmp_path: Path, served: dict[str, str]) -> Iterator[dict[str, str]]:
+    """A token-protected Ray head with two CPUs, and the environment of a user of it."""
+    port, dashboard = services.free_port(), services.free_port()
+    env = environment(tmp_path, **served, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(16))
+    process = subprocess.Popen(
+        [
+            "ray", "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2",
+            "--disable-usage-stats", "--ray-client-server-port=0", f"--temp-dir={tmp_path / 'r'}",
+        ],
+        env=env, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        yield env | {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+@pytest.mark.services
+def test_job_on_a_cluster_with_servers_trains_in_pairs_and_frees_what_it_prunes(
+    mvtec_root: Path, tmp_path: Path, head: dict[str, str]
+) -> None:
+    checkout = tmp_path / "checkout"
+    for part in ("tune", "dskd"):
+        shutil.copytree(ROOT / part, checkout / part, ignore=shutil.ignore_patterns("__pycache__"))
+    submit = ["ray", "job", "submit", "--working-dir", checkout, "--"]
+    for _ in range(60):
+        if run("ray", "job", "list", env=head).returncode == 0:
+            break
+        time.sleep(1)
+
+    refused = run(*submit, "true", env=head | {"RAY_AUTH_TOKEN": "0" * 32})
+    assert refused.returncode != 0 and "403" in refused.stderr + refused.stdout
+
+    category = sorted(folder.name for folder in mvtec_root.iterdir() if folder.is_dir())[0]
+    done = run(
+        *submit, "python", "tune/search.py", "--data", mvtec_root, "--categories", category, "--name", "pairs", *TINY,
+        "--trials", "5", "--epochs", "4", "--workers-per-trial", "2", "--max-concurrent", "2",
+        "--storage", head["DSKD_STORAGE"], env=head, timeout=590,
+    )  # fmt: skip
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output[-4000:]
+    assert "pruned" in output, "this seed is expected to prune, or the test shows nothing"
+    password = head["DSKD_STUDY_STORAGE"].split(":")[2].split("@")[0]
+    assert password not in output and head["AWS_SECRET_ACCESS_KEY"] not in output
+
+    parents, children = tracked(head["MLFLOW_TRACKING_URI"], "pairs")
+    assert len(parents) == 1 and len(children) == 5
+    assert {child.data.tags["dskd.status"] for child in children} == {"finished", "pruned"}
+    assert len(studied(head["DSKD_STUDY_STORAGE"], f"pairs/{category}")) == 5
+    model = MlflowClient(tracking_uri=head["MLFLOW_TRACKING_URI"]).get_model_version_by_alias(
+        f"dskd-{category}", "champion"
+    )
+    assert model.run_id in {child.info.run_id for child in children}
+
+    pulled = run(
+        sys.executable, "tune/pull.py", category, "--name", "pairs", "--storage", head["DSKD_STORAGE"],
+        "--to", tmp_path / "detectors", env=head,
+    )  # fmt: skip
+    assert pulled.returncode == 0, pulled.stderr
+    assert read_record(tmp_path / "detectors" / category).category == category

@@ -102,8 +102,7 @@ def write_detector(
 
     Raises ValueError when `folder` exists and is no detector: it is never overwritten.
     """
-    if folder.exists() and not (folder / RECORD_FILE).is_file():
-        raise ValueError(f"{folder} exists and is not a detector folder; choose another --out.")
+    check_replaceable(folder)
     with folder_in_making(folder) as temporary:
         safetensors.torch.save_file(
             {name: value.contiguous() for name, value in weights.items()}, temporary / WEIGHTS_FILE
@@ -111,6 +110,12 @@ def write_detector(
         (temporary / RECORD_FILE).write_text(record.to_json(sha256_of(temporary / WEIGHTS_FILE)))
         if preview is not None:
             Image.fromarray(preview).save(temporary / PREVIEW_FILE)
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise ValueError when `folder` exists and is no detector: ask before the training, not after it."""
+    if folder.exists() and not (folder / RECORD_FILE).is_file():
+        raise ValueError(f"{folder} exists and is not a detector folder; choose another --out.")
 
 
 def rewrite_record(folder: Path, record: DetectorRecord) -> None:
@@ -163,6 +168,8 @@ def read_record(folder: Path) -> DetectorRecord:
         raise BrokenDetector(f"{path} has schema {schema!r}, this dskd reads up to {SCHEMA_VERSION}; upgrade dskd.")
     try:
         record = DetectorRecord.from_document(document)
+        if not record.thresholds:
+            raise ValueError("no threshold")
         expected = document["weights"]["sha256"]
     except (KeyError, TypeError, ValueError) as error:
         raise BrokenDetector(f"{path} is damaged ({error!r}); fetch the detector again.") from None

@@ -6,6 +6,7 @@ else. torch is imported only by the commands that compute, so that help comes at
 
 import functools
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -68,12 +69,13 @@ def train(
     """
     import torch
 
-    from dskd.checkpoint import write_detector
+    from dskd.checkpoint import check_replaceable, write_detector
     from dskd.data.cache import ArrayCache, default_folder
     from dskd.data.datasets import find_categories
     from dskd.distillation import Distillation, prepare
     from dskd.show.overlays import preview_of
 
+    check_replaceable(out)
     if category is None:
         categories = list(find_categories(data))
         if len(categories) > 1:
@@ -105,7 +107,15 @@ def train(
     write_detector(out, record, weights, preview_of(run, record))
     _say(f"wrote {out}: epoch {record.epoch + 1}, {_thresholds(record.thresholds)}")
     if json:
-        _print_json({"detector": str(out), "category": category, "epoch": record.epoch, **record.metrics})
+        _print_json(
+            {
+                "detector": str(out),
+                "category": category,
+                "teacher": record.teacher,
+                "epoch": record.epoch,
+                **record.metrics,
+            }
+        )
 
 
 def evaluate(
@@ -133,7 +143,8 @@ def evaluate(
             {
                 "category": category or loaded.record.category,
                 "teacher": loaded.record.teacher,
-                **scores._asdict(),
+                # JSON has no NaN, which the pixel figures are where no mask has a defect pixel.
+                **{name: value if math.isfinite(value) else None for name, value in scores._asdict().items()},
             }
         )
     else:
@@ -215,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             description="Visual anomaly detection by knowledge distillation.",
             args=given,
         )
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         _say(f"dskd: error: {error}")
         sys.exit(2)
     except KeyboardInterrupt:

@@ -43,6 +43,7 @@ class DataConfig:
             0 < self.validation_fraction < 1,
             f"validation_fraction must lie in (0, 1), got {self.validation_fraction}.",
         )
+        _require(self.split_seed >= 0, f"split_seed must not be negative, got {self.split_seed}.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,6 +162,7 @@ class TrainConfig:
         _require(self.epochs >= 1, f"epochs must be at least 1, got {self.epochs}.")
         _require(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}.")
         _require(self.learning_rate > 0, f"learning_rate must be positive, got {self.learning_rate}.")
+        _require(self.seed >= 0, f"seed must not be negative, got {self.seed}.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

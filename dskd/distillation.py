@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from dskd.calibration import calibrate
@@ -19,6 +18,7 @@ from dskd.data.cache import ArrayCache
 from dskd.data.datasets import fingerprint, hold_out, load_images, read_category
 from dskd.evaluate import LabelledImages, inspect, measure_shared, synthetic_validation
 from dskd.metrics import Scores
+from dskd.model.batchnorm import share_batchnorm
 from dskd.model.network import build_students
 from dskd.model.teacher import Teacher, build_teacher, weights_fingerprint
 from dskd.pyramids import FeatureTable, feature_table
@@ -132,12 +132,11 @@ class Distillation:
     ) -> "Distillation":
         """Untrained students, initialised from the configuration's seed alike on every worker.
 
-        Several GPU workers share their BatchNorm statistics; gloo has no such layer, so CPU workers
-        normalise their own share of a batch and average the running statistics after each epoch.
+        Several workers share their BatchNorm statistics.
         """
         students: nn.Module = build_students(config.model, materials.teacher, config.train.seed).to(device)
-        if num_workers > 1 and device.type == "cuda":
-            students = nn.SyncBatchNorm.convert_sync_batchnorm(students)
+        if num_workers > 1:
+            students = share_batchnorm(students, device)
         return cls(config, materials, device, students, build_optimizer(students, config.train))
 
     def epochs(self, trained: nn.Module | None = None, shard: Shard = Shard()) -> Iterator[Progress]:  # noqa: B008
@@ -158,7 +157,6 @@ class Distillation:
             first_epoch=self.next_epoch,
         )
         for epoch in training:
-            _average_buffers(self.students)
             scores = measure_shared(
                 materials.validation_features,
                 self.students,
@@ -243,13 +241,3 @@ class Distillation:
         weights = {f"teacher.{name}": value.cpu() for name, value in materials.teacher.state_dict().items()}
         weights |= {f"students.{name}": value for name, value in self.best_weights.items()}
         return record, weights
-
-
-def _average_buffers(students: nn.Module) -> None:
-    """BatchNorm statistics differ between workers without SyncBatchNorm; their mean has seen all images."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return
-    for buffer in students.buffers():
-        if buffer.is_floating_point():
-            dist.all_reduce(buffer)
-            buffer /= dist.get_world_size()

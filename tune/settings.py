@@ -67,6 +67,10 @@ class SearchSettings:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
         if self.max_concurrent is not None and self.max_concurrent < 1:
             raise ValueError(f"--max-concurrent must be at least 1, got {self.max_concurrent}.")
+        if self.cpus_per_worker <= 0:
+            raise ValueError(f"--cpus-per-worker must be positive, got {self.cpus_per_worker}.")
+        if self.gpus_per_worker is not None and self.gpus_per_worker < 0:
+            raise ValueError(f"--gpus-per-worker must not be negative, got {self.gpus_per_worker}.")
         if not self.name or set(self.name) & set("/\\ ") or self.name.startswith("."):
             raise ValueError(f"--name becomes a folder name: no slash, no space, no leading dot, got {self.name!r}.")
         if self.is_remote_storage and not (self.tracking_uri and self.study_storage):

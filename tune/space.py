@@ -37,7 +37,7 @@ def search_space(trial: Suggests, base: RunConfig) -> None:
 def with_suggestions(base: RunConfig, suggested: Mapping[str, Any]) -> RunConfig:
     """`base` with the values that the space suggested.
 
-    Raises ValueError on a name that the configuration does not have.
+    Raises ValueError on a name or a weight's number that the configuration does not have.
     """
     fields = base.flat()
     values: dict[str, Any] = {}
@@ -45,7 +45,10 @@ def with_suggestions(base: RunConfig, suggested: Mapping[str, Any]) -> RunConfig
         indexed = re.fullmatch(r"(.+)_(\d+)", name)
         if name not in fields and indexed and isinstance(fields.get(indexed[1]), tuple):
             weights = list(values.get(indexed[1], fields[indexed[1]]))
-            weights[int(indexed[2]) - 1] = value
+            position = int(indexed[2])
+            if not 1 <= position <= len(weights):
+                raise ValueError(f"{name} names no weight: {indexed[1]} has {len(weights)}, counted from 1.")
+            weights[position - 1] = value
             values[indexed[1]] = tuple(weights)
         else:
             values[name] = value

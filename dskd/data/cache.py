@@ -53,7 +53,7 @@ class ArrayCache:
         with self._locked(name):
             if (hit := self._open(path)) is not None:
                 return hit
-            self._make_room(num_bytes)
+            self._make_room(name, num_bytes)
             self._write(path, shape, dtype, fill)
             written = self._open(path)
         assert written is not None, "only another process's eviction in this very moment could remove it"
@@ -90,10 +90,13 @@ class ArrayCache:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
-    def _make_room(self, num_bytes: int) -> None:
-        """Forget the oldest entries and what killed processes left, until `num_bytes` more fit."""
+    def _make_room(self, name: str, num_bytes: int) -> None:
+        """Forget what killed processes left, and the oldest entries until `num_bytes` more fit.
+
+        The caller holds the lock of `name`: what lies there half-written is nobody's any more.
+        """
         for leftover in self._folder.glob("*.partial"):
-            if not _is_being_written(leftover):
+            if leftover.name.startswith(f"{name}-") or not _is_being_written(leftover):
                 leftover.unlink(missing_ok=True)
         entries = sorted(_entries(self._folder))
         total = sum(size for _, size, _ in entries)

@@ -118,9 +118,13 @@ def measure_shared(
     rank: int,
     world_size: int,
 ) -> Scores:
-    """Metrics of `truth`, inspected by all workers together; every worker gets the same figures."""
-    mine = range(rank, len(truth.images), world_size)
-    seen = inspect(table, students, truth.images, config, device, mine)
+    """Metrics of `truth`, inspected by all workers together; every worker gets the same figures.
+
+    Workers take whole batches in turn, those that one worker alone would form: an image's map depends in
+    its last bits on the size of its batch, and this way the figures are exactly those of one worker.
+    """
+    mine = np.flatnonzero(np.arange(len(truth.images)) // _BATCH % world_size == rank)
+    seen = inspect(table, students, truth.images, config, device, mine.tolist())
     state = metrics.update(MetricState(), seen.maps, truth.masks[mine], seen.scores, truth.labels[mine])
     if dist.is_available() and dist.is_initialized():
         states: list[MetricState | None] = [None] * world_size

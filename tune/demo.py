@@ -5,9 +5,11 @@ test images with one of them. The teacher comes from the hub where that answers;
 untrained one stands in, and every output says so.
 """
 
+import json
 import sys
 from pathlib import Path
 
+from dskd.checkpoint import read_record
 from dskd.cli import predict
 from dskd.demo import CATEGORIES, draw_dataset
 from dskd.model.teacher import TeacherUnavailable, build_teacher
@@ -44,12 +46,13 @@ def main() -> None:
         sys.exit(code)
     detectors = _HOME / "detectors"
     pull(("all",), to=detectors, name=settings.name, storage=settings.storage)
+    category = max(CATEGORIES, key=lambda name: read_record(detectors / name).metrics["val/objective"])
     verdicts = _next_free(_HOME / "verdicts")
-    category = CATEGORIES[0]
     predict(detectors / category, (_HOME / "data" / category / "test",), out=verdicts, false_alarm_rate=0.05)
-    overlay = next(path for path in sorted((verdicts / "overlays").iterdir()) if "_good_" not in path.name)
+    lines = (verdicts / "predictions.jsonl").read_text().splitlines()
+    highest = max((json.loads(line) for line in lines), key=lambda verdict: float(verdict["score"]))
     _say(
-        f"\nLook at          {overlay}\n"
+        f"\nLook at          {verdicts / highest['overlay']}\n"
         f"Compare runs     .venv/bin/mlflow ui --backend-store-uri {settings.tracking}\n"
         f"Your own images  .venv/bin/python tune/search.py --data DIR   (DIR/<category>/train/good/*.png)\n"
         f"                 .venv/bin/dskd predict {detectors / category} IMAGES --out verdicts"

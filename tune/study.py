@@ -8,6 +8,7 @@ import functools
 import logging
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,7 +68,7 @@ def search_category(settings: SearchSettings, assignment: Assignment, concurrenc
                 # A process that serves trial after trial saves seconds each; one whose workers are stopped
                 # from outside must not live on.
                 reuse_actors=assignment.num_workers == 1,
-                search_alg=OptunaSearch(
+                search_alg=_Searcher(
                     functools.partial(search_space, base=base),
                     metric="objective",
                     mode="max",
@@ -144,6 +145,18 @@ class StudyStorage(optuna.storages.RDBStorage):
 
     def __reduce__(self) -> tuple[Any, tuple[()]]:
         return _revive_storage, ()
+
+
+class _Searcher(OptunaSearch):
+    """OptunaSearch that a search killed between two of Tune's snapshots can go on with.
+
+    Such a snapshot knows as running what the study already knows as finished: the trial runs its last
+    epochs once more, and what it reports of them is not news to the study.
+    """
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        with suppress(optuna.exceptions.UpdateFinishedTrialError):
+            super().on_trial_result(trial_id, result)
 
 
 def _revive_storage() -> StudyStorage:

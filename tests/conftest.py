@@ -1,0 +1,102 @@
+"""What several test files share: a small data set, a small network, and one detector trained with them."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.random import Generator
+from PIL import Image
+
+from dskd.checkpoint import write_detector
+from dskd.config import DataConfig, LossConfig, ModelConfig, RunConfig, ScoreConfig, TrainConfig
+from dskd.distillation import Distillation, Materials, prepare
+
+SIZE = 64
+
+
+@pytest.fixture(scope="session", autouse=True)
+def isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Neither the user's cache nor the user's servers, and one thread: tiny networks lose by more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in list(os.environ):
+            if name.startswith(("RAY_", "MLFLOW_", "DSKD_", "AWS_")):
+                patch.delenv(name)
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        # MLflow waits between its own attempts; the tests of an absent server need none.
+        patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def mvtec_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two categories, each of 12 training images, 4 good and 4 scratched test images with masks."""
+    root = tmp_path_factory.mktemp("mvtec")
+    for seed, (name, stripes) in enumerate({"tile": 8, "wood": 3}.items()):
+        rng = np.random.default_rng(seed)
+        for part, defect, count in (("train", "good", 12), ("test", "good", 4), ("test", "scratch", 4)):
+            for index in range(count):
+                pixels, mask = _draw(rng, stripes, is_scratched=defect != "good")
+                _save(pixels, root / name / part / defect / f"{index:03d}.png")
+                if defect != "good":
+                    _save(mask, root / name / "ground_truth" / defect / f"{index:03d}_mask.png")
+    return root
+
+
+def _draw(rng: Generator, stripes: int, *, is_scratched: bool) -> tuple[np.ndarray, np.ndarray]:
+    rows, columns = np.mgrid[0:SIZE, 0:SIZE]
+    wave = np.sin(2 * np.pi * (stripes * columns + rows) / SIZE + rng.uniform(0, 0.5))
+    pixels = 120 + 50 * wave[..., None] * (1.0, 0.8, 0.5) + rng.normal(0, 6, (SIZE, SIZE, 3))
+    mask = np.zeros((SIZE, SIZE), np.uint8)
+    if is_scratched:
+        top, left = rng.integers(8, SIZE - 24, 2)
+        mask[top : top + 6, left : left + 16] = 255
+        pixels[mask > 0] = (250, 30, 30)
+    return pixels.clip(0, 255).astype(np.uint8), mask
+
+
+def _save(pixels: np.ndarray, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> RunConfig:
+    """Both students at 32 pixels on timm's smallest ResNet: an epoch takes a fraction of a second."""
+    return RunConfig(
+        data=DataConfig(image_size=32),
+        model=ModelConfig(backbone="test_resnet", levels=(1, 2), embedding_depth=1),
+        loss=LossConfig(level_weights=(1.0, 1.0), hkd_weight=1.0),
+        score=ScoreConfig(score_level_weights=(1.0, 1.0)),
+        train=TrainConfig(epochs=2, batch_size=4),
+    )
+
+
+@pytest.fixture(scope="session")
+def materials(mvtec_root: Path, tiny: RunConfig) -> Materials:
+    return prepare(
+        tiny.data,
+        tiny.model.backbone,
+        tiny.model.levels,
+        data=mvtec_root,
+        category="tile",
+        teacher_weights="random",
+        device=torch.device("cpu"),
+        cache=None,
+    )
+
+
+@pytest.fixture(scope="session")
+def detector_folder(tiny: RunConfig, materials: Materials, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished detector of `tile`; copy it before changing it."""
+    run = Distillation.begin(tiny, materials, torch.device("cpu"))
+    for _ in run.epochs():
+        pass
+    folder = tmp_path_factory.mktemp("detectors") / "tile"
+    write_detector(folder, *run.detector())
+    return folder

@@ -1,0 +1,75 @@
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dskd.calibration import FALSE_ALARM_RATES, Threshold, calibrate, conformal_threshold
+from dskd.checkpoint import threshold_for
+
+
+def by_search(scores: list[float], rate: Fraction) -> float | None:
+    """The smallest score that, the new image counted in, at most the wanted share exceeds."""
+    for candidate in sorted(scores):
+        if Fraction(1 + sum(score > candidate for score in scores), len(scores) + 1) <= rate:
+            return candidate
+    return None
+
+
+@given(
+    st.lists(st.integers(0, 30).map(float), min_size=1, max_size=150),
+    st.sampled_from(["0.5", "0.3", "0.2", "0.1", "0.07", "0.05", "0.02", "0.01", "0.001"]),
+)
+def test_threshold_is_the_smallest_that_keeps_the_rate(scores: list[float], rate: str) -> None:
+    found = conformal_threshold(scores, float(rate))
+    wanted = by_search(scores, Fraction(rate))
+    assert (found.value if found else None) == wanted
+    assert found is None or found.num_normals == len(scores)
+
+
+def test_new_normal_images_raise_false_alarms_at_the_promised_rate() -> None:
+    rng = np.random.default_rng(0)
+    rounds, rate = 20_000, 0.1
+    alarms = 0
+    for _ in range(rounds):
+        *calibration, fresh = rng.normal(size=20).tolist()
+        threshold = conformal_threshold(calibration, rate)
+        assert threshold is not None
+        alarms += fresh > threshold.value
+    # 19 scores without ties make the bound exact: the share is binomial around the rate itself.
+    assert abs(alarms / rounds - rate) < 4 * math.sqrt(rate * (1 - rate) / rounds)
+
+
+@pytest.mark.parametrize(
+    ("count", "rates"),
+    [(18, (1 / 19,)), (19, (0.05,)), (98, (0.05,)), (99, (0.05, 0.01)), (998, (0.05, 0.01)), (999, FALSE_ALARM_RATES)],
+)
+def test_rates_that_the_images_cannot_vouch_for_are_left_out(count: int, rates: tuple[float, ...]) -> None:
+    found = calibrate(list(range(count)))
+    assert tuple(threshold.false_alarm_rate for threshold in found) == pytest.approx(rates)
+    assert [threshold.value for threshold in found] == sorted(threshold.value for threshold in found)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_few_images_still_give_the_one_threshold_that_they_can(count: int) -> None:
+    scores = [float(index) for index in range(count)]
+    assert calibrate(scores) == (Threshold(1 / (count + 1), count - 1.0, count),)
+
+
+def test_no_image_and_no_rate_are_refused() -> None:
+    with pytest.raises(ValueError, match="validation_fraction"):
+        calibrate([])
+    for rate in (0.0, 1.0, -0.1, math.nan):
+        with pytest.raises(ValueError, match="must lie in"):
+            conformal_threshold([1.0], rate)
+
+
+def test_the_stored_threshold_is_never_stricter_than_asked() -> None:
+    loose, middle, strict = (Threshold(rate, value, 999) for rate, value in ((0.05, 1.0), (0.01, 2.0), (0.001, 3.0)))
+    stored = (loose, middle, strict)
+    assert threshold_for(stored, 0.5) == loose
+    assert threshold_for(stored, 0.01) == middle
+    assert threshold_for(stored, 0.005) == middle
+    assert threshold_for(stored, 0.0001) == strict

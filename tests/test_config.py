@@ -1,0 +1,141 @@
+import ast
+import dataclasses
+import inspect
+import itertools
+import json
+import math
+import typing
+from typing import Any
+
+import pytest
+
+from dskd import cli, config
+from dskd.config import DataConfig, LossConfig, ModelConfig, RunConfig, ScoreConfig, TrainConfig
+from dskd.presets import PRESETS
+from tune.settings import SearchSettings
+
+SECTIONS = (DataConfig, ModelConfig, LossConfig, ScoreConfig, TrainConfig)
+ALL_DIFFERENT = RunConfig(
+    data=DataConfig(image_size=64, validation_fraction=0.3, split_seed=3),
+    model=ModelConfig(
+        backbone="resnet34",
+        levels=(2, 3),
+        student_encoder=False,
+        decoder_input="teacher",
+        detach_embedding=True,
+        embedding_depth=4,
+    ),
+    loss=LossConfig(level_weights=(0.5, 2.0), encoder_match="flattened", hkd_weight=0.7, hkd_hardest=3),
+    score=ScoreConfig(score_level_weights=(0.0, 1.5), level_fusion="max", score_top_fraction=0.01),
+    train=TrainConfig(epochs=3, optimizer="sgd", schedule="multistep", seed=9),
+)
+
+
+@pytest.mark.parametrize("run", [*PRESETS.values(), ALL_DIFFERENT])
+def test_round_trip_through_json_loses_nothing(run: RunConfig) -> None:
+    assert RunConfig.from_dict(json.loads(json.dumps(run.to_dict()))) == run
+
+
+def test_missing_fields_take_their_defaults() -> None:
+    assert RunConfig.from_dict({}) == RunConfig()
+    assert RunConfig.from_dict({"train": {"epochs": 7}}) == RunConfig(train=TrainConfig(epochs=7))
+
+
+@pytest.mark.parametrize(
+    ("values", "known"),
+    [
+        ({"trian": {}}, "data, loss, model, score, train"),
+        ({"train": {"epoch": 3}}, "batch_size, epochs, learning_rate, optimizer, schedule, seed"),
+    ],
+)
+def test_unknown_name_is_answered_with_the_known_ones(values: dict[str, Any], known: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown field .*known: {known}") as raised:
+        RunConfig.from_dict(values)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("image_size", 0), ("image_size", 100), ("image_size", 64.0), ("image_size", "64"), ("image_size", True),
+        ("validation_fraction", 0.0), ("validation_fraction", 1), ("validation_fraction", math.nan),
+        ("split_seed", -1), ("backbone", None), ("levels", ()), ("levels", (3, 2, 1)), ("levels", (1, 1, 2)),
+        ("levels", (-1, 0, 1)), ("levels", 3), ("levels", ("1", "2", "3")), ("decoder_input", "both"),
+        ("student_encoder", 1), ("student_encoder", False), ("embedding_depth", 0), ("level_weights", (1.0, 1.0)),
+        ("level_weights", (0.0, 0.0, 0.0)), ("level_weights", (1.0, -1.0, 1.0)), ("level_weights", (1, math.nan, 1)),
+        ("decoder_weight", -0.1), ("hkd_weight", -1.0), ("hkd_hardest", 0), ("encoder_hkd_margin", 2.5),
+        ("decoder_hkd_margin", -0.1), ("score_level_weights", (1.0,) * 4), ("level_fusion", "mean"),
+        ("blur_sigma", -1.0), ("blur_sigma", math.nan), ("score_top_fraction", 1.1), ("epochs", 0), ("epochs", 2.5),
+        ("batch_size", 0), ("optimizer", "adamw"), ("learning_rate", 0.0), ("learning_rate", math.nan),
+        ("learning_rate", "0.1"), ("seed", -1), ("seed", None),
+    ],
+)  # fmt: skip
+def test_wrong_type_or_range_is_one_line_naming_the_field(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=name) as raised:
+        RunConfig().with_values({name: value})
+    assert "\n" not in str(raised.value)
+
+
+def test_a_run_without_students_or_with_an_unfed_decoder_is_refused() -> None:
+    with pytest.raises(ValueError, match="nothing to train"):
+        ModelConfig(student_encoder=False, student_decoder=False)
+    with pytest.raises(ValueError, match="decoder_input"):
+        ModelConfig(student_encoder=False)
+    assert RunConfig().with_values({"encoder_score_weight": 0.0}).score.encoder_score_weight == 0
+    with pytest.raises(ValueError, match="score weights"):
+        RunConfig().with_values({"encoder_score_weight": 0.0, "decoder_score_weight": 0.0})
+
+
+def test_with_values_replaces_by_name_and_leaves_the_original() -> None:
+    base = RunConfig()
+    changed = base.with_values(
+        {"hkd_weight": 1, "levels": [1, 2], "level_weights": [1, 2], "score_level_weights": [3, 4]}
+    )
+    assert base == RunConfig()
+    assert changed.flat() == base.flat() | {
+        "hkd_weight": 1.0,
+        "levels": (1, 2),
+        "level_weights": (1.0, 2.0),
+        "score_level_weights": (3.0, 4.0),
+    }
+    assert type(changed.loss.hkd_weight) is float
+    with pytest.raises(ValueError, match=r"'lr'; known: .*learning_rate"):
+        base.with_values({"lr": 0.1})
+
+
+def test_field_names_are_unique_over_all_sections() -> None:
+    names = [field.name for section in SECTIONS for field in dataclasses.fields(section)]
+    assert len(names) == len(set(names))
+    assert set(RunConfig().flat()) == set(names)
+    assert {type(getattr(RunConfig(), field.name)) for field in dataclasses.fields(RunConfig)} == set(SECTIONS)
+
+
+def test_every_field_says_what_it_means() -> None:
+    classes = {node.name: node for node in ast.parse(inspect.getsource(config)).body if isinstance(node, ast.ClassDef)}
+    for section in SECTIONS:
+        body = classes[section.__name__].body
+        documented = {
+            field.target.id
+            for field, below in itertools.pairwise(body)
+            if isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(below, ast.Expr)
+            and isinstance(below.value, ast.Constant)
+            and str(below.value.value).strip().endswith((".", ")"))
+        }
+        assert documented == {field.name for field in dataclasses.fields(section)}
+
+
+def test_both_commands_offer_exactly_the_presets() -> None:
+    assert set(typing.get_args(cli.Preset)) == set(PRESETS)
+    assert set(typing.get_args(typing.get_type_hints(SearchSettings)["preset"])) == set(PRESETS)
+
+
+def test_presets_are_the_published_wirings() -> None:
+    students = {name: (run.model.student_encoder, run.model.student_decoder) for name, run in PRESETS.items()}
+    assert students == {"dskd": (True, True), "stfpm": (True, False), "rd4ad": (False, True)}
+    assert PRESETS["rd4ad"].model.decoder_input == "teacher"
+    assert PRESETS["dskd"].model.decoder_input == "student"
+    # STFPM (arXiv 2103.04257): product of the levels, SGD at 0.4; RD4AD (arXiv 2201.10703): sum, Adam at 0.005.
+    assert (PRESETS["stfpm"].score.level_fusion, PRESETS["stfpm"].train.learning_rate) == ("product", 0.4)
+    assert (PRESETS["rd4ad"].score.level_fusion, PRESETS["rd4ad"].train.learning_rate) == ("sum", 0.005)

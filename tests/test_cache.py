@@ -47,14 +47,15 @@ def test_second_call_reads_what_the_first_wrote(tmp_path: Path) -> None:
 
 
 def test_key_shape_and_type_each_make_an_entry_of_their_own(tmp_path: Path) -> None:
-    cache, filled = ArrayCache(tmp_path, MANY), []
+    cache = ArrayCache(tmp_path, MANY)
+    filled: list[npt.NDArray[Any]] = []
     for key, shape, dtype in (
         ("a", (4,), np.uint8),
         ("b", (4,), np.uint8),
         ("a", (2, 2), np.uint8),
         ("a", (4,), np.int8),
     ):
-        array = cache.get(key, shape, dtype, lambda array: filled.append(array.fill(7)))
+        array = cache.get(key, shape, dtype, filled.append)
         assert array.shape == shape and array.dtype == dtype
     assert len(filled) == 4
 
@@ -132,11 +133,12 @@ def test_an_array_in_use_survives_its_eviction(tmp_path: Path) -> None:
 
 
 def test_an_array_larger_than_the_cache_is_computed_and_not_kept(tmp_path: Path) -> None:
-    cache, filled = ArrayCache(tmp_path, 1500), []
+    cache = ArrayCache(tmp_path, 1500)
+    filled: list[npt.NDArray[Any]] = []
     kept = cache.get("small", (1000,), np.uint8, ones)
     for _ in range(2):
-        array = cache.get("large", (2000,), np.uint8, lambda array: filled.append(array.fill(2)))
-        assert array.tolist() == [2] * 2000
+        array = cache.get("large", (2000,), np.uint8, lambda array: (ones(array), filled.append(array)))
+        assert array.tolist() == [1] * 2000
     assert len(filled) == 2
     assert cache.get("small", (1000,), np.uint8, never).tolist() == kept.tolist()
 

@@ -1,6 +1,7 @@
 import math
 import socket
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from numpy.random import default_rng
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from dskd.config import RunConfig, TrainConfig
@@ -223,7 +225,9 @@ def validate(config: RunConfig, materials: Materials, shard: Shard) -> Scores:
 def one_of_two(rank: int, port: int, values: dict[str, Any], root: str, out: str) -> None:
     """What each of the two processes does; the parent compares."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2, timeout=timedelta(minutes=3)
+    )
     config, shard = RunConfig.from_dict(values), Shard(rank, 2)
     epochs, network = linear_run(linear_config(config), shard, random_table())
     model = config.model
@@ -252,7 +256,7 @@ def pair(mvtec_root: Path, tiny: RunConfig, tmp_path_factory: pytest.TempPathFac
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(one_of_two, (port, tiny.to_dict(), str(mvtec_root), str(out)), nprocs=2)
+    spawn(one_of_two, (port, tiny.to_dict(), str(mvtec_root), str(out)), nprocs=2)
     return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

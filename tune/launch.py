@@ -59,6 +59,8 @@ def _search(settings: SearchSettings) -> int:
         workers_uri="",
         revision=code_revision(),
     )
+    folder = Path.home() if settings.is_remote_storage else Path(settings.storage_uri)
+    unsent = folder / f"dskd-unsent-{settings.name}.jsonl"
     tracker = Tracker(
         settings.tracking,
         settings.name,
@@ -69,12 +71,12 @@ def _search(settings: SearchSettings) -> int:
             "dskd.teacher": "random (untrained)" if settings.teacher_weights == "random" else "pretrained",
             "mlflow.source.git.commit": assignment.revision,
         },
-        unsent=Path(f"dskd-unsent-{settings.name}.jsonl").absolute(),
+        unsent=unsent,
     )
     progress.say(f"searching {', '.join(categories)}: {settings.trials} trials each, state in {settings.search_uri}")
     outcomes = run_search(settings, categories, assignment, tracker, progress)
-    if unsent := tracker.close(_TRACKING_PATIENCE):
-        progress.say(f"MLflow is away: {unsent} events are kept in dskd-unsent-{settings.name}.jsonl")
+    if num_unsent := tracker.close(_TRACKING_PATIENCE):
+        progress.say(f"MLflow is away: {num_unsent} events are in {unsent}; the same command writes them")
     _show(outcomes, settings)
     if settings.json:
         print(json.dumps({"name": settings.name, "categories": summary(outcomes)}, indent=2))  # noqa: T201

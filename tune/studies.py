@@ -13,16 +13,19 @@ import ray
 import ray.exceptions
 from ray.util.queue import Empty, Queue
 
-from tune.champions import Champion, crown, evaluate_on_test, note_run
+from tune.champions import Champion, crown, evaluate_on_test, find_champion, note_run
 from tune.progress import Progress
 from tune.settings import SearchSettings
 from tune.storage import Storage
 from tune.study import Study, search_category
-from tune.tracking import CategoryEnded, Tracker
+from tune.tracking import CategoryEnded, Tracker, TrackingAway
 from tune.worker import Assignment
 
 # A decorated function would be pickled by value and lose its module's state; this one goes by reference.
 _search_category = ray.remote(num_cpus=0, max_retries=3)(search_category)
+
+_TRACKING_PATIENCE = 300.0
+"""Seconds that a finished category waits for a tracking server that is away."""
 
 
 class Outcome(NamedTuple):
@@ -107,18 +110,29 @@ def _conclude(
         tracker.put(CategoryEnded(category, "failed", {}, {"dskd.error": reason}))
         return Outcome(category, *counts, None, reason)
     trial_id, detector = study.best
+    storage = Storage(settings.search_uri)
+    known = find_champion(storage, category)
+    if known is not None and known.trial_id == trial_id and known.run_id:
+        progress.say(f"{category}: trial {trial_id} is the champion already")
+        return Outcome(category, *counts, known, "")
     progress.say(f"{category}: trial {trial_id} is the best, evaluating it once on the test images")
     resources = {"num_cpus": assignment.cpus_per_worker, "num_gpus": assignment.gpus_per_worker}
     threads = max(1, int(assignment.cpus_per_worker))
     tested = ray.get(evaluate_on_test.options(**resources).remote(detector, assignment.data, category, threads))
-    storage = Storage(settings.search_uri)
     with TemporaryDirectory(prefix="dskd-") as temporary:
         local = Path(temporary) / "detector"
         champion, record = crown(storage, category, trial_id, detector, tested, local)
-        registered = tracker.register_champion(category, trial_id, local, record.metrics, record.data_sha256)
-    champion = champion._replace(run_id=registered.run_id)
-    note_run(storage, champion)
-    tags = {"dskd.champion_trial": trial_id, "dskd.champion_model": f"{registered.model}/{registered.version}"}
+        tags = {"dskd.champion_trial": trial_id}
+        try:
+            registered = tracker.register_champion(
+                category, trial_id, local, record.metrics, record.data_sha256, _TRACKING_PATIENCE
+            )
+        except TrackingAway as error:
+            progress.say(f"{category}: {error}; the champion is in the storage, the same command registers it")
+        else:
+            champion = champion._replace(run_id=registered.run_id)
+            note_run(storage, champion)
+            tags["dskd.champion_model"] = f"{registered.model}/{registered.version}"
     tracker.put(CategoryEnded(category, "finished", {}, tags))
     return Outcome(category, *counts, champion, "")
 

@@ -2,11 +2,12 @@
 
 Training never waits for the tracking server: events go into a queue, one thread writes them, and
 tries again for as long as the server is away. A search that ends while it still is away leaves the
-unwritten events in a file instead of losing them.
+unwritten events in a file, which the same search writes when it is started again.
 """
 
 import json
 import logging
+import math
 import os
 import queue
 import threading
@@ -71,6 +72,10 @@ class Registration(NamedTuple):
     """Whether the alias `champion` points to it; not so where an earlier version is better."""
 
 
+class TrackingAway(ConnectionError):
+    """The tracking server did not answer for as long as one was willing to wait."""
+
+
 def prepare_client() -> None:
     """Settings of MLflow's client that must be in place before its first request."""
     # The writer tries again by itself, for longer and without blocking anyone.
@@ -119,6 +124,7 @@ class Tracker:
         self._events: queue.Queue[Event | None] = queue.Queue()
         self._writing = threading.Lock()
         self._give_up = threading.Event()
+        self._put_again()
         self._writer = threading.Thread(target=self._write_all, name="mlflow writer", daemon=True)
         self._writer.start()
 
@@ -143,29 +149,48 @@ class Tracker:
                 file.write(json.dumps({"event": type(event).__name__, **event._asdict()}) + "\n")
         return len(left)
 
-    def wait_until_written(self) -> None:
-        """Return when every event handed over so far is in MLflow."""
-        self._events.join()
+    def _put_again(self) -> None:
+        if self._unsent.is_file():
+            kinds = {kind.__name__: kind for kind in (TrialStarted, EpochDone, TrialEnded, CategoryEnded)}
+            for line in self._unsent.read_text().splitlines():
+                fields = json.loads(line)
+                self._events.put(kinds[fields.pop("event")](**fields))
+            self._unsent.unlink()
 
     def register_champion(
-        self, category: str, trial_id: str, detector: Path, metrics: Mapping[str, float], data_sha256: str
+        self,
+        category: str,
+        trial_id: str,
+        detector: Path,
+        metrics: Mapping[str, float],
+        data_sha256: str,
+        patience: float,
     ) -> Registration:
         """Log a detector folder and its figures to the trial's run and register it as `dskd-<category>`.
 
         It becomes `champion` unless the present champion, chosen on the same images, has a higher
-        validation objective. Tries again while the server is away.
+        validation objective. Raises TrackingAway where the server is away for `patience` seconds.
         """
-        with self._writing:
-            run_id = self._insistently(lambda: self._trial_run(category, trial_id))
-            parent = self._insistently(lambda: self._category_run(category))
-            self._insistently(lambda: self._client.log_artifacts(run_id, str(detector), "detector"))
+        deadline = time.monotonic() + patience
+        if not self._writing.acquire(timeout=patience):
+            raise TrackingAway(f"MLflow did not answer for {patience:.0f} s")
+
+        def insist(write: Any) -> Any:
+            return self._insistently(write, deadline)
+
+        try:
+            run_id = insist(lambda: self._trial_run(category, trial_id))
+            parent = insist(lambda: self._category_run(category))
+            insist(lambda: self._client.log_artifacts(run_id, str(detector), "detector"))
             for run in (run_id, parent):
-                self._insistently(lambda run=run: self._client.log_batch(run, metrics=_metrics(metrics, 0)))
-            self._insistently(lambda: self._client.set_tag(parent, "dskd.champion_run", run_id))
-            registration: Registration = self._insistently(
+                insist(lambda run=run: self._client.log_batch(run, metrics=_metrics(metrics, 0)))
+            insist(lambda: self._client.set_tag(parent, "dskd.champion_run", run_id))
+            registration: Registration = insist(
                 lambda: self._register(category, run_id, metrics["val/objective"], data_sha256)
             )
             return registration
+        finally:
+            self._writing.release()
 
     def _register(self, category: str, run_id: str, objective: float, data_sha256: str) -> Registration:
         model = f"dskd-{category}"
@@ -196,14 +221,11 @@ class Tracker:
                     self._insistently(lambda event=event: self._write(event))
                 except _GivenUp:
                     self._events.put(event)
-                    self._events.task_done()
                     return
                 except Exception:  # a fault of ours in one event must not stop the others
                     logger.exception("could not track %s of %s", type(event).__name__, event.category)
-            self._events.task_done()
-        self._events.task_done()
 
-    def _insistently(self, write: Any) -> Any:
+    def _insistently(self, write: Any, deadline: float = math.inf) -> Any:
         pause = 0.5
         while True:
             try:
@@ -216,6 +238,8 @@ class Tracker:
                         "the MLflow server does not answer, trying again: %s",
                         str(error).splitlines()[0][:200],
                     )
+            if time.monotonic() + pause > deadline:
+                raise TrackingAway("MLflow does not answer")
             if self._give_up.wait(pause):
                 raise _GivenUp
             pause = min(2 * pause, _LONGEST_PAUSE)

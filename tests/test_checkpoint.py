@@ -1,0 +1,222 @@
+import dataclasses
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+from dskd.calibration import Threshold
+from dskd.checkpoint import (
+    PREVIEW_FILE,
+    RECORD_FILE,
+    SCHEMA_VERSION,
+    WEIGHTS_FILE,
+    BrokenDetector,
+    DetectorRecord,
+    check_replaceable,
+    read_detector,
+    read_record,
+    rewrite_record,
+    sha256_of,
+    write_detector,
+)
+from dskd.config import RunConfig
+from dskd.detector import Detector
+
+WEIGHTS = {"teacher.a": torch.arange(6.0).reshape(2, 3), "students.b": torch.tensor([7], dtype=torch.int64)}
+
+
+@pytest.fixture
+def record(tiny: RunConfig) -> DetectorRecord:
+    return DetectorRecord(
+        category="screw",
+        config=tiny,
+        teacher="weights.pth",
+        teacher_sha256="ab" * 32,
+        data_sha256="cd" * 32,
+        validation_files=("003.png", "007.png"),
+        epoch=4,
+        thresholds=(Threshold(0.05, 0.123456789012345, 120), Threshold(0.01, 0.3, 120)),
+        metrics={"val/objective": 0.9, "test/aupro": 1 / 3},
+        revision="c0ffee",
+    )
+
+
+@pytest.fixture
+def copied(detector_folder: Path, tmp_path: Path) -> Path:
+    """A real detector to be damaged."""
+    return Path(shutil.copytree(detector_folder, tmp_path / "detector"))
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    document = json.loads((folder / RECORD_FILE).read_text())
+    change(document)
+    (folder / RECORD_FILE).write_text(json.dumps(document))
+
+
+def flip_last_byte(folder: Path) -> None:
+    content = bytearray((folder / WEIGHTS_FILE).read_bytes())
+    content[-1] ^= 1
+    (folder / WEIGHTS_FILE).write_bytes(content)
+
+
+def cut(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-40])
+
+
+def linked(name: str) -> Callable[[Path], object]:
+    def act(folder: Path) -> None:
+        shutil.move(folder / name, folder.parent / name)
+        (folder / name).symlink_to(folder.parent / name)
+
+    return act
+
+
+def edited(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
+    return lambda folder: edit(folder, change)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no such folder": (shutil.rmtree, RECORD_FILE),
+    "no record": (lambda folder: (folder / RECORD_FILE).unlink(), RECORD_FILE),
+    "no weights": (lambda folder: (folder / WEIGHTS_FILE).unlink(), WEIGHTS_FILE),
+    "a changed weight": (flip_last_byte, WEIGHTS_FILE),
+    "weights cut short": (cut(WEIGHTS_FILE), WEIGHTS_FILE),
+    "record cut short": (cut(RECORD_FILE), RECORD_FILE),
+    "record is a list": (lambda folder: (folder / RECORD_FILE).write_text("[1]"), RECORD_FILE),
+    "record is no text": (lambda folder: (folder / RECORD_FILE).write_bytes(b"\xff\xfe\x00"), RECORD_FILE),
+    "newer schema": (edited(lambda record: record.update(schema=SCHEMA_VERSION + 1)), "upgrade dskd"),
+    "schema is a word": (edited(lambda record: record.update(schema="one")), "schema 'one'"),
+    "no thresholds": (edited(lambda record: record.update(thresholds=[])), "threshold"),
+    "no configuration": (edited(lambda record: record.pop("config")), "config"),
+    "an unknown field": (edited(lambda record: record["config"]["train"].update(momentum=1)), "momentum"),
+    "an impossible value": (edited(lambda record: record["config"]["data"].update(image_size=33)), "image_size"),
+    "no hash": (edited(lambda record: record.pop("weights")), "weights"),
+    "linked weights": (linked(WEIGHTS_FILE), "symbolic link"),
+    "linked record": (linked(RECORD_FILE), "symbolic link"),
+}
+
+
+def test_everything_written_is_read_again(record: DetectorRecord, tmp_path: Path) -> None:
+    preview = np.random.default_rng(0).integers(0, 256, (5, 6, 3), np.uint8)
+    write_detector(tmp_path / "deep/er/screw", record, WEIGHTS, preview)
+    found, weights = read_detector(tmp_path / "deep/er/screw")
+    assert found == record == read_record(tmp_path / "deep/er/screw")
+    assert weights.keys() == WEIGHTS.keys()
+    assert all(
+        torch.equal(weights[name], value) and weights[name].dtype == value.dtype for name, value in WEIGHTS.items()
+    )
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "deep/er/screw" / PREVIEW_FILE)), preview)
+    assert sorted(path.name for path in (tmp_path / "deep/er").iterdir()) == ["screw"]
+    assert (tmp_path / "deep/er/screw").stat().st_mode & 0o777 == 0o755
+
+
+def test_weights_of_any_memory_order_are_kept(record: DetectorRecord, tmp_path: Path) -> None:
+    strided = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    write_detector(tmp_path / "screw", record, {"w": strided})
+    assert torch.equal(read_detector(tmp_path / "screw")[1]["w"], strided)
+
+
+def test_an_older_detector_is_replaced_whole(record: DetectorRecord, tmp_path: Path) -> None:
+    write_detector(tmp_path / "screw", record, WEIGHTS, np.zeros((2, 2, 3), np.uint8))
+    newer = dataclasses.replace(record, epoch=9)
+    write_detector(tmp_path / "screw", newer, WEIGHTS)
+    assert read_record(tmp_path / "screw") == newer
+    assert sorted(path.name for path in (tmp_path / "screw").iterdir()) == [RECORD_FILE, WEIGHTS_FILE]
+    assert [path.name for path in tmp_path.iterdir()] == ["screw"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "empty folder", "file"])
+def test_what_is_no_detector_is_never_overwritten(record: DetectorRecord, tmp_path: Path, kind: str) -> None:
+    out = tmp_path / "photos"
+    if kind == "file":
+        out.write_text("precious")
+    else:
+        out.mkdir()
+    if kind == "folder":
+        (out / "holiday.png").write_text("precious")
+    for refuse in (lambda: write_detector(out, record, WEIGHTS), lambda: check_replaceable(out)):
+        with pytest.raises(ValueError, match="photos exists and is not a detector folder; choose another --out"):
+            refuse()
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+    assert kind != "file" or out.read_text() == "precious"
+    assert kind != "folder" or (out / "holiday.png").read_text() == "precious"
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_failure_while_writing_leaves_what_was_there(record: DetectorRecord, tmp_path: Path, exists: bool) -> None:
+    if exists:
+        write_detector(tmp_path / "screw", record, WEIGHTS)
+    with pytest.raises(TypeError):
+        write_detector(tmp_path / "screw", dataclasses.replace(record, epoch=9), WEIGHTS, np.zeros((2, 2, 7), np.uint8))
+    assert [path.name for path in tmp_path.iterdir()] == (["screw"] if exists else [])
+    assert not exists or read_record(tmp_path / "screw") == record
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_detector_is_refused_in_one_line(copied: Path, damage: str) -> None:
+    act, word = DAMAGES[damage]
+    act(copied)
+    for read in (read_record, Detector.load):
+        with pytest.raises(BrokenDetector, match=word) as raised:
+            read(copied)
+        assert "\n" not in str(raised.value) and str(copied) in str(raised.value)
+
+
+def test_weights_that_do_not_fit_the_configuration_are_refused(copied: Path) -> None:
+    weights = safetensors.torch.load_file(copied / WEIGHTS_FILE)
+    weights.pop(next(name for name in weights if name.startswith("students.")))
+    safetensors.torch.save_file(weights, copied / WEIGHTS_FILE)
+    edit(copied, lambda document: document["weights"].update(sha256=sha256_of(copied / WEIGHTS_FILE)))
+    read_record(copied)
+    with pytest.raises(BrokenDetector, match="do not fit its configuration") as raised:
+        Detector.load(copied)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_file_that_is_no_safetensors_is_refused_whatever_its_hash(copied: Path) -> None:
+    torch.save({"teacher.a": torch.zeros(3)}, copied / WEIGHTS_FILE)
+    edit(copied, lambda document: document["weights"].update(sha256=sha256_of(copied / WEIGHTS_FILE)))
+    with pytest.raises(BrokenDetector, match="cannot be read") as raised:
+        read_detector(copied)
+    assert "\n" not in str(raised.value)
+
+
+def test_fields_that_a_later_writer_adds_beside_the_known_are_passed_over(copied: Path) -> None:
+    before = read_record(copied)
+    edit(copied, lambda document: document.update(operator="Ada"))
+    assert read_record(copied) == before
+
+
+def test_loading_never_unpickles(detector_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a detector must load without pickle")
+
+    for owner, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
+        monkeypatch.setattr(owner, name, refuse)
+    detector = Detector.load(detector_folder)
+    assert detector.inspect(np.zeros((1, 32, 32, 3), np.uint8)).maps.shape == (1, 32, 32)
+
+
+def test_figures_can_be_added_beside_unchanged_weights(copied: Path) -> None:
+    before, weights = read_record(copied), sha256_of(copied / WEIGHTS_FILE)
+    rewrite_record(copied, before.with_metrics({"test/aupro": 0.5}))
+    assert read_record(copied).metrics == {**before.metrics, "test/aupro": 0.5}
+    assert "test/aupro" not in before.metrics
+    assert sha256_of(copied / WEIGHTS_FILE) == weights
+    assert not list(copied.glob(".*"))
+
+
+def test_the_record_says_how_to_preprocess_and_what_wrote_it(detector_folder: Path) -> None:
+    document = json.loads((detector_folder / RECORD_FILE).read_text())
+    assert document["preprocessing"]["mean"] == [0.485, 0.456, 0.406]
+    assert document["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
+    assert document["weights"] == {"file": WEIGHTS_FILE, "sha256": sha256_of(detector_folder / WEIGHTS_FILE)}
+    assert document["schema"] == SCHEMA_VERSION

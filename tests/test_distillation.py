@@ -1,0 +1,160 @@
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dskd.calibration import calibrate
+from dskd.checkpoint import write_detector
+from dskd.config import RunConfig
+from dskd.data.cache import ArrayCache
+from dskd.detector import Detector
+from dskd.distillation import Distillation, Materials, objective, prepare
+from dskd.evaluate import inspect
+from dskd.metrics import Scores
+from dskd.model.network import build_students
+from dskd.model.teacher import normalize
+
+CPU = torch.device("cpu")
+
+
+def prepared(config: RunConfig, data: Path, cache: ArrayCache | None = None) -> Materials:
+    return prepare(
+        config.data, config.model.backbone, config.model.levels, data=data, category="tile", teacher_weights="random",
+        device=CPU, cache=cache,
+    )  # fmt: skip
+
+
+def test_held_out_images_take_no_part_in_training(tiny: RunConfig, materials: Materials, mvtec_root: Path) -> None:
+    names = {path.name for path in (mvtec_root / "tile/train/good").iterdir()}
+    held = set(materials.validation_files)
+    assert len(held) == 2 and held < names
+    normals = materials.validation.images[~materials.validation.labels]
+    assert len(materials.train_images) == len(names) - len(held) and len(normals) == len(held)
+    for image in normals:
+        assert not (materials.train_images == image).all(axis=(1, 2, 3)).any()
+
+
+def test_validation_is_normals_and_their_copies_with_masked_defects(materials: Materials) -> None:
+    images, masks, labels = materials.validation
+    num_normals = int((~labels).sum())
+    assert labels.tolist() == [False] * num_normals + [True] * 32
+    assert not masks[~labels].any() and masks[labels].any(axis=(1, 2)).all()
+    for index in np.flatnonzero(labels):
+        original = images[(index - num_normals) % num_normals]
+        differs = (images[index] != original).any(axis=-1)
+        assert differs.any() and not differs[~masks[index]].any()
+
+
+def test_the_test_split_is_never_opened(
+    tiny: RunConfig, materials: Materials, mvtec_root: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(mvtec_root / "tile", tmp_path / "tile")
+    for part in ("test", "ground_truth"):
+        for image in (tmp_path / "tile" / part).rglob("*.png"):
+            image.write_text("not an image at all")
+    blind = prepared(tiny, tmp_path)
+    assert blind.data_sha256 == materials.data_sha256
+    np.testing.assert_array_equal(blind.validation.images, materials.validation.images)
+    assert [p.scores for p in Distillation.begin(tiny, blind, CPU).epochs()] == [
+        p.scores for p in Distillation.begin(tiny, materials, CPU).epochs()
+    ]
+
+
+def test_a_changed_training_image_changes_the_fingerprint(
+    tiny: RunConfig, materials: Materials, mvtec_root: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(mvtec_root / "tile", tmp_path / "tile")
+    assert prepared(tiny, tmp_path).data_sha256 == materials.data_sha256
+    for name in (materials.validation_files[0], "000.png"):
+        shutil.copy(mvtec_root / "wood/train/good/000.png", tmp_path / "tile/train/good" / name)
+        assert prepared(tiny, tmp_path).data_sha256 != materials.data_sha256
+
+
+def test_the_cache_changes_nothing_but_the_work(
+    tiny: RunConfig, materials: Materials, mvtec_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = ArrayCache(tmp_path / "cache", 10**9)
+    filled = prepared(tiny, mvtec_root, cache)
+    monkeypatch.setattr(ArrayCache, "_write", lambda *_: pytest.fail("computed a second time"))
+    again = prepared(tiny, mvtec_root, ArrayCache(tmp_path / "cache", 10**9))
+    for found in (filled, again):
+        np.testing.assert_array_equal(found.train_images, materials.train_images)
+        np.testing.assert_array_equal(found.train_features.rows, materials.train_features.rows)
+        np.testing.assert_array_equal(found.validation_features.rows, materials.validation_features.rows)
+        assert found.train_features.shapes == materials.train_features.shapes
+
+
+def test_a_feature_row_is_the_teachers_pyramid_of_that_image(materials: Materials) -> None:
+    order = np.array([7, 0, 3])
+    pyramid = materials.train_features.pyramid(order, CPU)
+    expected = materials.teacher(normalize(torch.from_numpy(materials.train_images[order])))
+    assert [level.shape for level in pyramid] == [level.shape for level in expected]
+    for level, wanted in zip(pyramid, expected, strict=True):
+        torch.testing.assert_close(level, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_objective_is_the_mean_of_image_auroc_and_aupro() -> None:
+    scores = Scores(image_auroc=0.8, image_ap=0, image_f1max=0, pixel_auroc=0, pixel_ap=0, pixel_f1max=0, aupro=0.5)
+    assert objective(scores) == pytest.approx(0.65)
+
+
+def test_the_students_of_the_best_epoch_are_kept(tiny: RunConfig, materials: Materials) -> None:
+    run = Distillation.begin(tiny.with_values({"epochs": 6, "learning_rate": 0.05}), materials, CPU)
+    states, progress = [], []
+    for each in run.epochs():
+        states.append({name: value.clone() for name, value in run.students.state_dict().items()})
+        progress.append(each)
+    objectives = [each.objective for each in progress]
+    assert objectives == [objective(each.scores) for each in progress]
+    best = int(np.argmax(objectives))
+    assert best < len(objectives) - 1, "these settings are expected to get worse again, or the test shows nothing"
+    assert [each.best_objective for each in progress] == np.maximum.accumulate(objectives).tolist()
+    record, weights = run.detector()
+    assert record.epoch == best and record.metrics["val/objective"] == max(objectives)
+    assert {name: record.metrics[f"val/{name}"] for name in Scores._fields} == progress[best].scores._asdict()
+    for name, value in states[best].items():
+        assert torch.equal(weights[f"students.{name}"], value)
+    for name, value in materials.teacher.state_dict().items():
+        assert torch.equal(weights[f"teacher.{name}"], value)
+
+
+def test_thresholds_are_calibrated_on_the_held_out_normals_alone(tiny: RunConfig, materials: Materials) -> None:
+    run = Distillation.begin(tiny, materials, CPU)
+    list(run.epochs())
+    record, _ = run.detector()
+    students = build_students(tiny.model, materials.teacher, 0)
+    students.load_state_dict(run.best_weights)
+    normals = materials.validation.images[~materials.validation.labels]
+    scores = inspect(materials.teacher, students, normals, tiny, CPU).scores
+    for found, wanted in zip(record.thresholds, calibrate(scores.tolist()), strict=True):
+        assert found == pytest.approx(wanted, rel=1e-4)
+
+
+def test_the_record_says_what_the_detector_rests_on(tiny: RunConfig, materials: Materials, tmp_path: Path) -> None:
+    run = Distillation.begin(tiny, materials, CPU)
+    list(run.epochs())
+    record, weights = run.detector("c0ffee")
+    assert (record.category, record.config, record.revision) == ("tile", tiny, "c0ffee")
+    assert record.teacher == "random" and record.is_untrained_teacher
+    assert record.validation_files == materials.validation_files
+    write_detector(tmp_path / "tile", record, weights)
+    loaded = Detector.load(tmp_path / "tile")
+    assert loaded.record == record
+    images = materials.train_images
+    np.testing.assert_array_equal(
+        loaded.inspect(images).maps, inspect(materials.teacher, run.students, images, tiny, CPU).maps
+    )
+
+
+def test_a_local_teacher_is_named_by_its_file(
+    tiny: RunConfig, materials: Materials, mvtec_root: Path, tmp_path: Path
+) -> None:
+    torch.save(materials.teacher.features.state_dict(), tmp_path / "mine.pth")
+    found = prepare(
+        tiny.data, tiny.model.backbone, tiny.model.levels, data=mvtec_root, category="tile",
+        teacher_weights=str(tmp_path / "mine.pth"), device=CPU, cache=None,
+    )  # fmt: skip
+    assert found.teacher_source == "mine.pth"
+    assert found.teacher_sha256 == materials.teacher_sha256

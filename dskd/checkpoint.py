@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -62,8 +63,9 @@ class DetectorRecord:
         return self.teacher == "random"
 
     def with_metrics(self, metrics: Mapping[str, float]) -> Self:
-        """The same record with more figures."""
-        return dataclasses.replace(self, metrics={**self.metrics, **metrics})
+        """The same record with more figures; those that do not exist (NaN, as no mask was given) stay out."""
+        known = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        return dataclasses.replace(self, metrics={**self.metrics, **known})
 
     def to_json(self, weights_sha256: str) -> str:
         """Text of `detector.json` beside weights of the given hash."""

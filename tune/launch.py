@@ -86,7 +86,6 @@ def _search(settings: SearchSettings) -> int:
 def connect(address: str | None) -> None:
     """Join the cluster at `address`, or start one on this machine, dashboard included for the State API."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "3600")
     if address is None:
         ray.init(address="local", include_dashboard=True, log_to_driver=False, logging_level=logging.WARNING)
     else:

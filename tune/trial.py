@@ -1,6 +1,7 @@
 """One trial of a search: what Ray Tune starts, and how it gets its workers."""
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,6 +39,8 @@ def run_trial(suggested: Mapping[str, Any], assignment: Assignment) -> None:
 
 
 def _train_with_workers(assignment: Assignment, trial_id: str) -> None:
+    # On a full cluster the workers wait for their turn; Ray's default takes a minute of that for a failure.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "86400")
     resources = {"CPU": assignment.cpus_per_worker}
     if assignment.gpus_per_worker > 0:
         resources["GPU"] = assignment.gpus_per_worker

@@ -115,9 +115,12 @@ def write_detector(
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raise ValueError when `folder` exists and is no detector: ask before the training, not after it."""
+    """Raise ValueError when `folder` is something else or cannot be made: ask before the training, not after it."""
     if folder.exists() and not (folder / RECORD_FILE).is_file():
         raise ValueError(f"{folder} exists and is not a detector folder; choose another --out.")
+    above = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise ValueError(f"{folder} cannot be made: {above} is no folder that you may write to; choose another --out.")
 
 
 def rewrite_record(folder: Path, record: DetectorRecord) -> None:

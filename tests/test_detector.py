@@ -23,10 +23,11 @@ def photos(mvtec_root: Path) -> list[Path]:
 
 
 def test_an_image_is_anomalous_when_its_score_exceeds_the_threshold(detector: Detector, photos: list[Path]) -> None:
-    for seen in detector.predict(photos, 0.1):
+    for photo in photos:
+        (seen,) = detector.predict([photo], 0.1)
         assert seen.score == pytest.approx(float(seen.map.max())), "the image score is the maximum by default"
-        (at,) = detector.predict([seen.path], seen.score)
-        (below,) = detector.predict([seen.path], float(np.nextafter(seen.score, 0)))
+        (at,) = detector.predict([photo], seen.score)
+        (below,) = detector.predict([photo], float(np.nextafter(seen.score, 0)))
         assert not at.is_anomalous and at.threshold == at.score
         assert below.is_anomalous
 

@@ -122,6 +122,7 @@ class Tracker:
         self._runs: dict[tuple[str, str], str] = {}
         self._experiment = ""
         self._events: queue.Queue[Event | None] = queue.Queue()
+        self._interrupted: list[Event] = []
         self._writing = threading.Lock()
         self._give_up = threading.Event()
         self._put_again()
@@ -140,7 +141,7 @@ class Tracker:
             return 0
         self._give_up.set()
         self._writer.join(60)
-        left: list[Event] = []
+        left = self._interrupted
         while not self._events.empty():
             if (event := self._events.get()) is not None:
                 left.append(event)
@@ -204,7 +205,9 @@ class Tracker:
         else:
             source = f"{self._client.get_run(run_id).info.artifact_uri}/detector"
             version = self._registry.create_model_version(model, source, run_id, tags=tags)
-        holder = next((other for other in versions if "champion" in (other.aliases or [])), None)
+        # Versions that a search returns carry no aliases; the model itself does.
+        held = self._registry.get_registered_model(model).aliases.get("champion")
+        holder = next((other for other in versions if held is not None and str(other.version) == str(held)), None)
         is_better = (
             holder is None
             or holder.tags.get("dskd.data_sha256") != data_sha256
@@ -220,7 +223,7 @@ class Tracker:
                 try:
                     self._insistently(lambda event=event: self._write(event))
                 except _GivenUp:
-                    self._events.put(event)
+                    self._interrupted.append(event)
                     return
                 except Exception:  # a fault of ours in one event must not stop the others
                     logger.exception("could not track %s of %s", type(event).__name__, event.category)

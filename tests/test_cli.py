@@ -1,0 +1,273 @@
+import contextlib
+import io
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from PIL import Image
+
+from dskd.checkpoint import RECORD_FILE, WEIGHTS_FILE, read_record
+from dskd.cli import UNTRAINED_TEACHER, main
+from dskd.data.datasets import IMAGE_SUFFIXES
+
+TINY = [
+    "--image-size", "32", "--backbone", "test_resnet", "--levels", "1", "2", "--level-weights", "1", "1",
+    "--score-level-weights", "1", "1", "--embedding-depth", "1", "--epochs", "1", "--batch-size", "4",
+    "--teacher-weights", "random", "--device", "cpu",
+]  # fmt: skip
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: list[str]
+
+
+def dskd(*words: object) -> Outcome:
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main([str(word) for word in words])
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return Outcome(code, out.getvalue(), err.getvalue().splitlines())
+
+
+@pytest.fixture(scope="module")
+def trained(mvtec_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
+    out = tmp_path_factory.mktemp("cli") / "detector"
+    return out, dskd("train", "--data", mvtec_root, "--category", "wood", "--out", out, *TINY, "--json")
+
+
+def test_train_writes_a_detector_with_a_preview(trained: tuple[Path, Outcome]) -> None:
+    folder, outcome = trained
+    assert outcome.code == 0, outcome.err
+    document = json.loads(outcome.out)
+    record = read_record(folder)
+    assert document["category"] == record.category == "wood"
+    assert document["teacher"] == "random"
+    assert {name: document[name] for name in record.metrics} == record.metrics
+    assert record.config.model.levels == (1, 2) and record.config.train.epochs == 1
+    with Image.open(folder / "preview.png") as preview:
+        assert preview.size[0] > 0
+    assert outcome.err[0] == UNTRAINED_TEACHER
+    assert any(line.startswith("epoch   1/1  loss ") for line in outcome.err)
+
+
+def test_evaluate_prints_one_json_document(trained: tuple[Path, Outcome], mvtec_root: Path) -> None:
+    outcome = dskd("evaluate", trained[0], "--data", mvtec_root, "--json")
+    assert outcome.code == 0
+    document = json.loads(outcome.out)
+    assert (document["category"], document["teacher"]) == ("wood", "random")
+    for name in ("image_auroc", "pixel_auroc", "aupro"):
+        assert 0 <= document[name] <= 1
+    assert outcome.err == [UNTRAINED_TEACHER]
+    spoken = dskd("evaluate", trained[0], "--data", mvtec_root)
+    figures = dict(line.split() for line in spoken.out.splitlines())
+    assert float(figures["aupro"]) == pytest.approx(document["aupro"], abs=1e-4)
+
+
+def test_figures_without_masks_are_null_and_not_nan(
+    trained: tuple[Path, Outcome], mvtec_root: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(mvtec_root / "wood", tmp_path / "wood")
+    shutil.rmtree(tmp_path / "wood/ground_truth")
+    outcome = dskd("evaluate", trained[0], "--data", tmp_path, "--json")
+    document = json.loads(outcome.out, parse_constant=pytest.fail)
+    assert document["pixel_auroc"] is None and 0 <= document["image_auroc"] <= 1
+
+
+def test_predict_writes_a_verdict_and_a_picture_of_every_image(
+    trained: tuple[Path, Outcome], mvtec_root: Path, tmp_path: Path
+) -> None:
+    images = mvtec_root / "wood/test"
+    outcome = dskd("predict", trained[0], images, "--out", tmp_path / "verdicts", "--json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.err[0] == UNTRAINED_TEACHER
+    lines = (tmp_path / "verdicts/predictions.jsonl").read_text().splitlines()
+    verdicts = [json.loads(line) for line in lines]
+    assert json.loads(outcome.out)["predictions"] == verdicts
+    assert [verdict["image"] for verdict in verdicts] == [str(path) for path in sorted(images.rglob("*.png"))]
+    limit = read_record(trained[0]).thresholds[0].value
+    for verdict in verdicts:
+        assert verdict["teacher"] == "random" and verdict["threshold"] == limit
+        assert (verdict["verdict"] == "anomalous") == (verdict["score"] > limit) == bool(verdict["regions"])
+        with Image.open(tmp_path / "verdicts" / verdict["overlay"]) as picture:
+            assert picture.size[0] > picture.size[1]
+    assert (
+        len({verdict["overlay"] for verdict in verdicts}) == len(list((tmp_path / "verdicts/overlays").iterdir())) == 8
+    )
+    anomalous = sum(verdict["verdict"] == "anomalous" for verdict in verdicts)
+    assert json.loads(outcome.out)["num_anomalous"] == anomalous
+    assert outcome.err[-1].startswith(f"{anomalous} of 8 anomalous; threshold ")
+
+
+def test_a_given_threshold_stands_above_the_calibrated_one(
+    trained: tuple[Path, Outcome], mvtec_root: Path, tmp_path: Path
+) -> None:
+    image = mvtec_root / "wood/test/good/000.png"
+    found = {
+        limit: dskd("predict", trained[0], image, "--out", tmp_path / name, "--threshold", limit).out.split()[0]
+        for name, limit in (("low", "-1"), ("high", "1e9"))
+    }
+    assert found == {"-1": "anomalous", "1e9": "good"}
+
+
+def test_a_rate_that_the_images_cannot_vouch_for_is_said(
+    trained: tuple[Path, Outcome], mvtec_root: Path, tmp_path: Path
+) -> None:
+    images = mvtec_root / "wood/test/good"
+    outcome = dskd("predict", trained[0], images, "--out", tmp_path / "out", "--false-alarm-rate", "0.01")
+    assert "2 held-out normals cannot vouch for 1.0%: that takes 99" in outcome.err[-1]
+
+
+def test_the_preset_decides_the_defaults_and_flags_change_them(mvtec_root: Path, tmp_path: Path) -> None:
+    words = ["train", "--data", mvtec_root, "--category", "tile", "--out", tmp_path / "stfpm", *TINY]
+    for preset in (["--preset", "stfpm"], ["--preset=stfpm"]):
+        assert dskd(*words, *preset).code == 0
+        config = read_record(tmp_path / "stfpm").config
+        assert not config.model.student_decoder and config.score.level_fusion == "product"
+        assert config.train.optimizer == "sgd" and config.train.batch_size == 4
+
+
+def test_demo_data_can_be_trained_on_as_its_message_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Path, int]] = []
+    monkeypatch.setattr("dskd.demo.draw_dataset", lambda out, seed: asked.append((out, seed)))
+    outcome = dskd("demo-data", tmp_path / "demo", "--seed", "3")
+    assert outcome.code == 0 and asked == [(tmp_path / "demo", 3)]
+    assert f"dskd train --data {tmp_path / 'demo'}" in outcome.err[0]
+
+
+class Place(NamedTuple):
+    """What the bad commands are made of; `new` must not appear."""
+
+    data: Path
+    detector: Path
+    tmp: Path
+
+    @property
+    def new(self) -> Path:
+        return self.tmp / "new"
+
+
+def train_words(place: Place, *more: object, data: object = None, category: str = "tile") -> list[object]:
+    return ["train", "--data", data or place.data, "--category", category, "--out", place.new, *TINY, *more]
+
+
+def with_file(place: Place, name: str, content: bytes) -> Path:
+    (place.tmp / name).parent.mkdir(parents=True, exist_ok=True)
+    (place.tmp / name).write_bytes(content)
+    return place.tmp / name
+
+
+def broken_data(place: Place) -> Path:
+    shutil.copytree(place.data / "tile", place.tmp / "data/tile")
+    with_file(place, "data/tile/train/good/005.png", b"not an image")
+    return place.tmp / "data"
+
+
+def broken_detector(place: Place) -> Path:
+    shutil.copytree(place.detector, place.tmp / "broken")
+    with_file(place, f"broken/{WEIGHTS_FILE}", b"short")
+    return place.tmp / "broken"
+
+
+def image(place: Place) -> Path:
+    return place.data / "tile/test/good/000.png"
+
+
+BAD: dict[str, tuple[Callable[[Place], list[Any]], str]] = {
+    "missing data": (lambda p: train_words(p, data=p.tmp / "nowhere"), "nowhere does not exist"),
+    "data of another layout": (lambda p: train_words(p, data=p.data / "tile/test"), "no category in"),
+    "unknown category": (lambda p: train_words(p, category="screw"), "it holds: tile, wood"),
+    "no category chosen": (
+        lambda p: ["train", "--data", p.data, "--out", p.new, *TINY],
+        "several categories, choose one with --category: tile, wood",
+    ),
+    "unreadable training image": (lambda p: train_words(p, data=broken_data(p)), "005.png is not a readable image"),
+    "missing teacher": (lambda p: train_words(p, "--teacher-weights", p.tmp / "no.pth"), "no.pth"),
+    "unknown backbone": (lambda p: train_words(p, "--backbone", "resnet17"), "resnet17"),
+    "unknown device": (lambda p: train_words(p, "--device", "tpu"), "--device must be auto, cpu or cuda"),
+    "diverging": (lambda p: train_words(p, "--learning-rate", "1e30", "--epochs", "4"), "learning_rate 1e+30"),
+    "output below a file": (
+        lambda p: [*train_words(p), "--out", with_file(p, "file", b"") / "detector"],
+        "file is no folder that you may write to",
+    ),
+    "training into another folder": (lambda p: [*train_words(p), "--out", p.data], "is not a detector folder"),
+    "evaluating no detector": (lambda p: ["evaluate", p.tmp, "--data", p.data], f"it has no {RECORD_FILE}"),
+    "evaluating a damaged detector": (
+        lambda p: ["evaluate", broken_detector(p), "--data", p.data],
+        f"{WEIGHTS_FILE} was changed or cut short",
+    ),
+    "evaluating an unknown category": (
+        lambda p: ["evaluate", p.detector, "--data", p.data, "--category", "screw"],
+        "no category 'screw'",
+    ),
+    "predicting with no detector": (lambda p: ["predict", p.tmp, image(p), "--out", p.new], RECORD_FILE),
+    "predicting a missing image": (
+        lambda p: ["predict", p.detector, p.tmp / "gone.png", "--out", p.new],
+        "gone.png does not exist",
+    ),
+    "predicting an unreadable image": (
+        lambda p: ["predict", p.detector, image(p), with_file(p, "bad.png", b"bad"), "--out", p.new],
+        "bad.png is not a readable image",
+    ),
+    "predicting an empty folder": (lambda p: ["predict", p.detector, p.tmp, "--out", p.new], "holds no image"),
+    "predicting into an existing folder": (
+        lambda p: ["predict", p.detector, image(p), "--out", p.tmp],
+        "results are never overwritten",
+    ),
+    "an impossible rate": (
+        lambda p: ["predict", p.detector, image(p), "--out", p.new, "--false-alarm-rate", "0"],
+        "--false-alarm-rate must lie in (0, 1)",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_input_ends_in_one_line_and_leaves_nothing(
+    kind: str, mvtec_root: Path, detector_folder: Path, tmp_path: Path
+) -> None:
+    words, message = BAD[kind]
+    command = words(Place(mvtec_root, detector_folder, tmp_path))
+    before = sorted(tmp_path.rglob("*"))
+    outcome = dskd(*command)
+    assert outcome.code == 2, outcome
+    said = [line for line in outcome.err if line != UNTRAINED_TEACHER]
+    assert len(said) == 1 and said[0].startswith("dskd: error: ") and message in said[0], outcome.err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("flag", [["--image-size", "33"], ["--epochs", "0"], ["--lr", "1"], ["--preset", "patchcore"]])
+def test_a_bad_flag_is_refused_before_anything_is_read(flag: list[str], tmp_path: Path) -> None:
+    outcome = dskd("train", "--data", tmp_path / "nowhere", "--out", tmp_path / "new", *flag)
+    assert outcome.code == 2 and outcome.out == ""
+    assert flag[0].lstrip("-").replace("-", "_") in " ".join(outcome.err).replace("-", "_")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"]])
+def test_help_comes_without_torch(words: list[str]) -> None:
+    body = (
+        "import sys\nfrom dskd.cli import main\n"
+        f"try:\n    main({words})\nexcept SystemExit as end:\n    assert not end.code\n"
+        "print('loaded', *sorted({'torch', 'timm', 'numpy', 'scipy', 'PIL'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stderr.split() == ["loaded"]
+    assert "--image-size" in done.stdout if "train" in words else "evaluate" in done.stdout
+
+
+def test_images_of_every_suffix_are_found_below_a_folder(detector_folder: Path, tmp_path: Path) -> None:
+    for suffix in IMAGE_SUFFIXES:
+        path = tmp_path / "in" / suffix[1:] / f"part{suffix.upper()}"
+        path.parent.mkdir(parents=True)
+        Image.new("RGB", (40, 30), (90, 120, 30)).save(path)
+    (tmp_path / "in/notes.txt").write_text("no image")
+    assert dskd("predict", detector_folder, tmp_path / "in", "--out", tmp_path / "out").code == 0
+    assert len((tmp_path / "out/predictions.jsonl").read_text().splitlines()) == len(IMAGE_SUFFIXES)

@@ -1,0 +1,108 @@
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dskd.presets import PRESETS
+from tune.settings import LOCAL_RESULTS, SearchSettings
+
+
+def settings(**values: Any) -> SearchSettings:
+    return SearchSettings(**{"data": "data", **values})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"trials": 0}, "--trials must be at least 1, got 0"),
+        ({"workers_per_trial": 0}, "--workers-per-trial must be at least 1"),
+        ({"max_concurrent": 0}, "--max-concurrent must be at least 1"),
+        ({"cpus_per_worker": 0.0}, "--cpus-per-worker must be positive"),
+        ({"gpus_per_worker": -1.0}, "--gpus-per-worker must not be negative"),
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"image_size": 100}, "image_size must be a positive multiple of 32"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"name": ""}, "--name"),
+        ({"name": "a/b"}, "--name"),
+        ({"name": "a\\b"}, "--name"),
+        ({"name": "a b"}, "--name"),
+        ({"name": ".."}, "--name"),
+        ({"name": ".hidden"}, "--name"),
+    ],
+)
+def test_bad_values_are_refused_in_one_line(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as raised:
+        settings(**values)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"tracking_uri": "http://m"},
+        {"study_storage": "postgresql://p"},
+        {"tracking_uri": "http://m", "study_storage": ""},
+    ],
+)
+def test_remote_storage_needs_a_tracking_server_and_a_study_storage(given: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="--storage s3://b/p give --tracking-uri and --study-storage too"):
+        settings(storage="s3://b/p", **given)
+
+
+def test_remote_addresses_are_taken_as_they_are() -> None:
+    found = settings(storage="s3://b/p/", tracking_uri="http://m", study_storage="postgresql://p", name="spring")
+    assert found.storage_uri == "s3://b/p" and found.search_uri == "s3://b/p/spring"
+    assert (found.tracking, found.studies, found.artifact_location) == ("http://m", "postgresql://p", None)
+
+
+def test_by_default_everything_lies_in_one_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = settings()
+    root = f"{tmp_path}/{LOCAL_RESULTS}"
+    assert found.storage_uri == root and found.search_uri == f"{root}/search"
+    assert found.tracking == f"sqlite:///{root}/mlflow.db"
+    assert found.studies == f"sqlite:///{root}/optuna.db"
+    assert found.artifact_location == f"file://{root}/mlflow-artifacts"
+    assert found.ray_address is None
+
+
+def test_the_environment_fills_in_what_is_not_given_and_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://env")
+    monkeypatch.setenv("DSKD_STUDY_STORAGE", "postgresql://env")
+    found = settings(storage="s3://b/p")
+    assert settings(tracking_uri="http://flag").tracking == "http://flag"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://changed")
+    assert (found.tracking, found.studies) == ("http://env", "postgresql://env")
+    revived = pickle.loads(pickle.dumps(found))
+    assert (revived.tracking, revived.studies) == ("http://env", "postgresql://env")
+
+
+def test_a_study_password_does_not_show_in_a_printed_setting() -> None:
+    assert "secret" not in repr(settings(study_storage="postgresql://user:secret@host/db"))
+
+
+def test_an_address_goes_before_the_environments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert settings().ray_address == "auto"
+    assert settings(address="ray://head:10001").ray_address == "ray://head:10001"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_trials_vary_the_preset_with_the_flags_on_top(preset: Any) -> None:
+    run = settings(preset=preset, epochs=7, image_size=64).run_config()
+    assert run == PRESETS[preset].with_values({"epochs": 7, "image_size": 64})
+    assert settings(preset=preset, batch_size=5).run_config().train.batch_size == 5
+
+
+def test_categories_are_checked_and_keep_their_order(mvtec_root: Path) -> None:
+    def chosen(words: str) -> tuple[str, ...]:
+        return settings(data=str(mvtec_root), categories=words).chosen_categories()
+
+    assert chosen("all") == ("tile", "wood")
+    assert chosen(" wood, tile ,wood") == ("wood", "tile")
+    with pytest.raises(ValueError, match=r"no category 'screw' in .*; it holds: tile, wood"):
+        chosen("tile,screw")
+    with pytest.raises(ValueError, match="names none"):
+        chosen(" , ")

@@ -27,7 +27,7 @@ def conformal_threshold(normal_scores: Sequence[float], false_alarm_rate: float)
     if not 0 < false_alarm_rate < 1:
         raise ValueError(f"false_alarm_rate must lie in (0, 1), got {false_alarm_rate}.")
     count = len(normal_scores)
-    # A rate such as 0.05 has no exact binary form: 20 * 0.95 must not round up to 20.
+    # A rate such as 0.7 has no exact binary form: 10 * (1 - 0.7) must not round up to 4.
     rank = math.ceil((count + 1) * (1 - false_alarm_rate) - 1e-9)
     if rank > count:
         return None

@@ -3,7 +3,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dskd.calibration import FALSE_ALARM_RATES, Threshold, calibrate, conformal_threshold
@@ -20,8 +20,9 @@ def by_search(scores: list[float], rate: Fraction) -> float | None:
 
 @given(
     st.lists(st.integers(0, 30).map(float), min_size=1, max_size=150),
-    st.sampled_from(["0.5", "0.3", "0.2", "0.1", "0.07", "0.05", "0.02", "0.01", "0.001"]),
+    st.sampled_from(["0.7", "0.5", "0.3", "0.2", "0.1", "0.07", "0.05", "0.02", "0.01", "0.001"]),
 )
+@example([float(index) for index in range(9)], "0.7")  # 10 * (1 - 0.7) is more than 3 in floating point
 def test_threshold_is_the_smallest_that_keeps_the_rate(scores: list[float], rate: str) -> None:
     found = conformal_threshold(scores, float(rate))
     wanted = by_search(scores, Fraction(rate))
@@ -52,7 +53,7 @@ def test_rates_that_the_images_cannot_vouch_for_are_left_out(count: int, rates: 
     assert [threshold.value for threshold in found] == sorted(threshold.value for threshold in found)
 
 
-@pytest.mark.parametrize("count", [1, 2, 7])
+@pytest.mark.parametrize("count", [1, 2, 7, 18])
 def test_few_images_still_give_the_one_threshold_that_they_can(count: int) -> None:
     scores = [float(index) for index in range(count)]
     assert calibrate(scores) == (Threshold(1 / (count + 1), count - 1.0, count),)

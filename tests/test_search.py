@@ -191,6 +191,9 @@ def test_job_on_a_cluster_with_servers_trains_in_pairs_and_frees_what_it_prunes(
     refused = run(*submit, "true", env=head | {"RAY_AUTH_TOKEN": "0" * 32})
     assert refused.returncode != 0 and "403" in refused.stderr + refused.stdout
 
+    origin = run(*submit, "python", "-c", "import dskd, tune; print(dskd.__file__, tune.__file__)", env=head)
+    assert origin.stdout.count("working_dir_files") >= 2, "code comes with the job, wherever else it is installed"
+
     category = sorted(folder.name for folder in mvtec_root.iterdir() if folder.is_dir())[0]
     done = run(
         *submit, "python", "tune/search.py", "--data", mvtec_root, "--categories", category, "--name", "pairs", *TINY,

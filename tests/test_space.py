@@ -89,6 +89,7 @@ def test_a_search_starts_from_the_preset_itself(base: RunConfig) -> None:
     assert with_suggestions(base, second) == base.with_values({"hkd_weight": 1.0})
 
 
+@pytest.mark.filterwarnings("error")  # Optuna takes a value beyond its bounds, and warns
 @every_base
 def test_the_starting_points_lie_within_the_space(base: RunConfig) -> None:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))

@@ -81,7 +81,7 @@ def pull(
             | {"teacher": record.teacher, "metrics": dict(record.metrics)}
             | {"thresholds": [threshold._asdict() for threshold in record.thresholds]}
         )
-    console = Console(stderr=True, width=None if sys.stderr.isatty() else 150)
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else 200)
     console.print(table)
     console.print(f"inspect images: dskd predict {to / wanted[0]} IMAGES --out verdicts", markup=False)
     if json:

@@ -8,6 +8,7 @@ import functools
 import logging
 import os
 import time
+import zlib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,7 +73,10 @@ def search_category(settings: SearchSettings, assignment: Assignment, concurrenc
                     functools.partial(search_space, base=base),
                     metric="objective",
                     mode="max",
-                    sampler=optuna.samplers.TPESampler(seed=settings.seed, multivariate=True),
+                    # Another seed for each category, or all would draw the same first suggestions.
+                    sampler=optuna.samplers.TPESampler(
+                        seed=zlib.crc32(f"{settings.seed}/{name}".encode()), multivariate=True
+                    ),
                     storage=StudyStorage(settings.studies),
                     study_name=f"{settings.name}/{name}",
                     points_to_evaluate=known_good(base)[: settings.trials],

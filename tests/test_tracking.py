@@ -104,6 +104,26 @@ def test_a_search_becomes_an_experiment_with_a_parent_per_category_and_a_child_p
     assert [(each.step, each.value, each.timestamp) for each in history] == [(1, 0.5, 1000), (2, 0.7, 2000)]
 
 
+def test_a_trial_that_a_killed_search_left_ends_with_its_category(uri: str, tmp_path: Path) -> None:
+    killed = tracker(uri, "recovery", tmp_path)
+    for event in (*one_trial("tile", "a", 0.5), *one_trial("wood", "a", 0.5)):
+        killed.put(event)
+    assert killed.close(60) == 0
+    continued = tracker(uri, "recovery", tmp_path)
+    for event in (
+        *one_trial("tile", "b", 0.5),
+        TrialEnded("tile", "b", "finished", ""),
+        CategoryEnded("tile", "finished", {}, {}),
+    ):
+        continued.put(event)
+    assert continued.close(60) == 0
+    found = runs(uri, "recovery")
+    assert {name: run.info.status for name, run in found.items()} == {
+        "tile": "FINISHED", "tile-a": "KILLED", "tile-b": "FINISHED", "wood": "RUNNING", "wood-a": "RUNNING",
+    }  # fmt: skip
+    assert found["tile-a"].data.tags["dskd.status"] == "lost"
+
+
 def test_a_continued_search_writes_to_the_same_runs(uri: str, tmp_path: Path) -> None:
     for objectives, end, status in (((0.5,), ["finished"], "FINISHED"), ((0.6, 0.8), [], "RUNNING")):
         writer = tracker(uri, "summer", tmp_path)
@@ -127,7 +147,8 @@ def test_an_event_that_mlflow_refuses_does_not_stop_the_others(
         writer.put(TrialStarted("tile", "a", {"epochs": 4}))  # MLflow's parameters cannot change
         writer.put(EpochDone("tile", "a", 1, {"objective": 0.5}, 1))
         assert writer.close(60) == 0
-    assert [record.getMessage() for record in caplog.records] == ["could not track TrialStarted of tile"]
+    faults = [record.getMessage() for record in caplog.records if record.name == "tune.tracking"]
+    assert faults == ["could not track TrialStarted of tile"]
     data = runs(uri, "autumn")["tile-a"].data
     assert data.params == {"epochs": "3"} and data.metrics == {"objective": 0.5}
 

@@ -71,11 +71,15 @@ def run_search(
         )
         try:
             study = ray.get(_search_category.remote(settings, mine, concurrency, events))
-            return _conclude(settings, mine, study, tracker, progress)
+            outcome, tags = _conclude(settings, mine, study, tracker, progress)
         except Exception as error:  # whatever it was, the other categories go on
             reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-            tracker.put(CategoryEnded(category, "failed", {}, {"dskd.error": reason}))
-            return Outcome(category, 0, 0, 0, None, reason)
+            outcome, tags = Outcome(category, 0, 0, 0, None, reason), {}
+        if outcome.champion is None:
+            tags = {"dskd.error": outcome.error}
+        # Through the queue of the trials' events, which it must not overtake.
+        events.put(CategoryEnded(category, "finished" if outcome.champion else "failed", {}, tags))
+        return outcome
 
     relaying = threading.Thread(target=relay, name="events")
     relaying.start()
@@ -103,18 +107,18 @@ def concurrent_trials(assignment: Assignment) -> int:
 
 def _conclude(
     settings: SearchSettings, assignment: Assignment, study: Study, tracker: Tracker, progress: Progress
-) -> Outcome:
+) -> tuple[Outcome, dict[str, str]]:
+    """What a category's trials came to, and tags for its run in MLflow."""
     category, counts = assignment.category, (study.num_trials, study.num_pruned, len(study.errors))
     if study.best is None:
         reason = study.errors[-1] if study.errors else "no trial reached its last epoch"
-        tracker.put(CategoryEnded(category, "failed", {}, {"dskd.error": reason}))
-        return Outcome(category, *counts, None, reason)
+        return Outcome(category, *counts, None, reason), {}
     trial_id, detector = study.best
     storage = Storage(settings.search_uri)
     known = find_champion(storage, category)
     if known is not None and known.trial_id == trial_id and known.run_id:
         progress.say(f"{category}: trial {trial_id} is the champion already")
-        return Outcome(category, *counts, known, "")
+        return Outcome(category, *counts, known, ""), {}
     progress.say(f"{category}: trial {trial_id} is the best, evaluating it once on the test images")
     resources = {"num_cpus": assignment.cpus_per_worker, "num_gpus": assignment.gpus_per_worker}
     threads = max(1, int(assignment.cpus_per_worker))
@@ -133,8 +137,7 @@ def _conclude(
             champion = champion._replace(run_id=registered.run_id)
             note_run(storage, champion)
             tags["dskd.champion_model"] = f"{registered.model}/{registered.version}"
-    tracker.put(CategoryEnded(category, "finished", {}, tags))
-    return Outcome(category, *counts, champion, "")
+    return Outcome(category, *counts, champion, ""), tags
 
 
 def summary(outcomes: Sequence[Outcome]) -> list[Mapping[str, Any]]:

@@ -16,9 +16,12 @@ from typing import Any, NamedTuple
 import optuna
 import ray
 import ray.tune
+import ray.util
+from ray import PlacementGroupID
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
+from ray.util.placement_group import PlacementGroup
 from ray.util.queue import Queue
 
 from dskd.config import RunConfig
@@ -26,7 +29,7 @@ from tune.settings import SearchSettings
 from tune.space import known_good, search_space, with_suggestions
 from tune.tracking import EpochDone, Status, TrialEnded, TrialStarted
 from tune.trial import MAX_FAILURES, run_trial, trial_resources
-from tune.worker import DETECTOR_FOLDER, Assignment
+from tune.worker import DETECTOR_FOLDER, PLACEMENT_GROUP, Assignment
 
 _REDUCTION = 3
 _EPOCH_METRICS = ("loss", "encoder_loss", "decoder_loss", "hard_loss", "images_per_second", "seconds", "objective")
@@ -202,7 +205,18 @@ class _Observe(ray.tune.Callback):
         self._ended(trial, "failed", str(trial.get_error() or "unknown error"))
 
     def _ended(self, trial: Trial, status: Status, error: str) -> None:
+        _free_workers(trial)
         _revived["events"].put(TrialEnded(_revived["assignment"].category, trial.trial_id, status, error))
+
+
+def _free_workers(trial: Trial) -> None:
+    """Take back what the workers of an ended trial had reserved, which also ends them if they still compute.
+
+    Ray Train's own cleaner does so within seconds where it can ask the dashboard; where the dashboard is
+    slow or gone it never does, and later trials wait for ever (ray issue 54305).
+    """
+    if reserved := (trial.last_result or {}).get(PLACEMENT_GROUP):
+        ray.util.remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(reserved))))
 
 
 def _trial_id(trial: Trial) -> str:

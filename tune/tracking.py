@@ -252,6 +252,7 @@ class Tracker:
             run = self._category_run(event.category)
             tags = [RunTag(name, value[:_MAX_VALUE]) for name, value in event.tags.items()]
             self._client.log_batch(run, metrics=_metrics(event.metrics, 0), tags=tags)
+            self._end_lost_trials(run)
             self._client.set_terminated(run, _RUN_STATUS[event.status])
             return
         run = self._trial_run(event.category, event.trial_id)
@@ -265,6 +266,16 @@ class Tracker:
             if event.error:
                 self._client.set_tag(run, "dskd.error", event.error[:_MAX_VALUE])
             self._client.set_terminated(run, _RUN_STATUS[event.status])
+
+    def _end_lost_trials(self, parent: str) -> None:
+        """End the runs of trials that a killed search had started and no snapshot of Tune knew of.
+
+        Others took their places; once a category has ended, none of its trials is running.
+        """
+        wanted = f"tags.`mlflow.parentRunId` = '{parent}' and attributes.status = 'RUNNING'"
+        for lost in self._client.search_runs([self._experiment_id()], wanted):
+            self._client.set_tag(lost.info.run_id, "dskd.status", "lost")
+            self._client.set_terminated(lost.info.run_id, "KILLED")
 
     def _category_run(self, category: str) -> str:
         return self._run(category, "", category, {})

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import ray.train
 import ray.train.torch
+import ray.util
 import torch
 
 from dskd.checkpoint import RECORD_FILE, read_record, write_detector
@@ -21,6 +22,8 @@ from dskd.show.overlays import preview_of
 from dskd.train import NonFiniteLoss, Shard
 
 DETECTOR_FOLDER = "detector"
+PLACEMENT_GROUP = "placement_group"
+"""Under this name DDP workers report, as hex, the reservation that they run in."""
 CHECKPOINT_SECONDS = float(os.environ.get("DSKD_CHECKPOINT_SECONDS", "60"))
 """A killed trial loses at most this much training, or one epoch where that takes longer."""
 
@@ -56,9 +59,11 @@ def run_worker(values: Mapping[str, Any]) -> None:
     context = ray.train.get_context()
     shard = Shard(context.get_world_rank(), context.get_world_size())
     resumed = ray.train.get_checkpoint()
+    reserved = ray.util.get_current_placement_group()
+    where = {PLACEMENT_GROUP: reserved.id.hex() if reserved else ""}
     for report in train(assignment, shard, ray.train.torch.get_device(), resumed):
         kept = ray.train.Checkpoint.from_directory(report.checkpoint) if report.checkpoint else None
-        ray.train.report(report.metrics, checkpoint=kept)
+        ray.train.report(report.metrics | where, checkpoint=kept)
 
 
 def train(

@@ -50,7 +50,10 @@ def anomaly_maps(
     """One non-negative map per image: levels fused, then students, then blurred.
 
     Levels are first brought to `image_size` by bilinear interpolation. Weights w fuse maps d as Σ w·d,
-    max w·d or Π d^w. The blur is a Gaussian of blur_sigma · image_size / 256 pixels.
+    max w·d or Π d^w. Students may also fuse as 1 - Π (1 - w·a) (noisy-or, arXiv 2509.24448), where a in [0, 1]
+    is a student's fused map over the value that it has at a distance of 1 in every level, and 1 above that:
+    orthogonal features are as abnormal as can be, and those of a ReLU are never further apart. A student
+    alone is taken as it is. The blur is a Gaussian of blur_sigma · image_size / 256 pixels.
     Raises ValueError where no student exists.
     """
     students = [
@@ -65,9 +68,14 @@ def anomaly_maps(
         raise ValueError("anomaly maps need the discrepancies of at least one student, got none.")
     if len(students) == 1:
         fused = students[0][1]
+    elif config.student_fusion == "noisy-or":
+        weights = config.score_level_weights
+        certain = _fuse([torch.ones(())] * len(weights), weights, config.level_fusion)
+        # x + y - x·y and not 1 - (1 - x)(1 - y), which rounds small probabilities to nothing.
+        first, second = (weight * (level / certain).clamp_max(1) for weight, level in students)
+        fused = first + second - first * second
     else:
-        weights, maps = zip(*students, strict=True)
-        fused = _fuse(maps, weights, config.student_fusion)
+        fused = _fuse([level for _, level in students], [weight for weight, _ in students], config.student_fusion)
     return _blur(fused, config.blur_sigma * image_size / BLUR_REFERENCE)
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 UNTRAINED_TEACHER = "UNTRAINED TEACHER: fit to see the machinery, not for inspection"
 _PRESET_FLAG = "--preset"
-Preset = Literal["dskd", "stfpm", "rd4ad"]
+Preset = Literal["dskd", "stfpm", "rd4ad", "aand"]
 
 
 def demo_data(out: Positional[Path], /, *, seed: int = 0) -> None:
@@ -92,6 +92,11 @@ def train(
         teacher_weights=teacher_weights,
         device=place,
         cache=cache,
+        amplification=config.amplification,
+        on_amplification=lambda epoch: _say(
+            f"stage I epoch {epoch.number + 1:3d}/{config.amplification.amplification_epochs}  "
+            f"gate loss {epoch.gate_loss:.4f}  residual loss {epoch.residual_loss:.4f}  {epoch.seconds:.1f} s"
+        ),
     )
     if materials.teacher_source == "random":
         _say(UNTRAINED_TEACHER)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 Fusion = Literal["sum", "product", "max"]
+StudentFusion = Literal["sum", "product", "max", "noisy-or"]
 _Config = typing.TypeVar("_Config")
 
 
@@ -58,8 +59,8 @@ class ModelConfig:
     """Train a student of the backbone's own shape that sees the image (STFPM, DSKD's S_e)."""
     student_decoder: bool = True
     """Train a reversed student that decodes an embedding back into the pyramid (RD4AD, DSKD's S_d)."""
-    decoder_input: Literal["student", "teacher"] = "student"
-    """Whose pyramid the embedding condenses for the decoder: the encoder's (DSKD) or the teacher's (RD4AD)."""
+    decoder_input: Literal["student", "teacher", "student+teacher"] = "student"
+    """Whose pyramid the embedding condenses for the decoder: the encoder's (DSKD), the teacher's (RD4AD), or both."""
     detach_embedding: bool = False
     """Stop the decoder's gradient at the embedding; off: the students learn from each other (reconstructed)."""
     embedding_depth: int = 2
@@ -72,7 +73,7 @@ class ModelConfig:
         )
         _require(
             self.student_encoder or not self.student_decoder or self.decoder_input == "teacher",
-            "decoder_input 'student' needs student_encoder; use decoder_input 'teacher' (RD4AD).",
+            f"decoder_input {self.decoder_input!r} needs student_encoder; use decoder_input 'teacher' (RD4AD).",
         )
         _require(self.embedding_depth >= 1, f"embedding_depth must be at least 1, got {self.embedding_depth}.")
         _require(
@@ -124,8 +125,8 @@ class ScoreConfig:
     """Weight of the student decoder's map beside the encoder's."""
     level_fusion: Fusion = "sum"
     """How a student's levels combine: sum (RD4AD, AAND) or product (STFPM)."""
-    student_fusion: Fusion = "sum"
-    """How the two students' maps combine."""
+    student_fusion: StudentFusion = "sum"
+    """How the two students' maps combine; noisy-or takes each for a probability (arXiv 2509.24448)."""
     blur_sigma: float = 4.0
     """Standard deviation in pixels of the Gaussian over a 256-pixel map, scaled with image_size; 0: none."""
     score_top_fraction: float = 0.0
@@ -133,7 +134,12 @@ class ScoreConfig:
 
     def __post_init__(self) -> None:
         _require_weights("score_level_weights", self.score_level_weights)
-        _require_weights("student score weights", (self.encoder_score_weight, self.decoder_score_weight))
+        students = (self.encoder_score_weight, self.decoder_score_weight)
+        _require_weights("student score weights", students)
+        _require(
+            self.student_fusion != "noisy-or" or max(students) <= 1,
+            f"student_fusion 'noisy-or' needs encoder_score_weight and decoder_score_weight in [0, 1], got {students}.",
+        )
         _require(self.blur_sigma >= 0, f"blur_sigma must not be negative, got {self.blur_sigma}.")
         _require(
             0 <= self.score_top_fraction <= 1,
@@ -166,6 +172,47 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AmplificationConfig:
+    """AAND's stage I: whether and how the teacher is first taught to tell synthetic defects from normal."""
+
+    amplification: bool = False
+    """Train gates and residuals on the teacher's features with synthetic defects, before the students (AAND)."""
+    amplification_epochs: int = 100
+    """Passes over the normal training images, with new defects in each; AAND 100."""
+    amplification_batch_size: int = 16
+    """Images of one optimiser step of stage I; AAND 16."""
+    amplification_learning_rate: float = 0.005
+    """Adam's first step size in stage I, x0.2 at 80 % and 90 % of the epochs; AAND 0.005."""
+    amplification_margin: float = 0.3
+    """How much less similar (cosine) a defect's features become to normal ones at least; AAND 0.3."""
+    amplification_weight: float = 0.1
+    """Weight of the residuals' loss beside the gates'; AAND 0.1."""
+    amplification_seed: int = 0
+    """Seed of stage I; its own, so that runs whose students differ in their seed share one amplified teacher."""
+    memory_size: int = 50
+    """Learnt vectors of a gate for the normal, and as many for the abnormal; AAND 50."""
+
+    def __post_init__(self) -> None:
+        for name in ("amplification_epochs", "amplification_batch_size", "memory_size"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}.")
+        _require(
+            self.amplification_learning_rate > 0,
+            f"amplification_learning_rate must be positive, got {self.amplification_learning_rate}.",
+        )
+        _require(
+            0 <= self.amplification_margin <= 2,
+            f"amplification_margin is a difference of cosines and must lie in [0, 2], got {self.amplification_margin}.",
+        )
+        _require(
+            self.amplification_weight >= 0,
+            f"amplification_weight must not be negative, got {self.amplification_weight}.",
+        )
+        _require(
+            self.amplification_seed >= 0, f"amplification_seed must not be negative, got {self.amplification_seed}."
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     """One complete, reproducible run."""
 
@@ -174,6 +221,7 @@ class RunConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    amplification: AmplificationConfig = field(default_factory=AmplificationConfig)
 
     def __post_init__(self) -> None:
         for name, weights in (

@@ -15,6 +15,7 @@ from dskd.checkpoint import BrokenDetector, DetectorRecord, read_detector, thres
 from dskd.data.datasets import load_images
 from dskd.evaluate import Inspection, inspect, labelled_test_split, measure
 from dskd.metrics import Scores
+from dskd.model.amplification import AmplifiedTeacher, build_amplifier
 from dskd.model.network import build_students
 from dskd.model.teacher import Teacher, build_teacher
 
@@ -68,6 +69,8 @@ class Detector:
         record, weights = read_detector(folder)
         model = record.config.model
         teacher = build_teacher(model.backbone, model.levels, "random")
+        if record.config.amplification.amplification:
+            teacher = AmplifiedTeacher(teacher, build_amplifier(teacher, record.config.amplification.memory_size, 0))
         students = build_students(model, teacher, seed=0)
         for prefix, module in (("teacher.", teacher), ("students.", students)):
             part = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}

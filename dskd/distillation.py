@@ -2,22 +2,26 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
 
+from dskd.amplify import AmplificationEpoch, amplifier_optimizer, fit_amplifier
 from dskd.calibration import calibrate
 from dskd.checkpoint import DetectorRecord
-from dskd.config import DataConfig, RunConfig
+from dskd.config import AmplificationConfig, DataConfig, RunConfig
 from dskd.data.cache import ArrayCache
 from dskd.data.datasets import fingerprint, hold_out, load_images, read_category
 from dskd.evaluate import LabelledImages, inspect, measure_shared, synthetic_validation
 from dskd.metrics import Scores
+from dskd.model.amplification import AmplifiedTeacher, build_amplifier
 from dskd.model.batchnorm import share_batchnorm
 from dskd.model.network import build_students
 from dskd.model.teacher import Teacher, build_teacher, weights_fingerprint
@@ -33,8 +37,10 @@ class Materials(NamedTuple):
 
     category: str
     teacher: Teacher
+    """The amplified one where `amplification` asks for it."""
     teacher_source: str
     teacher_sha256: str
+    """Of the pretrained weights, without the amplifier's."""
     train_images: npt.NDArray[np.uint8]
     train_features: FeatureTable
     validation: LabelledImages
@@ -42,6 +48,7 @@ class Materials(NamedTuple):
     validation_features: FeatureTable
     validation_files: tuple[str, ...]
     data_sha256: str
+    amplification: AmplificationConfig = AmplificationConfig()
 
 
 def prepare(
@@ -54,10 +61,14 @@ def prepare(
     teacher_weights: str,
     device: torch.device,
     cache: ArrayCache | None,
+    amplification: AmplificationConfig = AmplificationConfig(),  # noqa: B008 - frozen
+    on_amplification: Callable[[AmplificationEpoch], object] = lambda epoch: None,
 ) -> Materials:
-    """Decode, split, draw the validation defects and run the teacher, each at most once per machine.
+    """Decode, split, amplify the teacher, draw the validation defects and run it, each at most once per machine.
 
-    `teacher_weights` is "hub", "random" or a file. Raises ValueError on unusable data or weights.
+    `teacher_weights` is "hub", "random" or a file. `on_amplification` hears of every epoch of stage I that
+    is computed here and now, and of none that the cache knows. In a process group every process gets the
+    amplifier of the first. Raises ValueError on unusable data or weights, NonFiniteLoss where stage I diverges.
     """
     teacher = build_teacher(backbone, levels, teacher_weights).to(device)
     teacher_sha256 = weights_fingerprint(teacher)
@@ -65,11 +76,22 @@ def prepare(
     train, held = hold_out(samples, config.validation_fraction, config.split_seed)
     train_images, train_sha256 = _pixels([sample.path for sample in train], config, cache)
     held_images, held_sha256 = _pixels([sample.path for sample in held], config, cache)
+    train_content = _content(train_images)
+    if amplification.amplification:
+        teacher = _amplified(
+            teacher,
+            train_images,
+            amplification,
+            device,
+            cache,
+            f"{train_content}|{teacher_sha256}|{backbone}|{levels}|{device.type}",
+            on_amplification,
+        )
+    used_sha256 = weights_fingerprint(teacher)
     validation = synthetic_validation(held_images, seed=config.split_seed, num_defective=_NUM_VALIDATION_DEFECTS)
 
-    def features(images: npt.NDArray[np.uint8]) -> FeatureTable:
-        content = hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()
-        key = f"{content}|{teacher_sha256}|{backbone}|{levels}|{device.type}"
+    def features(images: npt.NDArray[np.uint8], content: str) -> FeatureTable:
+        key = f"{content}|{used_sha256}|{backbone}|{levels}|{device.type}"
         return feature_table(teacher, images, device, cache=cache, key=key)
 
     return Materials(
@@ -78,12 +100,52 @@ def prepare(
         teacher_source=teacher_weights if teacher_weights in ("hub", "random") else Path(teacher_weights).name,
         teacher_sha256=teacher_sha256,
         train_images=train_images,
-        train_features=features(train_images),
+        train_features=features(train_images, train_content),
         validation=validation,
-        validation_features=features(validation.images),
+        validation_features=features(validation.images, _content(validation.images)),
         validation_files=tuple(sample.path.name for sample in held),
         data_sha256=hashlib.sha256((train_sha256 + held_sha256).encode()).hexdigest(),
+        amplification=amplification,
     )
+
+
+def _content(images: npt.NDArray[np.uint8]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()
+
+
+def _amplified(
+    teacher: Teacher,
+    images: npt.NDArray[np.uint8],
+    config: AmplificationConfig,
+    device: torch.device,
+    cache: ArrayCache | None,
+    key: str,
+    on_epoch: Callable[[AmplificationEpoch], object],
+) -> AmplifiedTeacher:
+    """The teacher after stage I; its weights come from the cache where `key` and `config` are known."""
+    amplifier = build_amplifier(teacher, config.memory_size, config.amplification_seed).to(device)
+    parameters = list(amplifier.parameters())
+    sizes = [parameter.numel() for parameter in parameters]
+
+    def fill(out: npt.NDArray[np.float32]) -> None:
+        optimizer = amplifier_optimizer(amplifier, config)
+        for epoch in fit_amplifier(amplifier, optimizer, teacher, images, config, device=device):
+            on_epoch(epoch)
+        out[:] = parameters_to_vector(parameters).detach().cpu().numpy()
+
+    found = np.empty(sum(sizes), np.float32)
+    if cache is None:
+        fill(found)
+    else:
+        found = cache.get(f"amplifier|{key}|{config}", found.shape, np.float32, fill)
+    weights = torch.from_numpy(np.array(found)).to(device)
+    if dist.is_available() and dist.is_initialized():
+        # Stage I ran on every machine, and not every device rounds alike: the students need one teacher.
+        dist.broadcast(weights, 0)
+    with torch.no_grad():
+        for parameter, values in zip(parameters, weights.split(sizes), strict=True):
+            parameter.copy_(values.view_as(parameter))
+    return AmplifiedTeacher(teacher, amplifier)
 
 
 def _pixels(paths: list[Path], config: DataConfig, cache: ArrayCache | None) -> tuple[npt.NDArray[np.uint8], str]:
@@ -132,8 +194,14 @@ class Distillation:
     ) -> "Distillation":
         """Untrained students, initialised from the configuration's seed alike on every worker.
 
-        Several workers share their BatchNorm statistics.
+        Several workers share their BatchNorm statistics. Raises ValueError where `materials` were prepared
+        for another stage I.
         """
+        if config.amplification != materials.amplification:
+            raise ValueError(
+                "materials and run must have the same amplification, got "
+                f"{materials.amplification} and {config.amplification}; prepare with the run's."
+            )
         students: nn.Module = build_students(config.model, materials.teacher, config.train.seed).to(device)
         if num_workers > 1:
             students = share_batchnorm(students, device)

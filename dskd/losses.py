@@ -1,4 +1,4 @@
-"""What the students minimise: pure functions from two pyramids to a scalar.
+"""What students and amplifiers minimise: pure functions from features to a scalar.
 
 All of them compare directions of feature vectors, in float32 also under autocast. A vector of zeros has
 no direction and counts as orthogonal to everything, with a finite gradient.
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dskd.config import LossConfig
@@ -62,6 +62,39 @@ def hard_patch_loss(
     distances = position_distances(teacher, student).flatten(1)
     worst = distances.topk(min(hardest, distances.shape[1]), dim=1, sorted=False).values
     return torch.relu(worst - margin).mean()
+
+
+def focal_loss(gate: Float[Tensor, "b h w"], defects: Bool[Tensor, "b h w"]) -> Float[Tensor, ""]:
+    """Mean over positions of -0.8 (1-w)² log w on defects and -0.2 w² log(1-w) elsewhere, w the gate in (0, 1).
+
+    Lin et al., arXiv 1708.02002, equation 5, with gamma 2 and the weights of the released code of Tang et
+    al., arXiv 2405.02068.
+    """
+    weight = gate.float()
+    found = 0.8 * (1 - weight).square() * weight.log()
+    spared = 0.2 * weight.square() * torch.log1p(-weight)
+    return -torch.where(defects, found, spared).mean()
+
+
+def amplification_loss(
+    normal: Float[Tensor, "n c"],
+    abnormal: Float[Tensor, "a c"],
+    amplified: Float[Tensor, "a c"],
+    *,
+    margin: float,
+) -> Float[Tensor, ""]:
+    """Mean over all pairs of max(0, cos(normal, amplified) - (cos(normal, abnormal) - margin)).
+
+    Every abnormal vector is to become less similar to every normal one by at least `margin`, in cosines.
+    Tang et al., arXiv 2405.02068; the margin is subtracted, as in the released code, where some ports
+    multiply by it. 0 where there are no pairs.
+    """
+    if len(normal) == 0 or len(abnormal) == 0:
+        return amplified.float().sum() * 0
+    units = F.normalize(normal.float(), dim=1)
+    before = units @ F.normalize(abnormal.float(), dim=1).T
+    after = units @ F.normalize(amplified.float(), dim=1).T
+    return torch.relu(after - (before - margin)).mean()
 
 
 def distillation_loss(

@@ -28,7 +28,7 @@ class SearchSettings:
     """Epochs of a trial that is not pruned."""
     image_size: int = 256
     """Side in pixels that images are resized to; a multiple of 32."""
-    preset: Literal["dskd", "stfpm", "rd4ad"] = "dskd"
+    preset: Literal["dskd", "stfpm", "rd4ad", "aand"] = "dskd"
     """Method whose configuration the search starts from."""
     teacher_weights: str = "hub"
     """hub, a .safetensors or .pth file at the same path on every node, or random (wiring tests)."""

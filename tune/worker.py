@@ -15,7 +15,7 @@ import ray.util
 import torch
 
 from dskd.checkpoint import RECORD_FILE, read_record, write_detector
-from dskd.config import DataConfig, RunConfig
+from dskd.config import AmplificationConfig, DataConfig, RunConfig
 from dskd.data.cache import ArrayCache, default_folder
 from dskd.distillation import Distillation, Materials, prepare
 from dskd.show.overlays import preview_of
@@ -77,16 +77,21 @@ def train(
     """
     torch.set_num_threads(max(1, int(assignment.cpus_per_worker)))
     config = RunConfig.from_dict(assignment.config)
-    materials = _materials(
-        config.data,
-        config.model.backbone,
-        config.model.levels,
-        assignment.data,
-        assignment.category,
-        assignment.teacher_weights,
-        assignment.cache_gb,
-        str(device),
-    )
+    try:
+        materials = _materials(
+            config.data,
+            config.model.backbone,
+            config.model.levels,
+            assignment.data,
+            assignment.category,
+            assignment.teacher_weights,
+            assignment.cache_gb,
+            str(device),
+            config.amplification,
+        )
+    except NonFiniteLoss as error:  # stage I
+        yield Report({"epoch": 1, "objective": 0.0, "error": str(error)}, None)
+        return
     run = Distillation.begin(config, materials, device, shard.world_size)
     if resumed is not None:
         with resumed.as_directory() as folder:
@@ -137,6 +142,7 @@ def _materials(
     teacher_weights: str,
     cache_gb: float,
     device: str,
+    amplification: AmplificationConfig,
 ) -> Materials:
     """Kept from trial to trial in a process that serves several: they differ in the students alone."""
     return prepare(
@@ -148,4 +154,5 @@ def _materials(
         teacher_weights=teacher_weights,
         device=torch.device(device),
         cache=ArrayCache(default_folder(), int(cache_gb * 1e9)) if cache_gb > 0 else None,
+        amplification=amplification,
     )

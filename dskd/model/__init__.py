@@ -1,5 +1,6 @@
 """The networks: a frozen teacher and the students that imitate it."""
 
+from dskd.model.amplification import AmplifiedTeacher, Amplifier, build_amplifier
 from dskd.model.embedding import DeepFeatureEmbedding
 from dskd.model.network import StudentPyramids, Students, build_students
 from dskd.model.students import StudentDecoder, StudentEncoder
@@ -13,6 +14,8 @@ from dskd.model.teacher import (
 )
 
 __all__ = [
+    "AmplifiedTeacher",
+    "Amplifier",
     "DeepFeatureEmbedding",
     "Pyramid",
     "StudentDecoder",
@@ -21,6 +24,7 @@ __all__ = [
     "Students",
     "Teacher",
     "TeacherUnavailable",
+    "build_amplifier",
     "build_students",
     "build_teacher",
     "normalize",

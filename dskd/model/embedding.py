@@ -16,19 +16,25 @@ class DeepFeatureEmbedding(nn.Module):
     The one-class bottleneck of Deng, Li, arXiv 2201.10703, section 3.2: every level is brought to the
     deepest one's resolution by strided 3x3 convolutions and concatenated, then `depth` residual blocks
     follow, the first with stride 2. DSKD's text is silent on this module; taking RD4AD's for it is our
-    reconstruction. `bottleneck` as in `BlockStyle`.
+    reconstruction. `bottleneck` as in `BlockStyle`. Every level of the pyramid has `num_sources` times
+    `channels`: pyramids that are condensed together are concatenated level by level.
 
     Raises ValueError where the resolution of the levels does not halve.
     """
 
     def __init__(
-        self, channels: tuple[int, ...], reductions: tuple[int, ...], depth: int, bottleneck: float | None
+        self,
+        channels: tuple[int, ...],
+        reductions: tuple[int, ...],
+        depth: int,
+        bottleneck: float | None,
+        num_sources: int = 1,
     ) -> None:
         super().__init__()
         halvings = level_halvings(reductions)
         # The channels that each level passes through on its way down to the deepest.
         paths = [
-            [channels[i]] + [channels[j + 1] for j in range(i, len(halvings)) for _ in range(halvings[j])]
+            [num_sources * channels[i]] + [channels[j + 1] for j in range(i, len(halvings)) for _ in range(halvings[j])]
             for i in range(len(channels))
         ]
         self.reducers = nn.ModuleList(_reducer(path) for path in paths)

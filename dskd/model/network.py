@@ -37,7 +37,11 @@ class Students(nn.Module):
         if config.student_decoder:
             style = block_style(teacher.features, config.levels)
             self.embedding = DeepFeatureEmbedding(
-                teacher.channels, teacher.reductions, config.embedding_depth, style.bottleneck
+                teacher.channels,
+                teacher.reductions,
+                config.embedding_depth,
+                style.bottleneck,
+                num_sources=2 if config.decoder_input == "student+teacher" else 1,
             )
             self.decoder = StudentDecoder(self.embedding.out_channels, teacher.channels, teacher.reductions, style)
 
@@ -54,8 +58,12 @@ class Students(nn.Module):
                 f"image sides must be multiples of {self.image_multiple} for a decoder of these levels, "
                 f"got {tuple(images.shape[-2:])}; change image_size or levels."
             )
-        source = teacher_pyramid if self.decoder_input == "teacher" else encoded
-        assert source is not None  # the configuration refuses a decoder without an input
+        source = teacher_pyramid
+        if self.decoder_input != "teacher":
+            assert encoded is not None  # the configuration refuses a decoder without an input
+            source = encoded
+            if self.decoder_input == "student+teacher":
+                source = tuple(torch.cat(levels, dim=1) for levels in zip(encoded, teacher_pyramid, strict=True))
         if self.detach_embedding:
             source = tuple(level.detach() for level in source)
         return StudentPyramids(encoded, self.decoder(self.embedding(source)))

@@ -25,7 +25,7 @@ from dskd.calibration import Threshold
 from dskd.config import RunConfig
 from dskd.model.teacher import IMAGENET_MEAN, IMAGENET_STD
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 RECORD_FILE = "detector.json"
 WEIGHTS_FILE = "model.safetensors"
 PREVIEW_FILE = "preview.png"

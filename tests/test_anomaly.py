@@ -111,6 +111,48 @@ def test_a_student_of_weight_zero_says_nothing(fusion: str) -> None:
     torch.testing.assert_close(both, anomaly_maps(Discrepancies(random_levels(0), None), config, 32))
 
 
+@pytest.mark.parametrize(
+    ("fusion", "encoder", "decoder"),
+    # By hand for level weights (2, 0, 0.5): the fused map over what it is at a distance of 1 in every level.
+    [
+        ("sum", (2 * 0.1 + 0.5 * 0.3) / 2.5, (2 * 0.2 + 0.5 * 0.2) / 2.5),
+        ("max", (2 * 0.1) / 2, (2 * 0.2) / 2),
+        ("product", 0.1**2 * 0.3**0.5, 0.2**2 * 0.2**0.5),
+    ],
+)
+def test_noisy_or_by_hand(fusion: str, encoder: float, decoder: float) -> None:
+    config = ScoreConfig(
+        score_level_weights=(2.0, 0.0, 0.5),
+        encoder_score_weight=0.5,
+        level_fusion=fusion,  # type: ignore[arg-type]
+        student_fusion="noisy-or",
+        **SHARP,  # type: ignore[arg-type]
+    )
+    found = Discrepancies(flat_levels(0.1, 0.9, 0.3), flat_levels(0.2, 0.4, 0.2))
+    assert fused_value(found, config) == pytest.approx(1 - (1 - 0.5 * encoder) * (1 - decoder))
+
+
+@pytest.mark.parametrize("fusion", ["sum", "max", "product"])
+def test_noisy_or_is_a_probability_that_neither_student_lowers_and_keeps_what_is_tiny(fusion: str) -> None:
+    config = ScoreConfig(level_fusion=fusion, student_fusion="noisy-or", **SHARP)  # type: ignore[arg-type]
+    both = anomaly_maps(Discrepancies(random_levels(0), random_levels(1)), config, 32)
+    assert both.min() >= 0 and both.max() <= 1
+    for encoder, decoder in ((0.0, 1.0), (1.0, 0.0)):
+        alone = ScoreConfig(
+            level_fusion=fusion,  # type: ignore[arg-type]
+            student_fusion="noisy-or",
+            encoder_score_weight=encoder,
+            decoder_score_weight=decoder,
+            **SHARP,  # type: ignore[arg-type]
+        )
+        assert (both >= anomaly_maps(Discrepancies(random_levels(0), random_levels(1)), alone, 32) - 1e-6).all()
+    assert fused_value(Discrepancies(flat_levels(1.5, 2.0, 1.0), flat_levels(0.0, 0.0, 0.0)), config) == pytest.approx(
+        1
+    )
+    tiny = fused_value(Discrepancies(flat_levels(1e-9, 1e-9, 1e-9), flat_levels(0.0, 0.0, 0.0)), config)
+    assert tiny == pytest.approx(1e-27 if fusion == "product" else 1e-9)
+
+
 def test_no_student_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one student"):
         anomaly_maps(Discrepancies(None, None), ScoreConfig(), 32)

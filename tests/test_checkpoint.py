@@ -196,6 +196,20 @@ def test_fields_that_a_later_writer_adds_beside_the_known_are_passed_over(copied
     assert read_record(copied) == before
 
 
+def test_a_detector_of_the_first_schema_loads_with_defaults_for_what_it_did_not_know(
+    detector_folder: Path, copied: Path
+) -> None:
+    def age(document: dict[str, Any]) -> None:
+        document["schema"] = 1
+        del document["config"]["amplification"]
+
+    edit(copied, age)
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    old, new = Detector.load(copied), Detector.load(detector_folder)
+    assert old.record == new.record and not old.record.config.amplification.amplification
+    np.testing.assert_array_equal(old.inspect(images).maps, new.inspect(images).maps)
+
+
 def test_loading_never_unpickles(detector_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a detector must load without pickle")

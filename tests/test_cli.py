@@ -135,6 +135,20 @@ def test_the_preset_decides_the_defaults_and_flags_change_them(mvtec_root: Path,
         assert config.train.optimizer == "sgd" and config.train.batch_size == 4
 
 
+def test_the_aand_preset_amplifies_the_teacher_and_says_so(mvtec_root: Path, tmp_path: Path) -> None:
+    words = ["train", "--data", mvtec_root, "--category", "tile", "--out", tmp_path / "aand", *TINY]
+    stage = ["--amplification-epochs", "2", "--amplification-batch-size", "4", "--memory-size", "4"]
+    trained = dskd(*words, "--preset", "aand", *stage)
+    assert trained.code == 0, trained.err
+    said = [line for line in trained.err if line.startswith("stage I epoch")]
+    assert [line.split()[3] for line in said] == ["1/2", "2/2"]
+    config = read_record(tmp_path / "aand").config
+    assert config.amplification.amplification and not config.model.student_encoder
+    assert dskd("evaluate", tmp_path / "aand", "--data", mvtec_root).code == 0
+    plain = dskd(*words, "--preset", "aand", "--no-amplification")
+    assert plain.code == 0 and not any(line.startswith("stage I") for line in plain.err)
+
+
 def test_demo_data_can_be_trained_on_as_its_message_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Path, int]] = []
     monkeypatch.setattr("dskd.demo.draw_dataset", lambda out, seed: asked.append((out, seed)))
@@ -194,6 +208,12 @@ BAD: dict[str, tuple[Callable[[Place], list[Any]], str]] = {
     "unknown backbone": (lambda p: train_words(p, "--backbone", "resnet17"), "resnet17"),
     "unknown device": (lambda p: train_words(p, "--device", "tpu"), "--device must be auto, cpu or cuda"),
     "diverging": (lambda p: train_words(p, "--learning-rate", "1e30", "--epochs", "4"), "learning_rate 1e+30"),
+    "diverging in stage I": (
+        lambda p: train_words(
+            p, "--preset", "aand", "--amplification-learning-rate", "1e30", "--amplification-batch-size", "4"
+        ),
+        "stage I) is not finite",
+    ),
     "output below a file": (
         lambda p: [*train_words(p), "--out", with_file(p, "file", b"") / "detector"],
         "file is no folder that you may write to",

@@ -4,17 +4,18 @@ import inspect
 import itertools
 import json
 import math
+import re
 import typing
 from typing import Any
 
 import pytest
 
 from dskd import cli, config
-from dskd.config import DataConfig, LossConfig, ModelConfig, RunConfig, ScoreConfig, TrainConfig
+from dskd.config import AmplificationConfig, DataConfig, LossConfig, ModelConfig, RunConfig, ScoreConfig, TrainConfig
 from dskd.presets import PRESETS
 from tune.settings import SearchSettings
 
-SECTIONS = (DataConfig, ModelConfig, LossConfig, ScoreConfig, TrainConfig)
+SECTIONS = (DataConfig, ModelConfig, LossConfig, ScoreConfig, TrainConfig, AmplificationConfig)
 ALL_DIFFERENT = RunConfig(
     data=DataConfig(image_size=64, validation_fraction=0.3, split_seed=3),
     model=ModelConfig(
@@ -28,6 +29,7 @@ ALL_DIFFERENT = RunConfig(
     loss=LossConfig(level_weights=(0.5, 2.0), encoder_match="flattened", hkd_weight=0.7, hkd_hardest=3),
     score=ScoreConfig(score_level_weights=(0.0, 1.5), level_fusion="max", score_top_fraction=0.01),
     train=TrainConfig(epochs=3, optimizer="sgd", schedule="multistep", seed=9),
+    amplification=AmplificationConfig(amplification=True, amplification_margin=0.4, memory_size=7),
 )
 
 
@@ -44,7 +46,7 @@ def test_missing_fields_take_their_defaults() -> None:
 @pytest.mark.parametrize(
     ("values", "known"),
     [
-        ({"trian": {}}, "data, loss, model, score, train"),
+        ({"trian": {}}, "amplification, data, loss, model, score, train"),
         ({"train": {"epoch": 3}}, "batch_size, epochs, learning_rate, optimizer, schedule, seed"),
     ],
 )
@@ -67,7 +69,10 @@ def test_unknown_name_is_answered_with_the_known_ones(values: dict[str, Any], kn
         ("decoder_hkd_margin", -0.1), ("score_level_weights", (1.0,) * 4), ("level_fusion", "mean"),
         ("blur_sigma", -1.0), ("blur_sigma", math.nan), ("score_top_fraction", 1.1), ("epochs", 0), ("epochs", 2.5),
         ("batch_size", 0), ("optimizer", "adamw"), ("learning_rate", 0.0), ("learning_rate", math.nan),
-        ("learning_rate", "0.1"), ("seed", -1), ("seed", None),
+        ("learning_rate", "0.1"), ("seed", -1), ("seed", None), ("amplification", 1), ("amplification_epochs", 0),
+        ("amplification_batch_size", 0), ("amplification_learning_rate", 0.0), ("amplification_margin", -0.1),
+        ("amplification_margin", math.nan), ("amplification_weight", -1.0), ("amplification_seed", -1),
+        ("memory_size", 0), ("student_fusion", "or"),
     ],
 )  # fmt: skip
 def test_wrong_type_or_range_is_one_line_naming_the_field(name: str, value: Any) -> None:
@@ -79,11 +84,14 @@ def test_wrong_type_or_range_is_one_line_naming_the_field(name: str, value: Any)
 def test_a_run_without_students_or_with_an_unfed_decoder_is_refused() -> None:
     with pytest.raises(ValueError, match="nothing to train"):
         ModelConfig(student_encoder=False, student_decoder=False)
-    with pytest.raises(ValueError, match="decoder_input"):
-        ModelConfig(student_encoder=False)
+    for decoder_input in ("student", "student+teacher"):
+        with pytest.raises(ValueError, match=f"decoder_input '{re.escape(decoder_input)}' needs student_encoder"):
+            ModelConfig(student_encoder=False, decoder_input=decoder_input)  # type: ignore[arg-type]
     assert RunConfig().with_values({"encoder_score_weight": 0.0}).score.encoder_score_weight == 0
     with pytest.raises(ValueError, match="score weights"):
         RunConfig().with_values({"encoder_score_weight": 0.0, "decoder_score_weight": 0.0})
+    with pytest.raises(ValueError, match=r"'noisy-or' needs .* in \[0, 1\], got \(1.0, 1.5\)"):
+        ScoreConfig(student_fusion="noisy-or", decoder_score_weight=1.5)
 
 
 def test_with_values_replaces_by_name_and_leaves_the_original() -> None:
@@ -133,9 +141,15 @@ def test_both_commands_offer_exactly_the_presets() -> None:
 
 def test_presets_are_the_published_wirings() -> None:
     students = {name: (run.model.student_encoder, run.model.student_decoder) for name, run in PRESETS.items()}
-    assert students == {"dskd": (True, True), "stfpm": (True, False), "rd4ad": (False, True)}
+    assert students == {"dskd": (True, True), "stfpm": (True, False), "rd4ad": (False, True), "aand": (False, True)}
     assert PRESETS["rd4ad"].model.decoder_input == "teacher"
     assert PRESETS["dskd"].model.decoder_input == "student"
     # STFPM (arXiv 2103.04257): product of the levels, SGD at 0.4; RD4AD (arXiv 2201.10703): sum, Adam at 0.005.
     assert (PRESETS["stfpm"].score.level_fusion, PRESETS["stfpm"].train.learning_rate) == ("product", 0.4)
     assert (PRESETS["rd4ad"].score.level_fusion, PRESETS["rd4ad"].train.learning_rate) == ("sum", 0.005)
+    # AAND (arXiv 2405.02068): RD4AD's wiring on the amplified teacher, the ten hardest patches without margin.
+    aand = PRESETS["aand"]
+    assert [name for name, run in PRESETS.items() if run.amplification.amplification] == ["aand"]
+    assert (aand.model, aand.score) == (PRESETS["rd4ad"].model, PRESETS["rd4ad"].score)
+    assert (aand.loss.hkd_weight, aand.loss.hkd_hardest, aand.loss.decoder_hkd_margin) == (1.0, 10, 0.0)
+    assert (aand.amplification.amplification_epochs, aand.train.epochs, aand.train.schedule) == (100, 120, "multistep")

@@ -1,28 +1,35 @@
+import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from dskd.amplify import AmplificationEpoch, amplifier_optimizer, fit_amplifier
 from dskd.calibration import calibrate
 from dskd.checkpoint import write_detector
-from dskd.config import RunConfig
+from dskd.config import AmplificationConfig, RunConfig
 from dskd.data.cache import ArrayCache
 from dskd.detector import Detector
 from dskd.distillation import Distillation, Materials, objective, prepare
 from dskd.evaluate import inspect
 from dskd.metrics import Scores
+from dskd.model.amplification import AmplifiedTeacher, build_amplifier
 from dskd.model.network import build_students
-from dskd.model.teacher import normalize
+from dskd.model.teacher import Teacher, normalize
 
 CPU = torch.device("cpu")
 
 
-def prepared(config: RunConfig, data: Path, cache: ArrayCache | None = None) -> Materials:
+AMPLIFIED = AmplificationConfig(amplification=True, amplification_epochs=2, amplification_batch_size=4, memory_size=5)
+
+
+def prepared(config: RunConfig, data: Path, cache: ArrayCache | None = None, **options: Any) -> Materials:
     return prepare(
         config.data, config.model.backbone, config.model.levels, data=data, category="tile", teacher_weights="random",
-        device=CPU, cache=cache,
+        device=CPU, cache=cache, amplification=config.amplification, **options,
     )  # fmt: skip
 
 
@@ -158,3 +165,90 @@ def test_a_local_teacher_is_named_by_its_file(
     )  # fmt: skip
     assert found.teacher_source == "mine.pth"
     assert found.teacher_sha256 == materials.teacher_sha256
+
+
+@pytest.fixture(scope="module")
+def amplified(tiny: RunConfig) -> RunConfig:
+    return dataclasses.replace(tiny, amplification=AMPLIFIED)
+
+
+def test_stage_one_amplifies_the_teacher_that_all_that_follows_sees(
+    amplified: RunConfig, materials: Materials, mvtec_root: Path
+) -> None:
+    heard: list[AmplificationEpoch] = []
+    found = prepared(amplified, mvtec_root, on_amplification=heard.append)
+    assert [epoch.number for epoch in heard] == [0, 1]
+    assert isinstance(found.teacher, AmplifiedTeacher)
+    assert found.teacher_sha256 == materials.teacher_sha256, "that of the pretrained weights"
+    expected = build_amplifier(materials.teacher, 5, 0)
+    optimizer = amplifier_optimizer(expected, AMPLIFIED)
+    list(fit_amplifier(expected, optimizer, materials.teacher, materials.train_images, AMPLIFIED, device=CPU))
+    for name, value in found.teacher.amplifier.state_dict().items():
+        assert torch.equal(value, expected.state_dict()[name])
+    for table, plain, images in (
+        (found.train_features, materials.train_features, found.train_images),
+        (found.validation_features, materials.validation_features, found.validation.images),
+    ):
+        pyramid = table.pyramid(np.array([3, 1]), CPU)
+        wanted = found.teacher(normalize(torch.from_numpy(images[[3, 1]])))
+        for level, expected_level in zip(pyramid, wanted, strict=True):
+            torch.testing.assert_close(level, expected_level, rtol=1e-4, atol=1e-5)
+        assert not np.allclose(table.rows, plain.rows)
+
+
+def test_a_finished_stage_one_is_not_done_again_and_another_one_is_not_taken_for_it(
+    amplified: RunConfig, mvtec_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = ArrayCache(tmp_path / "cache", 10**9)
+    first = prepared(amplified, mvtec_root, cache)
+    uncached = prepared(amplified, mvtec_root)
+    other = prepared(amplified.with_values({"amplification_margin": 0.9}), mvtec_root, cache)
+    plain = prepared(amplified.with_values({"amplification": False}), mvtec_root, cache)
+    monkeypatch.setattr("dskd.distillation.fit_amplifier", lambda *_, **__: pytest.fail("stage I once more"))
+    again = prepared(amplified, mvtec_root, ArrayCache(tmp_path / "cache", 10**9))
+    for name, value in first.teacher.state_dict().items():
+        assert torch.equal(value, again.teacher.state_dict()[name])
+        assert torch.equal(value, uncached.teacher.state_dict()[name])
+    np.testing.assert_array_equal(first.train_features.rows, again.train_features.rows)
+    for different in (other, plain):
+        assert not np.array_equal(first.train_features.rows, different.train_features.rows)
+        assert not np.array_equal(first.validation_features.rows, different.validation_features.rows)
+
+
+def test_a_stage_one_that_was_killed_leaves_nothing_behind(
+    amplified: RunConfig, mvtec_root: Path, tmp_path: Path
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def die(epoch: AmplificationEpoch) -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        prepared(amplified, mvtec_root, ArrayCache(tmp_path / "cache", 10**9), on_amplification=die)
+    heard: list[AmplificationEpoch] = []
+    prepared(amplified, mvtec_root, ArrayCache(tmp_path / "cache", 10**9), on_amplification=heard.append)
+    assert len(heard) == 2
+
+
+@pytest.mark.parametrize("wiring", [{}, {"student_encoder": False, "decoder_input": "teacher"}])
+def test_a_detector_with_an_amplified_teacher_loads_to_the_same_maps(
+    amplified: RunConfig, mvtec_root: Path, tmp_path: Path, wiring: dict[str, Any]
+) -> None:
+    config = amplified.with_values({**wiring, "epochs": 1})
+    run = Distillation.begin(config, prepared(config, mvtec_root, ArrayCache(tmp_path / "cache", 10**9)), CPU)
+    list(run.epochs())
+    write_detector(tmp_path / "tile", *run.detector())
+    loaded = Detector.load(tmp_path / "tile")
+    assert loaded.record.config == config
+    images = run.materials.validation.images
+    seen = inspect(run.materials.teacher, run.students, images, config, CPU)
+    np.testing.assert_array_equal(loaded.inspect(images).maps, seen.maps)
+    plain = inspect(Teacher(run.materials.teacher.features), run.students, images, config, CPU)
+    assert not np.allclose(plain.maps, seen.maps), "the amplifier takes part in what the detector sees"
+
+
+def test_a_run_is_refused_the_materials_of_another_stage_one(amplified: RunConfig, materials: Materials) -> None:
+    with pytest.raises(ValueError, match="the same amplification") as raised:
+        Distillation.begin(amplified, materials, CPU)
+    assert "\n" not in str(raised.value)

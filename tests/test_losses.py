@@ -9,8 +9,10 @@ from torch import Tensor
 
 from dskd.config import LossConfig
 from dskd.losses import (
+    amplification_loss,
     distillation_loss,
     flattened_loss,
+    focal_loss,
     hard_patch_loss,
     position_distances,
     position_loss,
@@ -201,3 +203,55 @@ def test_pyramids_of_different_depth_are_refused() -> None:
     teacher, student = random_pyramids(2)
     with pytest.raises(ValueError):
         distillation_loss(teacher, student[:2], None, LossConfig())
+
+
+def test_focal_loss_against_a_loop() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gate = 1e-4 + 0.9998 * torch.rand(2, 3, 4, generator=generator)
+    defects = torch.rand(2, 3, 4, generator=generator) < 0.4
+    terms = [
+        -0.8 * (1 - w) ** 2 * math.log(w) if is_defect else -0.2 * w**2 * math.log(1 - w)
+        for w, is_defect in zip(gate.double().flatten().tolist(), defects.flatten().tolist(), strict=True)
+    ]
+    assert focal_loss(gate, defects).item() == pytest.approx(sum(terms) / 24, rel=1e-5)
+
+
+@pytest.mark.parametrize("bound", [4.54e-5, 1 - 4.54e-5])
+def test_focal_loss_at_the_gates_bounds_is_finite_and_points_the_right_way(bound: float) -> None:
+    gate = torch.full((1, 1, 2), bound, requires_grad=True)
+    torch.autograd.backward(focal_loss(gate, torch.tensor([[[True, False]]])))
+    assert gate.grad is not None and gate.grad.isfinite().all()
+    assert gate.grad[0, 0, 0] < 0 < gate.grad[0, 0, 1]
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.3, 1.5])
+def test_amplification_loss_against_a_double_loop(margin: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    normal, abnormal, amplified = (torch.randn(count, 6, generator=generator) for count in (5, 4, 4))
+
+    def cosine(a: Tensor, b: Tensor) -> float:
+        x, y = a.double().numpy(), b.double().numpy()
+        return float(x @ y / (np.linalg.norm(x) * np.linalg.norm(y)))
+
+    total = 0.0
+    for i in range(5):
+        for j in range(4):
+            wanted = cosine(normal[i], abnormal[j]) - margin
+            total += max(0.0, cosine(normal[i], amplified[j]) - wanted)
+    found = amplification_loss(normal, abnormal, amplified, margin=margin)
+    assert found.item() == pytest.approx(total / 20, rel=1e-5)
+
+
+def test_unchanged_features_cost_the_margin_and_features_pushed_beyond_it_nothing() -> None:
+    normal, abnormal = torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 0.0]])
+    assert amplification_loss(normal, abnormal, abnormal, margin=0.3).item() == pytest.approx(0.3)
+    assert amplification_loss(normal, abnormal, torch.tensor([[0.0, 3.0]]), margin=0.3).item() == 0
+
+
+@pytest.mark.parametrize(("num_normal", "num_abnormal"), [(0, 3), (3, 0), (0, 0)])
+def test_without_pairs_the_amplification_loss_is_zero_with_a_gradient(num_normal: int, num_abnormal: int) -> None:
+    amplified = torch.randn(num_abnormal, 4, requires_grad=True)
+    loss = amplification_loss(torch.randn(num_normal, 4), torch.randn(num_abnormal, 4), amplified, margin=0.3)
+    torch.autograd.backward(loss)
+    assert loss.item() == 0
+    assert amplified.grad is not None and not amplified.grad.any()

@@ -36,6 +36,7 @@ WIRINGS = {
     "dskd": ModelConfig(),
     "dskd, detached": ModelConfig(detach_embedding=True),
     "dskd, fed by the teacher": ModelConfig(decoder_input="teacher"),
+    "dskd, fed by both": ModelConfig(decoder_input="student+teacher"),
     "stfpm": ModelConfig(student_decoder=False),
     "rd4ad": ModelConfig(student_encoder=False, decoder_input="teacher"),
     "deep embedding": ModelConfig(embedding_depth=4),
@@ -339,7 +340,7 @@ def test_students_run_in_ddp(teacher: Teacher, images: Tensor, tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("wiring", "reaches"),
-    [("dskd", True), ("dskd, detached", False), ("dskd, fed by the teacher", False)],
+    [("dskd", True), ("dskd, detached", False), ("dskd, fed by the teacher", False), ("dskd, fed by both", True)],
 )
 def test_the_decoders_gradient_reaches_the_encoder_only_where_it_should(
     wiring: str, reaches: bool, teacher: Teacher, images: Tensor
@@ -351,7 +352,9 @@ def test_the_decoders_gradient_reaches_the_encoder_only_where_it_should(
     assert all(parameter.grad is not None for parameter in students.embedding.parameters())
 
 
-@pytest.mark.parametrize(("wiring", "depends"), [("dskd", False), ("dskd, fed by the teacher", True)])
+@pytest.mark.parametrize(
+    ("wiring", "depends"), [("dskd", False), ("dskd, fed by the teacher", True), ("dskd, fed by both", True)]
+)
 def test_the_decoder_reads_the_pyramid_that_the_configuration_names(
     wiring: str, depends: bool, teacher: Teacher, images: Tensor
 ) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
-from dskd.config import RunConfig, TrainConfig
+from dskd.config import AmplificationConfig, RunConfig, TrainConfig
 from dskd.distillation import Distillation, Materials, prepare
 from dskd.evaluate import measure_shared
 from dskd.metrics import Scores
@@ -235,6 +235,12 @@ def one_of_two(rank: int, port: int, values: dict[str, Any], root: str, out: str
         config.data, model.backbone, model.levels, data=Path(root), category="tile", teacher_weights="random",
         device=CPU, cache=None,
     )  # fmt: skip
+    amplified = prepare(
+        config.data, model.backbone, model.levels, data=Path(root), category="tile", teacher_weights="random",
+        device=CPU, cache=None,
+        # As if the two machines had rounded differently in stage I.
+        amplification=AmplificationConfig(amplification=True, amplification_epochs=1, amplification_seed=rank),
+    )  # fmt: skip
     scores = validate(config, materials, shard)
     run = Distillation.begin(config, materials, CPU, num_workers=2)
     progress = list(run.epochs(DistributedDataParallel(run.students), shard))
@@ -244,6 +250,7 @@ def one_of_two(rank: int, port: int, values: dict[str, Any], root: str, out: str
         "scores": tuple(scores),
         "progress": [(each.epoch[:5], tuple(each.scores), each.objective) for each in progress],
         "best": run.best_weights,
+        "amplified": (amplified.teacher.state_dict(), torch.from_numpy(np.array(amplified.train_features.rows))),
     }
     torch.save(result, Path(out) / f"{rank}.pt")
     dist.destroy_process_group()
@@ -288,3 +295,10 @@ def test_two_workers_of_the_real_students_stay_one_model_and_learn_as_one(
     assert first["progress"] == second["progress"]
     assert first["best"].keys() == second["best"].keys()
     assert all(torch.equal(first["best"][name], second["best"][name]) for name in first["best"])
+
+
+def test_two_workers_share_the_amplified_teacher_of_the_first(pair: list[dict[str, Any]]) -> None:
+    (first, rows), (second, its_rows) = (result["amplified"] for result in pair)
+    assert first.keys() == second.keys() and any(name.startswith("amplifier.") for name in first)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert torch.equal(rows, its_rows)

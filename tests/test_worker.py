@@ -1,0 +1,46 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from dskd import distillation
+from dskd.checkpoint import read_record
+from dskd.config import AmplificationConfig, RunConfig
+from dskd.train import Shard
+from tune.worker import DETECTOR_FOLDER, Assignment, train
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def amplified(tiny: RunConfig) -> RunConfig:
+    stage = AmplificationConfig(amplification=True, amplification_epochs=1, amplification_batch_size=4, memory_size=4)
+    return dataclasses.replace(tiny, amplification=stage).with_values({"epochs": 1})
+
+
+def assignment(config: RunConfig, data: Path) -> Assignment:
+    return Assignment(
+        config=config.to_dict(), data=str(data), category="tile", teacher_weights="random", cache_gb=1.0,
+        num_workers=1, cpus_per_worker=1.0, gpus_per_worker=0.0, workers_uri="", revision="",
+    )  # fmt: skip
+
+
+def test_trials_that_differ_in_their_students_share_one_stage_one(
+    amplified: RunConfig, mvtec_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = []
+    original = distillation.fit_amplifier
+    monkeypatch.setattr(distillation, "fit_amplifier", lambda *a, **k: (stages.append(1), original(*a, **k))[1])
+    for learning_rate in (0.005, 0.001):
+        config = amplified.with_values({"learning_rate": learning_rate})
+        for report in train(assignment(config, mvtec_root), Shard(), CPU, None):
+            assert report.metrics["objective"] > 0 and report.checkpoint is not None
+            assert read_record(report.checkpoint / DETECTOR_FOLDER).config == config
+    assert len(stages) == 1
+
+
+def test_a_diverging_stage_one_ends_the_trial_with_its_reason(amplified: RunConfig, mvtec_root: Path) -> None:
+    config = amplified.with_values({"amplification_learning_rate": 1e30, "amplification_epochs": 3})
+    (report,) = train(assignment(config, mvtec_root), Shard(), CPU, None)
+    assert report.metrics["objective"] == 0 and "stage I" in report.metrics["error"] and report.checkpoint is None

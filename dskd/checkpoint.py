@@ -48,15 +48,22 @@ class DetectorRecord:
     data_sha256: str
     """Fingerprint of the training and validation images."""
     validation_files: tuple[str, ...]
-    """Names of the normal images held out from training."""
+    """Normal images held out from training: file names of training images, or paths below the category's folder
+    where it has validation images of its own."""
     epoch: int
     """Epoch, counted from 0, whose students these are."""
     thresholds: tuple[Threshold, ...]
     """Loosest first."""
     metrics: Mapping[str, float]
-    """`val/…` and `test/…` figures; `val/` rests on synthetic defects."""
+    """`val/…` and `test/…` figures; `val/` rests on synthetic defects and on `num_validation_defects` real ones."""
     revision: str = ""
     """Revision of the code that trained it, empty where it is not known."""
+    num_validation_defects: int = 0
+    """Real labelled defects among the validation images."""
+    num_textures: int = 0
+    """Image files that fed the synthetic defects; 0: textures were drawn."""
+    textures_sha256: str = ""
+    """Fingerprint of those files."""
 
     @property
     def is_untrained_teacher(self) -> bool:
@@ -85,10 +92,16 @@ class DetectorRecord:
     def from_document(cls, document: Mapping[str, Any]) -> Self:
         """The record in a parsed `detector.json`.
 
-        Raises KeyError, TypeError or ValueError where it does not fit this schema.
+        A field that is newer than the document takes its default. Raises KeyError, TypeError or ValueError
+        where it does not fit this schema.
         """
+        fields = [
+            field.name
+            for field in dataclasses.fields(cls)
+            if field.name in document or field.default is dataclasses.MISSING
+        ]
         return cls(
-            **{field.name: document[field.name] for field in dataclasses.fields(cls)}
+            **{name: document[name] for name in fields}
             | {
                 "config": RunConfig.from_dict(document["config"]),
                 "thresholds": tuple(Threshold(**threshold) for threshold in document["thresholds"]),

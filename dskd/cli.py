@@ -1,4 +1,4 @@
-"""The command line: `dskd demo-data | train | evaluate | predict`.
+"""The command line: `dskd demo-data | check-data | train | evaluate | predict`.
 
 What people read goes to stderr; stdout carries results, with --json one JSON document and nothing
 else. torch is imported only by the commands that compute, so that help comes at once.
@@ -8,7 +8,7 @@ import functools
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -19,12 +19,14 @@ from dskd.config import RunConfig
 from dskd.presets import PRESETS
 
 if TYPE_CHECKING:
+    from dskd.data.check import Report
     from dskd.detector import Detector
     from dskd.metrics import Scores
 
 UNTRAINED_TEACHER = "UNTRAINED TEACHER: fit to see the machinery, not for inspection"
 _PRESET_FLAG = "--preset"
 Preset = Literal["dskd", "stfpm", "rd4ad", "aand"]
+_MANY_NOTES = 5  # of one kind in one folder: more are counted, not printed
 
 
 def demo_data(out: Positional[Path], /, *, seed: int = 0) -> None:
@@ -40,6 +42,28 @@ def demo_data(out: Positional[Path], /, *, seed: int = 0) -> None:
     _say(f"drew {out}; train on it with: dskd train --data {out} --category <name> --out detector")
 
 
+def check_data(path: Positional[Path], /, *, image_size: int = 256, json: bool = False) -> None:
+    """Read a data folder as training would, and name everything that is wrong with it; exit code 1 if that stops it.
+
+    Categories may lie in the layout of MVTec AD, MVTec 3D-AD, BTAD, VisA or MT Defects, or as plain folders
+    (good/, optional test/<good or defect>/ and ground_truth/<defect>/), at PATH or up to three levels below.
+
+    Args:
+        path: Folder of categories, or one category.
+        image_size: Size at which to look for defects that vanish when their mask is resized.
+        json: Print one JSON document.
+    """
+    from dskd.data.check import check_data
+
+    report = check_data(path, image_size, progress=True)
+    if json:
+        _print_json(report.to_document())
+    else:
+        _print_report(report)
+    if not report.is_trainable:
+        sys.exit(1)
+
+
 def train(
     *,
     data: Path,
@@ -47,6 +71,7 @@ def train(
     config: Annotated[RunConfig, OmitArgPrefixes],
     category: str | None = None,
     preset: Preset = "dskd",
+    textures: Path | None = None,
     teacher_weights: str = "hub",
     device: str = "auto",
     cache_dir: Path | None = None,
@@ -56,11 +81,12 @@ def train(
     """Train a detector on the good images of one category.
 
     Args:
-        data: Folder of categories in the MVTec AD layout.
+        data: Folder of categories, or one category; dskd check-data names the layouts.
         out: Detector folder to write.
         config: What the run is.
         category: Which category; may be left out where the folder holds one.
         preset: Method whose configuration the other flags change.
+        textures: Folder of images, such as DTD, that feed the synthetic defects; else textures are drawn.
         teacher_weights: hub, a .safetensors or .pth file, or random (untrained, for wiring tests).
         device: auto, cpu, or cuda.
         cache_dir: Folder of decoded images and teacher features, shared by all runs.
@@ -92,6 +118,8 @@ def train(
         teacher_weights=teacher_weights,
         device=place,
         cache=cache,
+        textures=textures,
+        progress=True,
         amplification=config.amplification,
         on_amplification=lambda epoch: _say(
             f"stage I epoch {epoch.number + 1:3d}/{config.amplification.amplification_epochs}  "
@@ -136,7 +164,7 @@ def evaluate(
 
     Args:
         detector: Detector folder.
-        data: Folder of categories in the MVTec AD layout.
+        data: Folder of categories, or one category.
         category: Which category; the detector's own unless given.
         device: auto, cpu, or cuda.
         json: Print one JSON document.
@@ -220,6 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     commands: dict[str, Callable[..., None]] = {
         "demo-data": demo_data,
+        "check-data": check_data,
         "train": functools.partial(train, config=PRESETS[_preset(given)]),
         "evaluate": evaluate,
         "predict": predict,
@@ -285,7 +314,7 @@ def _limit(detector: "Detector", false_alarm_rate: float, threshold: float | Non
 
 
 def _image_files(given: Sequence[Path]) -> list[Path]:
-    from dskd.data.datasets import IMAGE_SUFFIXES
+    from dskd.data.images import IMAGE_SUFFIXES
 
     files: list[Path] = []
     for path in given:
@@ -305,6 +334,41 @@ def _image_files(given: Sequence[Path]) -> list[Path]:
 
 def _thresholds(thresholds: Sequence[Any]) -> str:
     return ", ".join(f"threshold {t.value:.4g} at {t.false_alarm_rate:.1%} false alarms" for t in thresholds)
+
+
+def _print_report(report: "Report") -> None:
+    for category in report.categories:
+        print(f"{category.name}  ({category.layout}, {category.folder})")
+        for split, counts in category.counts.items():
+            print(f"  {split:11} {_counted(counts)}")
+        if category.extent:
+            print(f"  {'size':11} {_span(category.extent.width)} x {_span(category.extent.height)} pixels")
+    errors = [problem for problem in report.problems if problem.severity == "error"]
+    for problem in errors:
+        print(f"error: {problem.message}")
+    notes: dict[tuple[str, Path], list[str]] = {}
+    for problem in report.problems[len(errors) :]:
+        notes.setdefault((problem.kind, problem.path.parent), []).append(problem.message)
+    for (kind, folder), messages in notes.items():
+        for message in messages if len(messages) <= _MANY_NOTES else messages[:1]:
+            print(f"note: {message}")
+        if len(messages) > _MANY_NOTES:
+            print(f"note: {len(messages) - 1} more of this kind ({kind}) in {folder}; --json names them.")
+    verdict = "can be trained on" if report.is_trainable else "cannot be trained on as it is"
+    _say(f"{len(errors)} errors, {len(report.problems) - len(errors)} notes: {report.root} {verdict}")
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    defects = {name: count for name, count in counts.items() if name != "good"}
+    parts = [f"{counts['good']} good"] if "good" in counts else []
+    if defects:
+        parts.append(f"{sum(defects.values())} defective")
+    names = f" ({', '.join(f'{count} {name}' for name, count in defects.items())})" if defects else ""
+    return (", ".join(parts) or "none") + names
+
+
+def _span(sides: tuple[int, int]) -> str:
+    return str(sides[0]) if sides[0] == sides[1] else f"{sides[0]}–{sides[1]}"
 
 
 def _print_scores(scores: "Scores") -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from dskd.calibration import Threshold
 from dskd.checkpoint import BrokenDetector, DetectorRecord, read_detector, threshold_for
-from dskd.data.datasets import load_images
+from dskd.data.images import load_images
 from dskd.evaluate import Inspection, inspect, labelled_test_split, measure
 from dskd.metrics import Scores
 from dskd.model.amplification import AmplifiedTeacher, build_amplifier

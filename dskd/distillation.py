@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,8 +18,11 @@ from dskd.calibration import calibrate
 from dskd.checkpoint import DetectorRecord
 from dskd.config import AmplificationConfig, DataConfig, RunConfig
 from dskd.data.cache import ArrayCache
-from dskd.data.datasets import fingerprint, hold_out, load_images, read_category
-from dskd.evaluate import LabelledImages, inspect, measure_shared, synthetic_validation
+from dskd.data.datasets import fingerprint, read_category, split_normals
+from dskd.data.defects import choose_textures, load_textures
+from dskd.data.images import load_images
+from dskd.data.samples import Sample
+from dskd.evaluate import LabelledImages, inspect, join, label, measure_shared, synthetic_validation
 from dskd.metrics import Scores
 from dskd.model.amplification import AmplifiedTeacher, build_amplifier
 from dskd.model.batchnorm import share_batchnorm
@@ -44,10 +47,14 @@ class Materials(NamedTuple):
     train_images: npt.NDArray[np.uint8]
     train_features: FeatureTable
     validation: LabelledImages
-    """Held-out normals first, then copies with synthetic defects."""
+    """Held-out normals first, then copies with synthetic defects, then real labelled defects where there are some."""
     validation_features: FeatureTable
     validation_files: tuple[str, ...]
     data_sha256: str
+    num_validation_defects: int
+    """Real ones."""
+    num_textures: int
+    textures_sha256: str
     amplification: AmplificationConfig = AmplificationConfig()
 
 
@@ -61,38 +68,60 @@ def prepare(
     teacher_weights: str,
     device: torch.device,
     cache: ArrayCache | None,
+    textures: Path | None = None,
+    progress: bool = False,
     amplification: AmplificationConfig = AmplificationConfig(),  # noqa: B008 - frozen
     on_amplification: Callable[[AmplificationEpoch], object] = lambda epoch: None,
 ) -> Materials:
     """Decode, split, amplify the teacher, draw the validation defects and run it, each at most once per machine.
 
-    `teacher_weights` is "hub", "random" or a file. `on_amplification` hears of every epoch of stage I that
-    is computed here and now, and of none that the cache knows. In a process group every process gets the
-    amplifier of the first. Raises ValueError on unusable data or weights, NonFiniteLoss where stage I diverges.
+    `teacher_weights` is "hub", "random" or a file; `textures` a folder of images that feed the synthetic
+    defects, instead of drawn ones. `on_amplification` hears of every epoch of stage I that is computed here
+    and now, and of none that the cache knows. In a process group every process gets the amplifier of the
+    first. With `progress` a bar counts what takes long, on a terminal.
+    Raises ValueError on unusable data, textures or weights, NonFiniteLoss where stage I diverges.
     """
     teacher = build_teacher(backbone, levels, teacher_weights).to(device)
     teacher_sha256 = weights_fingerprint(teacher)
-    samples = read_category(data, category).train
-    train, held = hold_out(samples, config.validation_fraction, config.split_seed)
-    train_images, train_sha256 = _pixels([sample.path for sample in train], config, cache)
-    held_images, held_sha256 = _pixels([sample.path for sample in held], config, cache)
-    train_content = _content(train_images)
+    texture_files = choose_textures(textures) if textures is not None else []
+    texture_images = load_textures(texture_files, config.image_size) if texture_files else None
+    samples = read_category(data, category)
+    train, held, held_names = split_normals(samples, config.validation_fraction, config.split_seed)
+    defects = [sample for sample in samples.validation if sample.is_defective]
+
+    def pixels(chosen: Sequence[Sample], what: str) -> tuple[npt.NDArray[np.uint8], str]:
+        return _pixels([sample.path for sample in chosen], config, cache, f"reading {what}" if progress else None)
+
+    train_images, train_sha256 = pixels(train, "training images")
+    held_images, held_sha256 = pixels(held, "held-out images")
+    content = train_sha256 + held_sha256
+    textures_sha256 = fingerprint(texture_files) if texture_files else ""
     if amplification.amplification:
         teacher = _amplified(
             teacher,
             train_images,
+            texture_images,
             amplification,
             device,
             cache,
-            f"{train_content}|{teacher_sha256}|{backbone}|{levels}|{device.type}",
+            f"{_content(train_images)}|{textures_sha256}|{teacher_sha256}|{backbone}|{levels}|{device.type}",
             on_amplification,
         )
     used_sha256 = weights_fingerprint(teacher)
-    validation = synthetic_validation(held_images, seed=config.split_seed, num_defective=_NUM_VALIDATION_DEFECTS)
+    validation = synthetic_validation(
+        held_images, seed=config.split_seed, num_defective=_NUM_VALIDATION_DEFECTS, textures=texture_images
+    )
+    if defects:
+        defect_images, defect_sha256 = pixels(defects, "validation defects")
+        validation = join(validation, label(defects, defect_images))
+        masks_sha256 = fingerprint(sample.mask for sample in defects if sample.mask is not None)
+        content += defect_sha256 + masks_sha256
 
-    def features(images: npt.NDArray[np.uint8], content: str) -> FeatureTable:
-        key = f"{content}|{used_sha256}|{backbone}|{levels}|{device.type}"
-        return feature_table(teacher, images, device, cache=cache, key=key)
+    def features(images: npt.NDArray[np.uint8], what: str) -> FeatureTable:
+        # the images' content names textures and seeds too: whatever drew the defects has changed the pixels
+        key = f"{_content(images)}|{used_sha256}|{backbone}|{levels}|{device.type}"
+        bar = f"teacher on {what}" if progress else None
+        return feature_table(teacher, images, device, cache=cache, key=key, progress=bar)
 
     return Materials(
         category=category,
@@ -100,11 +129,14 @@ def prepare(
         teacher_source=teacher_weights if teacher_weights in ("hub", "random") else Path(teacher_weights).name,
         teacher_sha256=teacher_sha256,
         train_images=train_images,
-        train_features=features(train_images, train_content),
+        train_features=features(train_images, "training images"),
         validation=validation,
-        validation_features=features(validation.images, _content(validation.images)),
-        validation_files=tuple(sample.path.name for sample in held),
-        data_sha256=hashlib.sha256((train_sha256 + held_sha256).encode()).hexdigest(),
+        validation_features=features(validation.images, "validation images"),
+        validation_files=held_names,
+        data_sha256=hashlib.sha256(content.encode()).hexdigest(),
+        num_validation_defects=len(defects),
+        num_textures=len(texture_files),
+        textures_sha256=textures_sha256,
         amplification=amplification,
     )
 
@@ -116,6 +148,7 @@ def _content(images: npt.NDArray[np.uint8]) -> str:
 def _amplified(
     teacher: Teacher,
     images: npt.NDArray[np.uint8],
+    textures: npt.NDArray[np.uint8] | None,
     config: AmplificationConfig,
     device: torch.device,
     cache: ArrayCache | None,
@@ -129,7 +162,7 @@ def _amplified(
 
     def fill(out: npt.NDArray[np.float32]) -> None:
         optimizer = amplifier_optimizer(amplifier, config)
-        for epoch in fit_amplifier(amplifier, optimizer, teacher, images, config, device=device):
+        for epoch in fit_amplifier(amplifier, optimizer, teacher, images, config, device=device, textures=textures):
             on_epoch(epoch)
         out[:] = parameters_to_vector(parameters).detach().cpu().numpy()
 
@@ -148,12 +181,14 @@ def _amplified(
     return AmplifiedTeacher(teacher, amplifier)
 
 
-def _pixels(paths: list[Path], config: DataConfig, cache: ArrayCache | None) -> tuple[npt.NDArray[np.uint8], str]:
+def _pixels(
+    paths: list[Path], config: DataConfig, cache: ArrayCache | None, progress: str | None
+) -> tuple[npt.NDArray[np.uint8], str]:
     content = fingerprint(paths)
     if cache is None:
-        return load_images(paths, config.image_size), content
+        return load_images(paths, config.image_size, progress=progress), content
     shape = (len(paths), config.image_size, config.image_size, 3)
-    fill = lambda out: load_images(paths, config.image_size, out)  # noqa: E731
+    fill = lambda out: load_images(paths, config.image_size, out, progress=progress)  # noqa: E731
     return cache.get(f"bilinear pixels|{content}", shape, np.uint8, fill), content
 
 
@@ -162,7 +197,7 @@ class Progress(NamedTuple):
 
     epoch: Epoch
     scores: Scores
-    """On held-out normals and synthetic defects."""
+    """On held-out normals, synthetic defects, and real labelled ones where there are some."""
     objective: float
     best_objective: float
     """Highest objective of the epochs so far: what a search compares, as it is what a run keeps."""
@@ -298,6 +333,9 @@ class Distillation:
             teacher_sha256=materials.teacher_sha256,
             data_sha256=materials.data_sha256,
             validation_files=materials.validation_files,
+            num_validation_defects=materials.num_validation_defects,
+            num_textures=materials.num_textures,
+            textures_sha256=materials.textures_sha256,
             epoch=self.best_epoch,
             thresholds=calibrate(seen.scores.tolist()),
             metrics={

@@ -13,8 +13,10 @@ from torch import nn
 from dskd import metrics
 from dskd.anomaly import anomaly_maps, discrepancies, image_scores
 from dskd.config import RunConfig
-from dskd.data.datasets import load_images, load_masks, read_category
+from dskd.data.datasets import read_category
 from dskd.data.defects import add_defects
+from dskd.data.images import load_images, load_masks
+from dskd.data.samples import Sample
 from dskd.metrics import MetricState, Scores
 from dskd.model.teacher import Teacher, normalize
 from dskd.pyramids import FeatureTable
@@ -31,6 +33,9 @@ class LabelledImages(NamedTuple):
     """(N, S, S), true on defects; all false for a normal image, or where a defect has no mask."""
     labels: npt.NDArray[np.bool_]
     """(N,), true for a defective image, taken from its folder and never from its mask."""
+    has_mask: npt.NDArray[np.bool_]
+    """(N,), false for a defective image without a mask file: its pixels are of neither kind, and stay out of the
+    pixel figures. Normal images need none."""
 
 
 class Inspection(NamedTuple):
@@ -42,19 +47,37 @@ class Inspection(NamedTuple):
     """(N,)"""
 
 
-def synthetic_validation(normals: npt.NDArray[np.uint8], *, seed: int, num_defective: int) -> LabelledImages:
+def label(samples: Sequence[Sample], images: npt.NDArray[np.uint8]) -> LabelledImages:
+    """What folders and mask files say of `images` (N, S, S, 3), those of `samples`."""
+    return LabelledImages(
+        images,
+        load_masks(samples, images.shape[1]),
+        np.array([sample.is_defective for sample in samples], np.bool_),
+        np.array([sample.mask is not None or not sample.is_defective for sample in samples], np.bool_),
+    )
+
+
+def join(first: LabelledImages, second: LabelledImages) -> LabelledImages:
+    """The images of both, in order."""
+    return LabelledImages(*(np.concatenate(fields) for fields in zip(first, second, strict=True)))
+
+
+def synthetic_validation(
+    normals: npt.NDArray[np.uint8], *, seed: int, num_defective: int, textures: npt.NDArray[np.uint8] | None = None
+) -> LabelledImages:
     """Held-out normals (N, S, S, 3) followed by copies of them with synthetic defects.
 
     The copies take the normals in turn, at least one of each, `num_defective` in all where that is
-    more. No real defect and no test image is involved.
+    more, `textures` feeding some as in `add_defects`. No real defect and no test image is involved.
     """
     repeats = -(-max(num_defective, len(normals)) // len(normals))
     count = max(num_defective, len(normals))
-    defective, masks = add_defects(np.concatenate([normals] * repeats)[:count], seed=seed)
+    defective, masks = add_defects(np.concatenate([normals] * repeats)[:count], seed=seed, textures=textures)
     return LabelledImages(
         np.concatenate([normals, defective]),
         np.concatenate([np.zeros(normals.shape[:3], np.bool_), masks]),
         np.arange(len(normals) + count) >= len(normals),
+        np.ones(len(normals) + count, np.bool_),
     )
 
 
@@ -64,15 +87,13 @@ def labelled_test_split(data: Path, category: str, image_size: int) -> LabelledI
     Raises ValueError where the category has no test images of both kinds.
     """
     samples = read_category(data, category).test
-    labels = np.array([sample.is_defective for sample in samples], np.bool_)
-    if len(set(labels.tolist())) < 2:
+    num_defective = sum(sample.is_defective for sample in samples)
+    if num_defective in (0, len(samples)):
         raise ValueError(
             f"category {category} in {data} needs good and defective test images to be evaluated, "
-            f"got {int((~labels).sum())} good and {int(labels.sum())} defective."
+            f"got {len(samples) - num_defective} good and {num_defective} defective."
         )
-    return LabelledImages(
-        load_images([sample.path for sample in samples], image_size), load_masks(samples, image_size), labels
-    )
+    return label(samples, load_images([sample.path for sample in samples], image_size))
 
 
 @torch.inference_mode()
@@ -106,7 +127,7 @@ def inspect(
 
 def measure(inspection: Inspection, truth: LabelledImages) -> Scores:
     """All metrics of one inspection of `truth.images`."""
-    return metrics.score_maps(inspection.maps, truth.masks, inspection.scores, truth.labels)
+    return metrics.score_maps(inspection.maps, truth.masks, inspection.scores, truth.labels, truth.has_mask)
 
 
 def measure_shared(
@@ -125,7 +146,8 @@ def measure_shared(
     """
     mine = np.flatnonzero(np.arange(len(truth.images)) // _BATCH % world_size == rank)
     seen = inspect(table, students, truth.images, config, device, mine.tolist())
-    state = metrics.update(MetricState(), seen.maps, truth.masks[mine], seen.scores, truth.labels[mine])
+    known = truth.has_mask[mine]
+    state = metrics.update(MetricState(), seen.maps, truth.masks[mine], seen.scores, truth.labels[mine], known)
     if dist.is_available() and dist.is_initialized():
         states: list[MetricState | None] = [None] * world_size
         dist.all_gather_object(states, state)

@@ -148,18 +148,28 @@ def aupro_rd(maps: Array, masks: Array) -> float:
     return math.fsum(_rd_area(pixels[i], mask[i]) for i in defective) / defective.size
 
 
-def score_maps(maps: Array, masks: Array, image_scores: Array, image_labels: Array) -> Scores:
+def score_maps(
+    maps: Array, masks: Array, image_scores: Array, image_labels: Array, has_mask: Array | None = None
+) -> Scores:
     """All figures of one set of images; the pixels are sorted once.
 
     `maps`, `masks` (N, H, W) and `image_scores`, `image_labels` (N,) as for `pixel_auroc` and `auroc`.
     Labels are the folders' labels and never derived from masks: a defective image may have an empty mask,
-    and with no defect pixel at all the pixel figures and `aupro` are NaN. Errors as for `update`
-    and `compute`.
+    and with no defect pixel at all the pixel figures and `aupro` are NaN. `has_mask` (N,), all true where
+    None, is false for an image whose mask nobody knows: it counts for the image figures and leaves the
+    others alone. Errors as for `update` and `compute`.
     """
-    return compute(update(MetricState(), maps, masks, image_scores, image_labels))
+    return compute(update(MetricState(), maps, masks, image_scores, image_labels, has_mask))
 
 
-def update(state: MetricState, maps: Array, masks: Array, image_scores: Array, image_labels: Array) -> MetricState:
+def update(
+    state: MetricState,
+    maps: Array,
+    masks: Array,
+    image_scores: Array,
+    image_labels: Array,
+    has_mask: Array | None = None,
+) -> MetricState:
     """The state with a batch of images added; N may be 0, H and W may differ from batch to batch.
 
     Arguments as for `score_maps`, tensors on any device. ValueError where shapes disagree, a map or score
@@ -169,6 +179,11 @@ def update(state: MetricState, maps: Array, masks: Array, image_scores: Array, i
     scores, labels = _checked_scores(image_scores, image_labels)
     if len(scores) != len(pixels):
         raise ValueError(f"expected one image score per map, got {len(scores)} scores for {len(pixels)} maps.")
+    if has_mask is not None:
+        known = _as_binary(has_mask, "has_mask")
+        if known.shape != labels.shape:
+            raise ValueError(f"expected has_mask of the labels' shape {labels.shape}, got {known.shape}.")
+        pixels, mask = pixels[known], mask[known]
     # Boolean indexing copies; the scores must not change either when the caller reuses its buffer.
     batch = _Batch(pixels[~mask], pixels[mask], _regions(mask), scores.copy(), labels.copy())
     return MetricState((*state.batches, batch))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dskd.data.cache import ArrayCache
 from dskd.model.teacher import Teacher, normalize
+from dskd.progress import shown
 
 _CHUNK = 16
 
@@ -37,10 +38,12 @@ def feature_table(
     *,
     cache: ArrayCache | None = None,
     key: str = "",
+    progress: str | None = None,
 ) -> FeatureTable:
     """The teacher's pyramids of images (N, S, S, 3), from the cache where `key` is known.
 
-    `key` must name the content of `images` and the teacher's weights.
+    `key` must name the content of `images` and the teacher's weights. With `progress` a bar of that name
+    counts the batches that are computed on a terminal.
     """
     with torch.no_grad():
         sample = teacher(normalize(torch.from_numpy(np.array(images[:1])).to(device)))
@@ -48,7 +51,8 @@ def feature_table(
     size = (len(images), sum(int(np.prod(shape)) for shape in shapes))
 
     def fill(rows: npt.NDArray[Any]) -> None:
-        for start in range(0, len(images), _CHUNK):
+        starts = range(0, len(images), _CHUNK)
+        for start in shown(starts, progress, len(starts), "batch"):
             chunk = torch.from_numpy(np.array(images[start : start + _CHUNK])).to(device)
             with torch.no_grad():
                 pyramid = teacher(normalize(chunk))

@@ -1,4 +1,6 @@
+import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -140,6 +142,49 @@ def test_an_array_larger_than_the_cache_is_computed_and_not_kept(tmp_path: Path)
         assert cache.get("large", (2000,), np.uint8, filled.append).tolist() == [0] * 2000
     assert len(filled) == 2
     assert cache.get("small", (1000,), np.uint8, never).tolist() == kept.tolist()
+
+
+@pytest.mark.parametrize("left", [0, 60, 1000])
+def test_an_entry_cut_short_is_made_again(tmp_path: Path, left: int) -> None:
+    cache = ArrayCache(tmp_path, MANY)
+    cache.get("key", (1000,), np.uint8, ones)
+    (entry,) = tmp_path.glob("*.npy")
+    entry.write_bytes(entry.read_bytes()[:left])
+    assert cache.get("key", (1000,), np.uint8, ones).tolist() == [1] * 1000
+    assert np.load(entry).tolist() == [1] * 1000
+
+
+def test_a_full_disk_is_said_before_anything_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"no room for 2 GB in the cache folder .*--cache-dir.*--cache-gb") as raised:
+        ArrayCache(tmp_path, 3 * 10**9).get("key", (2 * 10**9,), np.uint8, never)
+    assert "\n" not in str(raised.value) and "[Errno" not in str(raised.value)
+    assert entries(tmp_path) == []
+
+
+def test_a_disk_that_is_really_full_kills_nobody(tmp_path: Path) -> None:
+    """On a disk of one megabyte: writing to a sparse file there ends in SIGBUS."""
+    inside = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    mount = f"mount -t tmpfs -o size=1m none {tmp_path} && exec "
+    if shutil.which("unshare") is None or subprocess.run([*inside, mount + "true"], check=False).returncode:
+        pytest.skip("this machine lets nobody mount a file system of their own")
+    body = (
+        "import numpy as np\nfrom pathlib import Path\nfrom dskd.data.cache import ArrayCache\n"
+        f"cache = ArrayCache(Path({str(tmp_path)!r}), {MANY})\n"
+        "print(cache.get('small', (1000,), np.uint8, lambda array: array.fill(1)).sum())\n"
+        "try:\n    cache.get('large', (2 * 10**6,), np.uint8, lambda array: array.fill(1))\n"
+        "except OSError as error:\n    print(error)\n"
+        "print(cache.get('small', (1000,), np.uint8, None).sum(), len(list(Path(cache._folder).glob('*.partial'))))\n"
+    )
+    done = subprocess.run(
+        [*inside, f'{mount}{sys.executable} -c "$0"', body], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    first, reason, last = done.stdout.splitlines()
+    assert (first, last) == ("1000", "1000 0") and reason.startswith("no room for 0.002 GB in the cache folder ")
 
 
 def test_the_default_folder_follows_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -124,6 +124,13 @@ def test_weights_of_any_memory_order_are_kept(record: DetectorRecord, tmp_path: 
     assert torch.equal(read_detector(tmp_path / "screw")[1]["w"], strided)
 
 
+def test_a_record_from_before_a_field_existed_is_read_with_its_default(copied: Path) -> None:
+    before = read_record(copied)
+    edit(copied, lambda document: [document.pop(name) for name in ("num_textures", "textures_sha256")])
+    edit(copied, lambda document: document.pop("num_validation_defects"))
+    assert read_record(copied) == before and before.num_validation_defects == 0
+
+
 def test_an_older_detector_is_replaced_whole(record: DetectorRecord, tmp_path: Path) -> None:
     write_detector(tmp_path / "screw", record, WEIGHTS, np.zeros((2, 2, 3), np.uint8))
     newer = dataclasses.replace(record, epoch=9)

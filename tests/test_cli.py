@@ -13,7 +13,8 @@ from PIL import Image
 
 from dskd.checkpoint import RECORD_FILE, WEIGHTS_FILE, read_record
 from dskd.cli import UNTRAINED_TEACHER, main
-from dskd.data.datasets import IMAGE_SUFFIXES
+from dskd.data.datasets import fingerprint
+from dskd.data.images import IMAGE_SUFFIXES
 
 TINY = [
     "--image-size", "32", "--backbone", "test_resnet", "--levels", "1", "2", "--level-weights", "1", "1",
@@ -157,6 +158,41 @@ def test_demo_data_can_be_trained_on_as_its_message_says(tmp_path: Path, monkeyp
     assert f"dskd train --data {tmp_path / 'demo'}" in outcome.err[0]
 
 
+def test_check_data_prints_all_and_its_exit_code_says_whether_training_would_fail(
+    mvtec_root: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "set"
+    shutil.copytree(mvtec_root / "tile", root / "tile")
+    (root / "stray").mkdir()
+    for index in range(9):
+        Image.new("RGB", (8, 8)).save(root / "stray" / f"{index}.png")
+    told = dskd("check-data", root)
+    assert told.code == 0 and told.err == [f"0 errors, 9 notes: {root} can be trained on"]
+    lines = told.out.splitlines()
+    assert "  test        4 good, 4 defective (4 scratch)" in lines and "  size        64 x 64 pixels" in lines
+    assert lines[-1] == f"note: 8 more of this kind (unread file) in {root / 'stray'}; --json names them."
+    (root / "tile/train/good/005.png").write_bytes(b"not an image")
+    told = dskd("check-data", root)
+    assert told.code == 1 and told.err == [f"1 errors, 9 notes: {root} cannot be trained on as it is"]
+    assert any(line.startswith("error: ") and "005.png is not a readable" in line for line in told.out.splitlines())
+    told = dskd("check-data", root, "--json")
+    document = json.loads(told.out)
+    assert told.code == 1 and document["is_trainable"] is False and len(document["problems"]) == 10
+    assert document["categories"][0]["counts"]["train"] == {"good": 12}
+    assert document["categories"][0]["width"] == [64, 64]
+
+
+def test_textures_of_a_folder_are_recorded(mvtec_root: Path, tmp_path: Path) -> None:
+    words = ["train", "--data", mvtec_root, "--category", "tile", *TINY]
+    textures = mvtec_root / "wood/train/good"
+    assert dskd(*words, "--out", tmp_path / "drawn").code == 0
+    assert dskd(*words, "--out", tmp_path / "given", "--textures", textures).code == 0
+    drawn, given = read_record(tmp_path / "drawn"), read_record(tmp_path / "given")
+    assert (drawn.num_textures, drawn.textures_sha256) == (0, "")
+    assert (given.num_textures, given.textures_sha256) == (12, fingerprint(sorted(textures.iterdir())))
+    assert drawn.data_sha256 == given.data_sha256
+
+
 class Place(NamedTuple):
     """What the bad commands are made of; `new` must not appear."""
 
@@ -204,6 +240,10 @@ BAD: dict[str, tuple[Callable[[Place], list[Any]], str]] = {
         "several categories, choose one with --category: tile, wood",
     ),
     "unreadable training image": (lambda p: train_words(p, data=broken_data(p)), "005.png is not a readable image"),
+    "textures of no image": (lambda p: train_words(p, "--textures", p.tmp), "no texture in"),
+    "checking missing data": (lambda p: ["check-data", p.tmp / "nowhere"], "nowhere does not exist"),
+    "checking data of another layout": (lambda p: ["check-data", p.tmp], "no category in"),
+    "checking at no size": (lambda p: ["check-data", p.data, "--image-size", "0"], "--image-size must be"),
     "missing teacher": (lambda p: train_words(p, "--teacher-weights", p.tmp / "no.pth"), "no.pth"),
     "unknown backbone": (lambda p: train_words(p, "--backbone", "resnet17"), "resnet17"),
     "unknown device": (lambda p: train_words(p, "--device", "tpu"), "--device must be auto, cpu or cuda"),

@@ -1,21 +1,12 @@
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
-from dskd.data.datasets import (
-    Sample,
-    find_categories,
-    fingerprint,
-    hold_out,
-    load_image,
-    load_images,
-    load_mask,
-    load_masks,
-    read_category,
-)
+from dskd.data.datasets import Category, find_categories, fingerprint, hold_out, read_category, split_normals
+from dskd.data.images import load_masks
+from dskd.data.samples import Sample
 
 
 def paint(path: Path, value: int = 90, size: tuple[int, int] = (8, 8), mode: str = "RGB") -> Path:
@@ -77,12 +68,37 @@ def test_a_defective_image_without_a_mask_stays_defective(tmp_path: Path) -> Non
     assert not load_masks([sample], 8).any()
 
 
+def test_folders_inside_a_category_are_no_categories(tmp_path: Path) -> None:
+    folder = category(tmp_path / "nut")
+    paint(folder / "test/good/0.png")
+    for inside in ("train", "test"):
+        with pytest.raises(ValueError, match=r"no category in "):
+            find_categories(folder / inside)
+
+
+def test_a_folder_of_two_layouts_is_refused_and_an_unknown_one_told_what_was_looked_for(tmp_path: Path) -> None:
+    folder = category(tmp_path / "nut")
+    paint(folder / "train/ok/0.png")
+    paint(folder / "good/0.png")
+    wanted = r"nut is ambiguous, it holds train/good \(MVTec AD\) and train/ok \(BTAD\) and good \(plain folder\)"
+    for read in (find_categories, lambda root: read_category(root, "nut")):
+        with pytest.raises(ValueError, match=wanted) as raised:
+            read(tmp_path)
+        assert "\n" not in str(raised.value)
+    paint(tmp_path / "other/pictures/0.png")
+    with pytest.raises(
+        ValueError, match=r"no category in .*train/good \(MVTec AD\).*MT_Free/Imgs.*good \(plain"
+    ) as raised:
+        find_categories(tmp_path / "other")
+    assert "\n" not in str(raised.value)
+
+
 def test_a_mask_without_an_image_is_refused(tmp_path: Path) -> None:
     folder = category(tmp_path / "nut")
     paint(folder / "test/bent/0.png")
     paint(folder / "ground_truth/bent/0_mask.png", mode="L")
     paint(folder / "ground_truth/bent/1_mask.png", mode="L")
-    with pytest.raises(ValueError, match=r"bent/1_mask\.png has no image 1\.\* in "):
+    with pytest.raises(ValueError, match=r"bent/1_mask\.png has no image 1\.\* among the bent images"):
         read_category(tmp_path, "nut")
 
 
@@ -98,56 +114,6 @@ def test_other_files_beside_the_images_are_passed_over(tmp_path: Path) -> None:
     paint(good / "sub/9.png")
     paint(good / "3.PNG")
     assert [sample.path.name for sample in read_category(tmp_path, "nut").train] == ["0.png", "1.png", "3.PNG"]
-
-
-def test_a_truncated_or_foreign_file_is_named(mvtec_root: Path, tmp_path: Path) -> None:
-    whole = next((mvtec_root / "tile/train/good").iterdir()).read_bytes()
-    for name, content in (("cut.png", whole[: len(whole) // 2]), ("text.jpg", b"hello"), ("empty.png", b"")):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=f"{name} is not a readable image") as raised:
-            load_image(tmp_path / name, 32)
-        assert "\n" not in str(raised.value)
-    with pytest.raises(ValueError, match=r"gone\.png does not exist"):
-        load_images([paint(tmp_path / "fine.png"), tmp_path / "gone.png"], 32)
-
-
-def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
-    with pytest.raises(ValueError, match=r"large\.png is refused as a decompression bomb"):
-        load_image(paint(tmp_path / "large.png"), 32)
-
-
-def test_sixteen_bit_grey_is_scaled_and_not_clipped(tmp_path: Path) -> None:
-    levels = np.array([[0, 255], [256 * 100, 65535]], np.uint16)
-    for name in ("grey.png", "grey.tiff"):
-        Image.fromarray(levels).save(tmp_path / name)
-        pixels = load_image(tmp_path / name, 2)
-        assert pixels.tolist() == [[[0] * 3, [0] * 3], [[100] * 3, [255] * 3]]
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "CMYK"])
-def test_every_mode_becomes_three_channels(tmp_path: Path, mode: str) -> None:
-    path = tmp_path / "image.tiff"
-    Image.new("RGB", (8, 8), (255, 255, 255)).convert(mode).save(path)
-    assert load_image(path, 4).tolist() == [[[255] * 3] * 4] * 4
-
-
-def test_images_keep_their_order_and_can_be_written_in_place(tmp_path: Path) -> None:
-    paths = [paint(tmp_path / f"{value}.png", value) for value in range(0, 200, 10)]
-    out = np.empty((len(paths), 4, 4, 3), np.uint8)
-    assert load_images(paths, 4, out) is out
-    assert [int(image[0, 0, 0]) for image in out] == list(range(0, 200, 10))
-    np.testing.assert_array_equal(load_images(paths, 4), out)
-
-
-def test_masks_are_resized_to_their_nearest_pixel(tmp_path: Path) -> None:
-    spot = np.zeros((3, 3), np.uint8)
-    spot[1, 1] = 255
-    Image.fromarray(spot).save(tmp_path / "mask.png")
-    # Any interpolation would round the corners of the one pixel.
-    np.testing.assert_array_equal(load_mask(tmp_path / "mask.png", 24), spot.repeat(8, 0).repeat(8, 1) > 0)
-    Image.fromarray(np.array([[0, 127], [128, 255]], np.uint8)).save(tmp_path / "mask.png")
-    assert load_mask(tmp_path / "mask.png", 2).tolist() == [[False, False], [True, True]]
 
 
 def samples(folder: str, names: list[str]) -> list[Sample]:
@@ -176,6 +142,16 @@ def test_a_larger_share_holds_out_a_superset() -> None:
 def test_both_parts_have_an_image(fraction: float, count: int) -> None:
     train, held = hold_out(samples("/a", [f"{index}.png" for index in range(count)]), fraction, 0)
     assert train and held and len(train) + len(held) == count
+
+
+def test_validation_normals_of_the_user_are_the_held_out_ones() -> None:
+    folder, train = Path("/a/nut"), tuple(samples("/a/nut/train/good", ["0.png", "1.png", "2.png"]))
+    bent = Sample(folder / "validation/bent/0.png", "bent", None)
+    own = tuple(samples("/a/nut/validation/good", ["0.png", "7.png"]))
+    found = split_normals(Category("nut", train, (), (bent, *own), folder), 0.3, 0)
+    assert found == (train, own, ("validation/good/0.png", "validation/good/7.png"))
+    kept, held, names = split_normals(Category("nut", train, (), (bent,), folder), 0.3, 0)
+    assert (kept, held) == hold_out(train, 0.3, 0) and names == tuple(sample.path.name for sample in held)
 
 
 def test_fingerprint_follows_content_and_order_and_not_the_place(mvtec_root: Path, tmp_path: Path) -> None:

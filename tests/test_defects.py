@@ -7,7 +7,7 @@ from PIL import Image
 from scipy import ndimage
 
 from dskd.data import defects
-from dskd.data.defects import NOTICEABLE, add_defects, find_foreground, load_textures, perlin_noise
+from dskd.data.defects import NOTICEABLE, add_defects, choose_textures, find_foreground, load_textures, perlin_noise
 
 Bytes = NDArray[np.uint8]
 
@@ -191,23 +191,28 @@ def test_textures_are_read_from_nested_folders(tmp_path: Path) -> None:
     for index, value in enumerate(values):
         write(tmp_path / f"kind{index % 2}" / f"{index}{['.png', '.JPG'][index % 2]}", value)
     (tmp_path / "readme.txt").write_text("no image")
-    textures = load_textures(tmp_path, 16)
+    textures = load_textures(choose_textures(tmp_path), 16)
     assert textures.shape == (5, 16, 16, 3) and textures.dtype == np.uint8
     assert np.abs(np.sort(textures[:, 8, 8, 0].astype(int)) - values).max() <= 1
-    some = load_textures(tmp_path, 16, limit=3)
-    assert len({int(texture[0, 0, 0]) for texture in some}) == 3
-    assert (some == load_textures(tmp_path, 16, limit=3)).all()
-    draws = {load_textures(tmp_path, 4, limit=2, seed=seed).tobytes() for seed in range(8)}
-    assert len(draws) > 1
+    some = choose_textures(tmp_path, limit=3)
+    assert len(set(some)) == 3 and some == choose_textures(tmp_path, limit=3)
+    assert len({tuple(choose_textures(tmp_path, limit=2, seed=seed)) for seed in range(8)}) > 1
+    (tmp_path / "elsewhere").mkdir()
+    for folder in ("kind0", "kind1"):
+        (tmp_path / folder).rename(tmp_path / "elsewhere" / folder)
+    moved = choose_textures(tmp_path / "elsewhere", limit=3)
+    assert [path.name for path in moved] == [path.name for path in some]
 
 
 def test_textures_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no texture in"):
-        load_textures(tmp_path / "missing", 16)
+        choose_textures(tmp_path / "missing")
     with pytest.raises(ValueError, match="no texture in"):
-        load_textures(tmp_path, 16)
+        choose_textures(tmp_path)
     (tmp_path / "broken.png").write_bytes(b"not an image")
     with pytest.raises(ValueError, match=r"broken\.png cannot be read"):
-        load_textures(tmp_path, 16)
+        load_textures(choose_textures(tmp_path), 16)
     with pytest.raises(ValueError, match="at least 1"):
-        load_textures(tmp_path, 0)
+        load_textures(choose_textures(tmp_path), 0)
+    with pytest.raises(ValueError, match="at least 1"):
+        choose_textures(tmp_path, limit=0)

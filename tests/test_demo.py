@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from dskd import demo
-from dskd.data.datasets import find_categories, load_masks, read_category
+from dskd.data.datasets import find_categories, read_category
+from dskd.data.images import load_masks
 from dskd.demo import CATEGORIES, draw_dataset
 
 SMALL: dict[str, Any] = {"num_train": 3, "num_test": 12, "image_size": 64}

@@ -12,17 +12,16 @@ from dskd.calibration import calibrate
 from dskd.checkpoint import write_detector
 from dskd.config import AmplificationConfig, RunConfig
 from dskd.data.cache import ArrayCache
+from dskd.data.images import load_image, load_mask
 from dskd.detector import Detector
 from dskd.distillation import Distillation, Materials, objective, prepare
-from dskd.evaluate import inspect
+from dskd.evaluate import inspect, measure
 from dskd.metrics import Scores
 from dskd.model.amplification import AmplifiedTeacher, build_amplifier
 from dskd.model.network import build_students
 from dskd.model.teacher import Teacher, normalize
 
 CPU = torch.device("cpu")
-
-
 AMPLIFIED = AmplificationConfig(amplification=True, amplification_epochs=2, amplification_batch_size=4, memory_size=5)
 
 
@@ -44,7 +43,8 @@ def test_held_out_images_take_no_part_in_training(tiny: RunConfig, materials: Ma
 
 
 def test_validation_is_normals_and_their_copies_with_masked_defects(materials: Materials) -> None:
-    images, masks, labels = materials.validation
+    images, masks, labels, has_mask = materials.validation
+    assert has_mask.all()
     num_normals = int((~labels).sum())
     assert labels.tolist() == [False] * num_normals + [True] * 32
     assert not masks[~labels].any() and masks[labels].any(axis=(1, 2)).all()
@@ -91,6 +91,84 @@ def test_the_cache_changes_nothing_but_the_work(
         np.testing.assert_array_equal(found.train_features.rows, materials.train_features.rows)
         np.testing.assert_array_equal(found.validation_features.rows, materials.validation_features.rows)
         assert found.train_features.shapes == materials.train_features.shapes
+
+
+def with_validation(root: Path, mvtec_root: Path) -> Path:
+    """The tiles with two good images and three scratched ones moved from test to validation, one without its mask."""
+    tile = Path(shutil.copytree(mvtec_root / "tile", root / "tile"))
+    for source, target, names in (
+        ("test/good", "validation/good", ("000.png", "001.png")),
+        ("test/scratch", "validation/scratch", ("000.png", "001.png", "002.png")),
+        ("ground_truth/scratch", "validation_ground_truth/scratch", ("000_mask.png", "001_mask.png")),
+    ):
+        (tile / target).mkdir(parents=True)
+        for name in names:
+            (tile / source / name).rename(tile / target / name)
+    (tile / "ground_truth/scratch/002_mask.png").unlink()
+    return tile
+
+
+def test_validation_images_of_the_user_are_held_out_and_judge(
+    tiny: RunConfig, materials: Materials, mvtec_root: Path, tmp_path: Path
+) -> None:
+    tile = with_validation(tmp_path, mvtec_root)
+    found = prepared(tiny, tmp_path)
+    assert len(found.train_images) == 12 and found.num_validation_defects == 3
+    assert found.validation_files == ("validation/good/000.png", "validation/good/001.png")
+    images, masks, labels, has_mask = found.validation
+    assert labels.tolist() == [False] * 2 + [True] * 35
+    assert has_mask.tolist() == [True] * 36 + [False]
+    scratched = [load_image(tile / f"validation/scratch/00{index}.png", 32) for index in range(3)]
+    np.testing.assert_array_equal(images[-3:], scratched)
+    drawn = [load_mask(tile / f"validation_ground_truth/scratch/00{index}_mask.png", 32) for index in range(2)]
+    np.testing.assert_array_equal(masks[-3:-1], drawn)
+    assert masks[-2].any() and not masks[-1].any()
+    run = Distillation.begin(tiny, found, CPU)
+    (last,) = [each for each in run.epochs() if each.epoch.number == 1]
+    seen = inspect(found.validation_features, run.students, images, tiny, CPU)
+    assert last.scores == measure(seen, found.validation)
+    assert last.scores != measure(seen, found.validation._replace(has_mask=np.ones_like(has_mask)))
+    record, _ = run.detector()
+    assert record.num_validation_defects == 3 and record.thresholds[0].num_normals == 2
+    # the mask is part of the data: another one, another fingerprint
+    shutil.copy(
+        tile / "validation_ground_truth/scratch/000_mask.png", tile / "validation_ground_truth/scratch/001_mask.png"
+    )
+    assert prepared(tiny, tmp_path).data_sha256 != found.data_sha256
+
+
+def test_labelled_defects_without_normals_leave_the_seeded_split(
+    tiny: RunConfig, materials: Materials, mvtec_root: Path, tmp_path: Path
+) -> None:
+    tile = with_validation(tmp_path, mvtec_root)
+    shutil.rmtree(tile / "validation/good")
+    found = prepared(tiny, tmp_path)
+    assert found.validation_files == materials.validation_files and found.num_validation_defects == 3
+    np.testing.assert_array_equal(found.train_images, materials.train_images)
+    for joined, alone in zip(found.validation, materials.validation, strict=True):
+        np.testing.assert_array_equal(joined[:-3], alone)
+
+
+def test_textures_change_some_of_the_drawn_defects_and_their_cached_features(
+    tiny: RunConfig, materials: Materials, mvtec_root: Path, tmp_path: Path
+) -> None:
+    cache = ArrayCache(tmp_path / "cache", 10**9)
+    assert prepared(tiny, mvtec_root, cache).num_textures == 0
+    shutil.copytree(mvtec_root / "wood/train/good", tmp_path / "textures/deep/er")
+    found = [
+        prepared(tiny, mvtec_root, cache, textures=folder)
+        for folder in (tmp_path / "textures", mvtec_root / "wood/train")
+    ]
+    assert [each.num_textures for each in found] == [12, 12]
+    # the same pictures in another place, the same defects
+    assert found[0].textures_sha256 == found[1].textures_sha256
+    np.testing.assert_array_equal(found[0].validation.images, found[1].validation.images)
+    changed = (found[0].validation.images != materials.validation.images).any(axis=(1, 2, 3))
+    assert not changed[~materials.validation.labels].any() and 0.1 < changed[2:].mean() < 0.6
+    fresh = prepared(tiny, mvtec_root, textures=tmp_path / "textures")
+    np.testing.assert_array_equal(found[0].validation_features.rows, fresh.validation_features.rows)
+    rows = found[0].validation_features.rows != materials.validation_features.rows
+    np.testing.assert_array_equal(rows.any(axis=1), changed)
 
 
 def test_a_feature_row_is_the_teachers_pyramid_of_that_image(materials: Materials) -> None:

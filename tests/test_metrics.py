@@ -325,6 +325,20 @@ def test_every_partition_and_order_gives_identical_figures(data: st.DataObject, 
     assert compute(merge([merge(sent[:2]), sent[2]])) == whole
 
 
+def test_pixels_of_an_image_without_a_mask_are_of_neither_kind() -> None:
+    maps, masks, scores, labels = (values.copy() for values in drawn_set(11))
+    hidden = np.flatnonzero(labels)[0]
+    has_mask = np.arange(len(labels)) != hidden
+    masks[hidden], scores[hidden] = False, 0
+    found = metrics.score_maps(maps, masks, scores, labels, has_mask)
+    pixels = metrics.score_maps(maps[has_mask], masks[has_mask], scores[has_mask], labels[has_mask])
+    images = metrics.score_maps(maps, masks, scores, labels)
+    assert found[:3] == images[:3] and found[3:] == pixels[3:]
+    assert found[3:] != images[3:] and found[:3] != pixels[:3]
+    with pytest.raises(ValueError, match="has_mask of the labels' shape"):
+        metrics.score_maps(maps, masks, scores, labels, has_mask[1:])
+
+
 def test_batches_may_differ_in_size_and_precision() -> None:
     maps, masks, scores, labels = drawn_set(1)
     rest = slice(5, None)

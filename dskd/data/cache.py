@@ -4,6 +4,7 @@ An entry is one `.npy` file named by the content that it was computed from, open
 appears under its name only when complete, so a process killed at any moment leaves no half entry.
 """
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -39,7 +40,7 @@ class ArrayCache:
         """The read-only array of `key`; `fill` writes it into a zeroed array where it is not there yet.
 
         An error in `fill` leaves no entry. An array larger than the whole cache is computed in
-        memory and not kept.
+        memory and not kept. Raises OSError where the disk has no room for it.
         """
         num_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
         if num_bytes > self._max_bytes:
@@ -65,6 +66,9 @@ class ArrayCache:
             os.utime(path)
         except FileNotFoundError:
             return None
+        except (ValueError, EOFError):  # cut short, as by a power failure before the disk had all of it
+            path.unlink(missing_ok=True)
+            return None
         return array
 
     def _write(
@@ -77,12 +81,28 @@ class ArrayCache:
         handle, temporary = tempfile.mkstemp(dir=self._folder, prefix=f"{path.stem}-", suffix=".partial")
         os.close(handle)
         try:
-            array = np.lib.format.open_memmap(temporary, mode="w+", shape=shape, dtype=dtype)
+            with self._room_or_reason(int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize):
+                array = np.lib.format.open_memmap(temporary, mode="w+", shape=shape, dtype=dtype)
+                # the file is sparse: without its blocks reserved, a disk that fills up later would be a SIGBUS
+                with open(temporary, "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
             fill(array)
             array.flush()
             os.replace(temporary, path)
         finally:
             Path(temporary).unlink(missing_ok=True)
+
+    @contextmanager
+    def _room_or_reason(self, num_bytes: int) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise OSError(
+                f"no room for {num_bytes / 1e9:.3g} GB in the cache folder {self._folder} ({error.strerror}); free "
+                "some, choose a folder on another disk (--cache-dir), or keep less or nothing (--cache-gb, 0: off)."
+            ) from None
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:

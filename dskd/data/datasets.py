@@ -1,32 +1,14 @@
-"""From a folder on disk to samples: which images exist, what they show, and which are held out."""
+"""From a data folder to the samples of a category: which images exist, and which are held out from training."""
 
 import hashlib
-import os
-import warnings
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from dskd.data.layouts import LAYOUTS, SPLIT_FOLDERS, Layout, recognised
+from dskd.data.samples import Sample
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
 _MAX_DEPTH = 3  # of a category folder below the data folder
-
-
-class Sample(NamedTuple):
-    """One image file and what is known of it."""
-
-    path: Path
-    defect: str
-    """Name of the defect's folder; "good" for a normal image."""
-    mask: Path | None
-
-    @property
-    def is_defective(self) -> bool:
-        return self.defect != "good"
 
 
 class Category(NamedTuple):
@@ -35,68 +17,112 @@ class Category(NamedTuple):
     name: str
     train: tuple[Sample, ...]
     test: tuple[Sample, ...]
+    validation: tuple[Sample, ...] = ()
+    """Normal and labelled defective images that the layout or the user keeps for validation; mostly none."""
+    folder: Path = Path()
 
 
-def find_categories(root: Path) -> dict[str, Path]:
-    """Folders in the MVTec AD layout (`train/good`) at or up to three levels below `root`, by name.
+class CategoryFolder(NamedTuple):
+    """A folder that looks like a category's."""
 
-    Raises ValueError when `root` does not exist, holds none, or holds two of the same name.
+    folder: Path
+    layouts: tuple[Layout, ...]
+    """More than one where the folder is ambiguous."""
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def fault(self) -> str | None:
+        """One line that says why the folder cannot be read, where it is ambiguous."""
+        if len(self.layouts) == 1:
+            return None
+        found = " and ".join(f"{layout.landmark} ({layout.name})" for layout in self.layouts)
+        return f"{self.folder} is ambiguous, it holds {found}; keep one of them."
+
+
+def scan(root: Path) -> tuple[CategoryFolder, ...]:
+    """Every category's folder at or up to three levels below `root`, in path order.
+
+    Raises ValueError when `root` does not exist or holds none.
     """
     if not root.is_dir():
         raise ValueError(f"data folder {root} does not exist; --data takes a folder of categories.")
-    found: dict[str, Path] = {}
-    for folder in _folders(root.resolve(), _MAX_DEPTH):
-        if (folder / "train" / "good").is_dir():
-            if folder.name in found:
-                raise ValueError(f"two categories are named {folder.name}: {found[folder.name]} and {folder}.")
-            found[folder.name] = folder
+    found = tuple(_category_folders(root.resolve(), _MAX_DEPTH))
     if not found:
-        raise ValueError(f"no category in {root}: expected folders like <category>/train/good (MVTec AD layout).")
-    return dict(sorted(found.items()))
+        wanted = ", ".join(f"{layout.landmark} ({layout.name})" for layout in LAYOUTS)
+        raise ValueError(
+            f"no category in {root}: neither it nor a folder up to {_MAX_DEPTH} levels below holds one of {wanted}."
+        )
+    return found
 
 
-def _folders(folder: Path, depth: int) -> Iterable[Path]:
-    yield folder
-    if depth > 0 and not (folder / "train").is_dir():
+def _category_folders(folder: Path, depth: int) -> Iterator[CategoryFolder]:
+    if layouts := recognised(folder):
+        yield CategoryFolder(folder, layouts)
+    elif depth > 0:
         for child in sorted(folder.iterdir()):
-            if child.is_dir() and not child.name.startswith("."):
-                yield from _folders(child, depth - 1)
+            if child.is_dir() and not child.name.startswith(".") and child.name not in SPLIT_FOLDERS:
+                yield from _category_folders(child, depth - 1)
+
+
+def find_categories(root: Path) -> dict[str, Path]:
+    """Folders of categories in any of the layouts, at or up to three levels below `root`, by name.
+
+    Raises ValueError when `root` does not exist, holds none, one that is ambiguous, or two of the same name.
+    """
+    return {name: found.folder for name, found in _by_name(root).items()}
+
+
+def _by_name(root: Path) -> dict[str, CategoryFolder]:
+    by_name: dict[str, CategoryFolder] = {}
+    for found in scan(root):
+        if found.fault:
+            raise ValueError(found.fault)
+        if found.name in by_name:
+            raise ValueError(f"two categories are named {found.name}: {by_name[found.name].folder} and {found.folder}.")
+        by_name[found.name] = found
+    return dict(sorted(by_name.items()))
 
 
 def read_category(root: Path, name: str) -> Category:
-    """The samples of category `name` under `root`, each split in file-name order.
+    """The samples of category `name` under `root`, each split in the order of its layout.
 
-    Raises ValueError on an unknown category, a split without images, or a mask that has no image.
+    Raises ValueError on an unknown category, fewer than two images to train on, or a fault of the layout
+    such as a mask that has no image.
     """
-    categories = find_categories(root)
+    categories = _by_name(root)
     if name not in categories:
         raise ValueError(f"no category {name!r} in {root}; it holds: {', '.join(categories)}.")
-    folder = categories[name]
-    train = tuple(Sample(path, "good", None) for path in list_images(folder / "train" / "good"))
-    if len(train) < 2:
-        raise ValueError(f"{folder / 'train' / 'good'} holds {len(train)} images; training needs at least 2.")
-    test = tuple(
-        sample
-        for defect in sorted(child for child in (folder / "test").glob("*") if child.is_dir())
-        for sample in _test_samples(folder, defect.name)
-    )
-    return Category(name, train, test)
+    folder, (layout,) = categories[name]
+    listing = layout.read(folder)
+    if listing.faults:
+        raise ValueError(listing.faults[0].message)
+    if fault := too_few(listing.train, folder, layout):
+        raise ValueError(fault)
+    return Category(name, listing.train, listing.test, listing.validation, folder)
 
 
-def _test_samples(folder: Path, defect: str) -> list[Sample]:
-    images = list_images(folder / "test" / defect)
-    if defect == "good":
-        return [Sample(path, defect, None) for path in images]
-    mask_folder = folder / "ground_truth" / defect
-    masks = {mask.stem.removesuffix("_mask"): mask for mask in list_images(mask_folder)}
-    if orphans := sorted(set(masks) - {image.stem for image in images}):
-        raise ValueError(f"{masks[orphans[0]]} has no image {orphans[0]}.* in {folder / 'test' / defect}.")
-    return [Sample(path, defect, masks.get(path.stem)) for path in images]
+def too_few(train: Sequence[Sample], folder: Path, layout: Layout) -> str | None:
+    """One line where the images are too few to train on and hold some out."""
+    if len(train) >= 2:
+        return None
+    return f"{folder / layout.landmark} holds {len(train)} images; training needs at least 2."
 
 
-def list_images(folder: Path) -> list[Path]:
-    """Image files directly inside `folder`, sorted by name; empty when the folder does not exist."""
-    return sorted(path for path in folder.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+def split_normals(
+    category: Category, fraction: float, seed: int
+) -> tuple[tuple[Sample, ...], tuple[Sample, ...], tuple[str, ...]]:
+    """Normal samples (to train on, held out) and the names of the held-out files.
+
+    The validation normals of the category are held out where there are any, named by their path below the
+    category's folder; otherwise a share of the training images (`hold_out`), named by file name.
+    """
+    if held := tuple(sample for sample in category.validation if not sample.is_defective):
+        return category.train, held, tuple(sample.path.relative_to(category.folder).as_posix() for sample in held)
+    train, held = hold_out(category.train, fraction, seed)
+    return train, held, tuple(sample.path.name for sample in held)
 
 
 def hold_out(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
@@ -113,67 +139,6 @@ def hold_out(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[tup
         tuple(sample for i, sample in enumerate(samples) if i not in held),
         tuple(sample for i, sample in enumerate(samples) if i in held),
     )
-
-
-def load_image(path: Path, size: int) -> npt.NDArray[np.uint8]:
-    """RGB pixels (size, size, 3), resized bilinearly with antialiasing, without crop.
-
-    Raises ValueError naming the file when it cannot be decoded or is too large to be a photograph.
-    """
-    with _opened(path) as image:
-        rgb = _eight_bit(image).convert("RGB")
-        return np.asarray(rgb.resize((size, size), Image.Resampling.BILINEAR))
-
-
-def load_mask(path: Path, size: int) -> npt.NDArray[np.bool_]:
-    """Defect pixels (size, size) of a mask file: nearest-neighbour resize, then above mid-grey."""
-    with _opened(path) as image:
-        grey = _eight_bit(image).convert("L").resize((size, size), Image.Resampling.NEAREST)
-        return np.asarray(grey) > 127
-
-
-def _opened(path: Path) -> Image.Image:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path)
-            image.load()
-    except FileNotFoundError:
-        raise ValueError(f"image {path} does not exist.") from None
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is refused as a decompression bomb: {error}") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path} is not a readable image ({error}); replace or remove it.") from None
-    return image
-
-
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """Pillow clips 16-bit grey at 255 on conversion; scale it to 8 bits instead."""
-    if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    return image
-
-
-def load_images(paths: Sequence[Path], size: int, out: npt.NDArray[np.uint8] | None = None) -> npt.NDArray[np.uint8]:
-    """Pixels (N, size, size, 3) of many files, decoded on all cores; written into `out` where given."""
-    pixels = np.empty((len(paths), size, size, 3), np.uint8) if out is None else out
-
-    def load(index: int) -> None:
-        pixels[index] = load_image(paths[index], size)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(load, range(len(paths))):
-            pass
-    return pixels
-
-
-def load_masks(samples: Sequence[Sample], size: int) -> npt.NDArray[np.bool_]:
-    """Defect pixels (N, size, size); all false where a sample has no mask."""
-    masks = np.zeros((len(samples), size, size), np.bool_)
-    for index, sample in enumerate(samples):
-        if sample.mask is not None:
-            masks[index] = load_mask(sample.mask, size)
-    return masks
 
 
 def fingerprint(paths: Iterable[Path]) -> str:

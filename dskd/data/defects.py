@@ -7,7 +7,7 @@ structural: dents and swirls, stains, smears and scratches (ours)
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -72,18 +72,29 @@ def add_defects(images: Bytes, *, seed: int, textures: Bytes | None = None) -> t
     return changed, masks
 
 
-def load_textures(folder: Path, size: int, limit: int = 64, seed: int = 0) -> Bytes:
-    """Up to `limit` images (M, size, size, 3) below `folder`, drawn without replacement, centre-cropped.
+def choose_textures(folder: Path, limit: int = 64, seed: int = 0) -> list[Path]:
+    """Up to `limit` png and jpg files in `folder` and below, drawn without replacement.
 
-    Reads png and jpg, in folders of any depth. Raises ValueError where there is none, or one cannot be read.
+    The draw depends on the files' names and places below `folder`, `limit` and `seed`. Raises ValueError
+    where there is none.
     """
-    if size < 1 or limit < 1:
-        raise ValueError(f"size and limit must be at least 1, got {size} and {limit}.")
+    if limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}.")
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _TEXTURE_SUFFIXES and path.is_file())
     if not paths:
         raise ValueError(f"no texture in {folder}: expected png or jpg files there or in folders below it.")
     chosen = np.sort(np.random.default_rng(seed).permutation(len(paths))[:limit])
-    return np.stack([_read_texture(paths[index], size) for index in chosen])
+    return [paths[index] for index in chosen]
+
+
+def load_textures(paths: Sequence[Path], size: int) -> Bytes:
+    """Images (M, size, size, 3), centre-cropped to squares.
+
+    Raises ValueError where one cannot be read.
+    """
+    if size < 1:
+        raise ValueError(f"size must be at least 1, got {size}.")
+    return np.stack([_read_texture(path, size) for path in paths])
 
 
 def perlin_noise(rng: Generator, shape: tuple[int, int], *, cells: tuple[float, float], angle: float = 0.0) -> Floats:

@@ -1,0 +1,20 @@
+"""The word that layouts, decoding and data sets share: one image and what is known of it."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Sample(NamedTuple):
+    """One image file and what is known of it."""
+
+    path: Path
+    defect: str
+    """Name of the defect's folder; "good" for a normal image, whatever its data set calls it."""
+    mask: Path | None
+    mask_above: int = 127
+    """A mask pixel above this grey level is a defect; 0 where masks hold small class numbers (VisA)."""
+
+    @property
+    def is_defective(self) -> bool:
+        """Taken from the folder and never from the mask: published sets have defects with an empty mask."""
+        return self.defect != "good"

@@ -1,0 +1,101 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dskd.data.images import list_images, load_image, load_images, load_mask, load_masks, read_mask
+from dskd.data.samples import Sample
+
+
+def paint(path: Path, value: int = 90, size: tuple[int, int] = (8, 8)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (value, value, value)).save(path)
+    return path
+
+
+def test_a_truncated_or_foreign_file_is_named(mvtec_root: Path, tmp_path: Path) -> None:
+    whole = next((mvtec_root / "tile/train/good").iterdir()).read_bytes()
+    for name, content in (("cut.png", whole[: len(whole) // 2]), ("text.jpg", b"hello"), ("empty.png", b"")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} is not a readable image") as raised:
+            load_image(tmp_path / name, 32)
+        assert "\n" not in str(raised.value)
+    with pytest.raises(ValueError, match=r"gone\.png does not exist"):
+        load_images([paint(tmp_path / "fine.png"), tmp_path / "gone.png"], 32)
+
+
+def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    with pytest.raises(ValueError, match=r"large\.png is refused as a decompression bomb"):
+        load_image(paint(tmp_path / "large.png"), 32)
+
+
+def test_sixteen_bit_grey_is_scaled_and_not_clipped(tmp_path: Path) -> None:
+    levels = np.array([[0, 255], [256 * 100, 65535]], np.uint16)
+    for name in ("grey.png", "grey.tiff"):
+        Image.fromarray(levels).save(tmp_path / name)
+        pixels = load_image(tmp_path / name, 2)
+        assert pixels.tolist() == [[[0] * 3, [0] * 3], [[100] * 3, [255] * 3]]
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "CMYK"])
+def test_every_mode_becomes_three_channels(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / "image.tiff"
+    Image.new("RGB", (8, 8), (255, 255, 255)).convert(mode).save(path)
+    assert load_image(path, 4).tolist() == [[[255] * 3] * 4] * 4
+
+
+def test_images_keep_their_order_and_can_be_written_in_place(tmp_path: Path) -> None:
+    paths = [paint(tmp_path / f"{value}.png", value) for value in range(0, 200, 10)]
+    out = np.empty((len(paths), 4, 4, 3), np.uint8)
+    assert load_images(paths, 4, out) is out
+    assert [int(image[0, 0, 0]) for image in out] == list(range(0, 200, 10))
+    np.testing.assert_array_equal(load_images(paths, 4), out)
+
+
+def test_masks_are_resized_to_their_nearest_pixel(tmp_path: Path) -> None:
+    spot = np.zeros((3, 3), np.uint8)
+    spot[1, 1] = 255
+    Image.fromarray(spot).save(tmp_path / "mask.png")
+    # Any interpolation would round the corners of the one pixel.
+    np.testing.assert_array_equal(load_mask(tmp_path / "mask.png", 24), spot.repeat(8, 0).repeat(8, 1) > 0)
+    Image.fromarray(np.array([[0, 127], [128, 255]], np.uint8)).save(tmp_path / "mask.png")
+    assert load_mask(tmp_path / "mask.png", 2).tolist() == [[False, False], [True, True]]
+
+
+def save(values: list[list[int]], path: Path, dtype: type = np.uint8, *, palette: bool = False) -> Path:
+    image = Image.fromarray(np.array(values, dtype))
+    if palette:
+        image = image.convert("P")
+        image.putpalette([0, 0, 0] * 3)  # entries that all look black
+    image.save(path)
+    return path
+
+
+def test_small_class_numbers_are_defects_where_the_layout_says_so(tmp_path: Path) -> None:
+    numbers, wanted = [[0, 1], [2, 127]], [[False, True], [True, True]]
+    for path in (
+        save(numbers, tmp_path / "eight.png"),
+        save(numbers, tmp_path / "sixteen.png", np.uint16),
+        save(numbers, tmp_path / "palette.png", palette=True),
+    ):
+        assert read_mask(path, above=0).tolist() == wanted, path.name
+        assert not read_mask(path).any()
+    ids, grey = (Sample(tmp_path / "x.png", "bent", tmp_path / "eight.png", above) for above in (0, 127))
+    assert load_masks([ids, grey], 2).tolist() == [wanted, [[False] * 2] * 2]
+
+
+def test_hidden_files_are_no_images_and_broken_links_are(tmp_path: Path) -> None:
+    paint(tmp_path / "b.PNG")
+    (tmp_path / "._b.PNG").write_bytes(b"what macOS leaves on a foreign disk")
+    (tmp_path / "a.png").symlink_to(tmp_path / "gone")
+    (tmp_path / "folder.png").mkdir()
+    assert [path.name for path in list_images(tmp_path)] == ["a.png", "b.PNG"]
+    with pytest.raises(ValueError, match=r"a\.png does not exist"):
+        load_images(list_images(tmp_path), 8)
+
+
+def test_reading_is_silent_without_a_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    load_images([paint(tmp_path / "a.png")], 8, progress="reading")
+    assert capfd.readouterr() == ("", "")

@@ -46,7 +46,7 @@ class DetectorRecord:
     """Where the teacher's weights came from: "hub", "random" (untrained) or a file name."""
     teacher_sha256: str
     data_sha256: str
-    """Fingerprint of the training and validation images."""
+    """Fingerprint of the training and validation images, and of the masks among the latter."""
     validation_files: tuple[str, ...]
     """Normal images held out from training: file names of training images, or paths below the category's folder
     where it has validation images of its own."""

@@ -5,6 +5,7 @@ else. torch is imported only by the commands that compute, so that help comes at
 """
 
 import functools
+import io
 import json
 import math
 import sys
@@ -253,6 +254,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "evaluate": evaluate,
         "predict": predict,
     }
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # the names of files need not be text
     try:
         tyro.extras.subcommand_cli_from_dict(
             commands,

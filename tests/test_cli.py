@@ -182,6 +182,20 @@ def test_check_data_prints_all_and_its_exit_code_says_whether_training_would_fai
     assert document["categories"][0]["width"] == [64, 64]
 
 
+def test_names_that_are_no_text_are_checked_trained_on_and_written_so(mvtec_root: Path, tmp_path: Path) -> None:
+    shutil.copytree(mvtec_root / "tile/train", tmp_path / "tile/train")
+    for index in range(12):
+        (tmp_path / f"tile/train/good/{index:03d}.png").rename(tmp_path / f"tile/train/good/f\udcfcr{index}.png")
+    (tmp_path / "stray\udcfc.png").write_bytes(b"")
+    checked = subprocess.run(
+        [sys.executable, "-m", "dskd.cli", "check-data", tmp_path], capture_output=True, text=True, check=False
+    )
+    assert checked.returncode == 0 and "stray\\udcfc.png is not read" in checked.stdout, checked.stderr
+    told = dskd("train", "--data", tmp_path, "--out", tmp_path / "detector", *TINY)
+    assert told.code == 0, told.err
+    assert all(name.startswith("f\udcfcr") for name in read_record(tmp_path / "detector").validation_files)
+
+
 def test_textures_of_a_folder_are_recorded(mvtec_root: Path, tmp_path: Path) -> None:
     words = ["train", "--data", mvtec_root, "--category", "tile", *TINY]
     textures = mvtec_root / "wood/train/good"

@@ -1,3 +1,5 @@
+import io
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +96,19 @@ def test_hidden_files_are_no_images_and_broken_links_are(tmp_path: Path) -> None
     assert [path.name for path in list_images(tmp_path)] == ["a.png", "b.PNG"]
     with pytest.raises(ValueError, match=r"a\.png does not exist"):
         load_images(list_images(tmp_path), 8)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_reading_is_counted_on_a_terminal_where_it_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [paint(tmp_path / f"{index}.png") for index in range(3)]
+    for name, seen in (("reading tiles", True), (None, False)):
+        monkeypatch.setattr(sys, "stderr", Terminal())
+        load_images(paths, 8, progress=name)
+        assert ("reading tiles" in sys.stderr.getvalue() and "/3" in sys.stderr.getvalue()) == seen
 
 
 def test_reading_is_silent_without_a_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

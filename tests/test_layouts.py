@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dskd.data.check import check_data
 from dskd.data.datasets import Category, find_categories, hold_out, read_category
 from dskd.data.images import load_masks, read_mask
 
@@ -144,6 +145,9 @@ def test_each_layout_gives_its_splits_labels_and_masks(layout: str, tmp_path: Pa
     everything = [sample.path for split in (found.train, found.validation, found.test) for sample in split]
     assert len(set(everything)) == len(everything) and all(path.is_file() for path in everything)
     assert find_categories(tmp_path / "set/part").keys() == {"part"}, "the folder itself may be the category"
+    kinds = {problem.kind for problem in check_data(tmp_path).problems}
+    assert "unread file" not in kinds, "what a layout leaves unread by design is nothing to tell"
+    assert not kinds & {"layout", "unreadable image", "mask of another shape", "empty mask"}
 
 
 def test_masks_with_soft_edges_are_cut_at_mid_grey(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dskd.data.layouts import LAYOUTS, SPLIT_FOLDERS, Layout, recognised
-from dskd.data.samples import Sample
+from dskd.data.samples import Sample, lot
 
 _MAX_DEPTH = 3  # of a category folder below the data folder
 
@@ -131,9 +131,7 @@ def hold_out(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[tup
     Both parts keep the given order and hold at least one sample.
     """
     num_held = min(max(1, round(len(samples) * fraction)), len(samples) - 1)
-    order = sorted(
-        range(len(samples)), key=lambda i: hashlib.sha256(f"{seed}/{samples[i].path.name}".encode()).digest()
-    )
+    order = sorted(range(len(samples)), key=lambda i: lot(samples[i].path, seed))
     held = set(order[:num_held])
     return (
         tuple(sample for i, sample in enumerate(samples) if i not in held),

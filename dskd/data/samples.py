@@ -1,5 +1,6 @@
-"""The word that layouts, decoding and data sets share: one image and what is known of it."""
+"""What layouts, decoding and data sets share: one image and what is known of it, and the lot that splits images."""
 
+import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,3 +19,9 @@ class Sample(NamedTuple):
     def is_defective(self) -> bool:
         """Taken from the folder and never from the mask: published sets have defects with an empty mask."""
         return self.defect != "good"
+
+
+def lot(path: Path, seed: int) -> bytes:
+    """A sort key that puts files in a random order; it depends on file name and seed alone, on every machine."""
+    # the names of files need not be text
+    return hashlib.sha256(f"{seed}/{path.name}".encode("utf-8", "surrogateescape")).digest()

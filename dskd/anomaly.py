@@ -5,6 +5,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -105,18 +107,21 @@ def _blur(maps: Tensor, sigma: float) -> Tensor:
         return maps
     # As two matrix products: exact borders without padding, and float32 where autocast or cuDNN's
     # TF32 would round a convolution.
-    rows, columns = (_blur_matrix(side, sigma).to(maps) for side in maps.shape[-2:])
+    rows, columns = (torch.tensor(_blur_matrix(side, sigma), device=maps.device) for side in maps.shape[-2:])
     with torch.autocast(maps.device.type, enabled=False):
         return rows @ maps @ columns.T
 
 
-def _blur_matrix(side: int, sigma: float) -> Float[Tensor, "side side"]:
-    """The Gaussian along one axis, the edge pixels mirrored outwards ("reflect" in scipy's words)."""
+def _blur_matrix(side: int, sigma: float) -> npt.NDArray[np.float32]:
+    """The Gaussian along one axis (side, side), the edge pixels mirrored outwards ("reflect" in scipy's words).
+
+    In numpy, so that it is a constant to whoever traces the maps and no part of an exported graph.
+    """
     radius = math.floor(BLUR_TRUNCATE * sigma + 0.5)
-    offsets = torch.arange(-radius, radius + 1)
-    kernel = torch.exp(-0.5 * (offsets.double() / sigma) ** 2)
-    unfolded = (torch.arange(side)[:, None] + offsets) % (2 * side)  # (side, 2 radius + 1)
-    sources = torch.where(unfolded < side, unfolded, 2 * side - 1 - unfolded)
-    return torch.zeros(side, side, dtype=torch.float64).scatter_add_(
-        1, sources, (kernel / kernel.sum()).expand(side, -1)
-    )
+    offsets = np.arange(-radius, radius + 1)
+    kernel = np.exp(-0.5 * (offsets / sigma) ** 2)
+    unfolded = (np.arange(side)[:, None] + offsets) % (2 * side)  # (side, 2 radius + 1)
+    sources = np.where(unfolded < side, unfolded, 2 * side - 1 - unfolded)
+    matrix = np.zeros((side, side))
+    np.add.at(matrix, (np.arange(side)[:, None], sources), kernel / kernel.sum())
+    return matrix.astype(np.float32)

@@ -131,9 +131,14 @@ def check_replaceable(folder: Path) -> None:
     """Raise ValueError when `folder` is something else or cannot be made: ask before the training, not after it."""
     if folder.exists() and not (folder / RECORD_FILE).is_file():
         raise ValueError(f"{folder} exists and is not a detector folder; choose another --out.")
-    above = next(parent for parent in folder.absolute().parents if parent.exists())
+    check_can_be_made(folder, "--out")
+
+
+def check_can_be_made(path: Path, flag: str) -> None:
+    """Raise ValueError, naming `flag`, when `path` lies where this user cannot write."""
+    above = next(parent for parent in path.absolute().parents if parent.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
-        raise ValueError(f"{folder} cannot be made: {above} is no folder that you may write to; choose another --out.")
+        raise ValueError(f"{path} cannot be made: {above} is no folder that you may write to; choose another {flag}.")
 
 
 def rewrite_record(folder: Path, record: DetectorRecord) -> None:

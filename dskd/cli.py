@@ -1,4 +1,4 @@
-"""The command line: `dskd demo-data | check-data | train | evaluate | predict`.
+"""The command line: `dskd demo-data | check-data | train | evaluate | predict | export`.
 
 What people read goes to stderr; stdout carries results, with --json one JSON document and nothing
 else. torch is imported only by the commands that compute, so that help comes at once.
@@ -244,6 +244,60 @@ def predict(
         _print_json({"out": str(out), "num_anomalous": num_anomalous, "predictions": verdicts})
 
 
+def export(
+    detector: Positional[Path],
+    /,
+    *,
+    onnx: Path,
+    images: tuple[Path, ...] = (),
+    opset: int = 18,
+    json: bool = False,
+) -> None:
+    """Write a detector as an ONNX graph, from RGB bytes to maps and scores, that agrees with it.
+
+    Args:
+        detector: Detector folder.
+        onnx: File to write; an older export of that name is replaced.
+        images: Image files or folders on which both must agree; generated ones unless given.
+        opset: ONNX operator set, 18 to 25.
+        json: Print one JSON document.
+    """
+    from dskd.data.datasets import load_images
+    from dskd.export import INPUT, OUTPUTS, ParityFailure, check_exportable, export_onnx, generated_images
+
+    check_exportable(onnx, opset)
+    loaded = _load(detector, "cpu")
+    size = loaded.record.config.data.image_size
+    pixels = load_images(_image_files(images), size) if images else generated_images(size)
+    source = "given" if images else "generated"
+    try:
+        parity = export_onnx(loaded, onnx, pixels, opset)
+    except ParityFailure as error:
+        _say(f"dskd: export failed, nothing was written: {error}")
+        sys.exit(1)
+    _say(
+        f"compared on {parity.num_images} {source} images, in batches of {', '.join(map(str, parity.batch_sizes))}: "
+        f"maps differ by at most {parity.map_error:.1e} of their highest value, scores by {parity.score_error:.1e}"
+    )
+    for verdicts in parity.verdicts:
+        note = f", {verdicts.num_undecided} too close to call" if verdicts.num_undecided else ""
+        _say(f"threshold {verdicts.threshold:.4g}: same verdicts, {verdicts.num_anomalous} anomalous{note}")
+    _say(f"wrote {onnx}: opset {opset}, {INPUT} uint8 (B, {size}, {size}, 3) to {' and '.join(OUTPUTS)}")
+    if json:
+        _print_json(
+            {
+                "onnx": str(onnx),
+                "opset": opset,
+                "category": loaded.record.category,
+                "teacher": loaded.record.teacher,
+                "image_size": size,
+                "images": source,
+                **parity._asdict(),
+                "verdicts": [verdicts._asdict() for verdicts in parity.verdicts],
+            }
+        )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; bad input ends with one line on stderr and exit code 2."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -253,6 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "train": functools.partial(train, config=PRESETS[_preset(given)]),
         "evaluate": evaluate,
         "predict": predict,
+        "export": export,
     }
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # the names of files need not be text

@@ -82,6 +82,14 @@ class Detector:
         place = torch.device(device)
         return cls(record, teacher.to(place), students.to(place).eval(), place)
 
+    @property
+    def teacher(self) -> Teacher:
+        return self._teacher
+
+    @property
+    def students(self) -> nn.Module:
+        return self._students
+
     def inspect(self, images: npt.NDArray[np.uint8]) -> Inspection:
         """Anomaly maps and scores of RGB images (N, S, S, 3), S as in training."""
         return inspect(self._teacher, self._students, images, self.record.config, self._device)

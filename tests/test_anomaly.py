@@ -1,4 +1,5 @@
 import math
+import typing
 
 import numpy as np
 import pytest
@@ -104,11 +105,20 @@ def test_the_weight_of_an_only_student_is_irrelevant(student: str, fusion: str) 
     assert maps[0].any() and torch.equal(maps[0], maps[1]) and torch.equal(maps[0], maps[2])
 
 
-@pytest.mark.parametrize("fusion", ["sum", "product"])
-def test_a_student_of_weight_zero_says_nothing(fusion: str) -> None:
-    config = ScoreConfig(decoder_score_weight=0.0, student_fusion=fusion)  # type: ignore[arg-type]
-    both = anomaly_maps(Discrepancies(random_levels(0), random_levels(1)), config, 32)
-    torch.testing.assert_close(both, anomaly_maps(Discrepancies(random_levels(0), None), config, 32))
+@pytest.mark.parametrize("fusion", typing.get_args(typing.get_type_hints(ScoreConfig)["student_fusion"]))
+@pytest.mark.parametrize("level_fusion", typing.get_args(typing.get_type_hints(ScoreConfig)["level_fusion"]))
+def test_a_student_of_weight_zero_says_nothing(level_fusion: str, fusion: str) -> None:
+    """So that one student of a jointly trained pair can be asked alone, under every fusion."""
+    encoder, decoder = random_levels(0), random_levels(1)
+    encoder[0][0, :4] = 0  # where a map is zero, a product must not lose the other's say either
+    alone = ScoreConfig(level_fusion=level_fusion)  # type: ignore[arg-type]
+    for weights, only in (
+        ({"decoder_score_weight": 0.0}, Discrepancies(encoder, None)),
+        ({"encoder_score_weight": 0.0}, Discrepancies(None, decoder)),
+    ):
+        config = ScoreConfig(level_fusion=level_fusion, student_fusion=fusion, **weights)  # type: ignore[arg-type]
+        both = anomaly_maps(Discrepancies(encoder, decoder), config, 32)
+        torch.testing.assert_close(both, anomaly_maps(only, alone, 32))
 
 
 @pytest.mark.parametrize(

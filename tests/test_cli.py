@@ -1,4 +1,5 @@
 import contextlib
+import importlib
 import io
 import json
 import shutil
@@ -207,6 +208,32 @@ def test_textures_of_a_folder_are_recorded(mvtec_root: Path, tmp_path: Path) -> 
     assert drawn.data_sha256 == given.data_sha256
 
 
+def test_export_reports_how_near_it_is_on_the_images_given(
+    trained: tuple[Path, Outcome], mvtec_root: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxruntime", reason="needs pip install 'dskd[onnx]'")
+    path = tmp_path / "wood.onnx"
+    outcome = dskd("export", trained[0], "--onnx", path, "--images", mvtec_root / "wood/test", "--json")
+    assert outcome.code == 0, outcome.err
+    report = json.loads(outcome.out)
+    assert (report["images"], report["num_images"], report["teacher"]) == ("given", 8, "random")
+    assert report["map_error"] < 1e-4 and report["score_error"] < 1e-4 and report["batch_sizes"] == [1, 2, 5]
+    assert [seen["threshold"] for seen in report["verdicts"]] == [t.value for t in read_record(trained[0]).thresholds]
+    assert outcome.err[0] == UNTRAINED_TEACHER and outcome.err[-1].startswith(f"wrote {path}")
+    assert path.is_file()
+
+
+def test_a_failed_export_ends_in_one_line_and_leaves_nothing(
+    trained: tuple[Path, Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime", reason="needs pip install 'dskd[onnx]'")
+    export = importlib.import_module("dskd.export")
+    monkeypatch.setattr(export, "build_model", lambda *_: importlib.import_module("onnx").ModelProto())
+    outcome = dskd("export", trained[0], "--onnx", tmp_path / "wood.onnx")
+    assert outcome.code == 1 and outcome.out == "" and list(tmp_path.iterdir()) == []
+    assert len(outcome.err) == 2 and "export failed, nothing was written: onnxruntime cannot run" in outcome.err[1]
+
+
 class Place(NamedTuple):
     """What the bad commands are made of; `new` must not appear."""
 
@@ -295,6 +322,19 @@ BAD: dict[str, tuple[Callable[[Place], list[Any]], str]] = {
     "predicting into an existing folder": (
         lambda p: ["predict", p.detector, image(p), "--out", p.tmp],
         "results are never overwritten",
+    ),
+    "exporting no detector": (lambda p: ["export", p.tmp, "--onnx", p.new], f"it has no {RECORD_FILE}"),
+    "exporting onto another file": (
+        lambda p: ["export", p.detector, "--onnx", with_file(p, "notes.txt", b"notes")],
+        "is not a detector exported by dskd; choose another --onnx",
+    ),
+    "exporting with a missing image": (
+        lambda p: ["export", p.detector, "--onnx", p.new, "--images", p.tmp / "gone.png"],
+        "gone.png does not exist",
+    ),
+    "an impossible opset": (
+        lambda p: ["export", p.detector, "--onnx", p.new, "--opset", "9"],
+        "--opset must lie in 18 to 25, got 9",
     ),
     "an impossible rate": (
         lambda p: ["predict", p.detector, image(p), "--out", p.new, "--false-alarm-rate", "0"],

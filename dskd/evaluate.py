@@ -17,6 +17,7 @@ from dskd.data.datasets import read_category
 from dskd.data.defects import add_defects
 from dskd.data.images import load_images, load_masks
 from dskd.data.samples import Sample
+from dskd.device import rows_on
 from dskd.metrics import MetricState, Scores
 from dskd.model.teacher import Teacher, normalize
 from dskd.pyramids import FeatureTable
@@ -116,7 +117,7 @@ def inspect(
     scores = np.empty(len(order), np.float32)
     for start in range(0, len(order), _BATCH):
         chosen = order[start : start + _BATCH]
-        pixels = normalize(torch.from_numpy(images[chosen]).to(device))
+        pixels = normalize(rows_on(device, images, chosen))
         targets = teacher.pyramid(chosen, device) if isinstance(teacher, FeatureTable) else teacher(pixels)
         outputs = students(pixels, targets)
         batch = anomaly_maps(discrepancies(targets, outputs.encoder, outputs.decoder), config.score, size)

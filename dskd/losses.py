@@ -27,6 +27,8 @@ class LossTerms(NamedTuple):
     """The same of the student decoder."""
     hard: Float[Tensor, ""]
     """Hard-patch loss of both students, the decoder's times decoder_weight; 0 where hkd_weight is."""
+    levels: Float[Tensor, "2 levels"]
+    """Matching loss of each level without its weight, encoder then decoder: tells where a loss stops being finite."""
 
 
 def position_distances(teacher: Float[Tensor, "b c h w"], student: Float[Tensor, "b c h w"]) -> Float[Tensor, "b h w"]:
@@ -107,6 +109,7 @@ def distillation_loss(
     nothing = torch.zeros((), device=teacher[0].device)
     matches = []
     hards = []
+    levels = []
     for student, match, margin in (
         (encoder, config.encoder_match, config.encoder_hkd_margin),
         (decoder, config.decoder_match, config.decoder_hkd_margin),
@@ -115,11 +118,14 @@ def distillation_loss(
         matched = hard = nothing
         if student is not None:
             for weight, target, level in zip(config.level_weights, teacher, student, strict=True):
-                matched = matched + weight * match_loss(target, level)
+                levels.append(match_loss(target, level))
+                matched = matched + weight * levels[-1]
                 if config.hkd_weight > 0:
                     hard = hard + weight * hard_patch_loss(target, level, hardest=config.hkd_hardest, margin=margin)
+        else:
+            levels += [nothing] * len(teacher)
         matches.append(matched)
         hards.append(hard)
     hard = hards[0] + config.decoder_weight * hards[1]
     total = matches[0] + config.decoder_weight * matches[1] + config.hkd_weight * hard
-    return LossTerms(total, matches[0], matches[1], hard)
+    return LossTerms(total, matches[0], matches[1], hard, torch.stack(levels).detach().unflatten(0, (2, -1)))

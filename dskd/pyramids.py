@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dskd.data.cache import ArrayCache
+from dskd.device import rows_on
 from dskd.model.teacher import Teacher, normalize
 from dskd.progress import shown
 
@@ -24,7 +25,7 @@ class FeatureTable(NamedTuple):
 
     def pyramid(self, indices: npt.NDArray[np.int64] | slice, device: torch.device) -> tuple[Tensor, ...]:
         """The pyramids of some images: per level a tensor (B, C, H, W) on `device`."""
-        rows = torch.from_numpy(np.array(self.rows[indices])).to(device, non_blocking=device.type == "cuda")
+        rows = rows_on(device, self.rows, indices)
         sizes = [int(np.prod(shape)) for shape in self.shapes]
         return tuple(
             part.unflatten(1, shape) for part, shape in zip(rows.split(sizes, dim=1), self.shapes, strict=True)

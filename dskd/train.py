@@ -12,13 +12,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dskd.config import RunConfig, TrainConfig
+from dskd.device import rows_on
 from dskd.losses import distillation_loss
 from dskd.model.teacher import normalize
 from dskd.pyramids import FeatureTable
 
 
 class NonFiniteLoss(FloatingPointError):
-    """Training diverged; the message names the epoch, the student and what to try."""
+    """Training diverged; the message names step and epoch, student and level, and what to try."""
 
 
 class Shard(NamedTuple):
@@ -26,6 +27,15 @@ class Shard(NamedTuple):
 
     rank: int = 0
     world_size: int = 1
+
+
+class Step(NamedTuple):
+    """One optimiser step taken."""
+
+    num_images: int
+    """Images of the batch, over all workers."""
+    loss: Tensor
+    """Scalar on the training device, this worker's; to read it waits for the device."""
 
 
 class Epoch(NamedTuple):
@@ -45,7 +55,9 @@ def build_optimizer(students: nn.Module, config: TrainConfig) -> torch.optim.Opt
     """The optimiser of RD4AD (arXiv 2201.10703) or STFPM (arXiv 2103.04257) over the students' parameters."""
     if config.optimizer == "sgd":
         return torch.optim.SGD(students.parameters(), lr=config.learning_rate, momentum=0.9, weight_decay=1e-4)
-    return torch.optim.Adam(students.parameters(), lr=config.learning_rate, betas=(0.5, 0.999))
+    # One kernel for all parameters on a GPU; the same update up to rounding.
+    fused = True if next(students.parameters()).is_cuda else None
+    return torch.optim.Adam(students.parameters(), lr=config.learning_rate, betas=(0.5, 0.999), fused=fused)
 
 
 def learning_rate(config: TrainConfig, progress: float) -> float:
@@ -96,19 +108,37 @@ def fit(
     state lies in `students` and `optimizer`: save both after an epoch, restore them and pass the
     next index as `first_epoch`, and the remaining epochs are those of an uninterrupted run.
 
-    Raises NonFiniteLoss as soon as a loss is not a finite number.
+    Raises NonFiniteLoss at the end of the epoch in which a loss is not a finite number.
     """
+    taken = fit_steps(
+        students, optimizer, images, teacher_features, config, device=device, shard=shard, first_epoch=first_epoch
+    )
+    return (each for each in taken if isinstance(each, Epoch))
+
+
+def fit_steps(
+    students: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: npt.NDArray[np.uint8],
+    teacher_features: FeatureTable,
+    config: RunConfig,
+    *,
+    device: torch.device,
+    shard: Shard = Shard(),  # noqa: B008 - an immutable tuple
+    first_epoch: int = 0,
+) -> Iterator[Step | Epoch]:
+    """`fit` for those who watch: every step is yielded as well, before the epoch that it belongs to."""
     on_gpu = device.type == "cuda"
     for epoch in range(first_epoch, config.train.epochs):
         started = time.perf_counter()
         students.train()
         batches = epoch_batches(len(images), config.train.batch_size, config.train.seed, epoch, shard)
-        sums = torch.zeros(4, dtype=torch.float64, device=device)
+        losses = []
         for step, indices in enumerate(batches):
             progress = (epoch + step / len(batches)) / config.train.epochs
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config.train, progress)
-            pixels = normalize(torch.from_numpy(images[indices]).to(device, non_blocking=on_gpu))
+            pixels = normalize(rows_on(device, images, indices))
             targets = teacher_features.pyramid(indices, device)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=on_gpu):
                 outputs = students(pixels, targets)
@@ -116,26 +146,49 @@ def fit(
             optimizer.zero_grad(set_to_none=True)
             terms.total.backward()
             optimizer.step()
-            sums += torch.stack([terms.total, terms.encoder, terms.decoder, terms.hard]).detach()
-        loss, encoder, decoder, hard = (_mean_over_workers(sums) / len(batches)).tolist()
+            scalars = torch.stack([terms.total, terms.encoder, terms.decoder, terms.hard]).detach()
+            losses.append(torch.cat([scalars, terms.levels.flatten()]))
+            yield Step(len(indices) * shard.world_size, scalars[0])
+        # Read once an epoch: to look at every step would make the host wait for the GPU.
+        table = _mean_over_workers(torch.stack(losses).double()).cpu()  # (steps, 4 + 2 * levels)
+        loss, encoder, decoder, hard = table[:, :4].mean(dim=0).tolist()
         if not math.isfinite(loss):
-            raise NonFiniteLoss(_divergence(epoch, encoder, decoder, config))
+            raise NonFiniteLoss(_divergence(epoch, table, batches, teacher_features, config))
         seconds = time.perf_counter() - started
         num_seen = sum(map(len, batches)) * shard.world_size
         yield Epoch(epoch, loss, encoder, decoder, hard, num_seen / seconds, seconds)
 
 
-def _mean_over_workers(sums: Tensor) -> Tensor:
+def _mean_over_workers(losses: Tensor) -> Tensor:
     if dist.is_available() and dist.is_initialized():
-        total = sums.clone()
+        total = losses.clone()
         dist.all_reduce(total)
         return total / dist.get_world_size()
-    return sums
+    return losses
 
 
-def _divergence(epoch: int, encoder: float, decoder: float, config: RunConfig) -> str:
-    culprits = [name for name, loss in (("encoder", encoder), ("decoder", decoder)) if not math.isfinite(loss)]
-    return (
-        f"loss of the student {' and '.join(culprits) or 'pair'} is not finite in epoch {epoch}; "
-        f"learning_rate {config.train.learning_rate:g} is probably too high, try a tenth of it."
-    )
+def _divergence(
+    epoch: int,
+    losses: Tensor,
+    batches: list[npt.NDArray[np.int64]],
+    teacher_features: FeatureTable,
+    config: RunConfig,
+) -> str:
+    """What to tell of `losses` (steps, 4 + 2 * levels) that are not all finite: the first step of them counts."""
+    step = int(losses[:, 0].isfinite().logical_not().nonzero()[0])
+    levels = config.model.levels
+    wrong = losses[step, 4:].isfinite().logical_not().unflatten(0, (2, len(levels)))  # (2, levels)
+    culprits = [
+        f"student {student} at level {', '.join(str(levels[position]) for position in row.nonzero().flatten())}"
+        for student, row in zip(("encoder", "decoder"), wrong, strict=True)
+        if row.any()
+    ]
+    where = f"loss of the {' and the '.join(culprits) or 'student pair'} is not finite"
+    at = f"in epoch {epoch + 1}, step {step + 1} of {len(batches)}"
+    targets = teacher_features.pyramid(batches[step], torch.device("cpu"))
+    if broken := [level for level, target in zip(levels, targets, strict=True) if not target.isfinite().all()]:
+        return (
+            f"{where} {at}; the teacher's own features at level {', '.join(map(str, broken))} are not: "
+            "its weights are damaged, give others with --teacher-weights."
+        )
+    return f"{where} {at}; learning_rate {config.train.learning_rate:g} is probably too high, try a tenth of it."

@@ -139,7 +139,8 @@ def test_halves_are_compared_in_float32() -> None:
         (teacher.float(),), (student.float(),), (student.float(),), LossConfig(level_weights=(1.0,), hkd_weight=1.0)
     )
     assert all(term.dtype == torch.float32 for term in low)
-    assert [term.item() for term in low] == [term.item() for term in full]
+    for one, other in zip(low, full, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_total_by_its_parts() -> None:
@@ -172,6 +173,15 @@ def test_total_by_its_parts() -> None:
     torch.testing.assert_close(
         terms.total, expected_encoder + 0.3 * hard_encoder + 0.7 * (expected_decoder + 0.3 * hard_decoder)
     )
+
+
+def test_each_level_is_told_apart_without_its_weight() -> None:
+    teacher, encoder, decoder = random_pyramids(3)
+    config = LossConfig(level_weights=(0.5, 0.0, 3.0), encoder_match="position", decoder_match="flattened")
+    expected = [[position_loss(*pair).item() for pair in zip(teacher, encoder, strict=True)]]
+    expected += [[flattened_loss(*pair).item() for pair in zip(teacher, decoder, strict=True)]]
+    assert distillation_loss(teacher, encoder, decoder, config).levels.tolist() == expected
+    assert distillation_loss(teacher, None, decoder, config).levels.tolist() == [[0.0] * 3, expected[1]]
 
 
 def test_a_missing_student_adds_nothing() -> None:

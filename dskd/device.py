@@ -1,0 +1,39 @@
+"""Where tensors are computed: the choice of a device, its precision, and the way of images to it."""
+
+import re
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+
+def computing_device(wanted: str) -> torch.device:
+    """The device for "auto" (a GPU where there is one), "cpu" or "cuda", and full float32 on it from now on.
+
+    TensorFloat-32 is switched off for the whole process: losses, teacher features and scores are then
+    float32 on every device, so that a threshold calibrated on a GPU holds on a CPU. The students' training
+    itself runs in bfloat16 on a GPU. For the entry of a command; a library's caller decides for himself.
+
+    Raises ValueError on another name and where there is no usable GPU.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", wanted):
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {wanted!r}.")
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted.startswith("cuda") and int(wanted.partition(":")[2] or 0) >= num_gpus:
+        raise ValueError(f"--device {wanted}: this machine has {num_gpus or 'no'} usable GPUs; use --device cpu.")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    return torch.device(("cuda" if num_gpus else "cpu") if wanted == "auto" else wanted)
+
+
+def rows_on(device: torch.device, array: npt.NDArray[Any], indices: npt.NDArray[np.int64] | slice) -> Tensor:
+    """`array[indices]`, copied to `device`.
+
+    A GPU reads them from page-locked memory while the host goes on to the next batch.
+    """
+    chosen = array[indices]
+    # A slice of a read-only file is no memory that torch may own.
+    rows = torch.from_numpy(chosen if chosen.flags.writeable else chosen.copy())
+    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows

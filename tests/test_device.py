@@ -1,0 +1,49 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dskd.device import computing_device, rows_on
+
+
+@pytest.mark.parametrize("wanted", ["tpu", "cuda:", "cuda0", "CPU", ""])
+def test_an_unknown_device_is_refused(wanted: str) -> None:
+    with pytest.raises(ValueError, match="--device must be auto, cpu, cuda or cuda:N"):
+        computing_device(wanted)
+
+
+@pytest.mark.parametrize(("wanted", "gpus"), [("cuda", 0), ("cuda:0", 0), ("cuda:2", 2)])
+def test_a_gpu_that_is_not_there_is_refused(wanted: str, gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(ValueError, match=f"--device {wanted}: this machine has {gpus or 'no'} usable GPUs"):
+        computing_device(wanted)
+
+
+@pytest.mark.parametrize(("gpus", "expected"), [(0, "cpu"), (1, "cuda")])
+def test_auto_takes_a_gpu_where_there_is_one(gpus: int, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert computing_device("auto") == torch.device(expected)
+
+
+def test_choosing_a_device_turns_reduced_float32_off() -> None:
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        computing_device("cpu")
+        assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def test_rows_of_a_read_only_file_are_a_copy(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    values = np.arange(12.0).reshape(4, 3)
+    np.save(tmp_path / "table.npy", values)
+    table = np.load(tmp_path / "table.npy", mmap_mode="r")
+    cpu = torch.device("cpu")
+    np.testing.assert_array_equal(rows_on(cpu, table, np.array([2, 0])).numpy(), values[[2, 0]])
+    rows_on(cpu, table, slice(1, 3)).zero_()
+    np.testing.assert_array_equal(table, values)
+    assert not list(recwarn)

@@ -1,4 +1,9 @@
-"""Thresholds for chosen false-alarm rates, from the scores of held-out normal images."""
+"""Thresholds for chosen false-alarm rates, from the scores of held-out normal images.
+
+The rates are guaranteed where these images took no part in training nor in choosing an epoch or a model
+(`DataConfig.calibration_fraction`). A model that was chosen because these very images look harmless to it gives
+them lower scores than new ones, and the rates are then approximate.
+"""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -21,8 +26,8 @@ def conformal_threshold(normal_scores: Sequence[float], false_alarm_rate: float)
 
     With n exchangeable normal scores the ceil((n + 1)(1 - rate))-th smallest is exceeded by a new
     normal score with probability at most the rate (Vovk et al. 2005; Lei et al. 2018, eq. 2), so
-    1/(n + 1) is the lowest rate that n images can vouch for. The guarantee is for images that
-    played no part in training or selection; a search that selects on them weakens it a little.
+    1/(n + 1) is the lowest rate that n images can vouch for. The probability is over the draw of the
+    n images and the new one together: a single draw's rate varies around it.
     """
     if not 0 < false_alarm_rate < 1:
         raise ValueError(f"false_alarm_rate must lie in (0, 1), got {false_alarm_rate}.")

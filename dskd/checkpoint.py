@@ -48,8 +48,10 @@ class DetectorRecord:
     data_sha256: str
     """Fingerprint of the training and validation images, and of the masks among the latter."""
     validation_files: tuple[str, ...]
-    """Normal images held out from training: file names of training images, or paths below the category's folder
-    where it has validation images of its own."""
+    """Normal images held out from training to select on: file names of training images, or paths below the
+    category's folder where it has validation images of its own."""
+    calibration_files: tuple[str, ...]
+    """The held-out normal images that the thresholds rest on, named alike; in older records all of them."""
     epoch: int
     """Epoch, counted from 0, whose students these are."""
     thresholds: tuple[Threshold, ...]
@@ -69,6 +71,15 @@ class DetectorRecord:
     def is_untrained_teacher(self) -> bool:
         return self.teacher == "random"
 
+    @property
+    def is_approximate(self) -> bool:
+        """Whether images that selected the model also set its thresholds, whose rates then hold only roughly."""
+        return not set(self.validation_files).isdisjoint(self.calibration_files)
+
+    @property
+    def guarantee(self) -> str:
+        return "approximate" if self.is_approximate else "guaranteed"
+
     def with_metrics(self, metrics: Mapping[str, float]) -> Self:
         """The same record with more figures; those that do not exist (NaN, as no mask was given) stay out."""
         known = {name: value for name, value in metrics.items() if math.isfinite(value)}
@@ -81,6 +92,7 @@ class DetectorRecord:
             **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
             "config": self.config.to_dict(),
             "thresholds": [threshold._asdict() for threshold in self.thresholds],
+            "false_alarm_rates": self.guarantee,
             "preprocessing": {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "resize": "bilinear, antialiased"},
             "weights": {"file": WEIGHTS_FILE, "sha256": weights_sha256},
             "versions": {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES},
@@ -95,6 +107,13 @@ class DetectorRecord:
         A field that is newer than the document takes its default. Raises KeyError, TypeError or ValueError
         where it does not fit this schema.
         """
+        if "calibration_files" not in document:  # of the time when all held-out images served both
+            data = {**document["config"]["data"], "calibration_fraction": 0.0}
+            document = {
+                **document,
+                "config": {**document["config"], "data": data},
+                "calibration_files": document["validation_files"],
+            }
         fields = [
             field.name
             for field in dataclasses.fields(cls)
@@ -106,6 +125,7 @@ class DetectorRecord:
                 "config": RunConfig.from_dict(document["config"]),
                 "thresholds": tuple(Threshold(**threshold) for threshold in document["thresholds"]),
                 "validation_files": tuple(document["validation_files"]),
+                "calibration_files": tuple(document["calibration_files"]),
             }
         )
 

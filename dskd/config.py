@@ -32,8 +32,11 @@ class DataConfig:
     """Side in pixels of the square that every image is resized to, without crop (as in the four papers)."""
     validation_fraction: float = 0.2
     """Share of the normal training images held out for validation, in (0, 1); STFPM holds out 0.2."""
+    calibration_fraction: float = 0.5
+    """Share of the held-out normals that selection never sees and thresholds alone rest on, in [0, 1); at 0 all
+    of them serve both, and the thresholds' false-alarm rates are approximate."""
     split_seed: int = 0
-    """Seed of the held-out split and of the synthetic defects drawn on it."""
+    """Seed of the held-out splits and of the synthetic defects drawn on it."""
 
     def __post_init__(self) -> None:
         _require(
@@ -43,6 +46,10 @@ class DataConfig:
         _require(
             0 < self.validation_fraction < 1,
             f"validation_fraction must lie in (0, 1), got {self.validation_fraction}.",
+        )
+        _require(
+            0 <= self.calibration_fraction < 1,
+            f"calibration_fraction must lie in [0, 1), got {self.calibration_fraction}.",
         )
         _require(self.split_seed >= 0, f"split_seed must not be negative, got {self.split_seed}.")
 

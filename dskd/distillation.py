@@ -2,9 +2,10 @@
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ from dskd.calibration import calibrate
 from dskd.checkpoint import DetectorRecord
 from dskd.config import AmplificationConfig, DataConfig, RunConfig
 from dskd.data.cache import ArrayCache
-from dskd.data.datasets import fingerprint, read_category, split_normals
+from dskd.data.datasets import fingerprint, read_category, set_apart, split_normals
 from dskd.data.defects import choose_textures, load_textures
 from dskd.data.images import load_images
 from dskd.data.samples import Sample
@@ -27,12 +28,13 @@ from dskd.metrics import Scores
 from dskd.model.amplification import AmplifiedTeacher, build_amplifier
 from dskd.model.batchnorm import share_batchnorm
 from dskd.model.network import build_students
-from dskd.model.teacher import Teacher, build_teacher, weights_fingerprint
+from dskd.model.teacher import UNREADABLE, Teacher, build_teacher, weights_fingerprint
 from dskd.pyramids import FeatureTable, feature_table
-from dskd.train import Epoch, Shard, build_optimizer, fit
+from dskd.train import Epoch, NonFiniteLoss, Shard, Step, build_optimizer, fit_steps
 
 _NUM_VALIDATION_DEFECTS = 32
-_STATE_FILE = "training.pt"
+STATE_FILE = "training.pt"
+_START_AFRESH = "start afresh (dskd train --restart), or in another folder"
 
 
 class Materials(NamedTuple):
@@ -47,9 +49,14 @@ class Materials(NamedTuple):
     train_images: npt.NDArray[np.uint8]
     train_features: FeatureTable
     validation: LabelledImages
-    """Held-out normals first, then copies with synthetic defects, then real labelled defects where there are some."""
+    """Held-out normals that select, then copies of them with synthetic defects, then real labelled defects where
+    there are some."""
     validation_features: FeatureTable
     validation_files: tuple[str, ...]
+    calibration_images: npt.NDArray[np.uint8]
+    """Held-out normals that the thresholds rest on; the same as select where none are set apart for it."""
+    calibration_features: FeatureTable
+    calibration_files: tuple[str, ...]
     data_sha256: str
     num_validation_defects: int
     """Real ones."""
@@ -108,8 +115,12 @@ def prepare(
             on_amplification,
         )
     used_sha256 = weights_fingerprint(teacher)
+    names = dict(zip(held, held_names, strict=True))
+    selecting, calibrating = set_apart(held, config.calibration_fraction, config.split_seed)
+    selection_images = held_images[[held.index(sample) for sample in selecting]]
+    calibration_images = held_images[[held.index(sample) for sample in calibrating]]
     validation = synthetic_validation(
-        held_images, seed=config.split_seed, num_defective=_NUM_VALIDATION_DEFECTS, textures=texture_images
+        selection_images, seed=config.split_seed, num_defective=_NUM_VALIDATION_DEFECTS, textures=texture_images
     )
     if defects:
         defect_images, defect_sha256 = pixels(defects, "validation defects")
@@ -132,7 +143,10 @@ def prepare(
         train_features=features(train_images, "training images"),
         validation=validation,
         validation_features=features(validation.images, "validation images"),
-        validation_files=held_names,
+        validation_files=tuple(names[sample] for sample in selecting),
+        calibration_images=calibration_images,
+        calibration_features=features(calibration_images, "calibration images"),
+        calibration_files=tuple(names[sample] for sample in calibrating),
         data_sha256=hashlib.sha256(content.encode()).hexdigest(),
         num_validation_defects=len(defects),
         num_textures=len(texture_files),
@@ -222,6 +236,8 @@ class Distillation:
     best_objective: float = -1.0
     best_scores: Scores | None = None
     best_weights: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    history: list[Progress] = dataclasses.field(default_factory=list)
+    """Every epoch so far, those before an interruption included."""
 
     @classmethod
     def begin(
@@ -248,8 +264,16 @@ class Distillation:
         `trained` is `students` wrapped for DDP where several workers train together; every worker
         then yields the same figures.
         """
+        return (each for each in self.steps(trained, shard) if isinstance(each, Progress))
+
+    def steps(
+        self,
+        trained: nn.Module | None = None,
+        shard: Shard = Shard(),  # noqa: B008 - an immutable tuple
+    ) -> Iterator[Step | Progress]:
+        """`epochs` for those who watch: every optimiser step is yielded as well."""
         materials = self.materials
-        training = fit(
+        training = fit_steps(
             trained or self.students,
             self.optimizer,
             materials.train_images,
@@ -259,8 +283,25 @@ class Distillation:
             shard=shard,
             first_epoch=self.next_epoch,
         )
-        for epoch in training:
-            scores = measure_shared(
+        for each in training:
+            if isinstance(each, Step):
+                yield each
+                continue
+            scores = self._validate(each, shard)
+            value = objective(scores)
+            if value > self.best_objective:
+                self.best_epoch, self.best_objective, self.best_scores = each.number, value, scores
+                self.best_weights = {
+                    name: tensor.detach().cpu().clone() for name, tensor in self.students.state_dict().items()
+                }
+            self.next_epoch = each.number + 1
+            self.history.append(Progress(each, scores, value, self.best_objective))
+            yield self.history[-1]
+
+    def _validate(self, epoch: Epoch, shard: Shard) -> Scores:
+        materials = self.materials
+        try:
+            return measure_shared(
                 materials.validation_features,
                 self.students,
                 materials.validation,
@@ -269,45 +310,71 @@ class Distillation:
                 shard.rank,
                 shard.world_size,
             )
-            value = objective(scores)
-            if value > self.best_objective:
-                self.best_epoch, self.best_objective, self.best_scores = epoch.number, value, scores
-                self.best_weights = {
-                    name: tensor.detach().cpu().clone() for name, tensor in self.students.state_dict().items()
-                }
-            self.next_epoch = epoch.number + 1
-            yield Progress(epoch, scores, value, self.best_objective)
+        except ValueError as error:
+            # Images and labels are sound: only maps of the epoch's last update can be refused.
+            raise NonFiniteLoss(
+                f"the students of epoch {epoch.number + 1} give no finite anomaly maps; "
+                f"learning_rate {self.config.train.learning_rate:g} is probably too high, try a tenth of it."
+            ) from error
 
     def save(self, folder: Path) -> None:
-        """Write all that is needed to go on training exactly as if never interrupted."""
-        torch.save(
-            {
-                "config": self.config.to_dict(),
-                "students": self.students.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "next_epoch": self.next_epoch,
-                "best_epoch": self.best_epoch,
-                "best_objective": self.best_objective,
-                "best_scores": tuple(self.best_scores) if self.best_scores else None,
-                "best_weights": self.best_weights,
-            },
-            folder / _STATE_FILE,
-        )
+        """Write all that is needed to go on training exactly as if never interrupted; whole or not at all."""
+        partial = folder / f".{STATE_FILE}.partial"
+        with partial.open("wb") as file:
+            torch.save(
+                {
+                    "identity": self._identity(),
+                    "students": self.students.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "next_epoch": self.next_epoch,
+                    "best_epoch": self.best_epoch,
+                    "best_objective": self.best_objective,
+                    "best_scores": tuple(self.best_scores) if self.best_scores else None,
+                    "best_weights": self.best_weights,
+                    "history": [(tuple(each.epoch), tuple(each.scores), *each[2:]) for each in self.history],
+                },
+                file,
+            )
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, folder / STATE_FILE)
 
     def restore(self, folder: Path) -> None:
         """Go on from what `save` wrote.
 
-        Raises ValueError when it belongs to another configuration.
+        Raises ValueError when it is damaged or belongs to another configuration, data or teacher.
         """
-        state = torch.load(folder / _STATE_FILE, map_location=self.device, weights_only=True)
-        if RunConfig.from_dict(state["config"]) != self.config:
-            raise ValueError(f"{folder} holds the training state of another configuration; start afresh elsewhere.")
+        path = folder / STATE_FILE
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            there = state["identity"]
+        except UNREADABLE as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ValueError(f"{path} is no readable training state ({reason}); {_START_AFRESH}.") from None
+        here = self._identity()
+        if differing := sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name)):
+            name = differing[0]
+            raise ValueError(
+                f"{folder} holds the training state of another run: {name} is {there.get(name)} there and "
+                f"{here.get(name)} here; {_START_AFRESH}."
+            )
         self.students.load_state_dict(state["students"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.next_epoch, self.best_epoch = state["next_epoch"], state["best_epoch"]
         self.best_objective = state["best_objective"]
         self.best_scores = Scores(*state["best_scores"]) if state["best_scores"] else None
         self.best_weights = {name: tensor.cpu() for name, tensor in state["best_weights"].items()}
+        self.history = [Progress(Epoch(*epoch), Scores(*scores), *rest) for epoch, scores, *rest in state["history"]]
+
+    def _identity(self) -> dict[str, Any]:
+        """By name, all that decides what this training gives: two runs alike in it go the same way."""
+        materials = self.materials
+        return self.config.flat() | {
+            "category": materials.category,
+            "data": f"sha256 {materials.data_sha256[:12]}…",
+            "teacher": f"sha256 {materials.teacher_sha256[:12]}…",
+            "textures": f"sha256 {materials.textures_sha256[:12]}…" if materials.num_textures else "drawn",
+        }
 
     def detector(self, revision: str = "") -> tuple[DetectorRecord, dict[str, Tensor]]:
         """Record and weights (teacher and best students) of the finished detector.
@@ -317,14 +384,8 @@ class Distillation:
         assert self.best_scores is not None, "no epoch has been trained"
         self.students.load_state_dict(self.best_weights)
         materials = self.materials
-        normals = np.flatnonzero(~materials.validation.labels)
         seen = inspect(
-            materials.validation_features,
-            self.students,
-            materials.validation.images,
-            self.config,
-            self.device,
-            normals.tolist(),
+            materials.calibration_features, self.students, materials.calibration_images, self.config, self.device
         )
         record = DetectorRecord(
             category=materials.category,
@@ -336,6 +397,7 @@ class Distillation:
             num_validation_defects=materials.num_validation_defects,
             num_textures=materials.num_textures,
             textures_sha256=materials.textures_sha256,
+            calibration_files=materials.calibration_files,
             epoch=self.best_epoch,
             thresholds=calibrate(seen.scores.tolist()),
             metrics={

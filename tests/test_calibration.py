@@ -1,5 +1,6 @@
 import math
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from dskd.calibration import FALSE_ALARM_RATES, Threshold, calibrate, conformal_threshold
 from dskd.checkpoint import threshold_for
+from dskd.data.datasets import Sample, set_apart
 
 
 def by_search(scores: list[float], rate: Fraction) -> float | None:
@@ -41,6 +43,27 @@ def test_new_normal_images_raise_false_alarms_at_the_promised_rate() -> None:
         alarms += fresh > threshold.value
     # 19 scores without ties make the bound exact: the share is binomial around the rate itself.
     assert abs(alarms / rounds - rate) < 4 * math.sqrt(rate * (1 - rate) / rounds)
+
+
+@pytest.mark.parametrize(("fraction", "holds"), [(0.5, True), (0.0, False)])
+def test_the_rate_holds_for_a_selected_model_where_other_images_set_its_threshold(fraction: float, holds: bool) -> None:
+    """Many models whose scores are chance: the choice takes the one to which its images look most harmless."""
+    rng = np.random.default_rng(1)
+    held = [Sample(Path(f"{index}.png"), "good", None) for index in range(38)]
+    selecting, calibrating = ([held.index(sample) for sample in part] for part in set_apart(held, fraction, 0))
+    rounds, rate = 4000, 0.1
+    alarms = 0
+    for _ in range(rounds):
+        scores = rng.normal(size=(20, len(held) + 1))  # of 20 models; the last image is new
+        chosen = scores[np.argmin(np.quantile(scores[:, selecting], 0.9, axis=1))]
+        threshold = conformal_threshold(chosen[calibrating].tolist(), rate)
+        assert threshold is not None
+        alarms += chosen[-1] > threshold.value
+    error = math.sqrt(rate * (1 - rate) / rounds)
+    if holds:
+        assert alarms / rounds < rate + 3 * error
+    else:
+        assert alarms / rounds > rate + 5 * error, "shared images are expected to break the rate, or this shows nothing"
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ def record(tiny: RunConfig) -> DetectorRecord:
         teacher_sha256="ab" * 32,
         data_sha256="cd" * 32,
         validation_files=("003.png", "007.png"),
+        calibration_files=("001.png",),
         epoch=4,
         thresholds=(Threshold(0.05, 0.123456789012345, 120), Threshold(0.01, 0.3, 120)),
         metrics={"val/objective": 0.9, "test/aupro": 1 / 3},
@@ -215,6 +216,20 @@ def test_a_detector_of_the_first_schema_loads_with_defaults_for_what_it_did_not_
     old, new = Detector.load(copied), Detector.load(detector_folder)
     assert old.record == new.record and not old.record.config.amplification.amplification
     np.testing.assert_array_equal(old.inspect(images).maps, new.inspect(images).maps)
+
+
+def test_a_record_of_the_time_before_calibration_was_set_apart_says_that_its_rates_are_approximate(
+    copied: Path,
+) -> None:
+    def to_older(document: dict[str, Any]) -> None:
+        del document["calibration_files"], document["false_alarm_rates"]
+        del document["config"]["data"]["calibration_fraction"]
+
+    assert not read_record(copied).is_approximate
+    edit(copied, to_older)
+    older = Detector.load(copied).record
+    assert older.calibration_files == older.validation_files and older.is_approximate
+    assert older.config.data.calibration_fraction == 0
 
 
 def test_loading_never_unpickles(detector_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,9 +34,9 @@ def prepared(config: RunConfig, data: Path, cache: ArrayCache | None = None, **o
 
 def test_held_out_images_take_no_part_in_training(tiny: RunConfig, materials: Materials, mvtec_root: Path) -> None:
     names = {path.name for path in (mvtec_root / "tile/train/good").iterdir()}
-    held = set(materials.validation_files)
-    assert len(held) == 2 and held < names
-    normals = materials.validation.images[~materials.validation.labels]
+    held = {*materials.validation_files, *materials.calibration_files}
+    assert len(held) == 4 and held < names
+    normals = np.concatenate([materials.validation.images[~materials.validation.labels], materials.calibration_images])
     assert len(materials.train_images) == len(names) - len(held) and len(normals) == len(held)
     for image in normals:
         assert not (materials.train_images == image).all(axis=(1, 2, 3)).any()
@@ -74,7 +74,7 @@ def test_a_changed_training_image_changes_the_fingerprint(
 ) -> None:
     shutil.copytree(mvtec_root / "tile", tmp_path / "tile")
     assert prepared(tiny, tmp_path).data_sha256 == materials.data_sha256
-    for name in (materials.validation_files[0], "000.png"):
+    for name in (materials.validation_files[0], materials.calibration_files[0], "000.png"):
         shutil.copy(mvtec_root / "wood/train/good/000.png", tmp_path / "tile/train/good" / name)
         assert prepared(tiny, tmp_path).data_sha256 != materials.data_sha256
 
@@ -211,10 +211,37 @@ def test_thresholds_are_calibrated_on_the_held_out_normals_alone(tiny: RunConfig
     record, _ = run.detector()
     students = build_students(tiny.model, materials.teacher, 0)
     students.load_state_dict(run.best_weights)
-    normals = materials.validation.images[~materials.validation.labels]
-    scores = inspect(materials.teacher, students, normals, tiny, CPU).scores
+    scores = inspect(materials.teacher, students, materials.calibration_images, tiny, CPU).scores
     for found, wanted in zip(record.thresholds, calibrate(scores.tolist()), strict=True):
-        assert found == pytest.approx(wanted, rel=1e-4)
+        assert tuple(found) == pytest.approx(tuple(wanted), rel=1e-4)
+    assert not record.is_approximate
+
+
+def test_calibration_images_change_no_weight_and_no_choice(
+    tiny: RunConfig, materials: Materials, mvtec_root: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(mvtec_root / "tile", tmp_path / "tile")
+    for name in materials.calibration_files:
+        shutil.copy(mvtec_root / "wood/train/good" / name, tmp_path / "tile/train/good" / name)
+    config = tiny.with_values({"epochs": 5, "learning_rate": 0.05})
+    runs = [Distillation.begin(config, each, CPU) for each in (materials, prepared(config, tmp_path))]
+    one, other = ([progress[1:] for progress in run.epochs()] for run in runs)
+    assert one == other
+    (first, weights), (second, same) = (run.detector() for run in runs)
+    assert first.epoch == second.epoch and first.metrics == second.metrics
+    assert all(torch.equal(weights[name], same[name]) for name in weights)
+    assert first.thresholds != second.thresholds, "the thresholds alone rest on them"
+
+
+def test_without_a_share_for_calibration_the_held_out_normals_serve_both(tiny: RunConfig, mvtec_root: Path) -> None:
+    shared = prepared(tiny.with_values({"calibration_fraction": 0.0}), mvtec_root)
+    assert shared.calibration_files == shared.validation_files and len(shared.validation_files) == 4
+    np.testing.assert_array_equal(shared.calibration_images, shared.validation.images[~shared.validation.labels])
+    run = Distillation.begin(tiny.with_values({"calibration_fraction": 0.0, "epochs": 1}), shared, CPU)
+    list(run.epochs())
+    record, _ = run.detector()
+    assert record.is_approximate and record.thresholds[0].num_normals == 4
+    assert '"false_alarm_rates": "approximate"' in record.to_json("")
 
 
 def test_the_record_says_what_the_detector_rests_on(tiny: RunConfig, materials: Materials, tmp_path: Path) -> None:
@@ -224,6 +251,7 @@ def test_the_record_says_what_the_detector_rests_on(tiny: RunConfig, materials: 
     assert (record.category, record.config, record.revision) == ("tile", tiny, "c0ffee")
     assert record.teacher == "random" and record.is_untrained_teacher
     assert record.validation_files == materials.validation_files
+    assert record.calibration_files == materials.calibration_files
     write_detector(tmp_path / "tile", record, weights)
     loaded = Detector.load(tmp_path / "tile")
     assert loaded.record == record

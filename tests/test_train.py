@@ -15,12 +15,12 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from dskd.config import AmplificationConfig, RunConfig, TrainConfig
-from dskd.distillation import Distillation, Materials, prepare
+from dskd.distillation import STATE_FILE, Distillation, Materials, Progress, prepare
 from dskd.evaluate import measure_shared
 from dskd.metrics import Scores
 from dskd.model.network import StudentPyramids
 from dskd.pyramids import FeatureTable
-from dskd.train import Epoch, NonFiniteLoss, Shard, build_optimizer, epoch_batches, fit, learning_rate
+from dskd.train import Epoch, NonFiniteLoss, Shard, Step, build_optimizer, epoch_batches, fit, learning_rate
 
 CPU = torch.device("cpu")
 
@@ -86,13 +86,54 @@ def test_a_finished_run_restored_has_nothing_left_to_train(
     again = Distillation.begin(tiny, materials, CPU)
     again.restore(tmp_path)
     assert list(again.epochs()) == []
+    assert again.history == run.history
     assert again.detector()[0] == run.detector()[0]
 
 
-def test_the_state_of_another_configuration_is_refused(tiny: RunConfig, materials: Materials, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("values", "other", "message"),
+    [
+        ({"epochs": 9}, {}, "epochs is 2 there and 9 here"),
+        ({}, {"category": "wood"}, "category is tile there and wood here"),
+        ({}, {"data_sha256": "0" * 64}, "data is sha256 .* there and sha256 000000000000… here"),
+        ({}, {"teacher_sha256": "1" * 64}, "teacher is sha256 .* there and sha256 111111111111… here"),
+    ],
+)
+def test_the_state_of_another_run_is_refused_naming_what_differs(
+    tiny: RunConfig, materials: Materials, tmp_path: Path, values: dict[str, Any], other: dict[str, Any], message: str
+) -> None:
     Distillation.begin(tiny, materials, CPU).save(tmp_path)
-    with pytest.raises(ValueError, match="another configuration"):
-        Distillation.begin(changed(tiny, epochs=9), materials, CPU).restore(tmp_path)
+    with pytest.raises(ValueError, match=f"{message}; start afresh .*--restart") as raised:
+        Distillation.begin(changed(tiny, **values), materials._replace(**other), CPU).restore(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_damaged_state_is_refused(tiny: RunConfig, materials: Materials, tmp_path: Path) -> None:
+    run = Distillation.begin(tiny, materials, CPU)
+    run.save(tmp_path)
+    path = tmp_path / STATE_FILE
+    for content in (path.read_bytes()[:5000], b"", b"no state at all"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"training\.pt is no readable training state .*--restart") as raised:
+            run.restore(tmp_path)
+        assert "\n" not in str(raised.value)
+
+
+def test_a_failed_save_leaves_the_older_state(
+    tiny: RunConfig, materials: Materials, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Distillation.begin(tiny, materials, CPU)
+    run.save(tmp_path)
+    before = (tmp_path / STATE_FILE).read_bytes()
+
+    def full_disk(_: object, file: Any) -> None:
+        file.write(b"half a st")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        run.save(tmp_path)
+    assert (tmp_path / STATE_FILE).read_bytes() == before
 
 
 @pytest.mark.parametrize(("optimizer", "rate"), [("adam", 1e30), ("sgd", 1e30)])
@@ -100,8 +141,58 @@ def test_divergence_names_epoch_student_and_learning_rate(
     tiny: RunConfig, materials: Materials, optimizer: str, rate: float
 ) -> None:
     run = Distillation.begin(changed(tiny, optimizer=optimizer, learning_rate=rate, epochs=5), materials, CPU)
-    with pytest.raises(NonFiniteLoss, match=r"student .*(encoder|decoder|pair).* in epoch \d; learning_rate 1e\+30"):
+    with pytest.raises(
+        NonFiniteLoss, match=r"student .*coder at level .* in epoch \d, step \d of 2; learning_rate 1e\+30 is probably"
+    ):
         list(run.epochs())
+
+
+class Poisoned(nn.Module):
+    """Two students whose decoder gives an infinite feature at the deeper level from the third step on."""
+
+    def __init__(self, shapes: tuple[tuple[int, int, int], ...]) -> None:
+        super().__init__()
+        self.levels = nn.ParameterList(torch.ones(shape) for shape in shapes)
+        self.steps = 0
+
+    def forward(self, images: Tensor, teacher: tuple[Tensor, ...]) -> StudentPyramids:
+        self.steps += 1
+        whole = tuple(level.expand(len(images), -1, -1, -1) for level in self.levels)
+        poison = torch.zeros_like(whole[1])
+        poison[0, 0, 0, 0] = torch.inf if self.steps == 3 else 0
+        return StudentPyramids(whole, (whole[0], whole[1] + poison))
+
+
+def test_a_loss_that_is_not_finite_is_traced_to_step_student_and_level(tiny: RunConfig) -> None:
+    table, config = random_table(), changed(tiny, batch_size=3, levels=(2, 3))
+    images = np.zeros((12, 32, 32, 3), np.uint8)
+    students = Poisoned(table.shapes)
+    expected = (
+        r"loss of the student decoder at level 3 is not finite in epoch 1, step 3 of 4; learning_rate 0.005 is "
+        "probably too high, try a tenth of it"
+    )
+    with pytest.raises(NonFiniteLoss, match=expected):
+        list(fit(students, build_optimizer(students, config.train), images, table, config, device=CPU))
+    table.rows[:, -1] = np.nan
+    sound = Linear(table.shapes)
+    config = changed(config, student_decoder=False)
+    with pytest.raises(NonFiniteLoss, match=r"encoder at level 3 .* teacher's own features at level 3 are not"):
+        list(fit(sound, build_optimizer(sound, config.train), images, table, config, device=CPU))
+
+
+def test_a_last_update_that_breaks_the_maps_is_a_divergence_too(tiny: RunConfig, materials: Materials) -> None:
+    run = Distillation.begin(changed(tiny, learning_rate=1e38, batch_size=100, epochs=1), materials, CPU)
+    with pytest.raises(NonFiniteLoss, match=r"epoch 1 give no finite anomaly maps; learning_rate 1e\+38"):
+        list(run.epochs())
+
+
+def test_steps_come_before_the_epoch_that_they_make(tiny: RunConfig, materials: Materials) -> None:
+    seen = list(Distillation.begin(tiny, materials, CPU).steps())
+    assert [type(each) for each in seen] == [Step, Step, Progress] * 2
+    first, second, epoch = seen[:3]
+    assert isinstance(first, Step) and isinstance(second, Step) and isinstance(epoch, Progress)
+    assert first.num_images == second.num_images == 4
+    assert epoch.epoch.loss == pytest.approx((first.loss.item() + second.loss.item()) / 2)
 
 
 def test_training_lowers_the_loss_and_leaves_the_teacher(tiny: RunConfig, materials: Materials) -> None:

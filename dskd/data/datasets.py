@@ -139,6 +139,16 @@ def hold_out(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[tup
     )
 
 
+def set_apart(held: Sequence[Sample], fraction: float, seed: int) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
+    """Split held-out normals into (for selection, for calibration), by file names and seed alone.
+
+    Each part holds at least one sample; where that is impossible, or `fraction` is 0, both are all of them.
+    """
+    if fraction == 0 or len(held) < 2:
+        return tuple(held), tuple(held)
+    return hold_out(held, fraction, seed)
+
+
 def fingerprint(paths: Iterable[Path]) -> str:
     """sha256 over the contents of the files, in order: equal data, equal fingerprint."""
     digest = hashlib.sha256()

@@ -9,28 +9,31 @@ import io
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import tyro
-from tyro.conf import OmitArgPrefixes, Positional
+from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from dskd.config import RunConfig
 from dskd.presets import PRESETS
+from dskd.usage import BadUsage, parse
 
 if TYPE_CHECKING:
+    from dskd.checkpoint import DetectorRecord
     from dskd.data.check import Report
     from dskd.detector import Detector
+    from dskd.distillation import Distillation, Progress
     from dskd.metrics import Scores
 
 UNTRAINED_TEACHER = "UNTRAINED TEACHER: fit to see the machinery, not for inspection"
-_PRESET_FLAG = "--preset"
+_APPROXIMATE = "approximate: the images behind it also selected the model"
 Preset = Literal["dskd", "stfpm", "rd4ad", "aand"]
 _MANY_NOTES = 5  # of one kind in one folder: more are counted, not printed
 
 
-def demo_data(out: Positional[Path], /, *, seed: int = 0) -> None:
+def demo_data(out: Positional[Annotated[Path, arg(metavar="OUT")]], /, *, seed: int = 0) -> None:
     """Draw three product categories with good and defective images (MVTec AD layout).
 
     Args:
@@ -69,77 +72,92 @@ def train(
     *,
     data: Path,
     out: Path,
-    config: Annotated[RunConfig, OmitArgPrefixes],
+    settings: Annotated[RunConfig, OmitArgPrefixes],
     category: str | None = None,
+    config: Path | None = None,
     preset: Preset = "dskd",
+    print_config: bool = False,
     textures: Path | None = None,
     teacher_weights: str = "hub",
     device: str = "auto",
+    restart: bool = False,
+    checkpoint_seconds: float = 60.0,
     cache_dir: Path | None = None,
     cache_gb: float = 20.0,
     json: bool = False,
 ) -> None:
     """Train a detector on the good images of one category.
 
+    The same command again goes on where a killed one stopped.
+
     Args:
         data: Folder of categories, or one category; dskd check-data names the layouts.
         out: Detector folder to write.
-        config: What the run is.
+        settings: What the run is.
         category: Which category; may be left out where the folder holds one.
-        preset: Method whose configuration the other flags change.
+        config: TOML file of the fields below, in sections as --print-config writes them; flags stand above it.
+        preset: Method whose configuration the file and the other flags change.
+        print_config: Print the configuration as TOML, and train nothing.
         textures: Folder of images, such as DTD, that feed the synthetic defects; else textures are drawn.
         teacher_weights: hub, a .safetensors or .pth file, or random (untrained, for wiring tests).
-        device: auto, cpu, or cuda.
+        device: auto, cpu, cuda or cuda:N.
+        restart: Throw away what an interrupted training into the same folder had reached.
+        checkpoint_seconds: Training that a kill may cost, or one epoch where that takes longer; 0: save every epoch.
         cache_dir: Folder of decoded images and teacher features, shared by all runs.
         cache_gb: Size in GB that the cache may reach; 0 turns it off.
-        json: Print one JSON document with the validation figures.
+        json: Print one JSON document with the validation figures and every epoch's losses.
     """
-    import torch
+    if print_config:
+        from dskd.config_file import to_toml
 
+        print(to_toml(settings), end="")
+        return
     from dskd.checkpoint import check_replaceable, write_detector
     from dskd.data.cache import ArrayCache, default_folder
     from dskd.data.datasets import find_categories
+    from dskd.device import computing_device
     from dskd.distillation import Distillation, prepare
+    from dskd.resume import has_state, training_folder
     from dskd.show.overlays import preview_of
 
     check_replaceable(out)
+    if checkpoint_seconds < 0:
+        raise ValueError(f"--checkpoint-seconds must not be negative, got {checkpoint_seconds:g}.")
     if category is None:
         categories = list(find_categories(data))
         if len(categories) > 1:
             raise ValueError(f"{data} holds several categories, choose one with --category: {', '.join(categories)}.")
         category = categories[0]
-    place = torch.device(_device(device))
+    place = computing_device(device)
     cache = ArrayCache(cache_dir or default_folder(), int(cache_gb * 1e9)) if cache_gb > 0 else None
-    materials = prepare(
-        config.data,
-        config.model.backbone,
-        config.model.levels,
-        data=data,
-        category=category,
-        teacher_weights=teacher_weights,
-        device=place,
-        cache=cache,
-        textures=textures,
-        progress=True,
-        amplification=config.amplification,
-        on_amplification=lambda epoch: _say(
-            f"stage I epoch {epoch.number + 1:3d}/{config.amplification.amplification_epochs}  "
-            f"gate loss {epoch.gate_loss:.4f}  residual loss {epoch.residual_loss:.4f}  {epoch.seconds:.1f} s"
-        ),
-    )
-    if materials.teacher_source == "random":
-        _say(UNTRAINED_TEACHER)
-    run = Distillation.begin(config, materials, place)
-    for progress in run.epochs():
-        epoch, scores = progress.epoch, progress.scores
-        _say(
-            f"epoch {epoch.number + 1:3d}/{config.train.epochs}  loss {epoch.loss:.4f}  "
-            f"{epoch.images_per_second:5.1f} images/s  val image AUROC {scores.image_auroc:.3f}  "
-            f"AUPRO {scores.aupro:.3f}"
+    with training_folder(out, restart=restart) as unfinished:
+        materials = prepare(
+            settings.data,
+            settings.model.backbone,
+            settings.model.levels,
+            data=data,
+            category=category,
+            teacher_weights=teacher_weights,
+            device=place,
+            cache=cache,
+            textures=textures,
+            progress=True,
+            amplification=settings.amplification,
+            on_amplification=lambda epoch: _say(
+                f"stage I epoch {epoch.number + 1:3d}/{settings.amplification.amplification_epochs}  "
+                f"gate loss {epoch.gate_loss:.4f}  residual loss {epoch.residual_loss:.4f}  {epoch.seconds:.1f} s"
+            ),
         )
-    record, weights = run.detector()
-    write_detector(out, record, weights, preview_of(run, record))
-    _say(f"wrote {out}: epoch {record.epoch + 1}, {_thresholds(record.thresholds)}")
+        if materials.teacher_source == "random":
+            _say(UNTRAINED_TEACHER)
+        run = Distillation.begin(settings, materials, place)
+        if has_state(unfinished):
+            run.restore(unfinished)
+            _say(f"going on after epoch {run.next_epoch} of {settings.train.epochs}, found in {unfinished}")
+        _train(run, unfinished, checkpoint_seconds)
+        record, weights = run.detector()
+        write_detector(out, record, weights, preview_of(run, record))
+    _say(f"wrote {out}: epoch {record.epoch + 1}, {_thresholds(record)}")
     if json:
         _print_json(
             {
@@ -147,13 +165,47 @@ def train(
                 "category": category,
                 "teacher": record.teacher,
                 "epoch": record.epoch,
+                "false_alarm_rates": record.guarantee,
                 **record.metrics,
+                "history": [_figures(progress) for progress in run.history],
             }
         )
 
 
+def _train(run: "Distillation", unfinished: Path, checkpoint_seconds: float) -> None:
+    """Train to the last epoch, telling how it goes, and now and then saving how far it is."""
+    from dskd.progress_bar import TrainingBar
+    from dskd.train import Step
+
+    saved = time.monotonic()
+    with TrainingBar(run) as bar:
+        for event in run.steps():
+            if isinstance(event, Step):
+                bar.advance(event)
+                continue
+            epoch, scores = event.epoch, event.scores
+            bar.say(
+                f"epoch {epoch.number + 1:3d}/{run.config.train.epochs}  loss {epoch.loss:.4f}  "
+                f"{epoch.images_per_second:5.1f} images/s  val image AUROC {scores.image_auroc:.3f}  "
+                f"AUPRO {scores.aupro:.3f}"
+            )
+            if time.monotonic() - saved >= checkpoint_seconds:
+                run.save(unfinished)
+                saved = time.monotonic()
+
+
+def _figures(progress: "Progress") -> dict[str, float | None]:
+    figures = progress.epoch._asdict()
+    return {
+        "epoch": figures.pop("number"),
+        **figures,
+        "val/objective": progress.objective,
+        **{f"val/{name}": value if math.isfinite(value) else None for name, value in progress.scores._asdict().items()},
+    }
+
+
 def evaluate(
-    detector: Positional[Path],
+    detector: Positional[Annotated[Path, arg(metavar="DETECTOR")]],
     /,
     *,
     data: Path,
@@ -167,7 +219,7 @@ def evaluate(
         detector: Detector folder.
         data: Folder of categories, or one category.
         category: Which category; the detector's own unless given.
-        device: auto, cpu, or cuda.
+        device: auto, cpu, cuda or cuda:N.
         json: Print one JSON document.
     """
     loaded = _load(detector, device)
@@ -186,8 +238,8 @@ def evaluate(
 
 
 def predict(
-    detector: Positional[Path],
-    images: Positional[tuple[Path, ...]],
+    detector: Positional[Annotated[Path, arg(metavar="DETECTOR")]],
+    images: Positional[Annotated[tuple[Path, ...], arg(metavar="IMAGES…")]],
     /,
     *,
     out: Path,
@@ -204,7 +256,7 @@ def predict(
         out: Folder for predictions.jsonl and an overlay per image.
         false_alarm_rate: Share of good images that may be called anomalous, in (0, 1).
         threshold: Score above which an image is anomalous, instead of the calibrated one.
-        device: auto, cpu, or cuda.
+        device: auto, cpu, cuda or cuda:N.
         json: Print one JSON document.
     """
     from dskd.checkpoint import folder_in_making
@@ -241,11 +293,18 @@ def predict(
     num_anomalous = sum(verdict["verdict"] == "anomalous" for verdict in verdicts)
     _say(f"{num_anomalous} of {len(verdicts)} anomalous; {note}; overlays in {out / 'overlays'}")
     if json:
-        _print_json({"out": str(out), "num_anomalous": num_anomalous, "predictions": verdicts})
+        _print_json(
+            {
+                "out": str(out),
+                "num_anomalous": num_anomalous,
+                "false_alarm_rates": loaded.record.guarantee,
+                "predictions": verdicts,
+            }
+        )
 
 
 def export(
-    detector: Positional[Path],
+    detector: Positional[Annotated[Path, arg(metavar="DETECTOR")]],
     /,
     *,
     onnx: Path,
@@ -262,7 +321,7 @@ def export(
         opset: ONNX operator set, 18 to 25.
         json: Print one JSON document.
     """
-    from dskd.data.datasets import load_images
+    from dskd.data.images import load_images
     from dskd.export import INPUT, OUTPUTS, ParityFailure, check_exportable, export_onnx, generated_images
 
     check_exportable(onnx, opset)
@@ -301,23 +360,25 @@ def export(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; bad input ends with one line on stderr and exit code 2."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    commands: dict[str, Callable[..., None]] = {
-        "demo-data": demo_data,
-        "check-data": check_data,
-        "train": functools.partial(train, config=PRESETS[_preset(given)]),
-        "evaluate": evaluate,
-        "predict": predict,
-        "export": export,
-    }
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # the names of files need not be text
     try:
-        tyro.extras.subcommand_cli_from_dict(
-            commands,
-            prog="dskd",
-            description="Visual anomaly detection by knowledge distillation.",
-            args=given,
-        )
+        if given[:1] == ["train"] and {"--print-config", "--print_config"} & set(given):
+            # Nothing is read and nothing written: neither folder needs to be named.
+            given[1:1] = ["--data", ".", "--out", "."]
+        commands: dict[str, Callable[..., None]] = {
+            "demo-data": demo_data,
+            "check-data": check_data,
+            "train": functools.partial(train, settings=_defaults(given)),
+            "evaluate": evaluate,
+            "predict": predict,
+            "export": export,
+        }
+        run = parse(commands, given, prog="dskd", description="Visual anomaly detection by knowledge distillation.")
+        run()
+    except BadUsage as error:
+        _say(str(error))
+        sys.exit(2)
     except (ValueError, FloatingPointError, OSError) as error:
         _say(f"dskd: error: {error}")
         sys.exit(2)
@@ -326,31 +387,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
-def _preset(arguments: Sequence[str]) -> str:
-    """The preset named in the arguments: it decides the defaults of the flags that are parsed next."""
-    for flag, value in zip(arguments, [*arguments[1:], ""], strict=True):
-        name = value if flag == _PRESET_FLAG else flag.removeprefix(f"{_PRESET_FLAG}=")
-        if name in PRESETS and (flag == _PRESET_FLAG or name != flag):
-            return name
-    return "dskd"
+def _defaults(arguments: Sequence[str]) -> RunConfig:
+    """What the flags of a configuration stand at unless given, as the preset and the file in the arguments say.
+
+    They are looked up before all flags are parsed, since the help shows these values.
+    """
+    preset = _value_of("--preset", arguments)
+    if preset not in PRESETS:
+        preset = None  # the parser refuses a bad name, and says which there are
+    if file := _value_of("--config", arguments):
+        from dskd.config_file import read_config
+
+        return read_config(Path(file), preset)
+    return PRESETS[preset or "dskd"]
 
 
-def _device(wanted: str) -> str:
-    import torch
-
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {wanted}: this machine has no usable GPU; use --device cpu.")
-    if wanted != "cpu" and not wanted.startswith("cuda"):
-        raise ValueError(f"--device must be auto, cpu or cuda, got {wanted!r}.")
-    return wanted
+def _value_of(wanted: str, arguments: Sequence[str]) -> str | None:
+    """The last value given for a flag, as the parser takes it."""
+    found = None
+    for position, word in enumerate(arguments):
+        flag, equals, value = word.partition("=")
+        if flag == wanted:
+            found = value if equals else "".join(arguments[position + 1 : position + 2])
+    return found
 
 
 def _load(folder: Path, device: str) -> "Detector":
     from dskd.detector import Detector
+    from dskd.device import computing_device
 
-    detector = Detector.load(folder, _device(device))
+    detector = Detector.load(folder, str(computing_device(device)))
     if detector.record.is_untrained_teacher:
         _say(UNTRAINED_TEACHER)
     return detector
@@ -368,6 +434,8 @@ def _limit(detector: "Detector", false_alarm_rate: float, threshold: float | Non
             f" ({found.num_normals} held-out normals cannot vouch for {false_alarm_rate:.1%}: "
             f"that takes {round(1 / false_alarm_rate) - 1})"
         )
+    if detector.record.is_approximate:
+        note += f" ({_APPROXIMATE})"
     return found.value, note
 
 
@@ -390,8 +458,9 @@ def _image_files(given: Sequence[Path]) -> list[Path]:
     return files
 
 
-def _thresholds(thresholds: Sequence[Any]) -> str:
-    return ", ".join(f"threshold {t.value:.4g} at {t.false_alarm_rate:.1%} false alarms" for t in thresholds)
+def _thresholds(record: "DetectorRecord") -> str:
+    said = ", ".join(f"threshold {t.value:.4g} at {t.false_alarm_rate:.1%} false alarms" for t in record.thresholds)
+    return f"{said} ({_APPROXIMATE})" if record.is_approximate else said
 
 
 def _print_report(report: "Report") -> None:

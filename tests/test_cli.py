@@ -20,7 +20,7 @@ from dskd.data.images import IMAGE_SUFFIXES
 TINY = [
     "--image-size", "32", "--backbone", "test_resnet", "--levels", "1", "2", "--level-weights", "1", "1",
     "--score-level-weights", "1", "1", "--embedding-depth", "1", "--epochs", "1", "--batch-size", "4",
-    "--teacher-weights", "random", "--device", "cpu",
+    "--validation-fraction", "0.34", "--teacher-weights", "random", "--device", "cpu",
 ]  # fmt: skip
 
 
@@ -54,6 +54,7 @@ def test_train_writes_a_detector_with_a_preview(trained: tuple[Path, Outcome]) -
     assert document["category"] == record.category == "wood"
     assert document["teacher"] == "random"
     assert {name: document[name] for name in record.metrics} == record.metrics
+    assert document["false_alarm_rates"] == "guaranteed"
     assert record.config.model.levels == (1, 2) and record.config.train.epochs == 1
     with Image.open(folder / "preview.png") as preview:
         assert preview.size[0] > 0
@@ -126,6 +127,31 @@ def test_a_rate_that_the_images_cannot_vouch_for_is_said(
     images = mvtec_root / "wood/test/good"
     outcome = dskd("predict", trained[0], images, "--out", tmp_path / "out", "--false-alarm-rate", "0.01")
     assert "2 held-out normals cannot vouch for 1.0%: that takes 99" in outcome.err[-1]
+
+
+def test_rates_are_said_to_be_approximate_where_the_same_images_selected(mvtec_root: Path, tmp_path: Path) -> None:
+    words = ["train", "--data", mvtec_root, "--category", "tile", "--out", tmp_path / "tile", *TINY, "--json"]
+    outcome = dskd(*words, "--calibration-fraction", "0")
+    note = "(approximate: the images behind it also selected the model)"
+    assert json.loads(outcome.out)["false_alarm_rates"] == "approximate" and outcome.err[-1].endswith(note)
+    image = mvtec_root / "tile/test/good/000.png"
+    seen = dskd("predict", tmp_path / "tile", image, "--out", tmp_path / "seen", "--json")
+    assert json.loads(seen.out)["false_alarm_rates"] == "approximate" and note in seen.err[-1]
+    given = dskd("predict", tmp_path / "tile", image, "--out", tmp_path / "given", "--threshold", "1")
+    assert "approximate" not in given.err[-1]
+
+
+def test_an_unreadable_image_amid_others_leaves_nothing_half_written(
+    trained: tuple[Path, Outcome], mvtec_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dskd.detector._CHUNK", 1)  # the image before it is through when it is met
+    shutil.copytree(mvtec_root / "wood/test/good", tmp_path / "in")
+    (tmp_path / "in/001.png").write_bytes((tmp_path / "in/000.png").read_bytes()[:500])
+    outcome = dskd("predict", trained[0], tmp_path / "in", "--out", tmp_path / "out")
+    assert outcome.code == 2 and outcome.err[0] == UNTRAINED_TEACHER and len(outcome.err) == 2
+    assert outcome.err[1].startswith(f"dskd: error: {tmp_path / 'in/001.png'} is not a readable image")
+    assert [line.split()[-1] for line in outcome.out.splitlines()] == [str(tmp_path / "in/000.png")]
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_the_preset_decides_the_defaults_and_flags_change_them(mvtec_root: Path, tmp_path: Path) -> None:
@@ -287,7 +313,7 @@ BAD: dict[str, tuple[Callable[[Place], list[Any]], str]] = {
     "checking at no size": (lambda p: ["check-data", p.data, "--image-size", "0"], "--image-size must be"),
     "missing teacher": (lambda p: train_words(p, "--teacher-weights", p.tmp / "no.pth"), "no.pth"),
     "unknown backbone": (lambda p: train_words(p, "--backbone", "resnet17"), "resnet17"),
-    "unknown device": (lambda p: train_words(p, "--device", "tpu"), "--device must be auto, cpu or cuda"),
+    "unknown device": (lambda p: train_words(p, "--device", "tpu"), "--device must be auto, cpu, cuda or cuda:N"),
     "diverging": (lambda p: train_words(p, "--learning-rate", "1e30", "--epochs", "4"), "learning_rate 1e+30"),
     "diverging in stage I": (
         lambda p: train_words(

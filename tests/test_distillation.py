@@ -114,10 +114,11 @@ def test_validation_images_of_the_user_are_held_out_and_judge(
     tile = with_validation(tmp_path, mvtec_root)
     found = prepared(tiny, tmp_path)
     assert len(found.train_images) == 12 and found.num_validation_defects == 3
-    assert found.validation_files == ("validation/good/000.png", "validation/good/001.png")
+    held = {*found.validation_files, *found.calibration_files}
+    assert held == {"validation/good/000.png", "validation/good/001.png"} and len(found.calibration_files) == 1
     images, masks, labels, has_mask = found.validation
-    assert labels.tolist() == [False] * 2 + [True] * 35
-    assert has_mask.tolist() == [True] * 36 + [False]
+    assert labels.tolist() == [False] + [True] * 35
+    assert has_mask.tolist() == [True] * 35 + [False]
     scratched = [load_image(tile / f"validation/scratch/00{index}.png", 32) for index in range(3)]
     np.testing.assert_array_equal(images[-3:], scratched)
     drawn = [load_mask(tile / f"validation_ground_truth/scratch/00{index}_mask.png", 32) for index in range(2)]
@@ -129,7 +130,7 @@ def test_validation_images_of_the_user_are_held_out_and_judge(
     assert last.scores == measure(seen, found.validation)
     assert last.scores != measure(seen, found.validation._replace(has_mask=np.ones_like(has_mask)))
     record, _ = run.detector()
-    assert record.num_validation_defects == 3 and record.thresholds[0].num_normals == 2
+    assert record.num_validation_defects == 3 and record.thresholds[0].num_normals == 1
     # the mask is part of the data: another one, another fingerprint
     shutil.copy(
         tile / "validation_ground_truth/scratch/000_mask.png", tile / "validation_ground_truth/scratch/001_mask.png"

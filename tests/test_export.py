@@ -53,7 +53,8 @@ def untrained(teacher: Teacher | None = None, preset: str = "dskd", **values: An
 
     def detector(*thresholds: Threshold) -> Detector:
         record = DetectorRecord(
-            category="tile", config=config, teacher="random", teacher_sha256="", data_sha256="", validation_files=(), calibration_files=(),
+            category="tile", config=config, teacher="random", teacher_sha256="", data_sha256="", validation_files=(),
+            calibration_files=(),
             epoch=0, thresholds=thresholds, metrics={},
         )  # fmt: skip
         return Detector(record, teacher, students, torch.device("cpu"))

@@ -96,6 +96,7 @@ def test_a_finished_run_restored_has_nothing_left_to_train(
         ({"epochs": 9}, {}, "epochs is 2 there and 9 here"),
         ({}, {"category": "wood"}, "category is tile there and wood here"),
         ({}, {"data_sha256": "0" * 64}, "data is sha256 .* there and sha256 000000000000… here"),
+        ({}, {"num_textures": 3, "textures_sha256": "2" * 64}, "textures is drawn there and sha256 222222222222… here"),
         ({}, {"teacher_sha256": "1" * 64}, "teacher is sha256 .* there and sha256 111111111111… here"),
     ],
 )

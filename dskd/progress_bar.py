@@ -1,0 +1,49 @@
+"""A bar that follows a training on a terminal."""
+
+import sys
+from types import TracebackType
+from typing import Self
+
+from tqdm import tqdm
+
+from dskd.distillation import Distillation
+from dskd.train import Shard, Step, epoch_batches
+
+_SECONDS = 0.5
+"""Between two looks at the loss: each makes the host wait for a GPU."""
+
+
+class TrainingBar:
+    """Share of the run that is done, loss, images per second, time left; on stderr, if that is a terminal."""
+
+    def __init__(self, run: Distillation) -> None:
+        train = run.config.train
+        batches = epoch_batches(len(run.materials.train_images), train.batch_size, train.seed, 0, Shard())
+        per_epoch = sum(map(len, batches))
+        self._bar = tqdm(
+            total=train.epochs * per_epoch,
+            initial=run.next_epoch * per_epoch,
+            unit=" images",
+            mininterval=_SECONDS,
+            dynamic_ncols=True,
+            leave=False,
+            disable=not sys.stderr.isatty(),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+
+    def advance(self, step: Step) -> None:
+        """Count a step; where the bar is drawn anew, with its loss."""
+        if self._bar.update(step.num_images):
+            self._bar.set_postfix_str(f"loss {step.loss.item():.4f}", refresh=False)
+
+    def say(self, line: str) -> None:
+        """A line above the bar, or alone where there is none."""
+        self._bar.write(line, file=sys.stderr)
+        sys.stderr.flush()

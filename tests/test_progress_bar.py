@@ -1,0 +1,64 @@
+import io
+import re
+import sys
+
+import pytest
+import torch
+
+from dskd import progress_bar
+from dskd.config import RunConfig
+from dskd.distillation import Distillation, Materials
+from dskd.progress_bar import TrainingBar
+from dskd.train import Step
+
+CPU = torch.device("cpu")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def watched(run: Distillation) -> None:
+    with TrainingBar(run) as bar:
+        for event in run.steps():
+            if isinstance(event, Step):
+                bar.advance(event)
+            else:
+                bar.say(f"epoch {event.epoch.number + 1} done")
+
+
+def test_a_terminal_shows_how_far_the_run_is(
+    tiny: RunConfig, materials: Materials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(progress_bar, "_SECONDS", 0.0)
+    watched(Distillation.begin(tiny, materials, CPU))
+    shown = terminal.getvalue()
+    assert "epoch 1 done\n" in shown and "epoch 2 done\n" in shown
+    states = re.findall(
+        r"(\d+)%\|[^|]*\| (\d+)/16 \[[\d:]+<[\d:?]+, [^\]]*?(?:images/s|s/ images)(?:, loss (\d\.\d+))?", shown
+    )
+    assert [int(images) for _, images, _ in states][-1] == 16, "2 epochs of 2 full batches of 4"
+    assert any(loss for _, _, loss in states)
+
+
+def test_a_continued_run_starts_where_it_was(
+    tiny: RunConfig, materials: Materials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Distillation.begin(tiny, materials, CPU)
+    next(run.epochs())
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with TrainingBar(run):
+        pass
+    assert " 50%|" in terminal.getvalue()
+
+
+def test_elsewhere_there_are_plain_lines_and_nothing_else(
+    tiny: RunConfig, materials: Materials, capsys: pytest.CaptureFixture[str]
+) -> None:
+    watched(Distillation.begin(tiny, materials, CPU))
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", "epoch 1 done\nepoch 2 done\n")

@@ -1,5 +1,6 @@
 """A bar that follows a training on a terminal."""
 
+import shutil
 import sys
 from types import TracebackType
 from typing import Self
@@ -25,7 +26,7 @@ class TrainingBar:
             initial=run.next_epoch * per_epoch,
             unit=" images",
             mininterval=_SECONDS,
-            dynamic_ncols=True,
+            ncols=shutil.get_terminal_size().columns,  # 80 where a terminal does not know; tqdm would draw nothing
             leave=False,
             disable=not sys.stderr.isatty(),
         )

@@ -118,7 +118,12 @@ def test_a_student_of_weight_zero_says_nothing(level_fusion: str, fusion: str) -
     ):
         config = ScoreConfig(level_fusion=level_fusion, student_fusion=fusion, **weights)  # type: ignore[arg-type]
         both = anomaly_maps(Discrepancies(encoder, decoder), config, 32)
-        torch.testing.assert_close(both, anomaly_maps(only, alone, 32))
+        if fusion == "noisy-or":  # a probability, not the map itself: it must not depend on the other student
+            swapped = Discrepancies(only.encoder or random_levels(2), only.decoder or random_levels(2))
+            torch.testing.assert_close(both, anomaly_maps(swapped, config, 32))
+            assert both.any()
+        else:
+            torch.testing.assert_close(both, anomaly_maps(only, alone, 32))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from dskd.checkpoint import DetectorRecord
 from dskd.config import ScoreConfig
 from dskd.detector import Detector
 from dskd.export import ParityFailure, build_model, check_exportable, compare, export_onnx, generated_images
+from dskd.model.amplification import AmplifiedTeacher, build_amplifier
 from dskd.model.network import build_students
 from dskd.model.teacher import Pyramid, Teacher, build_teacher, create_features
 from dskd.presets import PRESETS
@@ -32,6 +33,7 @@ STUDENT_FUSIONS = typing.get_args(typing.get_type_hints(ScoreConfig)["student_fu
 CASES: dict[str, dict[str, Any]] = {
     "stfpm": {"preset": "stfpm"},
     "dskd": {"preset": "dskd"},
+    "aand": {"preset": "aand"},
     # With the presets, every value of both fusions.
     **{
         f"levels by {level}, students by {student}": {
@@ -49,6 +51,8 @@ def untrained(teacher: Teacher | None = None, preset: str = "dskd", **values: An
     """A detector of two thresholds, each amid the scores of the generated images."""
     config = PRESETS[preset].with_values(NETWORK | values)
     teacher = teacher or build_teacher(config.model.backbone, config.model.levels, "random")
+    if config.amplification.amplification:
+        teacher = AmplifiedTeacher(teacher, build_amplifier(teacher, config.amplification.memory_size, seed=4))
     students = build_students(config.model, teacher, seed=3).eval()
 
     def detector(*thresholds: Threshold) -> Detector:

@@ -234,21 +234,6 @@ def test_textures_of_a_folder_are_recorded(mvtec_root: Path, tmp_path: Path) -> 
     assert drawn.data_sha256 == given.data_sha256
 
 
-def test_export_reports_how_near_it_is_on_the_images_given(
-    trained: tuple[Path, Outcome], mvtec_root: Path, tmp_path: Path
-) -> None:
-    pytest.importorskip("onnxruntime", reason="needs pip install 'dskd[onnx]'")
-    path = tmp_path / "wood.onnx"
-    outcome = dskd("export", trained[0], "--onnx", path, "--images", mvtec_root / "wood/test", "--json")
-    assert outcome.code == 0, outcome.err
-    report = json.loads(outcome.out)
-    assert (report["images"], report["num_images"], report["teacher"]) == ("given", 8, "random")
-    assert report["map_error"] < 1e-4 and report["score_error"] < 1e-4 and report["batch_sizes"] == [1, 2, 5]
-    assert [seen["threshold"] for seen in report["verdicts"]] == [t.value for t in read_record(trained[0]).thresholds]
-    assert outcome.err[0] == UNTRAINED_TEACHER and outcome.err[-1].startswith(f"wrote {path}")
-    assert path.is_file()
-
-
 def test_a_failed_export_ends_in_one_line_and_leaves_nothing(
     trained: tuple[Path, Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

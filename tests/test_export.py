@@ -1,24 +1,28 @@
+import contextlib
 import dataclasses
+import io
 import itertools
 import json
 import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from dskd import export as module
 from dskd.calibration import Threshold
 from dskd.checkpoint import DetectorRecord
-from dskd.config import ScoreConfig
+from dskd.cli import UNTRAINED_TEACHER, main
+from dskd.config import RunConfig, ScoreConfig
 from dskd.detector import Detector
 from dskd.export import ParityFailure, build_model, check_exportable, compare, export_onnx, generated_images
 from dskd.model.amplification import AmplifiedTeacher, build_amplifier
-from dskd.model.network import build_students
-from dskd.model.teacher import Pyramid, Teacher, build_teacher, create_features
+from dskd.model.network import StudentPyramids, build_students
+from dskd.model.teacher import Pyramid, build_teacher
 from dskd.presets import PRESETS
 
 onnx = pytest.importorskip("onnx", reason="needs pip install 'dskd[onnx]'")
@@ -30,30 +34,10 @@ NETWORK: dict[str, Any] = {
 }  # fmt: skip
 LEVEL_FUSIONS = typing.get_args(typing.get_type_hints(ScoreConfig)["level_fusion"])
 STUDENT_FUSIONS = typing.get_args(typing.get_type_hints(ScoreConfig)["student_fusion"])
-CASES: dict[str, dict[str, Any]] = {
-    "stfpm": {"preset": "stfpm"},
-    "dskd": {"preset": "dskd"},
-    "aand": {"preset": "aand"},
-    # With the presets, every value of both fusions.
-    **{
-        f"levels by {level}, students by {student}": {
-            "level_fusion": level,
-            "student_fusion": student,
-            "score_top_fraction": 0.05,
-            "decoder_score_weight": 0.3,
-        }
-        for level, student in zip(itertools.cycle(LEVEL_FUSIONS[:0:-1]), STUDENT_FUSIONS[1:], strict=False)
-    },
-}
 
 
-def untrained(teacher: Teacher | None = None, preset: str = "dskd", **values: Any) -> Detector:
-    """A detector of two thresholds, each amid the scores of the generated images."""
-    config = PRESETS[preset].with_values(NETWORK | values)
-    teacher = teacher or build_teacher(config.model.backbone, config.model.levels, "random")
-    if config.amplification.amplification:
-        teacher = AmplifiedTeacher(teacher, build_amplifier(teacher, config.amplification.memory_size, seed=4))
-    students = build_students(config.model, teacher, seed=3).eval()
+def with_thresholds(config: RunConfig, teacher: Any, students: nn.Module) -> Detector:
+    """A detector of two thresholds, three of the ten generated images below the one and three above the other."""
 
     def detector(*thresholds: Threshold) -> Detector:
         record = DetectorRecord(
@@ -61,53 +45,88 @@ def untrained(teacher: Teacher | None = None, preset: str = "dskd", **values: An
             calibration_files=(),
             epoch=0, thresholds=thresholds, metrics={},
         )  # fmt: skip
-        return Detector(record, teacher, students, torch.device("cpu"))
+        return Detector(record, teacher, students.eval(), torch.device("cpu"))
 
     scores = np.sort(detector().inspect(generated_images(32)).scores)
     low, high = (float((scores[rank - 1] + scores[rank]) / 2) for rank in (3, 7))
     return detector(Threshold(0.05, low, 20), Threshold(0.01, high, 100))
 
 
-def run(model: bytes, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    maps, scores = onnxruntime.InferenceSession(model).run(["maps", "scores"], {"images": images})
-    return maps, scores
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_the_graph_says_what_the_detector_says_for_every_method_and_fusion(case: str) -> None:
-    detector = untrained(**CASES[case])
-    model = build_model(detector).SerializeToString()
+def check_agreement(detector: Detector, model: bytes) -> None:
+    """The graph alone in onnxruntime, at several batch sizes, against the detector; and what `compare` says of both."""
+    session = onnxruntime.InferenceSession(model)
     rng = np.random.default_rng(5)
     for batch in (1, 2, 5):
         images = rng.integers(0, 256, (batch, 32, 32, 3), dtype=np.uint8)
-        maps, scores = run(model, images)
+        maps, scores = session.run(["maps", "scores"], {"images": images})
         expected = detector.inspect(images)
         assert maps.dtype == scores.dtype == np.float32 and maps.shape == (batch, 32, 32)
         np.testing.assert_allclose(maps, expected.maps, rtol=1e-4, atol=1e-5 * float(expected.maps.max()))
         np.testing.assert_allclose(scores, expected.scores, rtol=1e-5)
     parity = compare(detector, model, generated_images(32))
     assert parity.num_images == 10 and max(parity.map_error, parity.score_error) < 1e-5
-    assert [(seen.num_anomalous, seen.num_undecided) for seen in parity.verdicts] == [(7, 0), (3, 0)]
 
 
-class _DoublingTeacher(Teacher):
-    """A teacher that is more than its backbone, with weights of its own."""
+@pytest.mark.parametrize(("preset", "opset"), [("stfpm", 18), ("aand", 23)])
+def test_the_graph_of_a_method_says_what_its_detector_says(preset: str, opset: int) -> None:
+    config = PRESETS[preset].with_values(NETWORK)
+    teacher = build_teacher(config.model.backbone, config.model.levels, "random")
+    if config.amplification.amplification:
+        teacher = AmplifiedTeacher(teacher, build_amplifier(teacher, config.amplification.memory_size, 0))
+    detector = with_thresholds(config, teacher, build_students(config.model, teacher, seed=3))
+    model = build_model(detector, opset)
+    assert [item.version for item in model.opset_import if item.domain == ""] == [opset]
+    check_agreement(detector, model.SerializeToString())
 
-    def __init__(self) -> None:
-        super().__init__(create_features("test_resnet", (1, 2)))
-        self.gains = torch.nn.Parameter(torch.tensor([2.0, -0.5]), requires_grad=False)
 
-    @torch.no_grad()
+class _Levels(nn.Module):
+    """The least that makes a pyramid of two levels, with weights of its own: no Teacher, no timm."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.kernels = nn.Parameter(torch.randn(2, 4, 3, 3, 3, generator=generator), requires_grad=False)
+
     def forward(self, images: Tensor) -> Pyramid:
-        return tuple(level * torch.sigmoid(gain * level) for level, gain in zip(self.features(images), self.gains))  # noqa: B905
+        return tuple(F.conv2d(images, kernel, stride=4 * 2**i) for i, kernel in enumerate(self.kernels))
 
 
-def test_rd4ad_exports_with_any_teacher_at_another_opset() -> None:
-    detector = untrained(_DoublingTeacher(), preset="rd4ad")
-    model = build_model(detector, opset=23)
-    assert [item.version for item in model.opset_import if item.domain == ""] == [23]
-    parity = compare(detector, model.SerializeToString(), generated_images(32))
-    assert max(parity.map_error, parity.score_error) < 1e-5
+class _Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = _Levels(1), _Levels(2)
+
+    def forward(self, images: Tensor, teacher_pyramid: Pyramid) -> StudentPyramids:
+        return StudentPyramids(self.encoder(images), self.decoder(images))
+
+
+@pytest.mark.parametrize(
+    ("level_fusion", "student_fusion"),
+    list(zip(itertools.cycle(LEVEL_FUSIONS[::-1]), STUDENT_FUSIONS, strict=False)),
+)
+def test_every_fusion_exports_whatever_the_teacher_is(level_fusion: str, student_fusion: str) -> None:
+    fused = {"level_fusion": level_fusion, "student_fusion": student_fusion}
+    weighted = {"score_top_fraction": 0.05, "decoder_score_weight": 0.3}
+    config = PRESETS["dskd"].with_values(NETWORK | fused | weighted)
+    detector = with_thresholds(config, _Levels(0), _Pair())
+    check_agreement(detector, build_model(detector).SerializeToString())
+
+
+class Exported(NamedTuple):
+    """What `dskd export` made of the trained detector, whose two students are DSKD's."""
+
+    path: Path
+    report: dict[str, Any]
+    said: list[str]
+
+
+@pytest.fixture(scope="module")
+def exported(detector_folder: Path, mvtec_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    path = tmp_path_factory.mktemp("exported") / "new" / "tile.onnx"
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        main(["export", str(detector_folder), "--onnx", str(path), "--images", str(mvtec_root / "tile/test"), "--json"])
+    return Exported(path, json.loads(out.getvalue()), err.getvalue().splitlines())
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +135,31 @@ def detector(detector_folder: Path) -> Detector:
 
 
 @pytest.fixture(scope="module")
-def model(detector: Detector) -> Any:
-    return build_model(detector)
+def model(exported: Exported) -> Any:
+    return onnx.load(exported.path)
+
+
+def test_the_command_says_how_near_the_graph_is_on_the_images_given(exported: Exported, detector: Detector) -> None:
+    report = exported.report
+    assert (report["images"], report["num_images"], report["teacher"]) == ("given", 8, "random")
+    assert report["map_error"] < 1e-5 and report["score_error"] < 1e-5 and report["batch_sizes"] == [1, 2, 5]
+    assert [seen["threshold"] for seen in report["verdicts"]] == [t.value for t in detector.record.thresholds]
+    assert exported.said[0] == UNTRAINED_TEACHER and exported.said[-1].startswith(f"wrote {exported.path}")
+    assert [file.name for file in exported.path.parent.iterdir()] == ["tile.onnx"]
+    check_agreement(detector, exported.path.read_bytes())
+
+
+def test_verdicts_are_counted_at_every_threshold(detector: Detector, model: Any) -> None:
+    scores = np.sort(detector.inspect(generated_images(32)).scores).astype(float)
+    limits = tuple(Threshold(rate, value, 20) for rate, value in ((0.1, scores[1:3].mean()), (0.05, scores[6])))
+    stricter = Detector(
+        dataclasses.replace(detector.record, thresholds=limits),
+        detector.teacher,
+        detector.students,
+        torch.device("cpu"),
+    )
+    seen = compare(stricter, model.SerializeToString(), generated_images(32)).verdicts
+    assert [(at.num_anomalous, at.num_undecided) for at in seen] == [(8, 0), (3, 1)]
 
 
 def tampered(model: Any) -> Any:
@@ -140,22 +182,10 @@ def test_a_graph_that_cannot_run_is_found_out(detector: Detector) -> None:
         compare(detector, b"no graph", generated_images(32))
 
 
-def test_a_score_on_the_threshold_is_counted_and_not_compared(detector: Detector, model: Any) -> None:
-    images = generated_images(32)
-    score = float(detector.inspect(images).scores[4])
-    record = dataclasses.replace(detector.record, thresholds=(Threshold(0.05, score, 20),))
-    on_it = Detector(record, detector.teacher, detector.students, torch.device("cpu"))
-    (verdicts,) = compare(on_it, model.SerializeToString(), images).verdicts
-    assert verdicts.num_undecided == 1
-
-
 def test_a_file_tells_all_that_its_user_must_know_and_nothing_of_this_machine(
-    detector: Detector, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exported: Exported, detector: Detector, model: Any
 ) -> None:
-    monkeypatch.setattr(module, "build_model", lambda *_: model)
-    path = tmp_path / "new" / "tile.onnx"
-    export_onnx(detector, path, generated_images(32))
-    session = onnxruntime.InferenceSession(path)
+    session = onnxruntime.InferenceSession(exported.path)
     (entry,) = session.get_inputs()
     assert (entry.name, entry.type, entry.shape) == ("images", "tensor(uint8)", ["batch", 32, 32, 3])
     assert [(out.name, out.shape) for out in session.get_outputs()] == [
@@ -168,7 +198,7 @@ def test_a_file_tells_all_that_its_user_must_know_and_nothing_of_this_machine(
     assert json.loads(known["dskd.thresholds"]) == [entry._asdict() for entry in detector.record.thresholds]
     assert json.loads(known["dskd.config"])["score"]["level_fusion"] == detector.record.config.score.level_fusion
     assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
-    assert str(Path(module.__file__).parent).encode() not in path.read_bytes()
+    assert str(Path(module.__file__).parent).encode() not in exported.path.read_bytes()
 
 
 def test_only_an_older_export_is_replaced(

@@ -1,0 +1,297 @@
+"""The methods side by side on real images, and DSKD against its own parts.
+
+    python benchmarks/presets.py --data DIR --teacher-weights FILE --results runs.jsonl --epochs 20
+
+Trains every method on every category with every seed, chooses the epoch by validation alone (held-out good
+images, part of them with synthetic defects), and only then opens the test split. A seed draws the students'
+first weights and the order of the images; the held-out split stays. Where two students are trained together,
+the same weights are scored with each student's map alone as well; `--parts` also trains each of them alone,
+and both without the decoder's gradient into the encoder.
+
+A finished run is one line of the results file. The same command continues after a kill, and a run that is
+there already is not repeated: with other flags the file grows, and the table shows what was asked for.
+"""
+
+import datetime
+import hashlib
+import json
+import math
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+
+from dskd import metrics
+from dskd.config import RunConfig
+from dskd.data.cache import ArrayCache, default_folder
+from dskd.data.datasets import find_categories
+from dskd.distillation import Distillation, Materials, prepare
+from dskd.evaluate import inspect, labelled_test_split, measure
+from dskd.model import weights_fingerprint
+from dskd.presets import PRESETS
+from dskd.pyramids import feature_table
+
+PARTS: dict[str, dict[str, Any]] = {
+    "dskd: encoder trained alone": {"student_decoder": False},
+    "dskd: decoder trained alone, fed by the teacher": {"student_encoder": False, "decoder_input": "teacher"},
+    "dskd: embedding detached": {"detach_embedding": True},
+}
+SCORED_BY: dict[str, dict[str, Any]] = {
+    "both": {},
+    "encoder's map": {"decoder_score_weight": 0.0},
+    "decoder's map": {"encoder_score_weight": 0.0},
+}
+FIGURES = ("image_auroc", "pixel_auroc", "aupro", "aupro_rd")
+
+# Image AUROC, pixel AUROC, PRO as printed; each family has a PRO of its own, and none is ours.
+PUBLISHED: dict[tuple[str, str], str] = {
+    ("stfpm", "hazelnut"): "1.000 / .985 / .952 (authors' README, ResNet18)",
+    ("stfpm", "screw"): ".895 / .989 / .949 (authors' README, ResNet18)",
+    ("stfpm", "transistor"): ".939 / .819 / .881 (authors' README, ResNet18)",
+    ("rd4ad", "hazelnut"): ".999 / .989 / .955 (paper, WideResNet50-2)",
+    ("rd4ad", "screw"): ".970 / .996 / .982 (paper, WideResNet50-2)",
+    ("rd4ad", "transistor"): ".967 / .925 / .780 (paper, WideResNet50-2)",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    data: Path
+    """Folder of categories; dskd check-data names the layouts."""
+    results: Path
+    """File of finished runs, one JSON object a line; it is appended to."""
+    categories: tuple[str, ...] = ()
+    """Which categories; all unless given."""
+    presets: tuple[str, ...] = tuple(PRESETS)
+    """Which methods."""
+    parts: bool = False
+    """Also train DSKD's students alone, and together without the decoder's gradient into the encoder."""
+    seeds: tuple[int, ...] = (0,)
+    image_size: int = 256
+    epochs: int | None = None
+    """Epochs of every run; the preset's own unless given."""
+    epochs_of: dict[str, int] = field(default_factory=dict)
+    """Epochs of single presets, as `--epochs-of stfpm 60 rd4ad 20`; DSKD's parts take DSKD's."""
+    batch_size: int | None = None
+    """The preset's own unless given."""
+    set: dict[str, str] = field(default_factory=dict)
+    """Other configuration fields of every run, as `--set backbone test_resnet`; values are JSON or plain words."""
+    teacher_weights: str = "hub"
+    """hub, a .safetensors or .pth file, or random."""
+    textures: Path | None = None
+    """Folder of images that feed the synthetic defects."""
+    device: str = "cpu"
+    cache_dir: Path = field(default_factory=default_folder)
+    cache_gb: float = 20.0
+
+
+def methods(options: Options) -> dict[str, RunConfig]:
+    """The runs of one category and seed, by the name that the table gives them."""
+    if unknown := [name for name in (*options.presets, *options.epochs_of) if name not in PRESETS]:
+        raise ValueError(f"unknown preset {unknown[0]!r}; known: {', '.join(PRESETS)}.")
+    chosen: dict[str, dict[str, Any]] = {name: {} for name in options.presets}
+    if options.parts:
+        chosen |= PARTS
+    found = {}
+    for name, values in chosen.items():
+        preset = name.partition(":")[0]
+        epochs = options.epochs_of.get(preset, options.epochs)
+        given = {"image_size": options.image_size, "epochs": epochs, "batch_size": options.batch_size}
+        changes = {key: value for key, value in given.items() if value is not None}
+        found[name] = PRESETS[preset].with_values(values | changes | {k: _value(v) for k, v in options.set.items()})
+    return found
+
+
+def run(
+    name: str, config: RunConfig, materials: Materials, data: Path, device: torch.device, cache: ArrayCache | None
+) -> dict[str, Any]:
+    """Train one method and measure it; `figures` holds the best epoch's and the last epoch's, by each map."""
+    started = time.perf_counter()
+    distillation = Distillation.begin(config, materials, device)
+    seconds = []
+    for progress in distillation.epochs():
+        seconds.append(progress.epoch.seconds)
+        print(
+            f"{materials.category}  {name}  seed {config.train.seed}  epoch {len(seconds)}/{config.train.epochs}  "
+            f"loss {progress.epoch.loss:.4f}  validation {progress.objective:.4f}  {seconds[-1]:.1f} s",
+            file=sys.stderr,
+            flush=True,
+        )
+    last = {name: tensor.detach().clone() for name, tensor in distillation.students.state_dict().items()}
+    truth = labelled_test_split(data, materials.category, config.data.image_size)
+    content = hashlib.sha256(np.ascontiguousarray(truth.images).data).hexdigest()
+    key = f"{content}|{weights_fingerprint(materials.teacher)}|{config.model.backbone}|{config.model.levels}|{device.type}"
+    table = feature_table(materials.teacher, truth.images, device, cache=cache, key=key)
+    is_pair = config.model.student_encoder and config.model.student_decoder
+    figures = []
+    for epoch, weights in (("best", distillation.best_weights), ("last", last)):
+        distillation.students.load_state_dict(weights)
+        for scored_by, values in SCORED_BY.items() if is_pair else [("its own map", {})]:
+            seen = inspect(table, distillation.students, truth.images, config.with_values(values), device)
+            scores = measure(seen, truth)._asdict()
+            scores["aupro_rd"] = (
+                metrics.aupro_rd(seen.maps[truth.has_mask], truth.masks[truth.has_mask])
+                if truth.masks.any()
+                else math.nan
+            )
+            known = {figure: value if math.isfinite(value) else None for figure, value in scores.items()}
+            figures.append({"epoch": epoch, "scored_by": scored_by, **known})
+    return {
+        "category": materials.category,
+        "method": name,
+        "best_epoch": distillation.best_epoch,
+        "validation": distillation.best_objective,
+        "seconds_per_epoch": median(seconds),
+        "seconds": time.perf_counter() - started,
+        "num_train": len(materials.train_images),
+        "num_test": len(truth.images),
+        "figures": figures,
+        "config": config.to_dict(),
+        "teacher": materials.teacher_source,
+        "torch": str(torch.__version__),
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "command": shlex.join(sys.argv),
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def finished_runs(path: Path) -> dict[str, dict[str, Any]]:
+    """The runs in a results file by their key; a last line that a kill cut short is removed from it."""
+    if not path.exists():
+        return {}
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        print(f"{path}: the last line was cut short, its run is repeated", file=sys.stderr)
+        os.truncate(path, len(whole.encode()))
+    return {record["key"]: record for record in map(json.loads, whole.splitlines())}
+
+
+def key_of(name: str, config: RunConfig, materials: Materials) -> str:
+    """What a run's figures depend on: configuration, images and teacher."""
+    content = [materials.category, materials.data_sha256, materials.teacher_sha256, materials.textures_sha256]
+    parts = [name, config.to_dict(), *content]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def missing_and_known(options: Options) -> Iterator[dict[str, Any]]:
+    """The record of every run asked for, trained now where the results file does not hold it."""
+    device = torch.device(options.device)
+    cache = ArrayCache(options.cache_dir, int(options.cache_gb * 1e9)) if options.cache_gb > 0 else None
+    known = finished_runs(options.results)
+    wanted = methods(options)
+    for category in options.categories or tuple(find_categories(options.data)):
+        materials: dict[Any, Materials] = {}
+        for seed in options.seeds:
+            for name, unseeded in wanted.items():
+                config = unseeded.with_values({"seed": seed})
+                needs = (config.data, config.model.backbone, config.model.levels, config.amplification)
+                if needs not in materials:
+                    materials[needs] = prepare(
+                        *needs[:3],
+                        data=options.data,
+                        category=category,
+                        teacher_weights=options.teacher_weights,
+                        device=device,
+                        cache=cache,
+                        textures=options.textures,
+                        amplification=config.amplification,
+                        on_amplification=lambda epoch: print(
+                            f"stage I epoch {epoch.number + 1}  {epoch.seconds:.1f} s", file=sys.stderr, flush=True
+                        ),
+                    )
+                key = key_of(name, config, materials[needs])
+                if key not in known:
+                    record = {"key": key, **run(name, config, materials[needs], options.data, device, cache)}
+                    with options.results.open("a") as file:
+                        file.write(json.dumps(record, allow_nan=False) + "\n")
+                        file.flush()
+                        os.fsync(file.fileno())
+                    known[key] = record
+                yield known[key]
+
+
+def markdown(records: Sequence[dict[str, Any]]) -> str:
+    """One row per category, method and map: mean over seeds (± standard deviation), best epoch beside last."""
+    lines = [
+        "| category | method | scored by | image AUROC | pixel AUROC | AUPRO | AUPRO as RD4AD's code | last epoch: "
+        "image / pixel / AUPRO | chosen epoch | batch | s per epoch | seeds | published: image / pixel / their PRO |",
+        "|" + "---|" * 13,
+    ]
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for record in records:
+        for scored_by in dict.fromkeys(entry["scored_by"] for entry in record["figures"]):
+            groups.setdefault((record["category"], record["method"], scored_by), []).append(record)
+    for (category, method, scored_by), runs in groups.items():
+        figures = {
+            epoch: {figure: [_figures(record, epoch, scored_by)[figure] for record in runs] for figure in FIGURES}
+            for epoch in ("best", "last")
+        }
+        train = runs[0]["config"]["train"]
+        cells = [
+            category,
+            method,
+            scored_by,
+            *(_spread(figures["best"][figure]) for figure in FIGURES),
+            " / ".join(_spread(figures["last"][figure]) for figure in FIGURES[:3]),
+            f"{', '.join(str(record['best_epoch'] + 1) for record in runs)} of {train['epochs']}",
+            str(train["batch_size"]),
+            f"{median(record['seconds_per_epoch'] for record in runs):.1f}",
+            str(len(runs)),
+            PUBLISHED.get((method, category), ""),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _figures(record: dict[str, Any], epoch: str, scored_by: str) -> dict[str, Any]:
+    (found,) = (entry for entry in record["figures"] if (entry["epoch"], entry["scored_by"]) == (epoch, scored_by))
+    return dict(found)
+
+
+def _spread(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return "–"
+    return f"{mean(known):.3f}" + (f" ± {stdev(known):.3f}" if len(known) > 1 else "")
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = tyro.cli(Options, description=__doc__, args=arguments)
+    try:
+        records = list(missing_and_known(options))
+    except (ValueError, OSError) as error:
+        sys.exit(f"presets: error: {error}")
+    print(markdown(records))
+    first = records[0]
+    images = {record["category"]: (record["num_train"], record["num_test"]) for record in records}
+    described = ", ".join(f"{name} ({train} to train, {test} to test)" for name, (train, test) in images.items())
+    print(f"\n{described}; image size {options.image_size}; teacher {first['teacher']}; torch {first['torch']}, "
+          f"{first['device']}, {first['threads']} threads of {first['cpus']} CPUs")  # fmt: skip
+    print(
+        "Published figures are on the whole category at full size and with other PRO variants; ours may be an excerpt."
+    )
+    for command in dict.fromkeys(record["command"] for record in records):
+        print(f"    {command}")
+
+
+if __name__ == "__main__":
+    main()

@@ -129,7 +129,8 @@ def run(
     last = {name: tensor.detach().clone() for name, tensor in distillation.students.state_dict().items()}
     truth = labelled_test_split(data, materials.category, config.data.image_size)
     content = hashlib.sha256(np.ascontiguousarray(truth.images).data).hexdigest()
-    key = f"{content}|{weights_fingerprint(materials.teacher)}|{config.model.backbone}|{config.model.levels}|{device.type}"
+    teacher = weights_fingerprint(materials.teacher)  # the amplified one's differs from its materials' own
+    key = f"{content}|{teacher}|{config.model.backbone}|{config.model.levels}|{device.type}"
     table = feature_table(materials.teacher, truth.images, device, cache=cache, key=key)
     is_pair = config.model.student_encoder and config.model.student_decoder
     figures = []

@@ -19,7 +19,7 @@ import tyro
 from dskd.checkpoint import DetectorRecord
 from dskd.detector import Detector
 from dskd.export import INPUT, OUTPUTS, build_model, compare, generated_images
-from dskd.model import build_students, build_teacher
+from dskd.model import AmplifiedTeacher, build_amplifier, build_students, build_teacher
 from dskd.presets import PRESETS
 
 
@@ -35,6 +35,8 @@ class Options:
 def untrained(preset: str, image_size: int) -> Detector:
     config = PRESETS[preset].with_values({"image_size": image_size})
     teacher = build_teacher(config.model.backbone, config.model.levels, "random")
+    if config.amplification.amplification:
+        teacher = AmplifiedTeacher(teacher, build_amplifier(teacher, config.amplification.memory_size, seed=0))
     record = DetectorRecord(
         category="none", config=config, teacher="random", teacher_sha256="", data_sha256="", validation_files=(),
         epoch=0, thresholds=(), metrics={},

@@ -34,8 +34,9 @@ from dskd import metrics
 from dskd.config import RunConfig
 from dskd.data.cache import ArrayCache, default_folder
 from dskd.data.datasets import find_categories
-from dskd.distillation import Distillation, Materials, prepare
+from dskd.distillation import Distillation
 from dskd.evaluate import inspect, labelled_test_split, measure
+from dskd.materials import Materials, prepare
 from dskd.model import weights_fingerprint
 from dskd.presets import PRESETS
 from dskd.pyramids import feature_table

@@ -110,7 +110,7 @@ def fit_amplifier(
         loss_mean, gate_mean, residual_mean = (sums / len(batches)).tolist()
         if not math.isfinite(loss_mean):
             raise NonFiniteLoss(
-                f"loss of the amplifier (stage I) is not finite in epoch {epoch}; amplification_learning_rate "
+                f"loss of the amplifier (stage I) is not finite in epoch {epoch + 1}; amplification_learning_rate "
                 f"{config.amplification_learning_rate:g} is probably too high, try a tenth of it."
             )
         yield AmplificationEpoch(epoch, loss_mean, gate_mean, residual_mean, time.perf_counter() - started)

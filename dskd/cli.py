@@ -116,7 +116,8 @@ def train(
     from dskd.data.cache import ArrayCache, default_folder
     from dskd.data.datasets import find_categories
     from dskd.device import computing_device
-    from dskd.distillation import Distillation, prepare
+    from dskd.distillation import Distillation
+    from dskd.materials import prepare
     from dskd.resume import has_state, training_folder
     from dskd.show.overlays import preview_of
 
@@ -174,7 +175,7 @@ def train(
 
 def _train(run: "Distillation", unfinished: Path, checkpoint_seconds: float) -> None:
     """Train to the last epoch, telling how it goes, and now and then saving how far it is."""
-    from dskd.progress_bar import TrainingBar
+    from dskd.show.training_bar import TrainingBar
     from dskd.train import Step
 
     saved = time.monotonic()

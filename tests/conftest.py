@@ -12,7 +12,8 @@ from PIL import Image
 
 from dskd.checkpoint import write_detector
 from dskd.config import DataConfig, LossConfig, ModelConfig, RunConfig, ScoreConfig, TrainConfig
-from dskd.distillation import Distillation, Materials, prepare
+from dskd.distillation import Distillation
+from dskd.materials import Materials, prepare
 
 SIZE = 64
 

@@ -20,7 +20,7 @@ from dskd.amplify import (
 )
 from dskd.config import AmplificationConfig
 from dskd.data.defects import add_defects
-from dskd.distillation import Materials
+from dskd.materials import Materials
 from dskd.model import AmplifiedTeacher, Amplifier, Teacher, build_amplifier, normalize
 from dskd.train import NonFiniteLoss
 

@@ -11,7 +11,7 @@ from PIL import Image
 from dskd import distillation
 from dskd.config import RunConfig
 from dskd.data.check import Problem, check_data
-from dskd.distillation import prepare
+from dskd.materials import prepare
 
 SIZE = 32
 

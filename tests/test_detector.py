@@ -9,7 +9,7 @@ from PIL import Image
 from dskd import detector as module
 from dskd import metrics
 from dskd.detector import Detector, Region, find_regions
-from dskd.distillation import Materials
+from dskd.materials import Materials
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,9 @@ from dskd.config import AmplificationConfig, RunConfig
 from dskd.data.cache import ArrayCache
 from dskd.data.images import load_image, load_mask
 from dskd.detector import Detector
-from dskd.distillation import Distillation, Materials, objective, prepare
+from dskd.distillation import Distillation, objective
 from dskd.evaluate import inspect, measure
+from dskd.materials import Materials, prepare
 from dskd.metrics import Scores
 from dskd.model.amplification import AmplifiedTeacher, build_amplifier
 from dskd.model.network import build_students
@@ -311,7 +312,7 @@ def test_a_finished_stage_one_is_not_done_again_and_another_one_is_not_taken_for
     uncached = prepared(amplified, mvtec_root)
     other = prepared(amplified.with_values({"amplification_margin": 0.9}), mvtec_root, cache)
     plain = prepared(amplified.with_values({"amplification": False}), mvtec_root, cache)
-    monkeypatch.setattr("dskd.distillation.fit_amplifier", lambda *_, **__: pytest.fail("stage I once more"))
+    monkeypatch.setattr("dskd.materials.fit_amplifier", lambda *_, **__: pytest.fail("stage I once more"))
     again = prepared(amplified, mvtec_root, ArrayCache(tmp_path / "cache", 10**9))
     for name, value in first.teacher.state_dict().items():
         assert torch.equal(value, again.teacher.state_dict()[name])

@@ -84,9 +84,9 @@ def test_the_space_asks_only_for_what_the_students_have(base: RunConfig) -> None
 
 @every_base
 def test_a_search_starts_from_the_preset_itself(base: RunConfig) -> None:
-    first, second = known_good(base)
-    assert with_suggestions(base, first) == base
-    assert with_suggestions(base, second) == base.with_values({"hkd_weight": 1.0})
+    points = [with_suggestions(base, point) for point in known_good(base)]
+    assert points[0] == base and points[-1] == base.with_values({"hkd_weight": 1.0})
+    assert len(points) == len({str(point) for point in points}), "no trial twice"
 
 
 @pytest.mark.filterwarnings("error")  # Optuna takes a value beyond its bounds, and warns

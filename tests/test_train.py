@@ -15,8 +15,9 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from dskd.config import AmplificationConfig, RunConfig, TrainConfig
-from dskd.distillation import STATE_FILE, Distillation, Materials, Progress, prepare
+from dskd.distillation import STATE_FILE, Distillation, Progress
 from dskd.evaluate import measure_shared
+from dskd.materials import Materials, prepare
 from dskd.metrics import Scores
 from dskd.model.network import StudentPyramids
 from dskd.pyramids import FeatureTable

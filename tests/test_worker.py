@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dskd import distillation
+from dskd import materials
 from dskd.checkpoint import read_record
 from dskd.config import AmplificationConfig, RunConfig
 from dskd.train import Shard
@@ -30,8 +30,8 @@ def test_trials_that_differ_in_their_students_share_one_stage_one(
     amplified: RunConfig, mvtec_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stages = []
-    original = distillation.fit_amplifier
-    monkeypatch.setattr(distillation, "fit_amplifier", lambda *a, **k: (stages.append(1), original(*a, **k))[1])
+    original = materials.fit_amplifier
+    monkeypatch.setattr(materials, "fit_amplifier", lambda *a, **k: (stages.append(1), original(*a, **k))[1])
     for learning_rate in (0.005, 0.001):
         config = amplified.with_values({"learning_rate": learning_rate})
         for report in train(assignment(config, mvtec_root), Shard(), CPU, None):

@@ -58,7 +58,8 @@ def with_suggestions(base: RunConfig, suggested: Mapping[str, Any]) -> RunConfig
 def known_good(base: RunConfig) -> list[dict[str, Any]]:
     """Where a search starts: the preset itself, and the preset with AAND's hard-patch loss."""
     plain = _as_suggested(base)
-    return [plain, plain | {"hkd_weight": 1.0}]
+    hard = plain | {"hkd_weight": 1.0}
+    return [plain] if hard == plain else [plain, hard]
 
 
 def _as_suggested(config: RunConfig) -> dict[str, Any]:

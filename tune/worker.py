@@ -17,7 +17,9 @@ import torch
 from dskd.checkpoint import RECORD_FILE, read_record, write_detector
 from dskd.config import AmplificationConfig, DataConfig, RunConfig
 from dskd.data.cache import ArrayCache, default_folder
-from dskd.distillation import Distillation, Materials, prepare
+from dskd.device import computing_device
+from dskd.distillation import Distillation
+from dskd.materials import Materials, prepare
 from dskd.show.overlays import preview_of
 from dskd.train import NonFiniteLoss, Shard
 
@@ -76,6 +78,7 @@ def train(
     reason under `error`: trying it again would diverge again.
     """
     torch.set_num_threads(max(1, int(assignment.cpus_per_worker)))
+    device = computing_device(str(device))
     config = RunConfig.from_dict(assignment.config)
     try:
         materials = _materials(

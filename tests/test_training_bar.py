@@ -5,10 +5,11 @@ import sys
 import pytest
 import torch
 
-from dskd import progress_bar
 from dskd.config import RunConfig
-from dskd.distillation import Distillation, Materials
-from dskd.progress_bar import TrainingBar
+from dskd.distillation import Distillation
+from dskd.materials import Materials
+from dskd.show import training_bar
+from dskd.show.training_bar import TrainingBar
 from dskd.train import Step
 
 CPU = torch.device("cpu")
@@ -33,7 +34,7 @@ def test_a_terminal_shows_how_far_the_run_is(
 ) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setattr(progress_bar, "_SECONDS", 0.0)
+    monkeypatch.setattr(training_bar, "_SECONDS", 0.0)
     watched(Distillation.begin(tiny, materials, CPU))
     shown = terminal.getvalue()
     assert "epoch 1 done\n" in shown and "epoch 2 done\n" in shown

@@ -15,12 +15,15 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import tyro
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _ALWAYS_KNOWN = ("help", "tyro-print-completion", "tyro-write-completion")
+
+
+Result = TypeVar("Result")
 
 
 class BadUsage(ValueError):
@@ -41,34 +44,47 @@ def parse(
         raise BadUsage(f"{prog}: error: {what}; there are: {', '.join(commands)}")
     if name in commands:
         prog = f"{prog} {name}"
-        known = {f"--{flag}" for flag in _flags(commands[name])}
-        for word in arguments[1:]:
-            flag = word.partition("=")[0].replace("_", "-")
-            if flag.startswith("--") and flag not in known:
-                raise BadUsage(f"{prog}: error: unknown flag {flag}{_near(flag, known)}; see {prog} --help")
+        _refuse_unknown(arguments[1:], _flags(commands[name]), prog)
+    with _one_line_of_mistakes(prog, arguments):
+        command: Callable[[], None] = tyro.extras.subcommand_cli_from_dict(
+            {name: deferred(command) for name, command in commands.items()},
+            prog=prog.split()[0],
+            description=description,
+            args=arguments,
+        )
+    return command
+
+
+def parse_into(target: Callable[..., Result], arguments: Sequence[str], *, prog: str) -> Result:
+    """What `target`, a dataclass or a `deferred` function, gives with the arguments: a program of one command.
+
+    Prints help and exits where that is asked for. Raises BadUsage, and the ValueError of a value that is
+    out of range.
+    """
+    _refuse_unknown(arguments, _flags(target), prog)
+    with _one_line_of_mistakes(prog, arguments):
+        return tyro.cli(target, prog=prog, args=arguments)
+
+
+@contextlib.contextmanager
+def _one_line_of_mistakes(prog: str, arguments: Sequence[str]) -> Iterator[None]:
     said = io.StringIO()
     try:
         # Only what tyro says of a mistake: help goes to stdout, and the command itself runs later.
         wants_help = not {"-h", "--help"}.isdisjoint(arguments)
         with contextlib.redirect_stderr(said), contextlib.nullcontext() if wants_help else _wide_lines():
-            command: Callable[[], None] = tyro.extras.subcommand_cli_from_dict(
-                {name: _deferred(command) for name, command in commands.items()},
-                prog=prog.split()[0],
-                description=description,
-                args=arguments,
-            )
+            yield
     except SystemExit as end:
         if not end.code:
             raise
         raise BadUsage(f"{prog}: error: {_unframed(said.getvalue())}; see {prog} --help") from None
     sys.stderr.write(said.getvalue())
-    return command
 
 
-def _deferred(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+def deferred(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
     """The same signature and docstring, but a call only takes the arguments."""
     if isinstance(command, functools.partial):
-        return functools.partial(_deferred(command.func), *command.args, **command.keywords)
+        return functools.partial(deferred(command.func), *command.args, **command.keywords)
 
     @functools.wraps(command)
     def take(*given: object, **named: object) -> Callable[[], None]:
@@ -77,10 +93,20 @@ def _deferred(command: Callable[..., None]) -> Callable[..., Callable[[], None]]
     return take
 
 
-def _flags(command: Callable[..., None]) -> list[str]:
+def _refuse_unknown(words: Sequence[str], flags: Iterable[str], prog: str) -> None:
+    known = {f"--{flag}" for flag in flags}
+    for word in words:
+        flag = word.partition("=")[0].replace("_", "-")
+        if flag.startswith("--") and flag not in known:
+            raise BadUsage(f"{prog}: error: unknown flag {flag}{_near(flag, known)}; see {prog} --help")
+
+
+def _flags(command: Callable[..., Any]) -> list[str]:
     """Names of the flags that a command takes, those of a configuration's fields included."""
-    hints = typing.get_type_hints(getattr(command, "func", command))
     flags = list(_ALWAYS_KNOWN)
+    if dataclasses.is_dataclass(command):
+        return flags + _spellings("", command)
+    hints = typing.get_type_hints(getattr(command, "func", command))
     for name, parameter in inspect.signature(command).parameters.items():
         if parameter.kind is parameter.KEYWORD_ONLY:
             flags += _spellings(name, hints[name])
@@ -116,7 +142,7 @@ def _unframed(box: str) -> str:
         # Each missing argument is indented by four, its help by eight.
         return f"missing {', '.join(line.strip() for line in message if re.match(r' {4}[^ ]', line))}"
     text = " ".join(line.strip() for line in message if line.strip()).rstrip(".")
-    text = re.sub(r"^Error parsing __tyro\S*: ", "", text)  # a configuration's own message names its field
+    text = re.sub(r"^Error parsing (__tyro\S*|[A-Z]\w*): ", "", text)  # a configuration's own message names its field
     text = re.sub(r"^Error parsing (\S+): ", r"\1: ", text)
     return re.sub(r"^Unrecognized options: ", "unexpected ", text) or "cannot be understood"
 

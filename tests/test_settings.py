@@ -1,10 +1,13 @@
 import pickle
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 from dskd.presets import PRESETS
+from tune import pull, search
 from tune.settings import LOCAL_RESULTS, SearchSettings
 
 
@@ -106,3 +109,24 @@ def test_categories_are_checked_and_keep_their_order(mvtec_root: Path) -> None:
         chosen("tile,screw")
     with pytest.raises(ValueError, match="names none"):
         chosen(" , ")
+
+
+@pytest.mark.parametrize(
+    ("entry", "line", "expected"),
+    [
+        (search, "", "tune/search.py: error: missing --data STR; see tune/search.py --help"),
+        (search, "--data d --epoch 3", "unknown flag --epoch, did you mean --epochs?"),
+        (search, "--data d --trials two", "error: --trials: invalid literal for int()"),
+        (search, "--data d --image-size 50", "error: image_size must be a positive multiple of 32"),
+        (pull, "bolt", "tune/pull.py: error: missing --to PATH; see tune/pull.py --help"),
+        (pull, "bolt --to d --storage /none/of/it", "pull: error: no search 'search' in /none/of/it"),
+    ],
+)
+def test_bad_usage_of_the_entries_is_one_line(
+    entry: ModuleType, line: str, expected: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [entry.__name__, *line.split()])
+    with pytest.raises(SystemExit) as end:
+        entry.main()
+    said = capsys.readouterr()
+    assert end.value.code == 2 and said.out == "" and said.err.count("\n") == 1 and expected in said.err

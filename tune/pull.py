@@ -5,9 +5,9 @@ import os
 import sys
 from pathlib import Path
 
-import tyro
 from tyro.conf import Positional
 
+from dskd.usage import BadUsage, deferred, parse_into
 from tune.settings import LOCAL_RESULTS
 
 
@@ -91,7 +91,10 @@ def pull(
 def main() -> None:
     """Pull as the flags say; bad input ends with one line and exit code 2."""
     try:
-        tyro.cli(pull, prog="tune/pull.py")
+        parse_into(deferred(pull), sys.argv[1:], prog="tune/pull.py")()
+    except BadUsage as error:
+        print(error, file=sys.stderr)  # noqa: T201
+        sys.exit(2)
     except (ValueError, OSError) as error:
         print(f"pull: error: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(2)

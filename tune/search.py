@@ -2,15 +2,17 @@
 
 import sys
 
-import tyro
-
+from dskd.usage import BadUsage, parse_into
 from tune.settings import SearchSettings
 
 
 def main() -> None:
     """Search as the flags say; bad input ends with one line and exit code 2."""
     try:
-        settings = tyro.cli(SearchSettings, prog="tune/search.py")
+        settings = parse_into(SearchSettings, sys.argv[1:], prog="tune/search.py")
+    except BadUsage as error:
+        print(error, file=sys.stderr)  # noqa: T201
+        sys.exit(2)
     except ValueError as error:
         print(f"search: error: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(2)

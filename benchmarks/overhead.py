@@ -19,6 +19,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from dskd.device import rows_on
 from dskd.losses import distillation_loss
 from dskd.model import Teacher, build_students, build_teacher, normalize
 from dskd.presets import PRESETS
@@ -42,7 +43,8 @@ class _Uncached:
         self.teacher, self.images = teacher, images
 
     def pyramid(self, indices: npt.NDArray[np.int64], device: torch.device) -> tuple[Tensor, ...]:
-        return self.teacher(normalize(torch.from_numpy(self.images[indices]).to(device)))
+        pyramid: tuple[Tensor, ...] = self.teacher(normalize(rows_on(device, self.images, indices)))
+        return pyramid
 
 
 def epoch_seconds(preset: str, options: Options) -> list[float]:

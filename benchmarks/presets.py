@@ -26,7 +26,6 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
-import numpy as np
 import torch
 import tyro
 
@@ -37,7 +36,6 @@ from dskd.data.datasets import find_categories
 from dskd.distillation import Distillation
 from dskd.evaluate import inspect, labelled_test_split, measure
 from dskd.materials import Materials, prepare
-from dskd.model import weights_fingerprint
 from dskd.presets import PRESETS
 from dskd.pyramids import feature_table
 
@@ -129,10 +127,7 @@ def run(
         )
     last = {name: tensor.detach().clone() for name, tensor in distillation.students.state_dict().items()}
     truth = labelled_test_split(data, materials.category, config.data.image_size)
-    content = hashlib.sha256(np.ascontiguousarray(truth.images).data).hexdigest()
-    teacher = weights_fingerprint(materials.teacher)  # the amplified one's differs from its materials' own
-    key = f"{content}|{teacher}|{config.model.backbone}|{config.model.levels}|{device.type}"
-    table = feature_table(materials.teacher, truth.images, device, cache=cache, key=key)
+    table = feature_table(materials.teacher, truth.images, device, cache=cache)
     is_pair = config.model.student_encoder and config.model.student_decoder
     figures = []
     for epoch, weights in (("best", distillation.best_weights), ("last", last)):

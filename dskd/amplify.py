@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dskd.config import AmplificationConfig, TrainConfig
 from dskd.data.defects import add_defects, find_foreground
+from dskd.device import rows_on
 from dskd.losses import amplification_loss, focal_loss
 from dskd.model.amplification import Amplifier, LevelAmplifier
 from dskd.model.teacher import Pyramid, Teacher, normalize
@@ -211,4 +212,4 @@ def _features_at(
 
 
 def _pixels(images: npt.NDArray[np.uint8], device: torch.device) -> Tensor:
-    return normalize(torch.from_numpy(np.array(images)).to(device))
+    return normalize(rows_on(device, images, slice(None)))

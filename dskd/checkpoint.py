@@ -5,12 +5,8 @@ import datetime
 import hashlib
 import json
 import math
-import os
 import platform
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +17,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
+from dskd.atomic import check_can_be_made, file_in_making, folder_in_making
 from dskd.calibration import Threshold
 from dskd.config import RunConfig
 from dskd.model.teacher import IMAGENET_MEAN, IMAGENET_STD
@@ -154,41 +151,10 @@ def check_replaceable(folder: Path) -> None:
     check_can_be_made(folder, "--out")
 
 
-def check_can_be_made(path: Path, flag: str) -> None:
-    """Raise ValueError, naming `flag`, when `path` lies where this user cannot write."""
-    above = next(parent for parent in path.absolute().parents if parent.exists())
-    if not (above.is_dir() and os.access(above, os.W_OK)):
-        raise ValueError(f"{path} cannot be made: {above} is no folder that you may write to; choose another {flag}.")
-
-
 def rewrite_record(folder: Path, record: DetectorRecord) -> None:
     """Replace `detector.json` beside unchanged weights, atomically."""
-    partial = folder / f".{RECORD_FILE}.partial"
-    partial.write_text(record.to_json(sha256_of(folder / WEIGHTS_FILE)))
-    os.replace(partial, folder / RECORD_FILE)
-
-
-@contextmanager
-def folder_in_making(folder: Path) -> Iterator[Path]:
-    """A temporary sibling that takes the place of `folder` when the block ends, and vanishes when it fails."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
-        yield temporary
-        for file in sorted(temporary.rglob("*")):
-            if file.is_file():
-                with file.open("rb") as written:
-                    os.fsync(written.fileno())
-        temporary.chmod(0o755)
-        if folder.exists():
-            replaced = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-old-"))
-            os.rename(folder, replaced / folder.name)
-            os.rename(temporary, folder)
-            shutil.rmtree(replaced)
-        else:
-            os.rename(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with file_in_making(folder / RECORD_FILE) as partial:
+        partial.write_text(record.to_json(sha256_of(folder / WEIGHTS_FILE)))
 
 
 def read_record(folder: Path) -> DetectorRecord:

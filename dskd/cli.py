@@ -260,7 +260,7 @@ def predict(
         device: auto, cpu, cuda or cuda:N.
         json: Print one JSON document.
     """
-    from dskd.checkpoint import folder_in_making
+    from dskd.atomic import folder_in_making
     from dskd.show.overlays import overlay
 
     if out.exists():

@@ -1,7 +1,6 @@
 """One category's run: train the students on prepared materials, keep those of the best epoch."""
 
 import dataclasses
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dskd.atomic import file_in_making
 from dskd.calibration import calibrate
 from dskd.checkpoint import DetectorRecord
 from dskd.config import RunConfig
@@ -137,25 +137,19 @@ class Distillation:
 
     def save(self, folder: Path) -> None:
         """Write all that is needed to go on training exactly as if never interrupted; whole or not at all."""
-        partial = folder / f".{STATE_FILE}.partial"
-        with partial.open("wb") as file:
-            torch.save(
-                {
-                    "identity": self._identity(),
-                    "students": self.students.state_dict(),
-                    "optimizer": self.optimizer.state_dict(),
-                    "next_epoch": self.next_epoch,
-                    "best_epoch": self.best_epoch,
-                    "best_objective": self.best_objective,
-                    "best_scores": tuple(self.best_scores) if self.best_scores else None,
-                    "best_weights": self.best_weights,
-                    "history": [(tuple(each.epoch), tuple(each.scores), *each[2:]) for each in self.history],
-                },
-                file,
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, folder / STATE_FILE)
+        state = {
+            "identity": self._identity(),
+            "students": self.students.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "next_epoch": self.next_epoch,
+            "best_epoch": self.best_epoch,
+            "best_objective": self.best_objective,
+            "best_scores": tuple(self.best_scores) if self.best_scores else None,
+            "best_weights": self.best_weights,
+            "history": [(tuple(each.epoch), tuple(each.scores), *each[2:]) for each in self.history],
+        }
+        with file_in_making(folder / STATE_FILE) as partial:
+            torch.save(state, partial)
 
     def restore(self, folder: Path) -> None:
         """Go on from what `save` wrote.

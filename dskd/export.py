@@ -1,8 +1,6 @@
 """A detector as one ONNX graph, from RGB bytes to anomaly maps and scores, and the proof that it is the same."""
 
 import json
-import os
-import tempfile
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +14,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from dskd.anomaly import anomaly_maps, discrepancies, image_scores
-from dskd.checkpoint import check_can_be_made
+from dskd.atomic import check_can_be_made, file_in_making
 from dskd.detector import Detector
 from dskd.evaluate import Inspection
 from dskd.model.teacher import normalize
@@ -99,17 +97,8 @@ def export_onnx(detector: Detector, path: Path, images: npt.NDArray[np.uint8], o
     check_exportable(path, opset)
     model = build_model(detector, opset).SerializeToString()
     parity = compare(detector, model, images)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as partial:
-        try:
-            partial.write(model)
-            partial.flush()
-            os.fsync(partial.fileno())
-            os.chmod(partial.name, 0o644)
-            os.replace(partial.name, path)
-        except BaseException:
-            os.unlink(partial.name)
-            raise
+    with file_in_making(path) as partial:
+        partial.write_bytes(model)
     return parity
 
 

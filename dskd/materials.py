@@ -21,7 +21,7 @@ from dskd.data.samples import Sample
 from dskd.evaluate import LabelledImages, join, label, synthetic_validation
 from dskd.model.amplification import AmplifiedTeacher, build_amplifier
 from dskd.model.teacher import Teacher, build_teacher, weights_fingerprint
-from dskd.pyramids import FeatureTable, feature_table
+from dskd.pyramids import FeatureTable, content_sha256, feature_table
 
 _NUM_VALIDATION_DEFECTS = 32
 
@@ -100,10 +100,9 @@ def prepare(
             amplification,
             device,
             cache,
-            f"{_content(train_images)}|{textures_sha256}|{teacher_sha256}|{backbone}|{levels}|{device.type}",
+            f"{content_sha256(train_images)}|{textures_sha256}|{teacher_sha256}|{backbone}|{levels}|{device.type}",
             on_amplification,
         )
-    used_sha256 = weights_fingerprint(teacher)
     names = dict(zip(held, held_names, strict=True))
     selecting, calibrating = set_apart(held, config.calibration_fraction, config.split_seed)
     selection_images = held_images[[held.index(sample) for sample in selecting]]
@@ -118,10 +117,7 @@ def prepare(
         content += defect_sha256 + masks_sha256
 
     def features(images: npt.NDArray[np.uint8], what: str) -> FeatureTable:
-        # the images' content names textures and seeds too: whatever drew the defects has changed the pixels
-        key = f"{_content(images)}|{used_sha256}|{backbone}|{levels}|{device.type}"
-        bar = f"teacher on {what}" if progress else None
-        return feature_table(teacher, images, device, cache=cache, key=key, progress=bar)
+        return feature_table(teacher, images, device, cache=cache, progress=f"teacher on {what}" if progress else None)
 
     return Materials(
         category=category,
@@ -142,10 +138,6 @@ def prepare(
         textures_sha256=textures_sha256,
         amplification=amplification,
     )
-
-
-def _content(images: npt.NDArray[np.uint8]) -> str:
-    return hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()
 
 
 def _amplified(

@@ -1,6 +1,6 @@
 """Teacher pyramids of many images as one table, so that a frozen teacher runs once per image."""
 
-from collections.abc import Callable
+import hashlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dskd.data.cache import ArrayCache
 from dskd.device import rows_on
-from dskd.model.teacher import Teacher, normalize
+from dskd.model.teacher import Teacher, normalize, weights_fingerprint
 from dskd.progress import shown
 
 _CHUNK = 16
@@ -38,35 +38,34 @@ def feature_table(
     device: torch.device,
     *,
     cache: ArrayCache | None = None,
-    key: str = "",
     progress: str | None = None,
 ) -> FeatureTable:
-    """The teacher's pyramids of images (N, S, S, 3), from the cache where `key` is known.
+    """The teacher's pyramids of images (N, S, S, 3), from the cache where these images and weights are known.
 
-    `key` must name the content of `images` and the teacher's weights. With `progress` a bar of that name
-    counts the batches that are computed on a terminal.
+    With `progress` a bar of that name counts the batches that are computed on a terminal.
     """
     with torch.no_grad():
-        sample = teacher(normalize(torch.from_numpy(np.array(images[:1])).to(device)))
+        sample = teacher(normalize(rows_on(device, images, slice(1))))
     shapes = tuple((level.shape[1], level.shape[2], level.shape[3]) for level in sample)
     size = (len(images), sum(int(np.prod(shape)) for shape in shapes))
 
     def fill(rows: npt.NDArray[Any]) -> None:
         starts = range(0, len(images), _CHUNK)
         for start in shown(starts, progress, len(starts), "batch"):
-            chunk = torch.from_numpy(np.array(images[start : start + _CHUNK])).to(device)
             with torch.no_grad():
-                pyramid = teacher(normalize(chunk))
+                pyramid = teacher(normalize(rows_on(device, images, slice(start, start + _CHUNK))))
             rows[start : start + _CHUNK] = torch.cat([level.flatten(1) for level in pyramid], dim=1).float().cpu()
 
-    return FeatureTable(_filled(cache, f"teacher features|{key}", size, fill), shapes)
+    if cache is None:
+        rows = np.empty(size, np.float32)
+        fill(rows)
+    else:
+        # The teacher's text tells strides and activations, which no weight shows; devices round differently.
+        key = f"{content_sha256(images)}|{weights_fingerprint(teacher)}|{teacher}|{shapes}|{device.type}"
+        rows = cache.get(f"teacher features|{key}", size, np.float32, fill)
+    return FeatureTable(rows, shapes)
 
 
-def _filled(
-    cache: ArrayCache | None, key: str, shape: tuple[int, int], fill: Callable[[npt.NDArray[Any]], None]
-) -> npt.NDArray[np.float32]:
-    if cache is not None:
-        return cache.get(key, shape, np.float32, fill)
-    rows = np.empty(shape, np.float32)
-    fill(rows)
-    return rows
+def content_sha256(images: npt.NDArray[np.uint8]) -> str:
+    """Hex digest of the pixels."""
+    return hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()

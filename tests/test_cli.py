@@ -237,7 +237,6 @@ def test_textures_of_a_folder_are_recorded(mvtec_root: Path, tmp_path: Path) -> 
 def test_a_failed_export_ends_in_one_line_and_leaves_nothing(
     trained: tuple[Path, Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("onnxruntime", reason="needs pip install 'dskd[onnx]'")
     export = importlib.import_module("dskd.export")
     monkeypatch.setattr(export, "build_model", lambda *_: importlib.import_module("onnx").ModelProto())
     outcome = dskd("export", trained[0], "--onnx", tmp_path / "wood.onnx")

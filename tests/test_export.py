@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,9 +26,6 @@ from dskd.model.amplification import AmplifiedTeacher, build_amplifier
 from dskd.model.network import StudentPyramids, build_students
 from dskd.model.teacher import Pyramid, build_teacher
 from dskd.presets import PRESETS
-
-onnx = pytest.importorskip("onnx", reason="needs pip install 'dskd[onnx]'")
-onnxruntime = pytest.importorskip("onnxruntime", reason="needs pip install 'dskd[onnx]'")
 
 NETWORK: dict[str, Any] = {
     "backbone": "test_resnet", "levels": (1, 2), "level_weights": (1.0, 1.0), "score_level_weights": (1.0, 0.5),

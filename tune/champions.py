@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import ray
 import torch
 
-from dskd.checkpoint import DetectorRecord, folder_in_making, read_record, rewrite_record
+from dskd.atomic import folder_in_making
+from dskd.checkpoint import DetectorRecord, read_record, rewrite_record
 from dskd.detector import Detector
 from tune.storage import Storage, StorageError
 

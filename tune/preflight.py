@@ -62,13 +62,16 @@ def check_cluster(settings: SearchSettings) -> None:
 
 
 def _check_state_api() -> None:
-    """Ray Train frees the workers of a stopped trial only where the State API answers (ray issue 54305)."""
+    """Ray Train frees the workers of a trial that died before its first report only where the State API answers.
+
+    Those of a trial that has reported are freed by `tune.study` itself (ray issue 54305).
+    """
     from ray.util.state import list_nodes
 
     try:
         list_nodes(timeout=20)
     except Exception as error:  # the API fails in many ways, all meaning the same here
         raise ConnectionError(
-            "trials of several workers need Ray's State API, or pruned ones would hold their CPUs for ever, and it "
+            "trials of several workers need Ray's State API, or lost ones could hold their CPUs for ever, and it "
             f"does not answer ({str(error).splitlines()[0][:200]}); install ray[default] and start the dashboard."
         ) from None

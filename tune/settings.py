@@ -17,7 +17,7 @@ class SearchSettings:
     """Search the hyperparameters of a detector for each category, on a Ray cluster."""
 
     data: str
-    """Folder of categories in the MVTec AD layout, at the same path on every node."""
+    """Folder of categories, at the same path on every node; dskd check-data names the layouts."""
     categories: str = "all"
     """Categories to search, separated by commas, or all."""
     name: str = "search"

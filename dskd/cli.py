@@ -158,6 +158,13 @@ def train(
         _train(run, unfinished, checkpoint_seconds)
         record, weights = run.detector()
         write_detector(out, record, weights, preview_of(run, record))
+    if record.metrics.get("val/score_candidates"):
+        _say(
+            f"{record.metrics['val/score_candidates']:.0f} score configurations tried, the best of them "
+            f"{'adopted' if record.metrics['val/score_adopted'] else 'not adopted'}: gain "
+            f"{record.metrics['val/score_gain']:+.4f} ± {record.metrics['val/score_gain_error']:.4f} "
+            "on validation images that did not choose it"
+        )
     _say(f"wrote {out}: epoch {record.epoch + 1}, {_thresholds(record)}")
     if json:
         _print_json(

@@ -138,6 +138,9 @@ class ScoreConfig:
     """Standard deviation in pixels of the Gaussian over a 256-pixel map, scaled with image_size; 0: none."""
     score_top_fraction: float = 0.0
     """Image score = mean of this share of the highest map values; 0: the maximum (all four papers)."""
+    score_candidates: int = 0
+    """Other values of the fields above tried on the validation images after training, which costs no retraining;
+    0: none, as in all four papers."""
 
     def __post_init__(self) -> None:
         _require_weights("score_level_weights", self.score_level_weights)
@@ -152,6 +155,7 @@ class ScoreConfig:
             0 <= self.score_top_fraction <= 1,
             f"score_top_fraction must lie in [0, 1], got {self.score_top_fraction}.",
         )
+        _require(self.score_candidates >= 0, f"score_candidates must not be negative, got {self.score_candidates}.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,12 +12,13 @@ from dskd.atomic import file_in_making
 from dskd.calibration import calibrate
 from dskd.checkpoint import DetectorRecord
 from dskd.config import RunConfig
-from dskd.evaluate import inspect, measure_shared
+from dskd.evaluate import disagreements, inspect, measure, measure_shared
 from dskd.materials import Materials
 from dskd.metrics import Scores
 from dskd.model.batchnorm import share_batchnorm
 from dskd.model.network import build_students
 from dskd.model.teacher import UNREADABLE
+from dskd.score_search import search_scores
 from dskd.train import Epoch, NonFiniteLoss, Shard, Step, build_optimizer, fit_steps
 
 STATE_FILE = "training.pt"
@@ -191,17 +192,17 @@ class Distillation:
     def detector(self, revision: str = "") -> tuple[DetectorRecord, dict[str, Tensor]]:
         """Record and weights (teacher and best students) of the finished detector.
 
-        Leaves `students` with the weights of the best epoch.
+        With `score_candidates` its score configuration is the one that `search_scores` found, and the record's
+        `val/` figures are those of that configuration. Leaves `students` with the weights of the best epoch.
         """
         assert self.best_scores is not None, "no epoch has been trained"
         self.students.load_state_dict(self.best_weights)
         materials = self.materials
-        seen = inspect(
-            materials.calibration_features, self.students, materials.calibration_images, self.config, self.device
-        )
+        config, scores, searched = self._with_best_score()
+        seen = inspect(materials.calibration_features, self.students, materials.calibration_images, config, self.device)
         record = DetectorRecord(
             category=materials.category,
-            config=self.config,
+            config=config,
             teacher=materials.teacher_source,
             teacher_sha256=materials.teacher_sha256,
             data_sha256=materials.data_sha256,
@@ -213,11 +214,39 @@ class Distillation:
             epoch=self.best_epoch,
             thresholds=calibrate(seen.scores.tolist()),
             metrics={
-                "val/objective": self.best_objective,
-                **{f"val/{name}": value for name, value in self.best_scores._asdict().items()},
+                "val/objective": objective(scores),
+                **{f"val/{name}": value for name, value in scores._asdict().items()},
+                **searched,
             },
             revision=revision,
         )
         weights = {f"teacher.{name}": value.cpu() for name, value in materials.teacher.state_dict().items()}
         weights |= {f"students.{name}": value for name, value in self.best_weights.items()}
         return record, weights
+
+    def _with_best_score(self) -> tuple[RunConfig, Scores, dict[str, float]]:
+        """The configuration with the best score parameters known for `students`, its figures, and what it gained."""
+        assert self.best_scores is not None
+        if not self.config.score.score_candidates:
+            return self.config, self.best_scores, {}
+        materials, truth = self.materials, self.materials.validation
+        found = search_scores(
+            disagreements(materials.validation_features, self.students, truth.images, self.device),
+            truth.masks,
+            truth.labels,
+            truth.has_mask,
+            truth.sources,
+            self.config.score,
+            num_candidates=self.config.score.score_candidates,
+            seed=self.config.train.seed,
+        )
+        searched = {"val/score_candidates": float(found.num_candidates)}
+        if found.num_candidates:
+            searched |= {"val/score_gain": found.gain, "val/score_gain_error": found.standard_error}
+        config = dataclasses.replace(self.config, score=found.best)
+        seen = inspect(materials.validation_features, self.students, truth.images, config, self.device)
+        scores = measure(seen, truth)
+        # The candidates were compared on a coarse grid; at full size the given configuration may still be ahead.
+        if objective(scores) < objective(self.best_scores):
+            return self.config, self.best_scores, searched | {"val/score_adopted": 0.0}
+        return config, scores, searched | {"val/score_adopted": float(found.is_adopted)}

@@ -1,17 +1,17 @@
 """Maps, scores and metrics of labelled images; the only door to test labels."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from dskd import metrics
-from dskd.anomaly import anomaly_maps, discrepancies, image_scores
+from dskd.anomaly import Discrepancies, anomaly_maps, discrepancies, image_scores
 from dskd.config import RunConfig
 from dskd.data.datasets import read_category
 from dskd.data.defects import add_defects
@@ -37,6 +37,8 @@ class LabelledImages(NamedTuple):
     has_mask: npt.NDArray[np.bool_]
     """(N,), false for a defective image without a mask file: its pixels are of neither kind, and stay out of the
     pixel figures. Normal images need none."""
+    sources: npt.NDArray[np.int64]
+    """(N,), the same number for a normal image and for its copies with synthetic defects, another for every other."""
 
 
 class Inspection(NamedTuple):
@@ -55,12 +57,15 @@ def label(samples: Sequence[Sample], images: npt.NDArray[np.uint8]) -> LabelledI
         load_masks(samples, images.shape[1]),
         np.array([sample.is_defective for sample in samples], np.bool_),
         np.array([sample.mask is not None or not sample.is_defective for sample in samples], np.bool_),
+        np.arange(len(samples)),
     )
 
 
 def join(first: LabelledImages, second: LabelledImages) -> LabelledImages:
-    """The images of both, in order."""
-    return LabelledImages(*(np.concatenate(fields) for fields in zip(first, second, strict=True)))
+    """The images of both, in order; no source is in both."""
+    apart = second._replace(sources=second.sources + first.sources.max(initial=-1) + 1)
+    pairs: Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = zip(first, apart, strict=True)
+    return LabelledImages(*(np.concatenate(pair) for pair in pairs))
 
 
 def synthetic_validation(
@@ -79,6 +84,7 @@ def synthetic_validation(
         np.concatenate([np.zeros(normals.shape[:3], np.bool_), masks]),
         np.arange(len(normals) + count) >= len(normals),
         np.ones(len(normals) + count, np.bool_),
+        np.concatenate([np.arange(len(normals)), np.arange(count) % len(normals)]),
     )
 
 
@@ -110,20 +116,48 @@ def inspect(
 
     `teacher` is the network, or the table of its pyramids of the same images.
     """
-    students.eval()
     order = np.arange(len(images)) if indices is None else np.asarray(indices, np.int64)
     size = images.shape[1]
     maps = np.empty((len(order), size, size), np.float32)
     scores = np.empty(len(order), np.float32)
+    start = 0
+    for found in _compared(teacher, students, images, device, order):
+        batch = anomaly_maps(found, config.score, size)
+        maps[start : start + len(batch)] = batch.float().cpu().numpy()
+        pooled = image_scores(batch, config.score.score_top_fraction)
+        scores[start : start + len(batch)] = pooled.float().cpu().numpy()
+        start += len(batch)
+    return Inspection(maps, scores)
+
+
+@torch.inference_mode()
+def disagreements(
+    teacher: Teacher | FeatureTable, students: nn.Module, images: npt.NDArray[np.uint8], device: torch.device
+) -> Discrepancies:
+    """What all score configurations start from, of images (N, S, S, 3), on the CPU."""
+    batches = list(_compared(teacher, students, images, device, np.arange(len(images))))
+
+    def joined(parts: Sequence[tuple[Tensor, ...] | None]) -> tuple[Tensor, ...] | None:
+        known = [part for part in parts if part is not None]
+        return tuple(torch.cat(level).cpu() for level in zip(*known, strict=True)) if known else None
+
+    return Discrepancies(joined([batch.encoder for batch in batches]), joined([batch.decoder for batch in batches]))
+
+
+def _compared(
+    teacher: Teacher | FeatureTable,
+    students: nn.Module,
+    images: npt.NDArray[np.uint8],
+    device: torch.device,
+    order: npt.NDArray[np.int64],
+) -> Iterator[Discrepancies]:
+    students.eval()
     for start in range(0, len(order), _BATCH):
         chosen = order[start : start + _BATCH]
         pixels = normalize(rows_on(device, images, chosen))
         targets = teacher.pyramid(chosen, device) if isinstance(teacher, FeatureTable) else teacher(pixels)
         outputs = students(pixels, targets)
-        batch = anomaly_maps(discrepancies(targets, outputs.encoder, outputs.decoder), config.score, size)
-        maps[start : start + _BATCH] = batch.float().cpu().numpy()
-        scores[start : start + _BATCH] = image_scores(batch, config.score.score_top_fraction).float().cpu().numpy()
-    return Inspection(maps, scores)
+        yield discrepancies(targets, outputs.encoder, outputs.decoder)
 
 
 def measure(inspection: Inspection, truth: LabelledImages) -> Scores:

@@ -44,15 +44,36 @@ def test_held_out_images_take_no_part_in_training(tiny: RunConfig, materials: Ma
 
 
 def test_validation_is_normals_and_their_copies_with_masked_defects(materials: Materials) -> None:
-    images, masks, labels, has_mask = materials.validation
+    images, masks, labels, has_mask, sources = materials.validation
     assert has_mask.all()
     num_normals = int((~labels).sum())
     assert labels.tolist() == [False] * num_normals + [True] * 32
     assert not masks[~labels].any() and masks[labels].any(axis=(1, 2)).all()
     for index in np.flatnonzero(labels):
-        original = images[(index - num_normals) % num_normals]
+        original = images[sources[index]]
         change = np.abs(images[index].astype(int) - original).sum(axis=-1)
         assert change[masks[index]].mean() > 10 * change[~masks[index]].mean()
+
+
+def test_the_detector_scores_as_its_search_of_score_parameters_found(tiny: RunConfig, materials: Materials) -> None:
+    searching = tiny.with_values({"score_candidates": 40})
+    run = Distillation.begin(searching, materials, CPU)
+    list(run.epochs())
+    record, _ = run.detector()
+    assert record.metrics["val/score_candidates"] == 0, "two held-out images are too few to measure a gain on"
+    assert record.config == searching and record.metrics["val/objective"] == run.best_objective
+
+    # As if each defective copy were an image of its own: enough sources to halve.
+    count = len(materials.validation.labels)
+    truth = materials.validation._replace(sources=np.arange(count), labels=np.arange(count) % 2 == 0)
+    run.materials = materials._replace(validation=truth)
+    run.best_scores = measure(inspect(materials.validation_features, run.students, truth.images, tiny, CPU), truth)
+    record, _ = run.detector()
+    assert record.metrics["val/score_candidates"] == 42
+    seen = inspect(materials.validation_features, run.students, truth.images, record.config, CPU)
+    assert record.metrics["val/objective"] == objective(measure(seen, truth)) >= objective(run.best_scores)
+    calibrated = inspect(materials.calibration_features, run.students, materials.calibration_images, record.config, CPU)
+    assert record.thresholds == calibrate(calibrated.scores.tolist())
 
 
 def test_the_test_split_is_never_opened(
@@ -117,7 +138,8 @@ def test_validation_images_of_the_user_are_held_out_and_judge(
     assert len(found.train_images) == 12 and found.num_validation_defects == 3
     held = {*found.validation_files, *found.calibration_files}
     assert held == {"validation/good/000.png", "validation/good/001.png"} and len(found.calibration_files) == 1
-    images, masks, labels, has_mask = found.validation
+    images, masks, labels, has_mask, sources = found.validation
+    assert sources.tolist() == [0] * 33 + [1, 2, 3]
     assert labels.tolist() == [False] + [True] * 35
     assert has_mask.tolist() == [True] * 35 + [False]
     scratched = [load_image(tile / f"validation/scratch/00{index}.png", 32) for index in range(3)]

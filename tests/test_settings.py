@@ -94,8 +94,8 @@ def test_an_address_goes_before_the_environments(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_trials_vary_the_preset_with_the_flags_on_top(preset: Any) -> None:
-    run = settings(preset=preset, epochs=7, image_size=64).run_config()
-    assert run == PRESETS[preset].with_values({"epochs": 7, "image_size": 64})
+    run = settings(preset=preset, epochs=7, image_size=64, score_candidates=9).run_config()
+    assert run == PRESETS[preset].with_values({"epochs": 7, "image_size": 64, "score_candidates": 9})
     assert settings(preset=preset, batch_size=5).run_config().train.batch_size == 5
 
 

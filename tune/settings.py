@@ -34,6 +34,8 @@ class SearchSettings:
     """hub, a .safetensors or .pth file at the same path on every node, or random (wiring tests)."""
     batch_size: int | None = None
     """Images of one optimiser step over all workers; the preset's unless given."""
+    score_candidates: int = 500
+    """Score configurations tried on each trained trial without retraining it; 0: none."""
     workers_per_trial: int = 1
     """Processes of one trial; more than one train with DDP, on several nodes where needed."""
     gpus_per_worker: float | None = None
@@ -112,7 +114,11 @@ class SearchSettings:
 
         Raises ValueError on values out of range.
         """
-        changes: dict[str, object] = {"epochs": self.epochs, "image_size": self.image_size}
+        changes: dict[str, object] = {
+            "epochs": self.epochs,
+            "image_size": self.image_size,
+            "score_candidates": self.score_candidates,
+        }
         if self.batch_size is not None:
             changes["batch_size"] = self.batch_size
         return PRESETS[self.preset].with_values(changes)

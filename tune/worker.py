@@ -120,6 +120,8 @@ def train(
             with TemporaryDirectory(prefix="dskd-") as temporary:
                 if is_last:
                     record, weights = run.detector(assignment.revision)
+                    # The detector as delivered: its score parameters may be better than those trained with.
+                    metrics |= {"objective": record.metrics["val/objective"], **record.metrics}
                     write_detector(Path(temporary) / DETECTOR_FOLDER, record, weights, preview_of(run, record))
                 else:
                     run.save(Path(temporary))

@@ -82,7 +82,7 @@ def preview_of(run: Distillation, record: DetectorRecord, count: int = 4) -> npt
     """A sheet (H, W, 3) of validation images with synthetic defects, as the best students see them."""
     truth = run.materials.validation
     chosen = np.flatnonzero(truth.labels)[:count].tolist()
-    seen = inspect(run.materials.validation_features, run.students, truth.images, run.config, run.device, chosen)
+    seen = inspect(run.materials.validation_features, run.students, truth.images, record.config, run.device, chosen)
     threshold = threshold_for(record.thresholds, 0.01).value
     note = "untrained teacher" if record.is_untrained_teacher else ""
     pictures = [

@@ -1,0 +1,175 @@
+"""Better score parameters for students that are already trained: how maps are fused, blurred and pooled.
+
+Thousands of configurations a minute are tried on the discrepancies of the validation images, without
+retraining. So many tries on so few images find something better by chance alone; a winner is therefore
+adopted only where winners of the same procedure, found on one half of the images, are better on the other half.
+"""
+
+import dataclasses
+import math
+import time
+from typing import NamedTuple, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dskd import metrics
+from dskd.anomaly import Discrepancies, anomaly_maps, image_scores
+from dskd.config import Fusion, ScoreConfig
+
+_GRID = 32
+"""Side of the maps that candidates are compared on; blur scales with it."""
+_REPEATS = 3
+"""Times that the images are halved anew."""
+_STUDENT_FUSIONS = (*get_args(Fusion), "noisy-or")
+_TOP_FRACTIONS = (0.0, 0.002, 0.005, 0.01, 0.03)
+
+
+class ScoreSearch(NamedTuple):
+    """What a search of score parameters found; gains are of the mean of image AUROC and AUPRO."""
+
+    best: ScoreConfig
+    """The winner where it is adopted, else the baseline: the given configuration, or the same with equal weights
+    where that is as good."""
+    is_adopted: bool
+    """Whether winners beat the baseline on images that did not choose them by more than the standard error."""
+    gain: float
+    """Mean of winner minus baseline on the images that did not choose the winner."""
+    standard_error: float
+    num_candidates: int
+    seconds: float
+
+
+def search_scores(
+    found: Discrepancies,
+    masks: npt.NDArray[np.bool_],
+    labels: npt.NDArray[np.bool_],
+    has_mask: npt.NDArray[np.bool_],
+    sources: npt.NDArray[np.int64],
+    given: ScoreConfig,
+    *,
+    num_candidates: int,
+    seed: int = 0,
+) -> ScoreSearch:
+    """Try `num_candidates` configurations of level weights, student weights, fusion, blur and pooling.
+
+    `found` are the discrepancies of N validation images; `masks` (N, S, S), `labels`, `has_mask` and `sources`
+    (N,) as in `LabelledImages`. An image and its defective copies always lie in the same half of the images.
+
+    The gain is measured by repeated halving: the winner of one half is compared with the baseline on the
+    other. Its standard error is that of Nadeau and Bengio (2003), which allows for halves of the same images.
+    With fewer than four sources nothing can be measured, and `given` stays.
+    """
+    started = time.perf_counter()
+    rng = np.random.default_rng(seed)
+    halves = _halves(sources, labels, rng)
+    if not halves or num_candidates < 1:
+        return ScoreSearch(given, False, 0.0, math.inf, 0, time.perf_counter() - started)
+    candidates = [given, _equal_weights(given), *(_draw(given, found, rng) for _ in range(num_candidates))]
+    found, truth = _on_grid(found), _reduced(masks)
+    parts = [np.arange(len(labels)), *(half for pair in halves for half in pair)]
+    objectives = np.array([_objectives(found, truth, labels, has_mask, each, parts) for each in candidates])
+    baseline = 1 if objectives[1, 0] >= objectives[0, 0] else 0
+    gains = []
+    for index in range(len(halves)):
+        first, second = objectives[:, 1 + 2 * index], objectives[:, 2 + 2 * index]
+        gains += [second[first.argmax()] - second[baseline], first[second.argmax()] - first[baseline]]
+    gain = float(np.mean(gains))
+    # One half chooses as many images as the other measures: a ratio of 1 in Nadeau and Bengio's correction.
+    error = math.sqrt((1 / len(gains) + 1) * float(np.var(gains, ddof=1)))
+    winner = int(objectives[:, 0].argmax())
+    is_adopted = gain > error and winner != baseline
+    return ScoreSearch(
+        candidates[winner if is_adopted else baseline],
+        is_adopted,
+        gain,
+        error,
+        len(candidates),
+        time.perf_counter() - started,
+    )
+
+
+def _equal_weights(given: ScoreConfig) -> ScoreConfig:
+    return dataclasses.replace(
+        given,
+        score_level_weights=(1.0,) * len(given.score_level_weights),
+        encoder_score_weight=1.0,
+        decoder_score_weight=1.0,
+    )
+
+
+def _draw(given: ScoreConfig, found: Discrepancies, rng: np.random.Generator) -> ScoreConfig:
+    """A candidate; weights are drawn uniformly over their share of the whole."""
+    levels = found.encoder or found.decoder
+    assert levels is not None
+    weights = rng.dirichlet(np.ones(len(levels))) * len(levels)
+    changes: dict[str, object] = {
+        "score_level_weights": tuple(round(float(weight), 3) for weight in weights),
+        "level_fusion": str(rng.choice(get_args(Fusion))),
+        "blur_sigma": round(float(rng.uniform(1, 8)), 2),
+        "score_top_fraction": float(rng.choice(_TOP_FRACTIONS)),
+    }
+    if found.encoder is not None and found.decoder is not None:
+        share = round(float(rng.uniform(0, 1)), 3)
+        changes |= {
+            "encoder_score_weight": share,
+            "decoder_score_weight": round(1 - share, 3),
+            "student_fusion": str(rng.choice(_STUDENT_FUSIONS)),
+        }
+    return dataclasses.replace(given, **changes)  # type: ignore[arg-type]
+
+
+def _objectives(
+    found: Discrepancies,
+    truth: npt.NDArray[np.bool_],
+    labels: npt.NDArray[np.bool_],
+    has_mask: npt.NDArray[np.bool_],
+    config: ScoreConfig,
+    parts: list[npt.NDArray[np.int64]],
+) -> list[float]:
+    """Mean of image AUROC and AUPRO of each part of the images."""
+    maps = anomaly_maps(found, config, _GRID)
+    scores = image_scores(maps, config.score_top_fraction).numpy()
+    pixels = maps.numpy()
+    figures = []
+    for part in parts:
+        known = part[has_mask[part]]
+        figures.append((metrics.auroc(scores[part], labels[part]) + metrics.aupro(pixels[known], truth[known])) / 2)
+    return figures
+
+
+def _halves(
+    sources: npt.NDArray[np.int64], labels: npt.NDArray[np.bool_], rng: np.random.Generator
+) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+    """Random halves of the sources, as the images of each; none where they are too few."""
+    names = np.unique(sources)
+    if len(names) < 4:
+        return []
+    halves = []
+    for _ in range(_REPEATS):
+        chosen = rng.permutation(names)[: len(names) // 2]
+        is_first = np.isin(sources, chosen)
+        if all(len(set(labels[side].tolist())) == 2 for side in (is_first, ~is_first)):
+            halves.append((np.flatnonzero(is_first), np.flatnonzero(~is_first)))
+    return halves
+
+
+def _on_grid(found: Discrepancies) -> Discrepancies:
+    """Every level on the grid: what all candidates would otherwise do anew."""
+
+    def resize(levels: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
+        if levels is None:
+            return None
+        return tuple(F.interpolate(level[:, None], (_GRID, _GRID), mode="area")[:, 0] for level in levels)
+
+    return Discrepancies(resize(found.encoder), resize(found.decoder))
+
+
+def _reduced(masks: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Masks on the grid; a cell is defective where any of its pixels is, so that no defect vanishes."""
+    cells = F.adaptive_max_pool2d(torch.from_numpy(masks)[:, None].float(), _GRID)
+    reduced: npt.NDArray[np.bool_] = cells[:, 0].numpy() > 0
+    return reduced

@@ -64,7 +64,11 @@ def overlay(prediction: Prediction, note: str = "") -> Image.Image:
         anchor="ra",
     )
     if note:
-        draw.text((_PANEL + 10, _CAPTION + _PANEL - 22), note, _BAD, font=small)
+        # Wider than a panel: from the right edge leftwards, on a ground that any image leaves readable.
+        place = (2 * _PANEL - 10, _CAPTION + _PANEL - 10)
+        left, top, right, bottom = draw.textbbox(place, note, small, anchor="rs")
+        draw.rectangle([left - 6, top - 4, right + 6, bottom + 4], fill=_PAPER)
+        draw.text(place, note, _BAD, small, anchor="rs")
     return canvas
 
 

@@ -19,6 +19,7 @@ from tune.settings import SearchSettings
 from tune.storage import Storage
 from tune.study import Study, search_category
 from tune.tracking import CategoryEnded, Tracker, TrackingAway
+from tune.trial import driver_resources
 from tune.worker import Assignment
 
 # A decorated function would be pickled by value and lose its module's state; this one goes by reference.
@@ -51,7 +52,8 @@ def run_search(
     slots = settings.max_concurrent or concurrent_trials(assignment)
     side_by_side = min(len(categories), slots)
     concurrency = max(1, slots // side_by_side)
-    events = Queue(actor_options={"num_cpus": 0})
+    stays = driver_resources()
+    events = Queue(actor_options={"num_cpus": 0, "resources": stays})
     all_done = threading.Event()
 
     def relay() -> None:
@@ -70,7 +72,8 @@ def run_search(
             assignment, category=category, workers_uri=f"{settings.search_uri}/workers/{category}"
         )
         try:
-            study = ray.get(_search_category.remote(settings, mine, concurrency, events))
+            task = _search_category.options(resources=stays)
+            study = ray.get(task.remote(settings, mine, concurrency, events))
             outcome, tags = _conclude(settings, mine, study, tracker, progress)
         except Exception as error:  # whatever it was, the other categories go on
             reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]

@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import ray
 import ray.train
 import ray.train.torch
 import ray.tune
@@ -18,6 +19,8 @@ from tune.worker import Assignment, run_worker, train
 
 MAX_FAILURES = 3
 """Times that a trial starts again from its last checkpoint after its process or node was lost."""
+DRIVER_RESOURCE = "dskd_driver"
+"""Custom resource of nodes that stay: whatever waits for others asks for a bit of it, so that no spot node holds it."""
 _DRIVER_MEMORY = 512 * 2**20
 
 
@@ -68,8 +71,16 @@ def trial_resources(assignment: Assignment) -> ray.tune.PlacementGroupFactory:
     if assignment.num_workers > 1:
         # No CPU: the workers may need every one. Ray refuses an empty reservation, so take the memory
         # that this waiting process really uses.
-        return ray.tune.PlacementGroupFactory([{"memory": _DRIVER_MEMORY}])
+        return ray.tune.PlacementGroupFactory([{"memory": _DRIVER_MEMORY, **driver_resources()}])
     bundle = {"CPU": assignment.cpus_per_worker}
     if assignment.gpus_per_worker > 0:
         bundle["GPU"] = assignment.gpus_per_worker
     return ray.tune.PlacementGroupFactory([bundle])
+
+
+def driver_resources() -> dict[str, float]:
+    """What a process that only waits for others asks for: a thousandth of `dskd_driver`, where a node offers any.
+
+    Ray Train's controller runs on the node of the process that started it, so it stays off spot nodes too.
+    """
+    return {DRIVER_RESOURCE: 0.001} if DRIVER_RESOURCE in ray.cluster_resources() else {}

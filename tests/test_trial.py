@@ -1,0 +1,27 @@
+"""What a trial reserves, as far as it can be seen without a cluster."""
+
+import dataclasses
+
+import pytest
+import ray
+
+from dskd.config import RunConfig
+from tune.trial import driver_resources, trial_resources
+from tune.worker import Assignment
+
+ALONE = Assignment(
+    config=RunConfig().to_dict(), data="", category="", teacher_weights="random", cache_gb=0, num_workers=1,
+    cpus_per_worker=2, gpus_per_worker=0.5, workers_uri="", revision="",
+)  # fmt: skip
+NESTED = dataclasses.replace(ALONE, num_workers=2)
+
+
+@pytest.mark.parametrize(("offered", "asked"), [({"CPU": 8.0}, {}), ({"dskd_driver": 1.0}, {"dskd_driver": 0.001})])
+def test_only_what_waits_asks_for_a_node_that_stays(
+    offered: dict[str, float], asked: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: offered)
+    assert driver_resources() == asked
+    (waiting,) = trial_resources(NESTED).bundles
+    assert {name: share for name, share in waiting.items() if name != "memory"} == asked
+    assert trial_resources(ALONE).bundles == [{"CPU": 2.0, "GPU": 0.5}], "a trial that computes goes where it can"

@@ -69,7 +69,8 @@ def _check_state_api() -> None:
     from ray.util.state import list_nodes
 
     try:
-        list_nodes(timeout=20)
+        # Without an address it looks for clusters on this machine, and there may be others.
+        list_nodes(address=ray.get_runtime_context().gcs_address, timeout=20)
     except Exception as error:  # the API fails in many ways, all meaning the same here
         raise ConnectionError(
             "trials of several workers need Ray's State API, or lost ones could hold their CPUs for ever, and it "

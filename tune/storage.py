@@ -130,17 +130,25 @@ class Storage:
         return f"{self._root}/{name}"
 
     def _insistently(self, act: Callable[[], _T], what: str) -> _T:
-        for pause in _PAUSES:
-            try:
-                return act()
-            except StorageError:
-                raise
-            except (OSError, pyarrow.ArrowException):
-                time.sleep(pause)
+        return insistently(act, f"{what} at {self.uri}")
+
+
+def insistently(act: Callable[[], _T], what: str) -> _T:
+    """What `act` returns, tried again with growing pauses, for about a minute in all, while the storage is away.
+
+    Raises StorageError, naming `what`, where that did not help.
+    """
+    for pause in _PAUSES:
         try:
             return act()
-        except (OSError, pyarrow.ArrowException) as error:
-            raise StorageError(f"{what} at {self.uri} failed {len(_PAUSES) + 1} times: {_first_line(error)}") from None
+        except StorageError:
+            raise
+        except (OSError, pyarrow.ArrowException):
+            time.sleep(pause)
+    try:
+        return act()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise StorageError(f"{what} failed {len(_PAUSES) + 1} times: {_first_line(error)}") from None
 
 
 def open_search(storage: str, name: str) -> Storage:

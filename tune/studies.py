@@ -1,7 +1,6 @@
 """All categories of a search: a process for each, one writer for what they report, the champions at the end."""
 
 import dataclasses
-import math
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,18 +11,20 @@ from typing import Any, NamedTuple
 import ray
 import ray.exceptions
 from ray.util.queue import Empty, Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tune.champions import Champion, crown, evaluate_on_test, find_champion, note_run
 from tune.progress import Progress
 from tune.settings import SearchSettings
 from tune.storage import Storage
-from tune.study import Study, search_category
+from tune.study import Study, concurrent_trials, search_category
 from tune.tracking import CategoryEnded, Tracker, TrackingAway
 from tune.trial import driver_resources
 from tune.worker import Assignment
 
 # A decorated function would be pickled by value and lose its module's state; this one goes by reference.
-_search_category = ray.remote(num_cpus=0, max_retries=3)(search_category)
+# A cluster that loses nodes for days may lose this one's again and again; it goes on from Tune's last snapshot.
+_search_category = ray.remote(num_cpus=0, max_retries=100)(search_category)
 
 _TRACKING_PATIENCE = 300.0
 """Seconds that a finished category waits for a tracking server that is away."""
@@ -45,15 +46,15 @@ class Outcome(NamedTuple):
 def run_search(
     settings: SearchSettings, categories: Sequence[str], assignment: Assignment, tracker: Tracker, progress: Progress
 ) -> list[Outcome]:
-    """Search every category, as many side by side as the cluster holds trials; outcomes in their order.
+    """Search every category, as many side by side as the cluster now holds trials; outcomes in their order.
 
     An error in one category is its outcome and does not stop the others.
     """
     slots = settings.max_concurrent or concurrent_trials(assignment)
     side_by_side = min(len(categories), slots)
-    concurrency = max(1, slots // side_by_side)
-    stays = driver_resources()
-    events = Queue(actor_options={"num_cpus": 0, "resources": stays})
+    # On the driver's node: with another one, the events on their way and the search itself would be lost.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    events = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     all_done = threading.Event()
 
     def relay() -> None:
@@ -72,8 +73,8 @@ def run_search(
             assignment, category=category, workers_uri=f"{settings.search_uri}/workers/{category}"
         )
         try:
-            task = _search_category.options(resources=stays)
-            study = ray.get(task.remote(settings, mine, concurrency, events))
+            task = _search_category.options(resources=driver_resources())
+            study = ray.get(task.remote(settings, mine, side_by_side, events))
             outcome, tags = _conclude(settings, mine, study, tracker, progress)
         except Exception as error:  # whatever it was, the other categories go on
             reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
@@ -92,20 +93,6 @@ def run_search(
     finally:
         all_done.set()
         relaying.join()
-
-
-def concurrent_trials(assignment: Assignment) -> int:
-    """How many trials the cluster can hold at once, at least 1."""
-    have: dict[str, float] = ray.cluster_resources()
-    needs = {"CPU": assignment.cpus_per_worker, "GPU": assignment.gpus_per_worker}
-    return max(
-        1,
-        min(
-            math.floor(have.get(name, 0) / (need * assignment.num_workers) + 1e-9)
-            for name, need in needs.items()
-            if need > 0
-        ),
-    )
 
 
 def _conclude(

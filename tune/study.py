@@ -6,9 +6,10 @@ Ray Tune keeps module-level state that two experiments in one process corrupt (s
 
 import functools
 import logging
+import math
 import os
-import time
 import zlib
+from collections.abc import Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,8 +47,25 @@ class Study(NamedTuple):
     """(trial id, address of its detector folder); None where no trial reached its last epoch."""
 
 
-def search_category(settings: SearchSettings, assignment: Assignment, concurrency: int, events: Queue) -> Study:
+def concurrent_trials(assignment: Assignment) -> int:
+    """How many trials the cluster can hold at once as it is now, at least 1."""
+    have: dict[str, float] = ray.cluster_resources()
+    needs = {"CPU": assignment.cpus_per_worker, "GPU": assignment.gpus_per_worker}
+    return max(
+        1,
+        min(
+            math.floor(have.get(name, 0) / (need * assignment.num_workers) + 1e-9)
+            for name, need in needs.items()
+            if need > 0
+        ),
+    )
+
+
+def search_category(settings: SearchSettings, assignment: Assignment, side_by_side: int, events: Queue) -> Study:
     """Run or continue the trials of `assignment.category`, telling `events` what happens to them.
+
+    It runs `--max-concurrent` trials at once, or as many as the cluster holds at the time, divided by
+    the `side_by_side` categories that are searched together.
 
     Meant to run in a Ray task: started again where its process was lost, it goes on from Tune's last
     snapshot.
@@ -55,6 +73,7 @@ def search_category(settings: SearchSettings, assignment: Assignment, concurrenc
     _set_up_tune()
     base = RunConfig.from_dict(assignment.config)
     _revived.update(assignment=assignment, events=events, study_url=settings.studies)
+    _revived.update(max_concurrent=settings.max_concurrent, side_by_side=side_by_side)
     trainable = ray.tune.with_resources(
         ray.tune.with_parameters(run_trial, assignment=assignment), trial_resources(assignment)
     )
@@ -68,7 +87,6 @@ def search_category(settings: SearchSettings, assignment: Assignment, concurrenc
                 metric="objective",
                 mode="max",
                 num_samples=settings.trials,
-                max_concurrent_trials=concurrency,
                 # A process that serves trial after trial saves seconds each; one whose workers are stopped
                 # from outside must not live on.
                 reuse_actors=assignment.num_workers == 1,
@@ -82,7 +100,9 @@ def search_category(settings: SearchSettings, assignment: Assignment, concurrenc
                     ),
                     storage=StudyStorage(settings.studies),
                     study_name=f"{settings.name}/{name}",
-                    points_to_evaluate=known_good(base)[: settings.trials],
+                    points_to_evaluate=_not_yet_asked_for(
+                        known_good(base)[: settings.trials], settings.studies, f"{settings.name}/{name}"
+                    ),
                 ),
                 scheduler=ASHAScheduler(
                     time_attr="epoch",
@@ -103,16 +123,30 @@ def search_category(settings: SearchSettings, assignment: Assignment, concurrenc
                 verbose=0,
             ),
         )
-    results = tuner.fit()
-    _close_abandoned(settings.studies, f"{settings.name}/{name}")
-    return _summarise(results, base.train.epochs)
+    return _summarise(tuner.fit(), base.train.epochs)
 
 
-def _close_abandoned(url: str, study_name: str) -> None:
-    """Mark what a killed process asked Optuna for, and no trial took up again, as failed."""
-    study = optuna.load_study(study_name=study_name, storage=url)
+def _not_yet_asked_for(points: list[dict[str, Any]], url: str, study_name: str) -> list[dict[str, Any]]:
+    """Those of `points` that no search killed before its first snapshot has put into the study already."""
+    storage = StudyStorage(url)
+    if study_name not in optuna.get_all_study_names(storage):
+        return points
+    study = optuna.load_study(study_name=study_name, storage=storage)
+    _close_abandoned(study, set())
+    asked = [trial.system_attrs.get("fixed_params") for trial in study.get_trials(deepcopy=False)]
+    return [point for point in points if point not in asked]
+
+
+def _close_abandoned(study: optuna.Study, known: Set[int]) -> None:
+    """Mark as failed what a killed process asked Optuna for and no snapshot of Tune knows.
+
+    What the study had been told to try is put back: another trial tries it.
+    """
     for trial in study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]):
-        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        if trial.number not in known:
+            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+            if told := trial.system_attrs.get("fixed_params"):
+                study.enqueue_trial(told)
 
 
 def _summarise(results: ray.tune.ResultGrid, epochs: int) -> Study:
@@ -155,11 +189,25 @@ class StudyStorage(optuna.storages.RDBStorage):
 
 
 class _Searcher(OptunaSearch):
-    """OptunaSearch that a search killed between two of Tune's snapshots can go on with.
+    """OptunaSearch for a cluster that grows and shrinks, and for a search killed between two of Tune's snapshots.
 
     Such a snapshot knows as running what the study already knows as finished: the trial runs its last
-    epochs once more, and what it reports of them is not news to the study.
+    epochs once more, and what it reports of them is not news to the study. And it does not know the trials
+    that were asked for since: others take their places.
     """
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        """None, which means later, while as many trials run as should."""
+        slots = _revived["max_concurrent"] or concurrent_trials(_revived["assignment"])
+        if len(self._ot_trials.keys() - self._completed_trials) >= max(1, slots // _revived["side_by_side"]):
+            return None
+        suggested: dict[str, Any] | None = super().suggest(trial_id)
+        return suggested
+
+    def restore(self, checkpoint_path: str) -> None:
+        super().restore(checkpoint_path)
+        assert self._ot_study is not None
+        _close_abandoned(self._ot_study, {trial.number for trial in self._ot_trials.values()})
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         with suppress(optuna.exceptions.UpdateFinishedTrialError):
@@ -172,6 +220,28 @@ def _revive_storage() -> StudyStorage:
 
 class _Observe(ray.tune.Callback):
     """Sends what happens to the trials of this process's category to the search's driver."""
+
+    def __init__(self) -> None:
+        self._is_recalled = False
+        self._furthest: dict[str, int] = {}
+
+    def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        """A killed driver may never have handed on how trials ended: say it once more, which changes nothing."""
+        if self._is_recalled:
+            return
+        self._is_recalled = True
+        for trial in trials:
+            if trial.is_finished():
+                self.on_trial_start(iteration, trials, trial)
+                if trial.last_result:
+                    self.on_trial_result(iteration, trials, trial, trial.last_result)
+                if trial.status == Trial.ERROR:
+                    self.on_trial_error(iteration, trials, trial)
+                else:
+                    self.on_trial_complete(iteration, trials, trial)
+
+    def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
+        self.on_step_begin(0, trials)  # where all had ended already, no step is taken
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         assignment: Assignment = _revived["assignment"]
@@ -191,9 +261,13 @@ class _Observe(ray.tune.Callback):
             for name, value in result.items()
             if (name in _EPOCH_METRICS or name.startswith("val/")) and isinstance(value, int | float)
         }
-        now = int(time.time() * 1000)
-        category = _revived["assignment"].category
-        _revived["events"].put(EpochDone(category, trial.trial_id, int(result["epoch"]), metrics, now))
+        category, epoch = _revived["assignment"].category, int(result["epoch"])
+        if epoch > self._furthest.get(trial.trial_id, 0):
+            # Failures before a new epoch are forgiven: a cluster that loses nodes for days ends no sound trial.
+            self._furthest[trial.trial_id] = epoch
+            trial.run_metadata.num_failures = 0
+        when = int(result["timestamp"] * 1000)  # of the result, so that MLflow knows one that it is told twice
+        _revived["events"].put(EpochDone(category, trial.trial_id, epoch, metrics, when))
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         last = trial.last_result or {}
@@ -228,5 +302,7 @@ def _set_up_tune() -> None:
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "2"
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    # Tune would start one trial at a time; the searcher says how many there may be.
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = "1000"
     for name in ("ray.tune", "ray.train", "optuna", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)

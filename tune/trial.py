@@ -1,6 +1,7 @@
 """One trial of a search: what Ray Tune starts, and how it gets its workers."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -15,10 +16,11 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from dskd.config import RunConfig
 from dskd.train import Shard
 from tune.space import with_suggestions
-from tune.worker import Assignment, run_worker, train
+from tune.storage import insistently
+from tune.worker import Assignment, HopelessTrial, run_worker, train
 
 MAX_FAILURES = 3
-"""Times that a trial starts again from its last checkpoint after its process or node was lost."""
+"""Times that a trial starts again from its last checkpoint, without an epoch beyond it, after a failure."""
 DRIVER_RESOURCE = "dskd_driver"
 """Custom resource of nodes that stay: whatever waits for others asks for a bit of it, so that no spot node holds it."""
 _DRIVER_MEMORY = 512 * 2**20
@@ -33,12 +35,20 @@ def run_trial(suggested: Mapping[str, Any], assignment: Assignment) -> None:
     config = with_suggestions(RunConfig.from_dict(assignment.config), suggested)
     mine = dataclasses.replace(assignment, config=config.to_dict())
     if mine.num_workers > 1:
-        _train_with_workers(mine, ray.tune.get_context().get_trial_id())
+        try:
+            _train_with_workers(mine, ray.tune.get_context().get_trial_id())
+        except ray.train.WorkerGroupError as error:
+            causes = [getattr(failure, "_base_exc", failure) for failure in error.worker_failures.values()]
+            hopeless = [cause for cause in causes if isinstance(cause, HopelessTrial)]
+            if not hopeless:
+                raise
+            ray.tune.report({"epoch": 1, "objective": 0.0, "error": str(hopeless[0])})
         return
     device = torch.device("cuda" if mine.gpus_per_worker > 0 else "cpu")
     for report in train(mine, Shard(), device, ray.tune.get_checkpoint()):
         kept = ray.tune.Checkpoint.from_directory(str(report.checkpoint)) if report.checkpoint else None
-        ray.tune.report(report.metrics, checkpoint=kept)
+        # Ray gives up after seconds; a trial started again for it would lose minutes.
+        insistently(functools.partial(ray.tune.report, report.metrics, checkpoint=kept), "keeping a checkpoint")
 
 
 def _train_with_workers(assignment: Assignment, trial_id: str) -> None:
@@ -60,7 +70,8 @@ def _train_with_workers(assignment: Assignment, trial_id: str) -> None:
             storage_path=assignment.workers_uri,
             callbacks=[TuneReportCallback()],  # type: ignore[list-item]
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
-            failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
+            # Tune counts the failures, and forgives those before an epoch that was news.
+            failure_config=ray.train.FailureConfig(max_failures=0),
         ),
     )
     trainer.fit()

@@ -1,5 +1,6 @@
 """What runs in the processes that compute: one trial's training, alone or as one of several DDP workers."""
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -22,6 +23,7 @@ from dskd.distillation import Distillation
 from dskd.materials import Materials, prepare
 from dskd.show.overlays import preview_of
 from dskd.train import NonFiniteLoss, Shard
+from tune.storage import insistently
 
 DETECTOR_FOLDER = "detector"
 PLACEMENT_GROUP = "placement_group"
@@ -48,6 +50,11 @@ class Assignment:
     revision: str
 
 
+class HopelessTrial(RuntimeError):
+    """A trial's values or data make it fail wherever it runs; the message says why. Raised on one of several
+    workers, which must end together."""
+
+
 class Report(NamedTuple):
     """One epoch's figures, and a folder to keep where it is time for a checkpoint."""
 
@@ -63,9 +70,17 @@ def run_worker(values: Mapping[str, Any]) -> None:
     resumed = ray.train.get_checkpoint()
     reserved = ray.util.get_current_placement_group()
     where = {PLACEMENT_GROUP: reserved.id.hex() if reserved else ""}
+    storage = context.get_storage()
+
+    def upload(checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+        # Ray gives up after seconds; a trial started again for it would lose minutes.
+        persist = functools.partial(storage.persist_current_checkpoint, checkpoint, name)
+        kept: ray.train.Checkpoint = insistently(persist, f"keeping {name}")
+        return kept
+
     for report in train(assignment, shard, ray.train.torch.get_device(), resumed):
         kept = ray.train.Checkpoint.from_directory(report.checkpoint) if report.checkpoint else None
-        ray.train.report(report.metrics | where, checkpoint=kept)
+        ray.train.report(report.metrics | where, checkpoint=kept, checkpoint_upload_fn=upload)
 
 
 def train(
@@ -74,61 +89,84 @@ def train(
     """Train to the last epoch, from `resumed` where given, reporting every epoch.
 
     The first worker's last report carries the finished detector in `detector/`, its earlier ones
-    now and then the state to resume from. A diverged training ends with an objective of 0 and the
-    reason under `error`: trying it again would diverge again.
+    now and then the state to resume from. What would fail again on every attempt, a diverged training or one
+    that does not fit in memory, ends with an objective of 0 and the reason under `error`; what one of
+    several workers meets alone is raised as HopelessTrial.
     """
+    last = 0
+    try:
+        for report in _train(assignment, shard, device, resumed):
+            last = int(report.metrics["epoch"])
+            yield report
+    except NonFiniteLoss as error:  # on every worker alike
+        yield Report({"epoch": last + 1, "objective": 0.0, "error": str(error)}, None)
+    except (RuntimeError, MemoryError, ValueError) as error:
+        reason = _hopeless(error)
+        if reason is None:
+            raise
+        if shard.world_size > 1:
+            raise HopelessTrial(reason) from error
+        yield Report({"epoch": last + 1, "objective": 0.0, "error": reason}, None)
+
+
+def _hopeless(error: Exception) -> str | None:
+    """Why trying again cannot help; None where it may."""
+    line = (str(error).strip().splitlines() or [""])[0]
+    # torch has a class for the memory of a GPU only.
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in line:
+        return f"out of memory: {line}"
+    return line if isinstance(error, ValueError) else None
+
+
+def _train(
+    assignment: Assignment, shard: Shard, device: torch.device, resumed: "ray.train.Checkpoint | None"
+) -> Iterator[Report]:
     torch.set_num_threads(max(1, int(assignment.cpus_per_worker)))
     device = computing_device(str(device))
     config = RunConfig.from_dict(assignment.config)
-    try:
-        materials = _materials(
-            config.data,
-            config.model.backbone,
-            config.model.levels,
-            assignment.data,
-            assignment.category,
-            assignment.teacher_weights,
-            assignment.cache_gb,
-            str(device),
-            config.amplification,
-        )
-    except NonFiniteLoss as error:  # stage I
-        yield Report({"epoch": 1, "objective": 0.0, "error": str(error)}, None)
-        return
+    materials = _materials(
+        config.data,
+        config.model.backbone,
+        config.model.levels,
+        assignment.data,
+        assignment.category,
+        assignment.teacher_weights,
+        assignment.cache_gb,
+        str(device),
+        config.amplification,
+    )
     run = Distillation.begin(config, materials, device, shard.world_size)
     if resumed is not None:
-        with resumed.as_directory() as folder:
+        with contextlib.ExitStack() as downloaded:
+            folder = insistently(lambda: downloaded.enter_context(resumed.as_directory()), "reading a checkpoint")
             if (Path(folder) / DETECTOR_FOLDER / RECORD_FILE).is_file():
                 yield _finished(Path(folder) / DETECTOR_FOLDER, config.train.epochs)
                 return
             run.restore(Path(folder))
     trained = ray.train.torch.prepare_model(run.students) if shard.world_size > 1 else run.students
     saved = time.monotonic()
-    try:
-        for progress in run.epochs(trained, shard):
-            metrics = {
-                "epoch": progress.epoch.number + 1,
-                "objective": progress.best_objective,
-                "val/objective": progress.objective,
-                **{f"val/{name}": value for name, value in progress.scores._asdict().items()},
-                **{name: value for name, value in progress.epoch._asdict().items() if name != "number"},
-            }
-            is_last = run.next_epoch == config.train.epochs
-            if shard.rank != 0 or not (is_last or time.monotonic() - saved >= CHECKPOINT_SECONDS):
-                yield Report(metrics, None)
-                continue
-            with TemporaryDirectory(prefix="dskd-") as temporary:
-                if is_last:
-                    record, weights = run.detector(assignment.revision)
-                    # The detector as delivered: its score parameters may be better than those trained with.
-                    metrics |= {"objective": record.metrics["val/objective"], **record.metrics}
-                    write_detector(Path(temporary) / DETECTOR_FOLDER, record, weights, preview_of(run, record))
-                else:
-                    run.save(Path(temporary))
-                yield Report(metrics, Path(temporary))
-            saved = time.monotonic()
-    except NonFiniteLoss as error:
-        yield Report({"epoch": run.next_epoch + 1, "objective": 0.0, "error": str(error)}, None)
+    for progress in run.epochs(trained, shard):
+        metrics = {
+            "epoch": progress.epoch.number + 1,
+            "objective": progress.best_objective,
+            "val/objective": progress.objective,
+            **{f"val/{name}": value for name, value in progress.scores._asdict().items()},
+            **{name: value for name, value in progress.epoch._asdict().items() if name != "number"},
+        }
+        is_last = run.next_epoch == config.train.epochs
+        if shard.rank != 0 or not (is_last or time.monotonic() - saved >= CHECKPOINT_SECONDS):
+            yield Report(metrics, None)
+            continue
+        with TemporaryDirectory(prefix="dskd-") as temporary:
+            if is_last:
+                record, weights = run.detector(assignment.revision)
+                # The detector as delivered: its score parameters may be better than those trained with.
+                metrics |= {"objective": record.metrics["val/objective"], **record.metrics}
+                write_detector(Path(temporary) / DETECTOR_FOLDER, record, weights, preview_of(run, record))
+            else:
+                run.save(Path(temporary))
+            yield Report(metrics, Path(temporary))
+        saved = time.monotonic()
 
 
 def _finished(detector: Path, epochs: int) -> Report:

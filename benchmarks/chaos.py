@@ -1,0 +1,453 @@
+"""A search whose processes are killed at random moments, held against the same search left alone.
+
+`python benchmarks/chaos.py` starts a Ray head and three nodes on this machine, searches once undisturbed and once
+while processes and whole nodes are killed with SIGKILL, each replaced as a cluster manager would, and compares. The
+servers are SQLite and a folder, or those of the environment (`python tests/services.py DIR &  . DIR/env`). The
+schedule of kills follows from the seed. Linux only: it finds its processes in /proc.
+"""
+
+import json
+import os
+import random
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import optuna
+import tyro
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
+
+from dskd.demo import draw_dataset
+
+ROOT = Path(__file__).resolve().parents[1]
+TARGETS = {
+    "worker": "ray::RayTrainWorker",
+    "controller": "ray::TrainController",
+    "trial": "ray::ImplicitFunc",
+    "study": "ray::search_category",
+}
+"""What a process's title begins with; a worker and a controller exist where trials have several workers."""
+KINDS = ("worker", "node", "driver", "trial", "study", "trial's node", "controller")
+_PATIENCE = 300.0
+"""Seconds that anything may take to appear."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """Kill what a search runs on, and count what it lost."""
+
+    kills: int = 21
+    seed: int = 0
+    """Of the schedule of kills."""
+    trials: int = 6
+    epochs: int = 12
+    workers_per_trial: int = 2
+    nodes: int = 3
+    cpus_per_node: int = 1
+    image_size: int = 32
+    data: Path | None = None
+    """Folder of categories, of which the first is searched; drawn unless given."""
+    longest_pause: float = 15.0
+    """Seconds at most between a target's appearance and its kill."""
+    folder: Path | None = None
+    """Keeps logs and results; a temporary folder unless given."""
+
+
+class Process(NamedTuple):
+    pid: int
+    parent: int
+    started: str
+    """In clock ticks since boot: with the pid it names a process for good."""
+    title: str
+
+
+def processes() -> dict[int, Process]:
+    """Every process of this machine that still runs, by its id."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state, parent, *rest = (folder / "stat").read_text().rpartition(")")[2].split()
+            title = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+        except OSError:  # ended meanwhile
+            continue
+        if state != "Z":
+            found[int(folder.name)] = Process(int(folder.name), int(parent), rest[17], title)
+    return found
+
+
+def below(pid: int, among: dict[int, Process]) -> list[Process]:
+    """The descendants of a process."""
+    children = [each for each in among.values() if each.parent == pid]
+    return [*children, *(each for child in children for each in below(child.pid, among))]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Cluster:
+    """A token-protected Ray head without CPUs, and nodes that can be killed."""
+
+    def __init__(self, folder: Path, env: dict[str, str]) -> None:
+        self.address = f"127.0.0.1:{_free_port()}"
+        # Ray Train's cleaner looks for the cluster by itself, and this machine may run others.
+        self.env, self._folder = env | {"RAY_ADDRESS": self.address}, folder
+        # Ray keeps sockets below this folder, whose paths may have 107 bytes.
+        self._temporary = tempfile.mkdtemp(prefix="ray-")
+        self.seen: set[Process] = set()
+        """What has run here; a process that outlives its node is a zombie."""
+        self.nodes: list[subprocess.Popen[bytes]] = []
+        self._num_started = 0
+        self._head = self._start(
+            "--head", f"--port={self.address.partition(':')[2]}", f"--dashboard-port={_free_port()}", "--num-cpus=0",
+            f"--ray-client-server-port={_free_port()}", f"--temp-dir={self._temporary}",
+        )  # fmt: skip
+
+    def add(self, cpus: int) -> None:
+        self.nodes.append(self._start(f"--address={self.address}", f"--num-cpus={cpus}"))
+
+    def _start(self, *words: str) -> subprocess.Popen[bytes]:
+        # One after the other: nodes that start at once on one machine choose the same names for their sockets.
+        self._num_started += 1
+        path = self._folder / f"node-{self._num_started}.log"
+        ports = ("--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0")
+        with path.open("wb") as log:
+            process = subprocess.Popen(
+                ["ray", "start", "--block", "--disable-usage-stats", *ports, *words],
+                env=self.env, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+        wait_for(lambda: "Ray runtime started" in path.read_text() or process.poll() is not None, "a node")
+        if process.poll() is not None:
+            raise RuntimeError(f"a node did not start: {path.read_text()[-2000:]}")
+        return process
+
+    def find(self, kind: str) -> list[Process]:
+        """Processes of a kind on the nodes."""
+        among = processes()
+        mine = [each for node in self.nodes for each in below(node.pid, among)]
+        self.seen.update(mine)
+        return [each for each in mine if each.title.startswith(TARGETS[kind])]
+
+    def kill_node(self, node: subprocess.Popen[bytes]) -> None:
+        """Kill a node's raylet with SIGKILL, and what starts it; its workers find out by themselves."""
+        for each in below(node.pid, processes()):
+            if "/raylet/raylet" in each.title.partition(" ")[0]:
+                os.kill(each.pid, signal.SIGKILL)
+        self.nodes.remove(node)
+        node.kill()
+        node.wait()
+
+    def node_of(self, process: Process) -> "subprocess.Popen[bytes] | None":
+        among = processes()
+        return next((node for node in self.nodes if process in below(node.pid, among)), None)
+
+    def zombies(self) -> list[Process]:
+        """Processes that compute for a search, though none runs, and what is left of killed nodes."""
+        computing = [each for kind in TARGETS for each in self.find(kind)]
+        among = processes()
+        alive = {each for node in self.nodes for each in below(node.pid, among)}
+        left = [each for each in self.seen if among.get(each.pid, each) is not each and among.get(each.pid)]
+        left = [each for each in left if among[each.pid].started == each.started and among[each.pid] not in alive]
+        return computing + left
+
+    def stop(self) -> None:
+        for process in (*self.nodes, self._head):
+            process.send_signal(signal.SIGTERM)
+        for process in (*self.nodes, self._head):
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        for each in self.seen:
+            if (now := processes().get(each.pid)) and now.started == each.started:
+                os.kill(each.pid, signal.SIGKILL)
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+@contextmanager
+def cluster(folder: Path, env: dict[str, str], nodes: int, cpus: int) -> Iterator[Cluster]:
+    """A head and `nodes` nodes of `cpus` CPUs each."""
+    made = Cluster(folder, env)
+    try:
+        for _ in range(nodes):
+            made.add(cpus)
+        wait_for(lambda: _held(made)["nodes"] == nodes + 1, "the cluster")
+        yield made
+    finally:
+        made.stop()
+
+
+_WHAT_IS_HELD = """
+import json, ray
+from ray.util.state import list_actors
+ray.init(log_to_driver=False, logging_level="ERROR")
+groups = [group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
+alive = [actor.class_name for actor in list_actors(limit=10000, timeout=30) if actor.state != "DEAD"]
+alive = [name for name in alive if name != "_AutoscalingCoordinatorActor"]  # Ray's own, one of a cluster
+nodes = [node for node in ray.nodes() if node["Alive"]]
+have, free = ray.cluster_resources(), ray.available_resources()
+held = {name: have[name] - free.get(name, 0) for name in ("CPU", "memory") if have.get(name, 0) != free.get(name, 0)}
+print(json.dumps({"nodes": len(nodes), "held": held, "groups": len(groups), "actors": alive}))
+"""
+
+
+def _held(made: Cluster) -> dict[str, Any]:
+    """What the cluster has and what is taken of it; `nodes` is 0 where it does not answer yet."""
+    done = subprocess.run(
+        [sys.executable, "-c", _WHAT_IS_HELD], env=made.env, capture_output=True, text=True, check=False
+    )  # fmt: skip
+    lines = [line for line in done.stdout.splitlines() if line.startswith('{"nodes"')]  # Ray says a word of its own
+    if not lines:
+        return {"nodes": 0, "held": {"?": 0}, "groups": -1, "actors": [done.stderr[-300:]]}
+    answer: dict[str, Any] = json.loads(lines[0])
+    return answer
+
+
+def wait_for(ready: Callable[[], Any], what: str, patience: float = _PATIENCE) -> Any:
+    """What `ready` returns, once it is true."""
+    deadline = time.monotonic() + patience
+    while not (found := ready()):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what} did not appear within {patience:.0f} s.")
+        time.sleep(0.2)
+    return found
+
+
+@dataclass
+class Search:
+    """The job driver of one search, started again wherever it was killed."""
+
+    name: str
+    words: list[str]
+    env: dict[str, str]
+    folder: Path
+    driver: "subprocess.Popen[bytes]" = field(init=False)
+
+    def start(self) -> "Search":
+        with (
+            (self.folder / f"{self.name}.json").open("wb") as out,
+            (self.folder / f"{self.name}.log").open("ab") as log,
+        ):
+            self.driver = subprocess.Popen(
+                [sys.executable, "tune/search.py", "--name", self.name, *self.words],
+                cwd=ROOT, env=self.env, stdout=out, stderr=log, start_new_session=True,
+            )  # fmt: skip
+        return self
+
+    def kill(self) -> None:
+        os.killpg(self.driver.pid, signal.SIGKILL)
+        self.driver.wait()
+
+    def end(self) -> None:
+        if not self.has_ended:
+            self.kill()
+
+    @property
+    def has_ended(self) -> bool:
+        return self.driver.poll() is not None
+
+    def outcome(self, seconds: float) -> dict[str, Any]:
+        """What the search says at its end.
+
+        Raises RuntimeError with the end of its log where it failed.
+        """
+        code = self.driver.wait(seconds)
+        log = (self.folder / f"{self.name}.log").read_text()
+        if code != 0:
+            raise RuntimeError(f"{self.name} ended with exit code {code}:\n{log[-3000:]}")
+        outcome: dict[str, Any] = json.loads((self.folder / f"{self.name}.json").read_text())["categories"][0]
+        return outcome
+
+
+def disturb(made: Cluster, search: Search, options: Options, say: Callable[[str], None]) -> Counter[str]:
+    """Kill as the schedule says until it is through or the search has ended; kills by kind."""
+    rng = random.Random(options.seed)
+    kinds = [kind for kind in KINDS if options.workers_per_trial > 1 or kind not in ("worker", "controller")]
+    schedule = [kind for _ in range(-(-options.kills // len(kinds))) for kind in rng.sample(kinds, len(kinds))]
+    killed: Counter[str] = Counter()
+    for kind in schedule[: options.kills]:
+        # Something of a trial computes again: otherwise the kills would be one long one.
+        computing = "worker" if options.workers_per_trial > 1 else "trial"
+        wait_for(lambda: search.has_ended or made.find(computing), computing)  # noqa: B023
+        deadline = time.monotonic() + rng.uniform(0, options.longest_pause)
+        while time.monotonic() < deadline and not search.has_ended:
+            made.find(computing)
+            time.sleep(0.2)
+        if search.has_ended:
+            break
+        if kind == "driver":
+            search.kill()
+            search.start()
+        elif kind == "node":
+            made.kill_node(rng.choice(made.nodes))
+            made.add(options.cpus_per_node)
+        else:
+            of = "trial" if kind == "trial's node" else kind
+            targets = wait_for(lambda: search.has_ended or made.find(of), kind)  # noqa: B023
+            if targets is True:
+                break
+            target = rng.choice(targets)
+            if kind != "trial's node":
+                os.kill(target.pid, signal.SIGKILL)
+            elif node := made.node_of(target):
+                made.kill_node(node)
+                made.add(options.cpus_per_node)
+        killed[kind] += 1
+        say(f"kill {sum(killed.values())}: {kind}")
+    return killed
+
+
+class Account(NamedTuple):
+    """What became of a search's trials, as MLflow and Optuna tell it."""
+
+    statuses: Counter[str]
+    doubled: int
+    """Runs of one trial beyond its first, and finished trials of the study beyond those asked for."""
+    redone: int
+    """Epochs that were reported a second time."""
+    untracked: int
+    """Epochs below a trial's last that MLflow never learnt of."""
+    champion: tuple[tuple[str, str], ...]
+    """Configuration and objective of the best finished trial."""
+
+
+def account(env: dict[str, str], name: str, category: str, trials: int) -> Account:
+    """Count the trials of a search that has ended."""
+    client = MlflowClient(tracking_uri=env["MLFLOW_TRACKING_URI"])
+    experiment = client.get_experiment_by_name(name)
+    assert experiment is not None, name
+    runs = [run for run in client.search_runs([experiment.experiment_id], max_results=5000) if _is_trial(run)]
+    known = [run for run in runs if run.data.tags["dskd.status"] != "lost"]
+    redone = untracked = 0
+    for run in known:
+        steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "loss")]
+        redone += len(steps) - len(set(steps))
+        untracked += max(steps, default=0) - len(set(steps))
+    names = Counter(run.data.tags["dskd.trial"] for run in runs)
+    study = optuna.load_study(study_name=f"{name}/{category}", storage=env["DSKD_STUDY_STORAGE"])
+    complete = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE]
+    best = max(
+        (run for run in known if run.data.tags["dskd.status"] == "finished"),
+        key=lambda run: float(run.data.metrics["objective"]),
+    )
+    return Account(
+        statuses=Counter(run.data.tags["dskd.status"] for run in runs),
+        doubled=sum(count - 1 for count in names.values()) + max(0, len(complete) - trials),
+        redone=redone,
+        untracked=untracked,
+        champion=(*sorted(best.data.params.items()), ("objective", f"{best.data.metrics['objective']:.6f}")),
+    )
+
+
+def _is_trial(run: Run) -> bool:
+    return "mlflow.parentRunId" in run.data.tags
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """That of every process here: this process's servers where it names some, a token, a checkpoint every epoch."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "DSKD_CHECKPOINT"))}
+    embedded = {
+        "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
+        "DSKD_STUDY_STORAGE": f"sqlite:///{folder}/optuna.db",
+        "DSKD_STORAGE": str(folder / "results"),
+    }
+    return embedded | kept | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "XDG_CACHE_HOME": str(folder / "cache"),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(16),
+        "DSKD_CHECKPOINT_SECONDS": "0",
+        "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+
+
+def run(options: Options, folder: Path) -> bool:
+    """Both searches; whether nothing was lost, doubled or left behind."""
+    started = time.monotonic()
+
+    def say(line: str) -> None:
+        print(f"[{time.monotonic() - started:5.0f} s] {line}", flush=True)
+
+    data = options.data
+    if data is None:
+        data = folder / "data"
+        draw_dataset(data, categories=("flange",), num_train=16, num_test=12, image_size=64)
+    category = sorted(each.name for each in data.iterdir() if each.is_dir())[0]
+    env = environment(folder)
+    with ExitStack() as stack:
+        made = stack.enter_context(cluster(folder, env, options.nodes, options.cpus_per_node))
+        words = [
+            "--data", str(data), "--categories", category, "--address", made.address, "--storage", env["DSKD_STORAGE"],
+            "--teacher-weights", "random", "--image-size", str(options.image_size), "--batch-size", "4",
+            "--epochs", str(options.epochs), "--trials", str(options.trials), "--json",
+            "--workers-per-trial", str(options.workers_per_trial),
+        ]  # fmt: skip
+        suffix = secrets.token_hex(3)  # servers may keep what earlier runs left
+        calm = Search(f"calm-{suffix}", words, env, folder).start()
+        stack.callback(calm.end)
+        calm.outcome(3600)
+        reference = account(env, calm.name, category, options.trials)
+        say(f"undisturbed: {dict(reference.statuses)}")
+        search = Search(f"chaos-{suffix}", words, env, folder).start()
+        stack.callback(search.end)
+        killed = disturb(made, search, options, say)
+        outcome = search.outcome(3600)
+        say("the disturbed search has ended")
+        found = account(env, search.name, category, options.trials)
+        # Ray's own cleaners look every few seconds.
+        deadline = time.monotonic() + 60
+        while (held := _held(made)) and time.monotonic() < deadline:
+            if not (held["held"] or held["groups"] or held["actors"] or made.zombies()):
+                break
+            time.sleep(2)
+        zombies = made.zombies()
+    total = sum(killed.values())
+    lost = options.trials - (sum(found.statuses.values()) - found.statuses["lost"])
+    is_same = found.champion == reference.champion
+    judged = [
+        (f"kills              {total} of {options.kills}: {dict(killed)}", total == options.kills),
+        (f"trials             {outcome['num_trials']} of {options.trials}: {dict(found.statuses)}",
+         outcome["num_trials"] == options.trials),
+        (f"trials lost        {lost}", lost == 0),
+        (f"trials doubled     {found.doubled}", found.doubled == 0),
+        (f"epochs redone      {found.redone}", found.redone <= total),
+        (f"epochs untracked   {found.untracked}", True),
+        (f"champion           {'the same' if is_same else f'{found.champion} instead of {reference.champion}'}",
+         is_same),
+        (f"zombie processes   {len(zombies)} {[each.title for each in zombies]}", not zombies),
+        (f"still held         {held}", not held["held"] and not held["groups"] and not held["actors"]),
+    ]  # fmt: skip
+    for line, is_right in judged:
+        print(line if is_right else f"{line}   WRONG")
+    return all(is_right for _, is_right in judged)
+
+
+def main() -> None:
+    """Exit code 1 where a search lost, doubled or left something."""
+    options = tyro.cli(Options)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the cluster would live on
+    if options.folder is not None:
+        options.folder.mkdir(parents=True, exist_ok=True)
+        sys.exit(0 if run(options, options.folder.resolve()) else 1)
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+        sys.exit(0 if run(options, Path(folder)) else 1)
+
+
+if __name__ == "__main__":
+    main()

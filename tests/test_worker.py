@@ -1,5 +1,7 @@
 import dataclasses
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from dskd import materials
 from dskd.checkpoint import read_record
 from dskd.config import AmplificationConfig, RunConfig
 from dskd.train import Shard
-from tune.worker import DETECTOR_FOLDER, Assignment, train
+from tune.worker import DETECTOR_FOLDER, Assignment, HopelessTrial, train
 
 CPU = torch.device("cpu")
 
@@ -44,3 +46,37 @@ def test_a_diverging_stage_one_ends_the_trial_with_its_reason(amplified: RunConf
     config = amplified.with_values({"amplification_learning_rate": 1e30, "amplification_epochs": 3})
     (report,) = train(assignment(config, mvtec_root), Shard(), CPU, None)
     assert report.metrics["objective"] == 0 and "stage I" in report.metrics["error"] and report.checkpoint is None
+
+
+def test_what_cannot_fit_in_memory_or_be_read_ends_the_trial_with_its_reason(
+    tiny: RunConfig, mvtec_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(*_: Any, **__: Any) -> None:
+        torch.empty(10**15)
+
+    mine = dataclasses.replace(assignment(tiny, mvtec_root), cache_gb=0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr("dskd.train.distillation_loss", too_large)
+        (report,) = train(mine, Shard(), CPU, None)
+        assert report.metrics["objective"] == 0 and report.metrics["error"].startswith("out of memory: ")
+        # Alone among several workers it must not go on to report: the others wait for it in the middle of a step.
+        patch.setattr("tune.worker._materials", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("GPU full")))
+        with pytest.raises(HopelessTrial, match="out of memory: GPU full"):
+            list(train(mine, Shard(1, 2), CPU, None))
+
+    shutil.copytree(mvtec_root / "tile", tmp_path / "tile")
+    (tmp_path / "tile/train/good/000.png").write_bytes(b"no image")
+    broken = dataclasses.replace(mine, data=str(tmp_path))
+    (report,) = train(broken, Shard(), CPU, None)
+    assert report.metrics["objective"] == 0 and "000.png" in report.metrics["error"]
+
+
+def test_a_fault_that_may_pass_is_raised_so_that_the_trial_is_tried_again(
+    tiny: RunConfig, mvtec_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED")
+
+    monkeypatch.setattr("dskd.train.distillation_loss", broken)
+    with pytest.raises(RuntimeError, match="CUDNN_STATUS"):
+        list(train(assignment(tiny, mvtec_root), Shard(), CPU, None))

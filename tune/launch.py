@@ -1,11 +1,14 @@
 """From settings to a finished search: connect, check, search, print the table."""
 
+import _thread
 import json
 import logging
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import ray
@@ -13,8 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from tune import preflight
+from tune.lease import only_search
 from tune.progress import Progress
 from tune.settings import SearchSettings
+from tune.storage import Storage
 from tune.studies import Outcome, run_search, summary
 from tune.tracking import Tracker, tracking_ui_command
 from tune.worker import Assignment
@@ -26,7 +31,8 @@ _TRACKING_PATIENCE = 600.0
 def launch(settings: SearchSettings) -> int:
     """Run a search; the exit code: 0 all categories have a champion, 1 some have none, 2 bad input."""
     try:
-        return _search(settings)
+        with ExitStack() as held:
+            return _search(settings, held)
     except (ValueError, ConnectionError, OSError) as error:
         print(f"search: error: {error}", file=sys.stderr)  # noqa: T201
         return 2
@@ -38,11 +44,12 @@ def launch(settings: SearchSettings) -> int:
             ray.shutdown()
 
 
-def _search(settings: SearchSettings) -> int:
+def _search(settings: SearchSettings, held: ExitStack) -> int:
     progress = Progress(settings.trials)
     if not settings.is_remote_storage:
         Path(settings.storage_uri).mkdir(parents=True, exist_ok=True)
     categories = preflight.check_inputs(settings)
+    held.enter_context(only_search(Storage(settings.search_uri), settings.name, partial(_end, progress)))
     if settings.teacher_weights == "random":
         progress.say("UNTRAINED TEACHER: fit to see the machinery, not for inspection")
     connect(settings.ray_address)
@@ -81,6 +88,12 @@ def _search(settings: SearchSettings) -> int:
     if settings.json:
         print(json.dumps({"name": settings.name, "categories": summary(outcomes)}, indent=2))  # noqa: T201
     return 0 if all(outcome.champion for outcome in outcomes) else 1
+
+
+def _end(progress: Progress, reason: str) -> None:
+    """From any thread, end this search as Ctrl-C does."""
+    progress.say(reason)
+    _thread.interrupt_main()
 
 
 def connect(address: str | None) -> None:

@@ -1,0 +1,82 @@
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tune import lease as module
+from tune.lease import only_search
+from tune.storage import Storage
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
+    monkeypatch.setattr(module, "_RENEWAL", 0.05)
+    monkeypatch.setattr(module, "_SETTLING", 0.0)
+    return Storage(str(tmp_path / "spring"))
+
+
+def unexpected(reason: str) -> None:
+    raise AssertionError(reason)
+
+
+def test_a_second_search_of_a_name_is_refused_and_a_later_one_is_not(store: Storage) -> None:
+    with only_search(store, "spring", unexpected):
+        with pytest.raises(ValueError, match="a search 'spring' runs already, as process .*another --name"):
+            only_search(store, "spring", unexpected).__enter__()
+        time.sleep(0.2)
+        held = store.read_json("lease.json")
+        assert held is not None and held["renewals"] > 0
+    with only_search(store, "spring", unexpected):
+        pass
+
+
+def test_the_lease_of_a_killed_search_on_this_machine_is_taken_at_once(
+    store: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = (
+        "import os, sys; from tune import lease; from tune.storage import Storage; lease._SETTLING = 0.0\n"
+        "with lease.only_search(Storage(sys.argv[1]), 'spring', print): os.kill(os.getpid(), 9)"
+    )
+    root = Path(__file__).resolve().parents[1]
+    killed = subprocess.run([sys.executable, "-c", script, store.uri], cwd=root, check=False)
+    assert killed.returncode == -9
+    left = store.read_json("lease.json")
+    assert left is not None and left["owner"]
+    monkeypatch.setattr(module, "_RENEWAL", 3600.0)  # it must not watch for renewals
+    slept: list[float] = []
+    monkeypatch.setattr(module.time, "sleep", slept.append)
+    with only_search(store, "spring", unexpected):
+        assert slept == [0.0]
+
+
+def elsewhere(renewals: int) -> dict[str, object]:
+    return {"owner": "a1", "machine": "node-7 b00t", "process": "12 345", "renewals": renewals}
+
+
+def test_the_lease_of_another_machine_is_taken_when_nobody_renews_it(store: Storage) -> None:
+    store.write_json("lease.json", elsewhere(3))
+    with only_search(store, "spring", unexpected):
+        held = store.read_json("lease.json")
+        assert held is not None and held["owner"] != "a1"
+
+
+def test_the_lease_of_another_machine_is_respected_while_it_is_renewed(store: Storage) -> None:
+    store.write_json("lease.json", elsewhere(3))
+    threading.Timer(0.12, store.write_json, ("lease.json", elsewhere(4))).start()
+    with pytest.raises(ValueError, match="on node-7; wait for it"):
+        only_search(store, "spring", unexpected).__enter__()
+    assert store.read_json("lease.json") == elsewhere(4)
+
+
+def test_a_search_whose_lease_was_taken_over_ends_and_leaves_it(store: Storage) -> None:
+    reasons: list[str] = []
+    with only_search(store, "spring", reasons.append):
+        store.write_json("lease.json", elsewhere(1))
+        deadline = time.monotonic() + 30
+        while not reasons and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert reasons == ["another search has taken 'spring' over; this one ends"]
+    assert store.read_json("lease.json") == elsewhere(1)

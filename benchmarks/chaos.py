@@ -59,6 +59,7 @@ class Options:
     image_size: int = 32
     data: Path | None = None
     """Folder of categories, of which the first is searched; drawn unless given."""
+    preset: str = "dskd"
     longest_pause: float = 15.0
     """Seconds at most between a target's appearance and its kill."""
     folder: Path | None = None
@@ -151,6 +152,18 @@ class Cluster:
         node.kill()
         node.wait()
 
+    def announce(self, seconds: int) -> None:
+        """Tell the cluster that its first node will go in so many seconds, as a cloud does before it takes it."""
+        words = ("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "reclaimed")
+        first = next(node["NodeID"] for node in _held(self)["alive"] if node["Resources"].get("CPU"))
+        done = subprocess.run(
+            ["ray", "drain-node", "--address", self.address, "--node-id", first, *words,
+             "--deadline-remaining-seconds", str(seconds)],
+            env=self.env, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode != 0:
+            raise RuntimeError(f"ray drain-node refused: {done.stderr[-500:]}")
+
     def node_of(self, process: Process) -> "subprocess.Popen[bytes] | None":
         among = processes()
         return next((node for node in self.nodes if process in below(node.pid, among)), None)
@@ -202,7 +215,7 @@ alive = [name for name in alive if name != "_AutoscalingCoordinatorActor"]  # Ra
 nodes = [node for node in ray.nodes() if node["Alive"]]
 have, free = ray.cluster_resources(), ray.available_resources()
 held = {name: have[name] - free.get(name, 0) for name in ("CPU", "memory") if have.get(name, 0) != free.get(name, 0)}
-print(json.dumps({"nodes": len(nodes), "held": held, "groups": len(groups), "actors": alive}))
+print(json.dumps({"nodes": len(nodes), "alive": nodes, "held": held, "groups": len(groups), "actors": alive}))
 """
 
 
@@ -396,7 +409,7 @@ def run(options: Options, folder: Path) -> bool:
             "--data", str(data), "--categories", category, "--address", made.address, "--storage", env["DSKD_STORAGE"],
             "--teacher-weights", "random", "--image-size", str(options.image_size), "--batch-size", "4",
             "--epochs", str(options.epochs), "--trials", str(options.trials), "--json",
-            "--workers-per-trial", str(options.workers_per_trial),
+            "--workers-per-trial", str(options.workers_per_trial), "--preset", options.preset,
         ]  # fmt: skip
         suffix = secrets.token_hex(3)  # servers may keep what earlier runs left
         calm = Search(f"calm-{suffix}", words, env, folder).start()
@@ -431,7 +444,8 @@ def run(options: Options, folder: Path) -> bool:
         (f"champion           {'the same' if is_same else f'{found.champion} instead of {reference.champion}'}",
          is_same),
         (f"zombie processes   {len(zombies)} {[each.title for each in zombies]}", not zombies),
-        (f"still held         {held}", not held["held"] and not held["groups"] and not held["actors"]),
+        (f"still held         {held['held'] or '-'} groups {held['groups']} actors {held['actors'] or '-'}",
+         not held["held"] and not held["groups"] and not held["actors"]),
     ]  # fmt: skip
     for line, is_right in judged:
         print(line if is_right else f"{line}   WRONG")

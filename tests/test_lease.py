@@ -24,7 +24,7 @@ def unexpected(reason: str) -> None:
 
 def test_a_second_search_of_a_name_is_refused_and_a_later_one_is_not(store: Storage) -> None:
     with only_search(store, "spring", unexpected):
-        with pytest.raises(ValueError, match="a search 'spring' runs already, as process .*another --name"):
+        with pytest.raises(ValueError, match=r"a search .spring. runs already, as process .*another --name"):
             only_search(store, "spring", unexpected).__enter__()
         time.sleep(0.2)
         held = store.read_json("lease.json")

@@ -1,4 +1,4 @@
-"""What the driver of a study does beside Tune, without the dashboard that Ray Train's own cleaner needs."""
+"""What the driver of a study does beside Tune: after kills, on a cluster that changes, and without a dashboard."""
 
 import os
 import time
@@ -6,13 +6,112 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import optuna
 import pytest
 import ray
 import ray.util
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from tune.study import _free_workers
+from dskd.config import RunConfig
+from tune import study as module
+from tune.study import StudyStorage, _free_workers, _not_yet_asked_for, _Observe, _Searcher
+from tune.tracking import EpochDone, Event, TrialEnded, TrialStarted
 from tune.worker import PLACEMENT_GROUP
+
+POINTS = [{"depth": 1}, {"depth": 2}]
+
+
+def depth(trial: Any) -> None:
+    trial.suggest_int("depth", 1, 100)
+
+
+@pytest.fixture
+def searcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> _Searcher:
+    url = f"sqlite:///{tmp_path}/optuna.db"
+    monkeypatch.setattr(
+        module, "_revived", {"study_url": url, "assignment": None, "max_concurrent": 100, "side_by_side": 1}
+    )
+    return search_algorithm(url)
+
+
+def search_algorithm(url: str) -> _Searcher:
+    return _Searcher(
+        depth, metric="objective", mode="max", sampler=optuna.samplers.TPESampler(seed=0), study_name="parts/bolt",
+        storage=StudyStorage(url), points_to_evaluate=_not_yet_asked_for(POINTS, url, "parts/bolt"),
+    )  # fmt: skip
+
+
+def states(searcher: _Searcher) -> list[str]:
+    assert searcher._ot_study is not None
+    return [trial.state.name for trial in searcher._ot_study.get_trials()]
+
+
+def test_a_kill_before_the_first_snapshot_neither_loses_nor_repeats_a_known_point(searcher: _Searcher) -> None:
+    assert searcher.suggest("a") == POINTS[0]
+    again = search_algorithm(module._revived["study_url"])
+    assert states(again) == ["FAIL", "WAITING", "WAITING"]
+    assert sorted([again.suggest("b"), again.suggest("c")], key=str) == POINTS
+    assert again.suggest("d") not in POINTS
+
+
+def test_a_kill_between_two_snapshots_neither_loses_nor_repeats_a_suggestion(
+    searcher: _Searcher, tmp_path: Path
+) -> None:
+    searcher.suggest("a")
+    searcher.save(str(tmp_path / "snapshot"))
+    lost = [searcher.suggest("b"), searcher.suggest("c")]
+    revived = _Searcher.__new__(_Searcher)  # Tune unpickles it
+    revived.restore(str(tmp_path / "snapshot"))
+    assert [revived.suggest("d"), revived.suggest("e")] == lost, "the known point is put back, the other drawn again"
+    revived.on_trial_complete("a", {"objective": 0.5})
+    assert states(revived).count("COMPLETE") == 1
+
+
+def test_a_search_follows_the_size_of_the_cluster(searcher: _Searcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    module._revived.update(max_concurrent=None, side_by_side=2)
+    for slots, expected in ((1, [True, False]), (6, [True, True, False]), (0, [False])):
+        monkeypatch.setattr(module, "concurrent_trials", lambda _, slots=slots: slots)
+        taken = [searcher.suggest(f"{slots}-{number}") is not None for number in range(len(expected))]
+        assert taken == expected
+    searcher.on_trial_complete("1-0", {"objective": 0.5})
+    monkeypatch.setattr(module, "concurrent_trials", lambda _: 6)
+    assert searcher.suggest("next") is not None
+
+
+def test_what_a_killed_driver_may_not_have_handed_on_is_said_once_more(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    said: list[Event] = []
+    assignment = SimpleNamespace(
+        category="bolt",
+        teacher_weights="random",
+        num_workers=1,
+        config=RunConfig().with_values({"epochs": 4}).to_dict(),
+    )
+    revived = {"assignment": assignment, "events": SimpleNamespace(put=said.append)}
+    monkeypatch.setattr(module, "_revived", revived)
+
+    def trial(name: str, status: str, epoch: int) -> Any:
+        return SimpleNamespace(
+            trial_id=name, status=status, config={}, is_finished=lambda: status != "RUNNING", get_error=lambda: "gone",
+            last_result={"epoch": epoch, "objective": 0.5, "timestamp": 1000 + epoch},
+            run_metadata=SimpleNamespace(num_failures=2),
+        )  # fmt: skip
+
+    trials = [trial("a", "TERMINATED", 4), trial("b", "ERROR", 2), trial("c", "RUNNING", 1)]
+    observe = _Observe()
+    observe.on_step_begin(0, trials)
+    observe.on_step_begin(1, trials)
+    assert [(type(event), getattr(event, "trial_id", "")) for event in said] == [
+        (kind, name) for name in "ab" for kind in (TrialStarted, EpochDone, TrialEnded)
+    ]
+    assert [event.status for event in said if isinstance(event, TrialEnded)] == ["finished", "failed"]
+    assert [event.time_ms for event in said if isinstance(event, EpochDone)] == [1004000, 1002000]
+
+    for epoch, forgiven in ((1, True), (1, False), (2, True)):
+        trials[2].run_metadata.num_failures = 2
+        observe.on_trial_result(0, trials, trials[2], {"epoch": epoch, "timestamp": 1})
+        assert (trials[2].run_metadata.num_failures == 0) is forgiven
 
 
 @pytest.mark.cluster

@@ -9,6 +9,7 @@ import torch
 from dskd import materials
 from dskd.checkpoint import read_record
 from dskd.config import AmplificationConfig, RunConfig
+from dskd.distillation import STATE_FILE
 from dskd.train import Shard
 from tune.worker import DETECTOR_FOLDER, Assignment, HopelessTrial, train
 
@@ -80,3 +81,14 @@ def test_a_fault_that_may_pass_is_raised_so_that_the_trial_is_tried_again(
     monkeypatch.setattr("dskd.train.distillation_loss", broken)
     with pytest.raises(RuntimeError, match="CUDNN_STATUS"):
         list(train(assignment(tiny, mvtec_root), Shard(), CPU, None))
+
+
+def test_a_node_that_is_announced_to_go_leaves_its_state_behind_after_the_next_epoch(
+    tiny: RunConfig, mvtec_root: Path
+) -> None:
+    config = tiny.with_values({"epochs": 4})
+    announced = iter([False, True, True, False])
+    kept = []
+    for report in train(assignment(config, mvtec_root), Shard(), CPU, None, lambda: next(announced)):
+        kept.append(report.checkpoint is not None and (report.checkpoint / STATE_FILE).is_file())
+    assert kept == [False, True, True, False], "the last report carries the detector instead"

@@ -17,7 +17,7 @@ from dskd.config import RunConfig
 from dskd.train import Shard
 from tune.space import with_suggestions
 from tune.storage import insistently
-from tune.worker import Assignment, HopelessTrial, run_worker, train
+from tune.worker import Assignment, HopelessTrial, node_is_leaving, run_worker, train
 
 MAX_FAILURES = 3
 """Times that a trial starts again from its last checkpoint, without an epoch beyond it, after a failure."""
@@ -45,7 +45,7 @@ def run_trial(suggested: Mapping[str, Any], assignment: Assignment) -> None:
             ray.tune.report({"epoch": 1, "objective": 0.0, "error": str(hopeless[0])})
         return
     device = torch.device("cuda" if mine.gpus_per_worker > 0 else "cpu")
-    for report in train(mine, Shard(), device, ray.tune.get_checkpoint()):
+    for report in train(mine, Shard(), device, ray.tune.get_checkpoint(), node_is_leaving):
         kept = ray.tune.Checkpoint.from_directory(str(report.checkpoint)) if report.checkpoint else None
         # Ray gives up after seconds; a trial started again for it would lose minutes.
         insistently(functools.partial(ray.tune.report, report.metrics, checkpoint=kept), "keeping a checkpoint")

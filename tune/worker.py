@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -78,24 +78,42 @@ def run_worker(values: Mapping[str, Any]) -> None:
         kept: ray.train.Checkpoint = insistently(persist, f"keeping {name}")
         return kept
 
-    for report in train(assignment, shard, ray.train.torch.get_device(), resumed):
+    def is_leaving() -> bool:
+        return ray.train.get_preemption_info() is not None
+
+    for report in train(assignment, shard, ray.train.torch.get_device(), resumed, is_leaving):
         kept = ray.train.Checkpoint.from_directory(report.checkpoint) if report.checkpoint else None
         ray.train.report(report.metrics | where, checkpoint=kept, checkpoint_upload_fn=upload)
 
 
+def node_is_leaving() -> bool:
+    """Whether this process's node has been announced to go: a spot instance reclaimed, a cluster that shrinks."""
+    # Ray has no public door to this outside of Ray Train, which asks here too.
+    return ray.get_runtime_context().get_node_id() in ray._private.state.state.get_draining_nodes()
+
+
+def _stays() -> bool:
+    return False
+
+
 def train(
-    assignment: Assignment, shard: Shard, device: torch.device, resumed: "ray.train.Checkpoint | None"
+    assignment: Assignment,
+    shard: Shard,
+    device: torch.device,
+    resumed: "ray.train.Checkpoint | None",
+    is_leaving: Callable[[], bool] = _stays,
 ) -> Iterator[Report]:
     """Train to the last epoch, from `resumed` where given, reporting every epoch.
 
     The first worker's last report carries the finished detector in `detector/`, its earlier ones
-    now and then the state to resume from. What would fail again on every attempt, a diverged training or one
+    now and then the state to resume from: so too at the end of every epoch once `is_leaving`, which all
+    workers ask then, says that a node will go. What would fail again on every attempt, a diverged training or one
     that does not fit in memory, ends with an objective of 0 and the reason under `error`; what one of
     several workers meets alone is raised as HopelessTrial.
     """
     last = 0
     try:
-        for report in _train(assignment, shard, device, resumed):
+        for report in _train(assignment, shard, device, resumed, is_leaving):
             last = int(report.metrics["epoch"])
             yield report
     except NonFiniteLoss as error:  # on every worker alike
@@ -119,7 +137,11 @@ def _hopeless(error: Exception) -> str | None:
 
 
 def _train(
-    assignment: Assignment, shard: Shard, device: torch.device, resumed: "ray.train.Checkpoint | None"
+    assignment: Assignment,
+    shard: Shard,
+    device: torch.device,
+    resumed: "ray.train.Checkpoint | None",
+    is_leaving: Callable[[], bool],
 ) -> Iterator[Report]:
     torch.set_num_threads(max(1, int(assignment.cpus_per_worker)))
     device = computing_device(str(device))
@@ -154,7 +176,8 @@ def _train(
             **{name: value for name, value in progress.epoch._asdict().items() if name != "number"},
         }
         is_last = run.next_epoch == config.train.epochs
-        if shard.rank != 0 or not (is_last or time.monotonic() - saved >= CHECKPOINT_SECONDS):
+        is_due = is_leaving() or is_last or time.monotonic() - saved >= CHECKPOINT_SECONDS
+        if shard.rank != 0 or not is_due:
             yield Report(metrics, None)
             continue
         with TemporaryDirectory(prefix="dskd-") as temporary:

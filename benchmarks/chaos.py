@@ -54,6 +54,8 @@ class Options:
     trials: int = 6
     epochs: int = 12
     workers_per_trial: int = 2
+    max_concurrent: int = 1
+    """Trials at once; with several, which of them is pruned depends on their speed, and so may the champion."""
     nodes: int = 3
     cpus_per_node: int = 1
     image_size: int = 32
@@ -137,9 +139,9 @@ class Cluster:
         return process
 
     def find(self, kind: str) -> list[Process]:
-        """Processes of a kind on the nodes."""
+        """Processes of a kind on the head and the nodes."""
         among = processes()
-        mine = [each for node in self.nodes for each in below(node.pid, among)]
+        mine = [each for node in (self._head, *self.nodes) for each in below(node.pid, among)]
         self.seen.update(mine)
         return [each for each in mine if each.title.startswith(TARGETS[kind])]
 
@@ -166,15 +168,15 @@ class Cluster:
 
     def node_of(self, process: Process) -> "subprocess.Popen[bytes] | None":
         among = processes()
-        return next((node for node in self.nodes if process in below(node.pid, among)), None)
+        return next((node for node in self.nodes if process.pid in {each.pid for each in below(node.pid, among)}), None)
 
     def zombies(self) -> list[Process]:
         """Processes that compute for a search, though none runs, and what is left of killed nodes."""
         computing = [each for kind in TARGETS for each in self.find(kind)]
         among = processes()
-        alive = {each for node in self.nodes for each in below(node.pid, among)}
-        left = [each for each in self.seen if among.get(each.pid, each) is not each and among.get(each.pid)]
-        left = [each for each in left if among[each.pid].started == each.started and among[each.pid] not in alive]
+        here = {each.pid for node in (self._head, *self.nodes) for each in below(node.pid, among)}
+        known = {(each.pid, each.started) for each in self.seen}
+        left = [each for each in among.values() if (each.pid, each.started) in known and each.pid not in here]
         return computing + left
 
     def stop(self) -> None:
@@ -410,6 +412,7 @@ def run(options: Options, folder: Path) -> bool:
             "--teacher-weights", "random", "--image-size", str(options.image_size), "--batch-size", "4",
             "--epochs", str(options.epochs), "--trials", str(options.trials), "--json",
             "--workers-per-trial", str(options.workers_per_trial), "--preset", options.preset,
+            "--max-concurrent", str(options.max_concurrent),
         ]  # fmt: skip
         suffix = secrets.token_hex(3)  # servers may keep what earlier runs left
         calm = Search(f"calm-{suffix}", words, env, folder).start()
@@ -439,7 +442,7 @@ def run(options: Options, folder: Path) -> bool:
          outcome["num_trials"] == options.trials),
         (f"trials lost        {lost}", lost == 0),
         (f"trials doubled     {found.doubled}", found.doubled == 0),
-        (f"epochs redone      {found.redone}", found.redone <= total),
+        (f"epochs redone      {found.redone}", found.redone <= total * options.max_concurrent),
         (f"epochs untracked   {found.untracked}", True),
         (f"champion           {'the same' if is_same else f'{found.champion} instead of {reference.champion}'}",
          is_same),

@@ -2,14 +2,23 @@
 
 import importlib.util
 import os
+import secrets
+import socket
+import socketserver
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
+from urllib.parse import urlsplit
 
 import pytest
+import services
+
+from tune.storage import Storage
 
 CHAOS = Path(__file__).resolve().parents[1] / "benchmarks" / "chaos.py"
 TINY = ["--teacher-weights", "random", "--image-size", "32", "--batch-size", "4", "--preset", "stfpm"]
@@ -37,13 +46,28 @@ def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.mark.cluster
 def test_five_kills_cost_a_search_neither_a_trial_nor_its_champion(
-    chaos: ModuleType, mvtec_root: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+    chaos: ModuleType,
+    mvtec_root: Path,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    used: dict[str, str] = {}
+    environment = chaos.environment
+    canaries = {name: secrets.token_hex(16) for name in ("AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD")}
+    for name, canary in canaries.items():
+        monkeypatch.setenv(name, canary)
+    monkeypatch.setattr(chaos, "environment", lambda of: used.update(environment(of)) or used)
     options = chaos.Options(
         kills=5, trials=3, epochs=9, workers_per_trial=1, nodes=3, data=mvtec_root, preset="stfpm", longest_pause=3.0
     )
     is_whole = chaos.run(options, folder)
     assert is_whole, capsys.readouterr().out
+
+    canaries["RAY_AUTH_TOKEN"] = used["RAY_AUTH_TOKEN"]
+    for file in (path for path in folder.rglob("*") if path.is_file()):  # logs, databases, snapshots, detectors
+        content = file.read_bytes()
+        assert not [name for name, canary in canaries.items() if canary.encode() in content], file
 
 
 @pytest.mark.cluster
@@ -79,3 +103,100 @@ def test_a_search_outlives_the_last_node_and_uses_those_that_join(
         found = chaos.account(env, search.name, "tile", 2)
         assert outcome["num_trials"] == 2 and found.doubled == 0 and found.redone <= 2, (outcome, found)
         assert found.statuses["finished"] + found.statuses["pruned"] == 2
+
+
+class FaultyLink:
+    """A TCP connection to a server that can be cut, slow, or answered by an overloaded gateway instead."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self.state = "sound"
+        self.num_refused = 0
+        link = self
+
+        class Handler(socketserver.BaseRequestHandler):
+            def handle(self) -> None:
+                if link.state == "cut":
+                    link.num_refused += 1
+                    return
+                if link.state == "503":
+                    link.num_refused += 1
+                    self.request.recv(1 << 16)
+                    self.request.sendall(b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+                    return
+                with socket.create_connection((host, port)) as server:
+                    back = threading.Thread(target=link.carry, args=(server, self.request), daemon=True)
+                    back.start()
+                    link.carry(self.request, server)
+                    back.join()
+
+        self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.port = int(self._server.server_address[1])
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def carry(self, source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                if self.state in ("cut", "503"):
+                    break
+                if self.state == "slow":
+                    time.sleep(0.3)
+                sink.sendall(data)
+        for end in (source, sink):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    @contextmanager
+    def faulty(self, state: str, seconds: float) -> Iterator[None]:
+        """Faulty from now on, for so many seconds; waits for their end."""
+        self.state = state
+        timer = threading.Timer(seconds, setattr, (self, "state", "sound"))
+        timer.start()
+        yield
+        timer.join()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.mark.services
+def test_an_s3_server_that_is_slow_overloaded_or_away_for_a_minute_costs_a_search_nothing(
+    mvtec_root: Path, folder: Path, chaos: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if reason := services.s3_unavailable():
+        pytest.skip(reason)
+    with services.s3(folder / "s") as store:
+        address = urlsplit(store.endpoint)
+        link = FaultyLink(str(address.hostname), int(address.port or 80))
+        reached = store.env | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{link.port}"}
+        for name, value in reached.items():
+            monkeypatch.setenv(name, value)
+        uri = f"s3://{store.bucket}/searches"
+        storage = Storage(uri)
+        for state in ("slow", "503", "cut"):
+            with link.faulty(state, 5):
+                storage.write_json(f"{state}.json", {"state": state})
+            assert storage.read_json(f"{state}.json") == {"state": state}
+        assert link.num_refused > 0
+
+        env = chaos.environment(folder) | {"DSKD_STORAGE": uri, "RAY_AUTH_MODE": "disabled"}
+        words = [
+            "--data", str(mvtec_root), "--categories", "tile", "--trials", "3", "--epochs", "30", "--storage", uri,
+            "--json", *TINY,
+        ]  # fmt: skip
+        search = chaos.Search("away", words, env, folder).start()
+        log = folder / "away.log"
+        try:
+            chaos.wait_for(lambda: "trial 1/3" in log.read_text() or search.has_ended, "a trial's end")
+            assert not search.has_ended, log.read_text()
+            refused = link.num_refused
+            with link.faulty("cut", 60):
+                pass
+            assert link.num_refused > refused, "the search needed the storage meanwhile, or the test shows nothing"
+            outcome = search.outcome(400)
+        finally:
+            search.end()
+            link.close()
+        assert outcome["num_trials"] == 3 and outcome["num_failed"] == 0, log.read_text()
+        assert chaos.account(env, "away", "tile", 3).doubled == 0

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -177,6 +178,35 @@ def test_a_damaged_detector_is_refused_in_one_line(copied: Path, damage: str) ->
         with pytest.raises(BrokenDetector, match=word) as raised:
             read(copied)
         assert "\n" not in str(raised.value) and str(copied) in str(raised.value)
+
+
+class Touch:
+    """Unpickled, it would run a command."""
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, ("touch pickle-was-here",)
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        pickle.dumps(Touch()),
+        (2**40).to_bytes(8, "little") + b"{" * 1000,  # a header of a terabyte
+        (8).to_bytes(8, "little") + b"{" * 8,
+        b'@\0\0\0\0\0\0\0{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,99999999999]}}',
+    ],
+    ids=["a pickle", "an oversized header", "a header that is no JSON", "offsets beyond the file"],
+)
+def test_forged_weights_are_refused_though_the_record_vouches_for_them(
+    copied: Path, forged: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(copied.parent)
+    (copied / WEIGHTS_FILE).write_bytes(forged)
+    edit(copied, lambda record: record["weights"].update(sha256=sha256_of(copied / WEIGHTS_FILE)))
+    with pytest.raises(BrokenDetector, match=WEIGHTS_FILE) as raised:
+        Detector.load(copied)
+    assert "\n" not in str(raised.value)
+    assert not (copied.parent / "pickle-was-here").exists()
 
 
 def test_weights_that_do_not_fit_the_configuration_are_refused(copied: Path) -> None:

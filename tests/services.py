@@ -169,9 +169,16 @@ def s3(directory: Path, *, bucket: str = "dskd", size: str = "8G") -> Iterator[S
 
 @contextlib.contextmanager
 def mlflow_server(
-    directory: Path, *, backend_uri: str, artifact_root: str, env: Mapping[str, str] | None = None
+    directory: Path,
+    *,
+    backend_uri: str,
+    artifact_root: str,
+    env: Mapping[str, str] | None = None,
+    admin_password: str | None = None,
 ) -> Iterator[str]:
     """Run an MLflow tracking server that passes artifacts on to `artifact_root`; yields its URL.
+
+    With `admin_password` it asks who one is (MLflow's basic-auth app), and knows the user `admin`.
 
     `backend_uri` is an SQLAlchemy URL with its database, `artifact_root` a folder or `s3://bucket/path`,
     `env` what the server needs to reach it (`S3Server.env`). Raises RuntimeError with the end of the server's
@@ -190,6 +197,12 @@ def mlflow_server(
     settings.pop("MLFLOW_TRACKING_URI", None)
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--workers", "1"]
+    if admin_password is not None:
+        command += ["--app-name", "basic-auth"]
+        settings |= {
+            "MLFLOW_AUTH_ADMIN_PASSWORD": admin_password,
+            "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(),
+        }
     with contextlib.ExitStack() as stack:
         log = stack.enter_context((directory / "mlflow.log").open("ab"))
         server = subprocess.Popen(command, cwd=directory, env=settings, stdout=log, stderr=log, start_new_session=True)

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import queue
+import re
 import threading
 import time
 from collections.abc import Mapping
@@ -93,8 +94,13 @@ def check_server(uri: str) -> None:
     try:
         MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
     except MlflowException as error:
-        reason = str(error).splitlines()[0][:300]
+        reason = _reason(error)
         raise ConnectionError(f"MLflow at {without_password(uri)} does not answer: {reason}") from None
+
+
+def _reason(error: MlflowException) -> str:
+    """The first line of what MLflow says, which repeats the server's address, without a password in there."""
+    return re.sub(r"://[^/\s]*@", "://", str(error).splitlines()[0])[:300]
 
 
 def without_password(uri: str) -> str:
@@ -237,10 +243,7 @@ class Tracker:
                 if not _is_outage(error):
                     raise
                 if pause >= 2:
-                    logger.warning(
-                        "the MLflow server does not answer, trying again: %s",
-                        str(error).splitlines()[0][:200],
-                    )
+                    logger.warning("the MLflow server does not answer, trying again: %s", _reason(error))
             if time.monotonic() + pause > deadline:
                 raise TrackingAway("MLflow does not answer")
             if self._give_up.wait(pause):

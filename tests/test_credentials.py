@@ -1,0 +1,63 @@
+"""Servers that ask who one is, and credentials that must not be repeated."""
+
+import importlib.util
+import secrets
+from pathlib import Path
+
+import pytest
+import services
+
+from tune.preflight import check_inputs
+from tune.settings import SearchSettings
+from tune.tracking import EpochDone, Tracker, TrialEnded, TrialStarted, check_server
+
+
+def settings(data: Path, storage: Path, **more: str) -> SearchSettings:
+    return SearchSettings(data=str(data), storage=str(storage), teacher_weights="random", image_size=32, **more)
+
+
+def test_a_server_that_is_away_is_named_without_its_password(mvtec_root: Path, tmp_path: Path) -> None:
+    canary = secrets.token_hex(8)
+    studies = f"postgresql+psycopg2://dskd:{canary}@127.0.0.1:1/optuna"
+    with pytest.raises(ConnectionError, match="--study-storage postgresql") as raised:
+        check_inputs(settings(mvtec_root, tmp_path, study_storage=studies))
+    assert canary not in str(raised.value) and "\n" not in str(raised.value)
+    with pytest.raises(ConnectionError, match=r"MLflow at http://127\.0\.0\.1:1 does not answer") as raised:
+        check_inputs(settings(mvtec_root, tmp_path, tracking_uri=f"http://dskd:{canary}@127.0.0.1:1"))
+    assert canary not in str(raised.value)
+    assert canary not in repr(settings(mvtec_root, tmp_path, study_storage=studies))
+
+
+@pytest.mark.services
+def test_a_tracking_server_with_users_takes_a_search_that_says_who_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason = services.mlflow_unavailable()
+    if reason is None and importlib.util.find_spec("flask_wtf") is None:
+        reason = "MLflow's basic-auth app is not installed: pip install 'mlflow[auth]'"
+    if reason:
+        pytest.skip(reason)
+    password = secrets.token_hex(12)
+    with services.mlflow_server(
+        tmp_path, backend_uri=f"sqlite:///{tmp_path}/mlflow.db", artifact_root=str(tmp_path / "artifacts"),
+        admin_password=password,
+    ) as uri:  # fmt: skip
+        for user, secret in ((None, None), ("admin", secrets.token_hex(12))):
+            if user and secret:
+                monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", user)
+                monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", secret)
+            with pytest.raises(ConnectionError, match="MLflow at http://127") as refused:
+                check_server(uri)
+            assert "\n" not in str(refused.value) and (secret is None or secret not in str(refused.value))
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
+        check_server(uri)
+        unsent = tmp_path / "unsent.jsonl"
+        tracker = Tracker(uri, "parts", artifact_location=None, tags={}, unsent=unsent)
+        tracker.put(TrialStarted("bolt", "one", {"learning_rate": 0.1}))
+        tracker.put(EpochDone("bolt", "one", 1, {"objective": 0.5}, 1))
+        tracker.put(TrialEnded("bolt", "one", "finished", ""))
+        folder = tmp_path / "detector"
+        folder.mkdir()
+        (folder / "detector.json").write_text("{}")
+        done = tracker.register_champion("bolt", "one", folder, {"val/objective": 0.5}, "data", patience=60)
+        assert tracker.close(60) == 0 and done.is_champion

@@ -146,9 +146,9 @@ class Cluster:
         return [each for each in mine if each.title.startswith(TARGETS[kind])]
 
     def kill_node(self, node: subprocess.Popen[bytes]) -> None:
-        """Kill a node's raylet with SIGKILL, and what starts it; its workers find out by themselves."""
-        for each in below(node.pid, processes()):
-            if "/raylet/raylet" in each.title.partition(" ")[0]:
+        """Kill a node's raylet with SIGKILL, and what started it; its workers find out by themselves."""
+        for each in processes().values():
+            if each.parent == node.pid:
                 os.kill(each.pid, signal.SIGKILL)
         self.nodes.remove(node)
         node.kill()
@@ -305,26 +305,41 @@ def disturb(made: Cluster, search: Search, options: Options, say: Callable[[str]
             time.sleep(0.2)
         if search.has_ended:
             break
-        if kind == "driver":
-            search.kill()
-            search.start()
-        elif kind == "node":
-            made.kill_node(rng.choice(made.nodes))
-            made.add(options.cpus_per_node)
-        else:
-            of = "trial" if kind == "trial's node" else kind
-            targets = wait_for(lambda: search.has_ended or made.find(of), kind)  # noqa: B023
-            if targets is True:
-                break
-            target = rng.choice(targets)
-            if kind != "trial's node":
-                os.kill(target.pid, signal.SIGKILL)
-            elif node := made.node_of(target):
-                made.kill_node(node)
-                made.add(options.cpus_per_node)
+        struck = False
+        while not (struck or search.has_ended):
+            struck = _strike(kind, made, search, rng, options.cpus_per_node)
+        if not struck:
+            break
         killed[kind] += 1
         say(f"kill {sum(killed.values())}: {kind}")
     return killed
+
+
+def _strike(kind: str, made: Cluster, search: Search, rng: random.Random, cpus: int) -> bool:
+    """Kill one of a kind, and start again what nobody else would; False where there is none now."""
+    if kind == "driver":
+        search.kill()
+        search.start()
+        return True
+    if kind == "node":
+        made.kill_node(rng.choice(made.nodes))
+        made.add(cpus)
+        return True
+    targets = made.find("trial" if kind == "trial's node" else kind)
+    if not targets:
+        time.sleep(0.2)
+        return False
+    target = rng.choice(targets)
+    if kind == "trial's node":
+        if node := made.node_of(target):
+            made.kill_node(node)
+            made.add(cpus)
+        return node is not None
+    try:
+        os.kill(target.pid, signal.SIGKILL)
+    except ProcessLookupError:  # ended meanwhile
+        return False
+    return True
 
 
 class Account(NamedTuple):

@@ -1,10 +1,13 @@
 """Faults that a search must outlive, for real: processes and nodes killed, announced to go, and joining."""
 
 import importlib.util
+import json
 import os
 import secrets
+import shutil
 import socket
 import socketserver
+import subprocess
 import sys
 import tempfile
 import threading
@@ -15,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from urllib.parse import urlsplit
 
+import optuna
 import pytest
 import services
 
@@ -103,6 +107,29 @@ def test_a_search_outlives_the_last_node_and_uses_those_that_join(
         found = chaos.account(env, search.name, "tile", 2)
         assert outcome["num_trials"] == 2 and found.doubled == 0 and found.redone <= 2, (outcome, found)
         assert found.statuses["finished"] + found.statuses["pruned"] == 2
+
+
+@pytest.mark.cluster
+def test_a_category_of_which_every_trial_fails_is_reported_and_the_other_is_searched(
+    mvtec_root: Path, folder: Path, chaos: ModuleType
+) -> None:
+    shutil.copytree(mvtec_root, folder / "data")
+    (folder / "data/tile/train/good/003.png").write_bytes(b"no image")
+    env = chaos.environment(folder) | {"RAY_AUTH_MODE": "disabled"}
+    done = subprocess.run(
+        [
+            sys.executable, "tune/search.py", "--data", str(folder / "data"), "--name", "spoilt", "--trials", "2",
+            "--epochs", "2", "--storage", env["DSKD_STORAGE"], "--json", *TINY,
+        ],
+        cwd=CHAOS.parents[1], env=env, capture_output=True, text=True, timeout=400, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    spoilt, sound = json.loads(done.stdout)["categories"]
+    assert spoilt["champion"] is None and spoilt["num_failed"] == 2 and "003.png" in spoilt["error"]
+    assert sound["champion"] and sound["num_failed"] == 0
+    assert "tile: no champion: " in done.stderr
+    study = optuna.load_study(study_name="spoilt/tile", storage=env["DSKD_STUDY_STORAGE"])
+    assert [(trial.state.name, trial.value) for trial in study.trials] == [("COMPLETE", 0.0)] * 2
 
 
 class FaultyLink:

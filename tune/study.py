@@ -235,10 +235,7 @@ class _Observe(ray.tune.Callback):
                 self.on_trial_start(iteration, trials, trial)
                 if trial.last_result:
                     self.on_trial_result(iteration, trials, trial, trial.last_result)
-                if trial.status == Trial.ERROR:
-                    self.on_trial_error(iteration, trials, trial)
-                else:
-                    self.on_trial_complete(iteration, trials, trial)
+                _tell_end(trial, trial.status == Trial.ERROR)
 
     def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
         self.on_step_begin(0, trials)  # where all had ended already, no step is taken
@@ -270,17 +267,21 @@ class _Observe(ray.tune.Callback):
         _revived["events"].put(EpochDone(category, trial.trial_id, epoch, metrics, when))
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        last = trial.last_result or {}
-        is_last = last.get("epoch", 0) >= _revived["assignment"].config["train"]["epochs"]
-        error = str(last.get("error") or "")
-        self._ended(trial, "failed" if error else "finished" if is_last else "pruned", error)
+        _free_workers(trial)
+        _tell_end(trial, False)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self._ended(trial, "failed", str(trial.get_error() or "unknown error"))
-
-    def _ended(self, trial: Trial, status: Status, error: str) -> None:
         _free_workers(trial)
-        _revived["events"].put(TrialEnded(_revived["assignment"].category, trial.trial_id, status, error))
+        _tell_end(trial, True)
+
+
+def _tell_end(trial: Trial, is_lost: bool) -> None:
+    """`is_lost`: it failed too often for Tune to go on."""
+    last, assignment = trial.last_result or {}, _revived["assignment"]
+    error = str(trial.get_error() or "unknown error") if is_lost else str(last.get("error") or "")
+    is_last = last.get("epoch", 0) >= assignment.config["train"]["epochs"]
+    status: Status = "failed" if error else "finished" if is_last else "pruned"
+    _revived["events"].put(TrialEnded(assignment.category, trial.trial_id, status, error))
 
 
 def _free_workers(trial: Trial) -> None:

@@ -4,11 +4,12 @@ Ray Tune keeps module-level state that two experiments in one process corrupt (s
 "dictionary changed size during iteration"), hence a process per category.
 """
 
-import functools
 import logging
 import os
+import signal
 import time
 import zlib
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,13 +21,13 @@ import ray.util
 from ray import PlacementGroupID
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search import ConcurrencyLimiter, SearchGenerator
 from ray.tune.search.optuna import OptunaSearch
 from ray.util.placement_group import PlacementGroup
 from ray.util.queue import Queue
 
-from dskd.config import RunConfig
 from tune.settings import SearchSettings
-from tune.space import known_good, search_space, with_suggestions
+from tune.space import Space
 from tune.tracking import EpochDone, Status, TrialEnded, TrialStarted
 from tune.trial import MAX_FAILURES, run_trial, trial_resources
 from tune.worker import DETECTOR_FOLDER, PLACEMENT_GROUP, Assignment
@@ -44,19 +45,36 @@ class Study(NamedTuple):
     """Why trials failed, one each."""
     best: tuple[str, str] | None
     """(trial id, address of its detector folder); None where no trial reached its last epoch."""
+    num_cut: int = 0
+    """Trials that the deadline ended, and that go on where the study is continued."""
 
 
-def search_category(settings: SearchSettings, assignment: Assignment, concurrency: int, events: Queue) -> Study:
+def search_category(
+    settings: SearchSettings,
+    assignment: Assignment,
+    concurrency: int,
+    events: Queue,
+    space: Space,
+    deadline: float | None,
+) -> Study:
     """Run or continue the trials of `assignment.category`, telling `events` what happens to them.
 
-    Meant to run in a Ray task: started again where its process was lost, it goes on from Tune's last
-    snapshot.
+    `deadline` is a time in seconds since 1970. Meant to run in a Ray task: started again where its process was
+    lost, it goes on from Tune's last snapshot.
     """
     _set_up_tune()
-    base = RunConfig.from_dict(assignment.config)
-    _revived.update(assignment=assignment, events=events, study_url=settings.studies)
+    _revived.update(
+        assignment=assignment,
+        events=events,
+        study_url=settings.studies,
+        space=space,
+        deadline=deadline,
+        num_trials=settings.trials,
+        concurrency=concurrency,
+        running=set(),
+    )
     trainable = ray.tune.with_resources(
-        ray.tune.with_parameters(run_trial, assignment=assignment), trial_resources(assignment)
+        ray.tune.with_parameters(run_trial, assignment=assignment, space=space), trial_resources(assignment)
     )
     folder, name = f"{settings.search_uri}/tune", assignment.category
     if ray.tune.Tuner.can_restore(f"{folder}/{name}"):
@@ -68,27 +86,28 @@ def search_category(settings: SearchSettings, assignment: Assignment, concurrenc
                 metric="objective",
                 mode="max",
                 num_samples=settings.trials,
-                max_concurrent_trials=concurrency,
                 # A process that serves trial after trial saves seconds each; one whose workers are stopped
                 # from outside must not live on.
                 reuse_actors=assignment.num_workers == 1,
-                search_alg=_Searcher(
-                    functools.partial(search_space, base=base),
-                    metric="objective",
-                    mode="max",
-                    # Another seed for each category, or all would draw the same first suggestions.
-                    sampler=optuna.samplers.TPESampler(
-                        seed=zlib.crc32(f"{settings.seed}/{name}".encode()), multivariate=True
-                    ),
-                    storage=StudyStorage(settings.studies),
-                    study_name=f"{settings.name}/{name}",
-                    points_to_evaluate=known_good(base)[: settings.trials],
+                search_alg=_Suggestions(
+                    _Limiter(
+                        _Searcher(
+                            space.ask,
+                            metric="objective",
+                            mode="max",
+                            sampler=_sampler(settings, name, len(space.bases)),
+                            storage=StudyStorage(settings.studies),
+                            study_name=f"{settings.name}/{name}",
+                            points_to_evaluate=space.starting_points()[: settings.trials],
+                        ),
+                        max_concurrent=concurrency,
+                    )
                 ),
                 scheduler=ASHAScheduler(
                     time_attr="epoch",
                     # Beyond the last epoch, which a trial reaches and ends by itself.
-                    max_t=base.train.epochs + 1,
-                    grace_period=max(1, base.train.epochs // _REDUCTION**2),
+                    max_t=settings.epochs + 1,
+                    grace_period=max(1, settings.epochs // _REDUCTION**2),
                     reduction_factor=_REDUCTION,
                 ),
                 trial_name_creator=_trial_id,
@@ -100,12 +119,33 @@ def search_category(settings: SearchSettings, assignment: Assignment, concurrenc
                 failure_config=ray.tune.FailureConfig(max_failures=MAX_FAILURES),
                 checkpoint_config=ray.tune.CheckpointConfig(num_to_keep=1),
                 callbacks=[_Observe()],
+                stop=_Deadline(),
                 verbose=0,
             ),
         )
     results = tuner.fit()
-    _close_abandoned(settings.studies, f"{settings.name}/{name}")
-    return _summarise(results, base.train.epochs)
+    cut = frozenset(_revived["running"])
+    if not _is_over(deadline):  # what was cut goes on, and tells the study itself how it ends
+        _close_abandoned(settings.studies, f"{settings.name}/{name}")
+    return _summarise(results, settings.epochs, cut)
+
+
+def _sampler(settings: SearchSettings, category: str, num_presets: int) -> optuna.samplers.BaseSampler:
+    # Another seed for each category, or all would draw the same first suggestions.
+    seed = zlib.crc32(f"{settings.seed}/{category}".encode())
+    if settings.sampler == "tpe":
+        return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=num_presets > 1)
+    if settings.sampler == "gp":
+        return optuna.samplers.GPSampler(seed=seed)
+    if settings.sampler == "cmaes":
+        return optuna.samplers.CmaEsSampler(seed=seed)
+    if settings.sampler == "qmc":
+        return optuna.samplers.QMCSampler(seed=seed, scramble=True)
+    return optuna.samplers.RandomSampler(seed=seed)
+
+
+def _is_over(deadline: float | None) -> bool:
+    return deadline is not None and time.time() >= deadline
 
 
 def _close_abandoned(url: str, study_name: str) -> None:
@@ -115,19 +155,21 @@ def _close_abandoned(url: str, study_name: str) -> None:
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
 
 
-def _summarise(results: ray.tune.ResultGrid, epochs: int) -> Study:
-    finished, num_pruned, errors = [], 0, []
+def _summarise(results: ray.tune.ResultGrid, epochs: int, cut: Collection[str] = ()) -> Study:
+    finished, num_pruned, num_cut, errors = [], 0, 0, []
     for result in (results[index] for index in range(len(results))):
         metrics = result.metrics or {}
         detector = _detector_uri(result)
-        if result.error or metrics.get("error"):
+        if Path(result.path).name in cut:
+            num_cut += 1
+        elif result.error or metrics.get("error"):
             errors.append(str(metrics.get("error") or result.error).strip().splitlines()[-1])
         elif metrics.get("epoch", 0) < epochs or detector is None:
             num_pruned += 1
         else:
             finished.append((metrics["objective"], metrics["trial_id"], detector))
     best = max(finished)[1:] if finished else None
-    return Study(len(results), num_pruned, tuple(errors), best)
+    return Study(len(results), num_pruned, tuple(errors), best, num_cut)
 
 
 def _detector_uri(result: ray.tune.Result) -> str | None:
@@ -166,6 +208,35 @@ class _Searcher(OptunaSearch):
             super().on_trial_result(trial_id, result)
 
 
+class _Limiter(ConcurrencyLimiter):
+    """Holds a continued study to the concurrency of the cluster that it continues on."""
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        super().set_state(state | {"max_concurrent": _revived["concurrency"]})
+
+
+class _Suggestions(SearchGenerator):
+    """Lets a study be continued with more trials than it was begun with; with fewer, it begins no more."""
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        super().set_state(state | {"total_samples": _revived["num_trials"]})
+
+
+class _Deadline(ray.tune.Stopper):
+    """Interrupts the study when its time is over, as a person would who means to continue it.
+
+    Tune takes a last snapshot then, in which the trials still run; to stop them would end them for good.
+    """
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        if _is_over(_revived["deadline"]) and signal.getsignal(signal.SIGUSR1) is not signal.SIG_DFL:
+            signal.raise_signal(signal.SIGUSR1)  # Tune's own handler, in the main thread of this Ray task
+        return False
+
+
 def _revive_storage() -> StudyStorage:
     return StudyStorage(_revived["study_url"])
 
@@ -175,12 +246,13 @@ class _Observe(ray.tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         assignment: Assignment = _revived["assignment"]
-        config = with_suggestions(RunConfig.from_dict(assignment.config), trial.config)
+        config = _revived["space"].configuration(trial.config)
         weights = assignment.teacher_weights
         params = config.flat() | {
             "teacher_weights": weights if weights in ("hub", "random") else Path(weights).name,
             "num_workers": assignment.num_workers,
         }
+        _revived["running"].add(trial.trial_id)
         _revived["events"].put(TrialStarted(assignment.category, trial.trial_id, params))
 
     def on_trial_result(
@@ -204,7 +276,14 @@ class _Observe(ray.tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._ended(trial, "failed", str(trial.get_error() or "unknown error"))
 
+    def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
+        for trial in trials:
+            if trial.trial_id in _revived["running"]:
+                _free_workers(trial)
+                _revived["events"].put(TrialEnded(_revived["assignment"].category, trial.trial_id, "cut", ""))
+
     def _ended(self, trial: Trial, status: Status, error: str) -> None:
+        _revived["running"].discard(trial.trial_id)
         _free_workers(trial)
         _revived["events"].put(TrialEnded(_revived["assignment"].category, trial.trial_id, status, error))
 

@@ -178,9 +178,13 @@ class SearchSettings:
         """
         file = self._space_file()
         if file is None:
-            return {category: build_space(self.run_configs()) for category in categories}
+            return dict.fromkeys(categories, build_space(self.run_configs()))
         file.check_names(tuple(self.run_configs()), tuple(find_categories(Path(self.data))))
-        return {category: file.space(self.run_configs(), category) for category in categories}
+        general = file.space(self.run_configs(), "")
+        return {
+            category: file.space(self.run_configs(), category) if category in file.by_category else general
+            for category in categories
+        }
 
     def _space_file(self) -> SpaceFile | None:
         return read_space(self.space) if self.space is not None else None

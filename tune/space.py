@@ -227,8 +227,9 @@ class Space:
 
     def _point(self, preset: str, config: RunConfig, *, move: bool) -> dict[str, Any]:
         point: dict[str, Any] = {PRESET: preset} if len(self.bases) > 1 else {}
+        values = _values(config)
         for name, dimension in self.dimensions[preset].items():
-            value = _value(config, name)
+            value = values[name]
             point[self._full_name(preset, name)] = dimension.nearest(value) if move else value
         return point
 
@@ -239,8 +240,9 @@ class Space:
             return
         able = base.with_values({"amplification": True}) if "amplification" in dimensions else base
         ignored = _MEASURED | {"epochs", "batch_size"}
-        for name in _names(base):
-            here, there = _value(base, name), _value(config, name)
+        values = _values(config)
+        for name, here in _values(base).items():
+            there = values[name]
             if name in dimensions:
                 if not dimensions[name].holds(there):
                     yield f"{name} {there!r} lies outside {dimensions[name]}"
@@ -248,21 +250,15 @@ class Space:
                 yield f"{name} is {there!r} there and {here!r} here"
 
 
-def _names(config: RunConfig) -> Iterator[str]:
-    """Every name that a dimension could have, weights one by one."""
+def _values(config: RunConfig) -> dict[str, Any]:
+    """By every name that a dimension could have, weights one by one."""
+    values: dict[str, Any] = {}
     for field, value in config.flat().items():
         if isinstance(value, tuple) and field not in _SHARED:
-            yield from (f"{field}_{position}" for position in range(1, len(value) + 1))
+            values |= {f"{field}_{position}": weight for position, weight in enumerate(value, 1)}
         else:
-            yield field
-
-
-def _value(config: RunConfig, name: str) -> Any:
-    fields = config.flat()
-    if name in fields:
-        return fields[name]
-    field, _, position = name.rpartition("_")
-    return fields[field][int(position) - 1]
+            values[field] = value
+    return values
 
 
 def build_space(bases: Mapping[str, RunConfig], entries: Mapping[str, Mapping[str, Dimension]] | None = None) -> Space:
@@ -301,13 +297,13 @@ def build_space(bases: Mapping[str, RunConfig], entries: Mapping[str, Mapping[st
 
 
 def _check_corners(preset: str, base: RunConfig, dimensions: Mapping[str, Dimension]) -> None:
-    """Fields restrict each other, and do so most at the ends of their ranges."""
+    """Fields restrict each other, most at the ends of their ranges, and by which choice is made."""
     for end in (0, -1):
         corner = {name: dimension.ends()[end] for name, dimension in dimensions.items()}
         _checked(preset, base, corner)
         for name, dimension in dimensions.items():
-            for value in dimension.ends():
-                _checked(preset, base, corner | {name: value})
+            for option in dimension.ends() if isinstance(dimension, Choice) else ():
+                _checked(preset, base, corner | {name: option})
 
 
 def _checked(preset: str, base: RunConfig, values: Mapping[str, Any]) -> RunConfig:

@@ -32,7 +32,7 @@ class SpaceFile(NamedTuple):
                 )
 
     def space(self, bases: Mapping[str, RunConfig], category: str) -> Space:
-        """The space of one category around each preset's configuration.
+        """The space of one category around each preset's configuration; all without a section share one.
 
         Raises ValueError naming file and entry where a value is out of its field's range, or has no effect.
         """
@@ -41,7 +41,8 @@ class SpaceFile(NamedTuple):
         try:
             return build_space(bases, entries)
         except ValueError as error:
-            raise ValueError(f"{self.path}: category {category}: {error}") from None
+            where = f"[category.{category}]: " if mine else ""
+            raise ValueError(f"{self.path}: {where}{error}") from None
 
 
 def read_space(path: Path) -> SpaceFile:

@@ -75,7 +75,7 @@ def test_a_changed_space_is_refused_and_the_dimension_is_named(
 def test_each_category_of_a_name_may_be_searched_its_own_way(storage: Storage) -> None:
     begin(storage, "bolt")
     begin(storage, "screw", epochs=9, image_size=64)
-    with pytest.raises(ValueError, match="of screw was begun with .* 9, got 30|image_size 64, got 256"):
+    with pytest.raises(ValueError, match=r"of screw was begun with .* 9, got 30|image_size 64, got 256"):
         begin(storage, "bolt", "screw")
 
 

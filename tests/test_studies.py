@@ -74,9 +74,7 @@ def champion(storage: Storage) -> Champion:
     return found
 
 
-def test_an_oracles_champion_is_marked_in_its_record_and_in_the_storage(
-    detector_folder: Path, tmp_path: Path
-) -> None:
+def test_an_oracles_champion_is_marked_in_its_record_and_in_the_storage(detector_folder: Path, tmp_path: Path) -> None:
     marked = shutil.copytree(detector_folder, tmp_path / "marked")
     rewrite_record(marked, dataclasses.replace(read_record(detector_folder), selection="oracle"))
     assert read_record(marked).selection == "oracle"

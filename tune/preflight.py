@@ -63,14 +63,15 @@ def check_cluster(settings: SearchSettings) -> None:
     Raises ValueError or ConnectionError with one line that says what to change.
     """
     have = ray.cluster_resources()
+    num_workers = settings.min_workers_per_trial or settings.workers_per_trial
     wanted = {
-        "CPU": settings.cpus_per_worker * settings.workers_per_trial,
-        "GPU": gpus_per_worker(settings) * settings.workers_per_trial,
+        "CPU": settings.cpus_per_worker * num_workers,
+        "GPU": gpus_per_worker(settings) * num_workers,
     }
     for name, need in wanted.items():
         if need > have.get(name, 0) and settings.max_concurrent is None:
             raise ValueError(
-                f"a trial asks for {need:g} {name}s ({settings.workers_per_trial} workers), the cluster has "
+                f"a trial asks for {need:g} {name}s ({num_workers} workers), the cluster has "
                 f"{have.get(name, 0):g}; lower --workers-per-trial or --{name.lower()}s-per-worker, or give "
                 "--max-concurrent where the cluster grows by itself."
             )

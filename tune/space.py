@@ -172,17 +172,19 @@ class Space:
             else:
                 trial.suggest_float(full, dimension.low, dimension.high, log=dimension.log)
 
+    def preset_of(self, suggested: Mapping[str, Any]) -> str:
+        """The preset that a trial varies."""
+        return str(suggested.get(PRESET, next(iter(self.bases))))
+
     def configuration(self, suggested: Mapping[str, Any]) -> RunConfig:
         """The run that a trial's suggestions mean.
 
         Raises ValueError on a name that the configuration does not have.
         """
-        values = dict(suggested)
-        preset = values.pop(PRESET, next(iter(self.bases)))
+        preset = self.preset_of(suggested)
         prefix = self._full_name(preset, "")
-        return with_suggestions(
-            self.bases[preset], {name.removeprefix(prefix): value for name, value in values.items()}
-        )
+        values = {name.removeprefix(prefix): value for name, value in suggested.items() if name != PRESET}
+        return with_suggestions(self.bases[preset], values)
 
     def starting_points(self) -> list[dict[str, Any]]:
         """What a search tries first: each preset itself, each with AAND's hard-patch loss, and the winners.

@@ -249,6 +249,8 @@ class _Observe(ray.tune.Callback):
         config = _revived["space"].configuration(trial.config)
         weights = assignment.teacher_weights
         params = config.flat() | {
+            "preset": _revived["space"].preset_of(trial.config),
+            "textures": Path(assignment.textures).name or "drawn",
             "teacher_weights": weights if weights in ("hub", "random") else Path(weights).name,
             "num_workers": assignment.num_workers,
         }

@@ -102,12 +102,13 @@ def test_a_search_of_all_presets_starts_from_each_untuned() -> None:
     assert runs[:4] == list(PRESETS.values())
     hard = [PRESETS[name].with_values({"hkd_weight": 1.0}) for name in ("dskd", "stfpm", "rd4ad")]
     assert runs[4:] == hard, "aand has that loss already"
+    assert [space.is_untuned(point) for point in space.starting_points()] == [True] * 4 + [False] * 3
 
 
 @pytest.mark.filterwarnings("error")  # Optuna takes a value beyond its bounds, and warns
 @every_space
-def test_the_starting_points_lie_within_the_space(space: Space) -> None:
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+def test_the_starting_points_lie_within_the_space_and_come_back_from_a_database(space: Space) -> None:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0), storage="sqlite:///:memory:")
     for point in space.starting_points():
         study.enqueue_trial(point)
     for point in space.starting_points():

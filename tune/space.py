@@ -191,7 +191,7 @@ class Space:
 
         A preset's value that a dimension leaves out is moved to the nearest that it has.
         """
-        presets = [self._point(preset, base, move=True) for preset, base in self.bases.items()]
+        presets = self._untuned()
         hard = [
             self._point(preset, base.with_values({"hkd_weight": 1.0}), move=True)
             for preset, base in self.bases.items()
@@ -202,6 +202,10 @@ class Space:
             if point not in points:
                 points.append(point)
         return points
+
+    def is_untuned(self, suggested: Mapping[str, Any]) -> bool:
+        """Whether a trial is one of the presets itself."""
+        return any(point.items() <= suggested.items() for point in self._untuned())
 
     def point_of(self, config: RunConfig) -> dict[str, Any]:
         """The point whose configuration is `config`, whatever its epochs, image size and batch size.
@@ -226,6 +230,9 @@ class Space:
 
     def _full_name(self, preset: str, name: str) -> str:
         return f"{preset}.{name}" if len(self.bases) > 1 else name
+
+    def _untuned(self) -> list[dict[str, Any]]:
+        return [self._point(preset, base, move=True) for preset, base in self.bases.items()]
 
     def _point(self, preset: str, config: RunConfig, *, move: bool) -> dict[str, Any]:
         point: dict[str, Any] = {PRESET: preset} if len(self.bases) > 1 else {}

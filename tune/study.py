@@ -103,7 +103,7 @@ def search_category(
                         max_concurrent=concurrency,
                     )
                 ),
-                scheduler=ASHAScheduler(
+                scheduler=_Halving(
                     time_attr="epoch",
                     # Beyond the last epoch, which a trial reaches and ends by itself.
                     max_t=settings.epochs + 1,
@@ -206,6 +206,18 @@ class _Searcher(OptunaSearch):
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         with suppress(optuna.exceptions.UpdateFinishedTrialError):
             super().on_trial_result(trial_id, result)
+
+
+class _Halving(ASHAScheduler):
+    """ASHA that lets the untuned presets train to their end, so that no search is worse than they are.
+
+    They take their places in the rungs all the same.
+    """
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        decision: str = super().on_trial_result(tune_controller, trial, result)
+        space: Space = _revived["space"]
+        return self.CONTINUE if space.is_untuned(trial.config) else decision
 
 
 class _Limiter(ConcurrencyLimiter):

@@ -72,6 +72,7 @@ def search_category(
         num_trials=settings.trials,
         concurrency=concurrency,
         running=set(),
+        is_cut=False,
     )
     trainable = ray.tune.with_resources(
         ray.tune.with_parameters(run_trial, assignment=assignment, space=space), trial_resources(assignment)
@@ -124,8 +125,8 @@ def search_category(
             ),
         )
     results = tuner.fit()
-    cut = frozenset(_revived["running"])
-    if not _is_over(deadline):  # what was cut goes on, and tells the study itself how it ends
+    cut = frozenset(_revived["running"]) if _revived["is_cut"] else frozenset()
+    if not _revived["is_cut"]:  # what was cut goes on, and tells the study itself how it ends
         _close_abandoned(settings.studies, f"{settings.name}/{name}")
     return _summarise(results, settings.epochs, cut)
 
@@ -142,10 +143,6 @@ def _sampler(settings: SearchSettings, category: str, num_presets: int) -> optun
     if settings.sampler == "qmc":
         return optuna.samplers.QMCSampler(seed=seed, scramble=True)
     return optuna.samplers.RandomSampler(seed=seed)
-
-
-def _is_over(deadline: float | None) -> bool:
-    return deadline is not None and time.time() >= deadline
 
 
 def _close_abandoned(url: str, study_name: str) -> None:
@@ -244,8 +241,11 @@ class _Deadline(ray.tune.Stopper):
         return False
 
     def stop_all(self) -> bool:
-        if _is_over(_revived["deadline"]) and signal.getsignal(signal.SIGUSR1) is not signal.SIG_DFL:
-            signal.raise_signal(signal.SIGUSR1)  # Tune's own handler, in the main thread of this Ray task
+        deadline: float | None = _revived["deadline"]
+        if deadline is not None and time.time() >= deadline:
+            assert signal.getsignal(signal.SIGUSR1) is not signal.SIG_DFL, "Tune handles it where it runs a study"
+            signal.raise_signal(signal.SIGUSR1)
+            _revived["is_cut"] = True
         return False
 
 
@@ -294,7 +294,8 @@ class _Observe(ray.tune.Callback):
         for trial in trials:
             if trial.trial_id in _revived["running"]:
                 _free_workers(trial)
-                _revived["events"].put(TrialEnded(_revived["assignment"].category, trial.trial_id, "cut", ""))
+                if _revived["is_cut"]:
+                    _revived["events"].put(TrialEnded(_revived["assignment"].category, trial.trial_id, "cut", ""))
 
     def _ended(self, trial: Trial, status: Status, error: str) -> None:
         _revived["running"].discard(trial.trial_id)

@@ -72,6 +72,7 @@ def search_category(
         num_trials=settings.trials,
         concurrency=concurrency,
         running=set(),
+        cut=set(),
         is_cut=False,
     )
     trainable = ray.tune.with_resources(
@@ -125,10 +126,9 @@ def search_category(
             ),
         )
     results = tuner.fit()
-    cut = frozenset(_revived["running"]) if _revived["is_cut"] else frozenset()
     if not _revived["is_cut"]:  # what was cut goes on, and tells the study itself how it ends
         _close_abandoned(settings.studies, f"{settings.name}/{name}")
-    return _summarise(results, settings.epochs, cut)
+    return _summarise(results, settings.epochs, _revived["cut"])
 
 
 def _sampler(settings: SearchSettings, category: str, num_presets: int) -> optuna.samplers.BaseSampler:
@@ -296,6 +296,8 @@ class _Observe(ray.tune.Callback):
                 _free_workers(trial)
                 if _revived["is_cut"]:
                     _revived["events"].put(TrialEnded(_revived["assignment"].category, trial.trial_id, "cut", ""))
+            if _revived["is_cut"] and (trial.trial_id in _revived["running"] or trial.status == Trial.PENDING):
+                _revived["cut"].add(trial.trial_id)
 
     def _ended(self, trial: Trial, status: Status, error: str) -> None:
         _revived["running"].discard(trial.trial_id)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dskd.atomic import check_can_be_made, file_in_making, folder_in_making
 from dskd.calibration import Threshold
-from dskd.config import RunConfig
+from dskd.config import RunConfig, Selection
 from dskd.model.teacher import IMAGENET_MEAN, IMAGENET_STD
 
 SCHEMA_VERSION = 2
@@ -54,7 +54,8 @@ class DetectorRecord:
     thresholds: tuple[Threshold, ...]
     """Loosest first."""
     metrics: Mapping[str, float]
-    """`val/…` and `test/…` figures; `val/` rests on synthetic defects and on `num_validation_defects` real ones."""
+    """`val/…` and `test/…` figures; `val/` rests on synthetic defects and on `num_validation_defects` real ones, or
+    on the test images where `selection` is "oracle"."""
     revision: str = ""
     """Revision of the code that trained it, empty where it is not known."""
     num_validation_defects: int = 0
@@ -63,6 +64,8 @@ class DetectorRecord:
     """Image files that fed the synthetic defects; 0: textures were drawn."""
     textures_sha256: str = ""
     """Fingerprint of those files."""
+    selection: Selection = "val"
+    """What chose the epoch; figures of an "oracle" detector have seen the test labels."""
 
     @property
     def is_untrained_teacher(self) -> bool:

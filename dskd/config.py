@@ -9,6 +9,8 @@ from typing import Any, Literal, Self
 
 Fusion = Literal["sum", "product", "max"]
 StudentFusion = Literal["sum", "product", "max", "noisy-or"]
+Selection = Literal["val", "oracle"]
+"""What chooses epochs and trials: validation images without test labels, or, as papers do, the test images."""
 _Config = typing.TypeVar("_Config")
 
 

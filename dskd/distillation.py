@@ -187,6 +187,7 @@ class Distillation:
             "data": f"sha256 {materials.data_sha256[:12]}…",
             "teacher": f"sha256 {materials.teacher_sha256[:12]}…",
             "textures": f"sha256 {materials.textures_sha256[:12]}…" if materials.num_textures else "drawn",
+            **({} if materials.selection == "val" else {"selection": materials.selection}),
         }
 
     def detector(self, revision: str = "") -> tuple[DetectorRecord, dict[str, Tensor]]:
@@ -210,6 +211,7 @@ class Distillation:
             num_validation_defects=materials.num_validation_defects,
             num_textures=materials.num_textures,
             textures_sha256=materials.textures_sha256,
+            selection=materials.selection,
             calibration_files=materials.calibration_files,
             epoch=self.best_epoch,
             thresholds=calibrate(seen.scores.tolist()),

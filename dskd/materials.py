@@ -12,13 +12,13 @@ import torch.distributed as dist
 from torch.nn.utils import parameters_to_vector
 
 from dskd.amplify import AmplificationEpoch, amplifier_optimizer, fit_amplifier
-from dskd.config import AmplificationConfig, DataConfig
+from dskd.config import AmplificationConfig, DataConfig, Selection
 from dskd.data.cache import ArrayCache
 from dskd.data.datasets import fingerprint, read_category, set_apart, split_normals
 from dskd.data.defects import choose_textures, load_textures
 from dskd.data.images import load_images
 from dskd.data.samples import Sample
-from dskd.evaluate import LabelledImages, join, label, synthetic_validation
+from dskd.evaluate import LabelledImages, join, label, labelled_test_split, synthetic_validation
 from dskd.model.amplification import AmplifiedTeacher, build_amplifier
 from dskd.model.teacher import Teacher, build_teacher, weights_fingerprint
 from dskd.pyramids import FeatureTable, content_sha256, feature_table
@@ -39,7 +39,7 @@ class Materials(NamedTuple):
     train_features: FeatureTable
     validation: LabelledImages
     """Held-out normals that select, then copies of them with synthetic defects, then real labelled defects where
-    there are some."""
+    there are some; with the selection "oracle" the labelled test images instead."""
     validation_features: FeatureTable
     validation_files: tuple[str, ...]
     calibration_images: npt.NDArray[np.uint8]
@@ -52,6 +52,7 @@ class Materials(NamedTuple):
     num_textures: int
     textures_sha256: str
     amplification: AmplificationConfig = AmplificationConfig()
+    selection: Selection = "val"
 
 
 def prepare(
@@ -68,13 +69,16 @@ def prepare(
     progress: bool = False,
     amplification: AmplificationConfig = AmplificationConfig(),  # noqa: B008 - frozen
     on_amplification: Callable[[AmplificationEpoch], object] = lambda epoch: None,
+    selection: Selection = "val",
 ) -> Materials:
     """Decode, split, amplify the teacher, draw the validation defects and run it, each at most once per machine.
 
     `teacher_weights` is "hub", "random" or a file; `textures` a folder of images that feed the synthetic
     defects, instead of drawn ones. `on_amplification` hears of every epoch of stage I that is computed here
     and now, and of none that the cache knows. In a process group every process gets the amplifier of the
-    first. With `progress` a bar counts what takes long, on a terminal.
+    first. With `progress` a bar counts what takes long, on a terminal. The `selection` "oracle" puts the labelled
+    test images in the place of the validation images, to reproduce papers that select by them; the held-out normals
+    stay out of training all the same.
     Raises ValueError on unusable data, textures or weights, NonFiniteLoss where stage I diverges.
     """
     teacher = build_teacher(backbone, levels, teacher_weights).to(device)
@@ -107,9 +111,18 @@ def prepare(
     selecting, calibrating = set_apart(held, config.calibration_fraction, config.split_seed)
     selection_images = held_images[[held.index(sample) for sample in selecting]]
     calibration_images = held_images[[held.index(sample) for sample in calibrating]]
-    validation = synthetic_validation(
-        selection_images, seed=config.split_seed, num_defective=_NUM_VALIDATION_DEFECTS, textures=texture_images
-    )
+    if selection == "oracle":
+        defects = []
+        validation = labelled_test_split(data, category, config.image_size)
+        if not validation.masks.any():
+            raise ValueError(
+                f"category {category} in {data} has no masks of its test defects: AUPRO, a half of the objective of "
+                "selection 'oracle', cannot be computed."
+            )
+    else:
+        validation = synthetic_validation(
+            selection_images, seed=config.split_seed, num_defective=_NUM_VALIDATION_DEFECTS, textures=texture_images
+        )
     if defects:
         defect_images, defect_sha256 = pixels(defects, "validation defects")
         validation = join(validation, label(defects, defect_images))
@@ -128,7 +141,7 @@ def prepare(
         train_features=features(train_images, "training images"),
         validation=validation,
         validation_features=features(validation.images, "validation images"),
-        validation_files=tuple(names[sample] for sample in selecting),
+        validation_files=() if selection == "oracle" else tuple(names[sample] for sample in selecting),
         calibration_images=calibration_images,
         calibration_features=features(calibration_images, "calibration images"),
         calibration_files=tuple(names[sample] for sample in calibrating),
@@ -137,6 +150,7 @@ def prepare(
         num_textures=len(texture_files),
         textures_sha256=textures_sha256,
         amplification=amplification,
+        selection=selection,
     )
 
 

@@ -125,6 +125,21 @@ def test_embedded_search_tracks_crowns_and_delivers(mvtec_root: Path, tmp_path: 
     ]
     assert len(tracked(f"sqlite:///{storage}/mlflow.db", "try")[1]) == 6, "a finished search has nothing to add"
 
+    other = run(*search(mvtec_root, storage, "--trials", "3", "--epochs", "4"), env=env)
+    assert other.returncode == 2 and other.stderr.count("\n") == 1 and "begun with epochs 2, got 4" in other.stderr
+    # More trials, and too little time for them: cut, then gone on with where they stand.
+    more = search(mvtec_root, storage, "--trials", "5", "--epochs", "2", "--categories", category, "--json")
+    cut = run(*more, "--time-budget", "1s", env=env)
+    assert "cut by the time budget" in cut.stderr, cut.stderr
+    done = run(*more, env=env)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["categories"][0]["num_trials"] == 5
+    states = [trial.state.name for trial in studied(f"sqlite:///{storage}/optuna.db", f"try/{category}")]
+    assert states == ["COMPLETE"] * 5
+    runs = [each for each in tracked(f"sqlite:///{storage}/mlflow.db", "try")[1]
+            if each.data.tags["dskd.category"] == category]  # fmt: skip
+    assert len(runs) == 5 and {each.data.tags["dskd.status"] for each in runs} <= {"finished", "pruned"}
+
 
 @pytest.mark.cluster
 def test_killed_search_goes_on_without_losing_or_doubling_a_trial(

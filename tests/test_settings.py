@@ -26,6 +26,17 @@ def settings(**values: Any) -> SearchSettings:
         ({"epochs": 0}, "epochs must be at least 1"),
         ({"image_size": 100}, "image_size must be a positive multiple of 32"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"preset": "dskd,stpfm"}, "--preset takes dskd, stfpm, rd4ad, aand or all, got 'stpfm'"),
+        ({"preset": ","}, "--preset takes .*, got ','"),
+        ({"preset": "all", "trials": 3}, "--trials 3 cannot hold the 4 presets untuned"),
+        ({"preset": "dskd,aand", "sampler": "gp"}, "--sampler gp cannot search several presets"),
+        ({"start_from": "a,try", "name": "try"}, "--start-from names this search itself, 'try'"),
+        ({"time_budget": "2 hours"}, "--time-budget must be a time such as 2h, 1h30m or 90s, got '2 hours'"),
+        ({"time_budget": "0m"}, "--time-budget must be a time"),
+        ({"time_budget": ""}, "--time-budget must be a time"),
+        ({"workers_per_trial": 2, "min_workers_per_trial": 2}, "--min-workers-per-trial must be at least 1 and below"),
+        ({"workers_per_trial": 2, "min_workers_per_trial": 0}, "--min-workers-per-trial must be at least 1 and below"),
+        ({"space": Path("none.toml")}, "--space none.toml cannot be read"),
         ({"name": ""}, "--name"),
         ({"name": "a/b"}, "--name"),
         ({"name": "a\\b"}, "--name"),
@@ -99,6 +110,32 @@ def test_trials_vary_the_preset_with_the_flags_on_top(preset: Any) -> None:
     assert settings(preset=preset, batch_size=5).run_config().train.batch_size == 5
 
 
+def test_several_presets_share_what_is_measured_and_how_long() -> None:
+    runs = settings(preset="stfpm, aand,stfpm", epochs=7, image_size=64).run_configs()
+    assert list(runs) == ["stfpm", "aand"]
+    assert {(run.train.epochs, run.data.image_size, run.train.batch_size) for run in runs.values()} == {(7, 64, 32)}
+    shared = {"epochs": 7, "image_size": 64, "batch_size": 32, "score_candidates": 500}
+    assert runs["aand"] == PRESETS["aand"].with_values(shared)
+    assert list(settings(preset="all").run_configs()) == list(PRESETS)
+
+
+@pytest.mark.parametrize(("words", "seconds"), [("2h", 7200), ("1h30m", 5400), ("90s", 90), ("1h1s", 3601)])
+def test_a_time_budget_is_read(words: str, seconds: float) -> None:
+    assert settings(time_budget=words).budget_seconds == seconds and settings().budget_seconds is None
+
+
+def test_the_space_file_speaks_of_every_category_of_the_data(mvtec_root: Path, tmp_path: Path) -> None:
+    file = tmp_path / "space.toml"
+    file.write_text("[category.wood]\nhkd_weight = 1.0\n")
+    found = settings(data=str(mvtec_root), space=file, categories="tile").spaces(("tile",))
+    assert "hkd_weight" in found["tile"].dimensions["dskd"], "wood's section is another search's"
+    found = settings(data=str(mvtec_root), space=file).spaces(("tile", "wood"))
+    assert "hkd_weight" not in found["wood"].dimensions["dskd"]
+    file.write_text("[category.screw]\nhkd_weight = 1.0\n")
+    with pytest.raises(ValueError, match=r"\[category.screw\] names no category .* known: tile, wood"):
+        settings(data=str(mvtec_root), space=file).spaces(("tile",))
+
+
 def test_categories_are_checked_and_keep_their_order(mvtec_root: Path) -> None:
     def chosen(words: str) -> tuple[str, ...]:
         return settings(data=str(mvtec_root), categories=words).chosen_categories()
@@ -117,6 +154,7 @@ def test_categories_are_checked_and_keep_their_order(mvtec_root: Path) -> None:
         (search, "", "tune/search.py: error: missing --data STR; see tune/search.py --help"),
         (search, "--data d --epoch 3", "unknown flag --epoch, did you mean --epochs?"),
         (search, "--data d --trials two", "error: --trials: invalid literal for int()"),
+        (search, "--data d --preset nn", "--preset takes dskd, stfpm, rd4ad, aand or all, got 'nn'"),
         (search, "--data d --image-size 50", "error: image_size must be a positive multiple of 32"),
         (pull, "bolt", "tune/pull.py: error: missing --to PATH; see tune/pull.py --help"),
         (pull, "bolt --to d --storage /none/of/it", "pull: error: no search 'search' in /none/of/it"),

@@ -1,6 +1,7 @@
 """What the driver of a study does beside Tune: after kills, on a cluster that changes, and without a dashboard."""
 
 import os
+import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,8 +14,20 @@ import ray.util
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from dskd.config import RunConfig
-from tune import study as module
-from tune.study import StudyStorage, _free_workers, _not_yet_asked_for, _Observe, _Searcher
+from dskd.presets import PRESETS
+from tune import study
+from tune.settings import SearchSettings
+from tune.space import build_space
+from tune.study import (
+    StudyStorage,
+    _Deadline,
+    _free_workers,
+    _Halving,
+    _not_yet_asked_for,
+    _Observe,
+    _sampler,
+    _Searcher,
+)
 from tune.tracking import EpochDone, Event, TrialEnded, TrialStarted
 from tune.worker import PLACEMENT_GROUP
 
@@ -29,7 +42,9 @@ def depth(trial: Any) -> None:
 def searcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> _Searcher:
     url = f"sqlite:///{tmp_path}/optuna.db"
     monkeypatch.setattr(
-        module, "_revived", {"study_url": url, "assignment": None, "max_concurrent": 100, "side_by_side": 1}
+        study,
+        "_revived",
+        {"study_url": url, "assignment": None, "max_concurrent": 100, "side_by_side": 1, "running": set()},
     )
     return search_algorithm(url)
 
@@ -48,7 +63,7 @@ def states(searcher: _Searcher) -> list[str]:
 
 def test_a_kill_before_the_first_snapshot_neither_loses_nor_repeats_a_known_point(searcher: _Searcher) -> None:
     assert searcher.suggest("a") == POINTS[0]
-    again = search_algorithm(module._revived["study_url"])
+    again = search_algorithm(study._revived["study_url"])
     assert states(again) == ["FAIL", "WAITING", "WAITING"]
     assert sorted([again.suggest("b"), again.suggest("c")], key=str) == POINTS
     assert again.suggest("d") not in POINTS
@@ -68,13 +83,13 @@ def test_a_kill_between_two_snapshots_neither_loses_nor_repeats_a_suggestion(
 
 
 def test_a_search_follows_the_size_of_the_cluster(searcher: _Searcher, monkeypatch: pytest.MonkeyPatch) -> None:
-    module._revived.update(max_concurrent=None, side_by_side=2)
+    study._revived.update(max_concurrent=None, side_by_side=2)
     for slots, expected in ((1, [True, False]), (6, [True, True, False]), (0, [False])):
-        monkeypatch.setattr(module, "concurrent_trials", lambda _, slots=slots: slots)
+        monkeypatch.setattr(study, "concurrent_trials", lambda _, slots=slots: slots)
         taken = [searcher.suggest(f"{slots}-{number}") is not None for number in range(len(expected))]
         assert taken == expected
     searcher.on_trial_complete("1-0", {"objective": 0.5})
-    monkeypatch.setattr(module, "concurrent_trials", lambda _: 6)
+    monkeypatch.setattr(study, "concurrent_trials", lambda _: 6)
     assert searcher.suggest("next") is not None
 
 
@@ -88,8 +103,11 @@ def test_what_a_killed_driver_may_not_have_handed_on_is_said_once_more(
         num_workers=1,
         config=RunConfig().with_values({"epochs": 4}).to_dict(),
     )
-    revived = {"assignment": assignment, "events": SimpleNamespace(put=said.append)}
-    monkeypatch.setattr(module, "_revived", revived)
+    assignment.textures = ""
+    space = build_space({"dskd": RunConfig().with_values({"epochs": 4})})
+    sink = SimpleNamespace(put=said.append)
+    revived = {"assignment": assignment, "events": sink, "space": space, "running": set()}
+    monkeypatch.setattr(study, "_revived", revived)
 
     def trial(name: str, status: str, epoch: int) -> Any:
         return SimpleNamespace(
@@ -112,6 +130,51 @@ def test_what_a_killed_driver_may_not_have_handed_on_is_said_once_more(
         trials[2].run_metadata.num_failures = 2
         observe.on_trial_result(0, trials, trials[2], {"epoch": epoch, "timestamp": 1})
         assert (trials[2].run_metadata.num_failures == 0) is forgiven
+
+
+def test_the_untuned_presets_are_never_pruned_and_others_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    space = build_space({"dskd": PRESETS["dskd"], "stfpm": PRESETS["stfpm"]})
+    monkeypatch.setitem(study._revived, "space", space)
+    untuned, _, hard, *_ = space.starting_points()
+    halving = _Halving(time_attr="epoch", metric="objective", mode="max", max_t=10, grace_period=1, reduction_factor=3)
+    decisions = {}
+    for name, objective, point in (
+        ("good", 0.9, hard), ("better", 0.95, hard), ("bad", 0.1, hard), ("untuned and worse", 0.05, untuned)
+    ):  # fmt: skip
+        trial = cast(Any, SimpleNamespace(trial_id=name, config=point))
+        halving.on_trial_add(cast(Any, None), trial)
+        decisions[name] = halving.on_trial_result(None, trial, {"epoch": 1, "objective": objective})
+    assert decisions["bad"] == "STOP"
+    assert decisions["untuned and worse"] == decisions["better"] == "CONTINUE"
+
+
+def test_the_deadline_interrupts_tune_once_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setitem(study._revived, "is_cut", False)
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
+    try:
+        for deadline, expected in ((None, 0), (time.time() + 600, 0), (time.time() - 1, 1)):
+            monkeypatch.setitem(study._revived, "deadline", deadline)
+            assert not _Deadline().stop_all(), "to stop the trials would end them for good"
+            assert len(seen) == expected == study._revived.get("is_cut", False)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "cmaes", "qmc", "random"])
+def test_every_sampler_draws_from_the_space_and_each_category_its_own(sampler: Any) -> None:
+    space = build_space({"dskd": PRESETS["dskd"]})
+    settings = SearchSettings(data="data", sampler=sampler)
+    drawn = []
+    for category in ("bolt", "bolt", "screw"):
+        asked = optuna.create_study(direction="maximize", sampler=_sampler(settings, category, 1))
+        for value in (0.3, 0.5, 0.4):
+            trial = asked.ask()
+            space.ask(trial)
+            asked.tell(trial, value)
+        drawn.append([space.configuration(trial.params) for trial in asked.trials])
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 @pytest.mark.cluster

@@ -6,11 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from dskd import materials
+from dskd import materials as stage
 from dskd.checkpoint import read_record
 from dskd.config import AmplificationConfig, RunConfig
-from dskd.distillation import STATE_FILE
+from dskd.detector import Detector
+from dskd.distillation import STATE_FILE, Distillation
+from dskd.materials import Materials
 from dskd.train import Shard
+from tune import worker
 from tune.worker import DETECTOR_FOLDER, Assignment, HopelessTrial, train
 
 CPU = torch.device("cpu")
@@ -22,10 +25,10 @@ def amplified(tiny: RunConfig) -> RunConfig:
     return dataclasses.replace(tiny, amplification=stage).with_values({"epochs": 1})
 
 
-def assignment(config: RunConfig, data: Path) -> Assignment:
+def assignment(config: RunConfig, data: Path, **more: Any) -> Assignment:
     return Assignment(
         config=config.to_dict(), data=str(data), category="tile", teacher_weights="random", cache_gb=1.0,
-        num_workers=1, cpus_per_worker=1.0, gpus_per_worker=0.0, workers_uri="", revision="",
+        num_workers=1, cpus_per_worker=1.0, gpus_per_worker=0.0, workers_uri="", revision="", **more,
     )  # fmt: skip
 
 
@@ -33,8 +36,8 @@ def test_trials_that_differ_in_their_students_share_one_stage_one(
     amplified: RunConfig, mvtec_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stages = []
-    original = materials.fit_amplifier
-    monkeypatch.setattr(materials, "fit_amplifier", lambda *a, **k: (stages.append(1), original(*a, **k))[1])
+    original = stage.fit_amplifier
+    monkeypatch.setattr(stage, "fit_amplifier", lambda *a, **k: (stages.append(1), original(*a, **k))[1])
     for learning_rate in (0.005, 0.001):
         config = amplified.with_values({"learning_rate": learning_rate})
         for report in train(assignment(config, mvtec_root), Shard(), CPU, None):
@@ -92,3 +95,57 @@ def test_a_node_that_is_announced_to_go_leaves_its_state_behind_after_the_next_e
     for report in train(assignment(config, mvtec_root), Shard(), CPU, None, lambda: next(announced)):
         kept.append(report.checkpoint is not None and (report.checkpoint / STATE_FILE).is_file())
     assert kept == [False, True, True, False], "the last report carries the detector instead"
+
+
+def test_trials_with_and_without_stage_one_take_turns_at_the_cost_of_one_preparation_each(
+    tiny: RunConfig, amplified: RunConfig, mvtec_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = []
+    monkeypatch.setattr(worker, "prepare", lambda *a, **k: (prepared.append(1), stage.prepare(*a, **k))[1])
+    worker._materials.cache_clear()
+    for config in (tiny.with_values({"epochs": 1}), amplified) * 2:
+        (report,) = train(assignment(config, mvtec_root), Shard(), CPU, None)
+        assert report.metrics["objective"] > 0
+    assert len(prepared) == 2
+
+
+def test_an_oracle_selects_by_the_test_images_and_its_detector_says_so(
+    tiny: RunConfig, mvtec_root: Path, tmp_path: Path
+) -> None:
+    config = tiny.with_values({"epochs": 1})
+    for report in train(assignment(config, mvtec_root, selection="oracle"), Shard(), CPU, None):
+        assert report.checkpoint is not None  # it lives as long as the report is looked at
+        record = read_record(report.checkpoint / DETECTOR_FOLDER)
+        assert record.selection == "oracle" and record.validation_files == ()
+        tested = Detector.load(report.checkpoint / DETECTOR_FOLDER).evaluate(mvtec_root, "tile")
+        seen = {name: record.metrics[f"val/{name}"] for name in tested._fields}
+        assert seen == pytest.approx(tested._asdict(), abs=1e-4)
+    shutil.copytree(mvtec_root / "tile", tmp_path / "tile")
+    shutil.rmtree(tmp_path / "tile" / "ground_truth")
+    (report,) = train(assignment(config, tmp_path, selection="oracle"), Shard(), CPU, None)
+    assert report.metrics["objective"] == 0 and "no masks of its test defects" in report.metrics["error"]
+
+
+def test_textures_reach_the_defects_of_a_trial(tiny: RunConfig, mvtec_root: Path) -> None:
+    textures = mvtec_root / "wood/test/good"
+    told = assignment(tiny.with_values({"epochs": 1}), mvtec_root, textures=str(textures))
+    for report in train(told, Shard(), CPU, None):
+        assert report.checkpoint is not None
+        assert read_record(report.checkpoint / DETECTOR_FOLDER).num_textures == len(list(textures.iterdir()))
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (3, 2)])
+def test_a_training_goes_on_with_another_number_of_workers(
+    before: int, after: int, tiny: RunConfig, materials: Materials, tmp_path: Path
+) -> None:
+    """What a worker saved is the same whatever their number: in one process alone all of them train alike."""
+    whole = Distillation.begin(tiny, materials, CPU)
+    expected = [progress.epoch.loss for progress in whole.epochs()]
+    begun = Distillation.begin(tiny, materials, CPU, before)
+    next(begun.epochs())
+    begun.save(tmp_path)
+    resumed = Distillation.begin(tiny, materials, CPU, after)
+    resumed.restore(tmp_path)
+    (last,) = resumed.epochs()
+    assert last.epoch.loss == pytest.approx(expected[-1], rel=1e-6)
+    assert resumed.detector()[1].keys() == whole.detector()[1].keys()

@@ -27,6 +27,8 @@ class Champion(NamedTuple):
     metrics: Mapping[str, float]
     run_id: str
     """Its MLflow run, empty where the tracking server never learnt of it."""
+    selection: str = "val"
+    """What chose it: "oracle" means the test images themselves."""
 
 
 @ray.remote(max_retries=3)
@@ -64,7 +66,7 @@ def crown(
     rewrite_record(local, record)
     folder = f"{_FOLDER}/{category}/{trial_id}"
     storage.upload(local, folder)
-    champion = Champion(category, trial_id, folder, dict(record.metrics), "")
+    champion = Champion(category, trial_id, folder, dict(record.metrics), "", record.selection)
     _write(storage, champion)
     return champion, record
 
@@ -84,6 +86,7 @@ def find_champion(storage: Storage, category: str) -> Champion | None:
     if document is None:
         return None
     try:
+        document = {**Champion._field_defaults, **document}  # what is newer than the record
         champion = Champion(**{name: document[name] for name in Champion._fields})
     except KeyError as error:
         raise StorageError(f"{storage.uri}/{_FOLDER}/{category}.json lacks {error}; search again.") from None

@@ -15,7 +15,7 @@ import ray
 from rich.console import Console
 from rich.table import Table
 
-from tune import preflight
+from tune import identity, preflight
 from tune.lease import only_search
 from tune.progress import Progress
 from tune.settings import SearchSettings
@@ -65,7 +65,12 @@ def _search(settings: SearchSettings, held: ExitStack) -> int:
         gpus_per_worker=preflight.gpus_per_worker(settings),
         workers_uri="",
         revision=code_revision(),
+        textures=str(settings.textures.absolute()) if settings.textures else "",
+        selection=settings.selection,
+        min_workers=settings.min_workers_per_trial,
     )
+    spaces = settings.spaces(categories)
+    identity.record(Storage(settings.search_uri), settings, spaces, assignment.gpus_per_worker)
     folder = Path.home() if settings.is_remote_storage else Path(settings.storage_uri)
     unsent = folder / f"dskd-unsent-{settings.name}.jsonl"
     tracker = Tracker(
@@ -74,14 +79,14 @@ def _search(settings: SearchSettings, held: ExitStack) -> int:
         artifact_location=settings.artifact_location,
         tags={
             "dskd.search": settings.name,
-            "dskd.selection": "val",
+            "dskd.selection": settings.selection,
             "dskd.teacher": "random (untrained)" if settings.teacher_weights == "random" else "pretrained",
             "mlflow.source.git.commit": assignment.revision,
         },
         unsent=unsent,
     )
     progress.say(f"searching {', '.join(categories)}: {settings.trials} trials each, state in {settings.search_uri}")
-    outcomes = run_search(settings, categories, assignment, tracker, progress)
+    outcomes = run_search(settings, spaces, assignment, tracker, progress)
     if num_unsent := tracker.close(_TRACKING_PATIENCE):
         progress.say(f"MLflow is away: {num_unsent} events are in {unsent}; the same command writes them")
     _show(outcomes, settings)
@@ -144,7 +149,14 @@ def _show(outcomes: Sequence[Outcome], settings: SearchSettings) -> None:
         )
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 110)
     console.print(table)
-    console.print("validation: mean of image AUROC and AUPRO on synthetic defects; AUROC and AUPRO: test images, once")
+    if settings.selection == "oracle":
+        console.print(
+            "[bold red]selection=oracle: chosen by the test images themselves, as papers do; no honest figures[/]"
+        )
+    else:
+        console.print(
+            "validation: mean of image AUROC and AUPRO on synthetic defects; AUROC and AUPRO: test images, once"
+        )
     if settings.teacher_weights == "random":
         console.print("[bold red]untrained teacher: these figures say nothing about inspection[/]")
     for outcome in outcomes:

@@ -7,9 +7,12 @@ import ray
 from sqlalchemy.exc import SQLAlchemyError
 
 from dskd.data.datasets import read_category
+from dskd.data.defects import choose_textures
 from dskd.model.teacher import build_teacher
+from tune.champions import champion_categories
+from tune.identity import check_continues
 from tune.settings import SearchSettings
-from tune.storage import Storage
+from tune.storage import Storage, open_search
 from tune.tracking import check_server, without_password
 
 
@@ -20,10 +23,24 @@ def check_inputs(settings: SearchSettings) -> tuple[str, ...]:
     """
     categories = settings.chosen_categories()
     for category in categories:
-        read_category(Path(settings.data), category)
+        test = read_category(Path(settings.data), category).test
+        masked = any(sample.mask is not None for sample in test)
+        if settings.selection == "oracle" and (not masked or all(sample.is_defective for sample in test)):
+            raise ValueError(
+                f"--selection oracle needs good test images and masks of defective ones, category {category} lacks "
+                "them; leave it out with --categories."
+            )
+    spaces = settings.spaces(categories)
+    if settings.textures is not None:
+        choose_textures(settings.textures)
     model = settings.run_config().model
     build_teacher(model.backbone, model.levels, settings.teacher_weights)
-    Storage(settings.search_uri).probe()
+    storage = Storage(settings.search_uri)
+    storage.probe()
+    check_continues(storage, settings, spaces)
+    for earlier in settings.earlier_searches:
+        if not champion_categories(open_search(settings.storage, earlier)):
+            raise ValueError(f"--start-from {earlier}: that search has no champion in {settings.storage_uri}.")
     check_server(settings.tracking)
     try:
         optuna.storages.RDBStorage(settings.studies).get_all_studies()
@@ -46,14 +63,15 @@ def check_cluster(settings: SearchSettings) -> None:
     Raises ValueError or ConnectionError with one line that says what to change.
     """
     have = ray.cluster_resources()
+    num_workers = settings.min_workers_per_trial or settings.workers_per_trial
     wanted = {
-        "CPU": settings.cpus_per_worker * settings.workers_per_trial,
-        "GPU": gpus_per_worker(settings) * settings.workers_per_trial,
+        "CPU": settings.cpus_per_worker * num_workers,
+        "GPU": gpus_per_worker(settings) * num_workers,
     }
     for name, need in wanted.items():
         if need > have.get(name, 0) and settings.max_concurrent is None:
             raise ValueError(
-                f"a trial asks for {need:g} {name}s ({settings.workers_per_trial} workers), the cluster has "
+                f"a trial asks for {need:g} {name}s ({num_workers} workers), the cluster has "
                 f"{have.get(name, 0):g}; lower --workers-per-trial or --{name.lower()}s-per-worker, or give "
                 "--max-concurrent where the cluster grows by itself."
             )

@@ -1,10 +1,26 @@
-"""The search space as code; a suggested name is a field of the configuration, or `field_N` for its N-th weight."""
+"""The search space: which fields of the configuration trials vary, and between which values.
+
+A dimension has the name of its field, or `field_N` for the N-th weight of one. In a search of several
+presets each preset has dimensions of its own, named `stfpm.learning_rate`, and which preset a trial takes is
+a dimension too.
+"""
 
 import re
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 from dskd.config import RunConfig
+
+PRESET = "preset"
+_MEASURED = frozenset({"image_size", "validation_fraction", "calibration_fraction", "split_seed"})
+_STRUCTURE = frozenset({"backbone", "levels", "student_encoder", "student_decoder"})
+_SHARED = _MEASURED | _STRUCTURE | {"epochs"}
+"""Fields that decide what is measured, how long, or which network it is: the same for all trials of a preset."""
+_ENCODER = frozenset(("encoder_match", "encoder_hkd_margin"))
+_DECODER = frozenset(("decoder_match", "decoder_hkd_margin", "decoder_input", "detach_embedding", "embedding_depth"))
+_BOTH = frozenset(("decoder_weight", "encoder_score_weight", "decoder_score_weight", "student_fusion"))
+_STAGE_ONE = frozenset(name for name in RunConfig().to_dict()["amplification"] if name != "amplification")
 
 
 class Suggests(Protocol):
@@ -15,27 +31,103 @@ class Suggests(Protocol):
     def suggest_categorical(self, name: str, choices: Any) -> Any: ...
 
 
-def search_space(trial: Suggests, base: RunConfig) -> None:
-    """Ask `trial` for every parameter that matters to the students that `base` trains."""
-    trial.suggest_float("learning_rate", base.train.learning_rate / 8, base.train.learning_rate * 4, log=True)
+class Range(NamedTuple):
+    """All values from `low` to `high`, both included; whole numbers where both ends are `int`."""
+
+    low: float
+    high: float
+    log: bool = False
+    """Drawn evenly on a logarithmic scale."""
+
+    def holds(self, value: Any) -> bool:
+        return not isinstance(value, bool | str) and bool(self.low <= value <= self.high)
+
+    def nearest(self, value: Any) -> Any:
+        return min(max(value, self.low), self.high)
+
+    def ends(self) -> tuple[Any, ...]:
+        return self.low, self.high
+
+
+class Choice(NamedTuple):
+    """One of some values; a single one is no dimension but a value that every trial has."""
+
+    options: tuple[Any, ...]
+
+    def holds(self, value: Any) -> bool:
+        return value in self.options
+
+    def nearest(self, value: Any) -> Any:
+        return value if value in self.options else self.options[0]
+
+    def ends(self) -> tuple[Any, ...]:
+        return self.options
+
+
+Dimension = Range | Choice
+
+
+def default_dimensions(base: RunConfig) -> dict[str, Dimension]:
+    """Every parameter that matters to the students that `base` trains, around its own values.
+
+    Whether the teacher is amplified is left to `base`: stage I is a training of its own. A file given with
+    --space can make it a dimension.
+    """
+    rate = base.train.learning_rate
+    found: dict[str, Dimension] = {"learning_rate": Range(rate / 8, rate * 4, log=True)}
     for position in range(1, len(base.model.levels) + 1):
-        trial.suggest_float(f"level_weights_{position}", 0.1, 2.0)
-        trial.suggest_float(f"score_level_weights_{position}", 0.1, 2.0)
-    trial.suggest_categorical("level_fusion", ["sum", "product"])
-    trial.suggest_float("hkd_weight", 0.0, 2.0)
-    trial.suggest_int("hkd_hardest", 1, 100, log=True)
-    if base.model.student_encoder:
-        trial.suggest_float("encoder_hkd_margin", 0.0, 0.5)
-    if base.model.student_decoder:
-        trial.suggest_float("decoder_hkd_margin", 0.0, 0.5)
-        trial.suggest_int("embedding_depth", 1, 4)
-    if base.model.student_encoder and base.model.student_decoder:
-        trial.suggest_float("decoder_weight", 0.25, 4.0, log=True)
-        trial.suggest_float("encoder_score_weight", 0.0, 1.0)
+        found[f"level_weights_{position}"] = Range(0.1, 2.0)
+        found[f"score_level_weights_{position}"] = Range(0.1, 2.0)
+    found["level_fusion"] = Choice(("sum", "product"))
+    found["blur_sigma"] = Range(0.0, 8.0)
+    found["score_top_fraction"] = Range(0.0, 0.02)
+    found["hkd_weight"] = Range(0.0, 2.0)
+    found["hkd_hardest"] = Range(1, 100, log=True)
+    found["encoder_hkd_margin"] = Range(0.0, 0.5)
+    found["decoder_hkd_margin"] = Range(0.0, 0.5)
+    found["embedding_depth"] = Range(1, 4)
+    found["decoder_weight"] = Range(0.25, 4.0, log=True)
+    found["encoder_score_weight"] = Range(0.0, 1.0)
+    found["student_fusion"] = Choice(("sum", "product", "max", "noisy-or"))
+    return {name: dimension for name, dimension in found.items() if has_effect(name, base)}
+
+
+def has_effect(name: str, base: RunConfig) -> bool:
+    """Whether the students or the teacher of `base` have what the field `name` is about."""
+    encoder, decoder = base.model.student_encoder, base.model.student_decoder
+    return not (
+        (name in _ENCODER and not encoder)
+        or (name in _DECODER and not decoder)
+        or (name in _BOTH and not (encoder and decoder))
+        or (name in _STAGE_ONE and not base.amplification.amplification)
+    )
+
+
+def field_kind(name: str) -> type:
+    """Type of the values that a dimension of this name takes: bool, int, float or str.
+
+    Raises ValueError where a search cannot vary such a name.
+    """
+    fields = RunConfig().flat()
+    if name in _SHARED:
+        raise ValueError(f"all trials share {name}; it is not part of a space.")
+    indexed = re.fullmatch(r"(.+)_(\d+)", name)
+    if name not in fields and indexed and isinstance(fields.get(indexed[1]), tuple) and indexed[1] not in _SHARED:
+        return float
+    if name not in fields:
+        known = ", ".join(sorted(_spelled(field) for field in fields.keys() - _SHARED))
+        raise ValueError(f"unknown field; known: {known}.")
+    if isinstance(fields[name], tuple):
+        raise ValueError(f"has an entry for each level: {name}_1, {name}_2, ….")
+    return type(fields[name])
+
+
+def _spelled(field: str) -> str:
+    return f"{field}_N" if isinstance(RunConfig().flat()[field], tuple) else field
 
 
 def with_suggestions(base: RunConfig, suggested: Mapping[str, Any]) -> RunConfig:
-    """`base` with the values that the space suggested.
+    """`base` with the values that its space suggested.
 
     Raises ValueError on a name or a weight's number that the configuration does not have.
     """
@@ -55,38 +147,176 @@ def with_suggestions(base: RunConfig, suggested: Mapping[str, Any]) -> RunConfig
     return base.with_values(values)
 
 
-def known_good(base: RunConfig) -> list[dict[str, Any]]:
-    """Where a search starts: the preset itself, and the preset with AAND's hard-patch loss."""
-    plain = _as_suggested(base)
-    hard = plain | {"hkd_weight": 1.0}
-    return [plain] if hard == plain else [plain, hard]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Space:
+    """What the trials of one category may be."""
+
+    bases: Mapping[str, RunConfig]
+    """By preset, the configuration that its dimensions vary; at least one."""
+    dimensions: Mapping[str, Mapping[str, Dimension]]
+    """By preset, by name."""
+    winners: tuple[Mapping[str, Any], ...] = ()
+    """Points where earlier searches ended, to be tried after the presets."""
+
+    def ask(self, trial: Suggests) -> None:
+        """Ask `trial` for a value of every dimension that it has."""
+        preset = next(iter(self.bases))
+        if len(self.bases) > 1:
+            preset = trial.suggest_categorical(PRESET, list(self.bases))
+        for name, dimension in self.dimensions[preset].items():
+            full = self._full_name(preset, name)
+            if isinstance(dimension, Choice):
+                trial.suggest_categorical(full, list(dimension.options))
+            elif isinstance(dimension.low, int) and isinstance(dimension.high, int):
+                trial.suggest_int(full, dimension.low, dimension.high, log=dimension.log)
+            else:
+                trial.suggest_float(full, dimension.low, dimension.high, log=dimension.log)
+
+    def preset_of(self, suggested: Mapping[str, Any]) -> str:
+        """The preset that a trial varies."""
+        return str(suggested.get(PRESET, next(iter(self.bases))))
+
+    def configuration(self, suggested: Mapping[str, Any]) -> RunConfig:
+        """The run that a trial's suggestions mean.
+
+        Raises ValueError on a name that the configuration does not have.
+        """
+        preset = self.preset_of(suggested)
+        prefix = self._full_name(preset, "")
+        values = {name.removeprefix(prefix): value for name, value in suggested.items() if name != PRESET}
+        return with_suggestions(self.bases[preset], values)
+
+    def starting_points(self) -> list[dict[str, Any]]:
+        """What a search tries first: each preset itself, each with AAND's hard-patch loss, and the winners.
+
+        A preset's value that a dimension leaves out is moved to the nearest that it has.
+        """
+        presets = self._untuned()
+        hard = [
+            self._point(preset, base.with_values({"hkd_weight": 1.0}), move=True)
+            for preset, base in self.bases.items()
+            if "hkd_weight" in self.dimensions[preset]
+        ]
+        points: list[dict[str, Any]] = []
+        for point in [*presets, *hard, *map(dict, self.winners)]:
+            if point not in points:
+                points.append(point)
+        return points
+
+    def is_untuned(self, suggested: Mapping[str, Any]) -> bool:
+        """Whether a trial is one of the presets itself."""
+        return any(point.items() <= suggested.items() for point in self._untuned())
+
+    def point_of(self, config: RunConfig) -> dict[str, Any]:
+        """The point whose configuration is `config`, whatever its epochs, image size and batch size.
+
+        Raises ValueError saying what keeps it out of this space.
+        """
+        obstacles = {preset: list(self._obstacles(preset, config)) for preset in self.bases}
+        preset = min(obstacles, key=lambda name: len(obstacles[name]))
+        if obstacles[preset]:
+            raise ValueError(obstacles[preset][0])
+        return self._point(preset, config, move=False)
+
+    def to_plain(self) -> dict[str, Any]:
+        """Plain nested values, ready for JSON: two spaces alike in it are the same."""
+        return {
+            "bases": {preset: base.to_dict() for preset, base in self.bases.items()},
+            "dimensions": {
+                preset: {name: dimension._asdict() for name, dimension in dimensions.items()}
+                for preset, dimensions in self.dimensions.items()
+            },
+        }
+
+    def _full_name(self, preset: str, name: str) -> str:
+        return f"{preset}.{name}" if len(self.bases) > 1 else name
+
+    def _untuned(self) -> list[dict[str, Any]]:
+        return [self._point(preset, base, move=True) for preset, base in self.bases.items()]
+
+    def _point(self, preset: str, config: RunConfig, *, move: bool) -> dict[str, Any]:
+        point: dict[str, Any] = {PRESET: preset} if len(self.bases) > 1 else {}
+        values = _values(config)
+        for name, dimension in self.dimensions[preset].items():
+            value = values[name]
+            point[self._full_name(preset, name)] = dimension.nearest(value) if move else value
+        return point
+
+    def _obstacles(self, preset: str, config: RunConfig) -> Iterator[str]:
+        base, dimensions = self.bases[preset], self.dimensions[preset]
+        if config.model.levels != base.model.levels:
+            yield f"levels are {config.model.levels} there and {base.model.levels} here"
+            return
+        able = base.with_values({"amplification": True}) if "amplification" in dimensions else base
+        ignored = _MEASURED | {"epochs", "batch_size"}
+        values = _values(config)
+        for name, here in _values(base).items():
+            there = values[name]
+            if name in dimensions:
+                if not dimensions[name].holds(there):
+                    yield f"{name} {there!r} lies outside {dimensions[name]}"
+            elif name not in ignored and here != there and has_effect(name, able):
+                yield f"{name} is {there!r} there and {here!r} here"
 
 
-def _as_suggested(config: RunConfig) -> dict[str, Any]:
-    fields = config.flat()
-    asked = _Names()
-    search_space(asked, config)
+def _values(config: RunConfig) -> dict[str, Any]:
+    """By every name that a dimension could have, weights one by one."""
     values: dict[str, Any] = {}
-    for name in asked.names:
-        indexed = re.fullmatch(r"(.+)_(\d+)", name)
-        values[name] = fields[name] if name in fields else fields[indexed[1]][int(indexed[2]) - 1]  # type: ignore[index]
+    for field, value in config.flat().items():
+        if isinstance(value, tuple) and field not in _SHARED:
+            values |= {f"{field}_{position}": weight for position, weight in enumerate(value, 1)}
+        else:
+            values[field] = value
     return values
 
 
-class _Names:
-    """Records which names the space asks for."""
+def build_space(bases: Mapping[str, RunConfig], entries: Mapping[str, Mapping[str, Dimension]] | None = None) -> Space:
+    """The default space around each preset's configuration, with `entries`, by preset, in place of its own.
 
-    def __init__(self) -> None:
-        self.names: list[str] = []
+    An entry about a part that a preset's network lacks is left out for it. Raises ValueError where an entry
+    has no effect on any preset, or where one or several of them together make no valid configuration.
+    """
+    entries = entries or {}
+    found: dict[str, RunConfig] = {}
+    dimensions: dict[str, dict[str, Dimension]] = {}
+    useless: dict[str, int] = {}
+    for preset, base in bases.items():
+        mine = dict(entries.get(preset, {}))
+        for name, entry in mine.items():
+            for value in entry.ends():
+                try:
+                    with_suggestions(base, {name: value})
+                except ValueError as error:
+                    raise ValueError(f"{name} = {value!r} with preset {preset}: {error}") from None
+        stage_one = any(mine.get("amplification", Choice((base.amplification.amplification,))).ends())
+        able = base.with_values({"amplification": stage_one})
+        for name in [name for name in mine if not has_effect(name, able)]:
+            del mine[name]
+            useless[name] = useless.get(name, 0) + 1
+        fixed = {name: entry.ends()[0] for name, entry in mine.items() if len(set(entry.ends())) == 1}
+        found[preset] = _checked(preset, base, fixed)
+        dimensions[preset] = {**default_dimensions(found[preset]), **mine}
+        for name in fixed:
+            del dimensions[preset][name]
+        _check_corners(preset, found[preset], dimensions[preset])
+    asked = [name for mine in entries.values() for name in mine]
+    if nowhere := [name for name, count in useless.items() if count == asked.count(name)]:
+        raise ValueError(f"{nowhere[0]} has no effect with --preset {','.join(bases)}; leave it out.")
+    return Space(bases=found, dimensions=dimensions)
 
-    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
-        self.names.append(name)
-        return low
 
-    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int:
-        self.names.append(name)
-        return low
+def _check_corners(preset: str, base: RunConfig, dimensions: Mapping[str, Dimension]) -> None:
+    """Fields restrict each other, most at the ends of their ranges, and by which choice is made."""
+    for end in (0, -1):
+        corner = {name: dimension.ends()[end] for name, dimension in dimensions.items()}
+        _checked(preset, base, corner)
+        for name, dimension in dimensions.items():
+            for option in dimension.ends() if isinstance(dimension, Choice) else ():
+                _checked(preset, base, corner | {name: option})
 
-    def suggest_categorical(self, name: str, choices: Any) -> Any:
-        self.names.append(name)
-        return choices[0]
+
+def _checked(preset: str, base: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    try:
+        return with_suggestions(base, values)
+    except ValueError as error:
+        raise ValueError(f"with preset {preset}: {error}") from None

@@ -1,7 +1,9 @@
 """All categories of a search: a process for each, one writer for what they report, the champions at the end."""
 
 import dataclasses
+import math
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,10 +15,12 @@ import ray.exceptions
 from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from dskd.checkpoint import RECORD_FILE, DetectorRecord
 from tune.champions import Champion, crown, evaluate_on_test, find_champion, note_run
 from tune.progress import Progress
 from tune.settings import SearchSettings
-from tune.storage import Storage
+from tune.space import Space
+from tune.storage import Storage, open_search
 from tune.study import Study, concurrent_trials, search_category
 from tune.tracking import CategoryEnded, Tracker, TrackingAway
 from tune.trial import driver_resources
@@ -41,17 +45,55 @@ class Outcome(NamedTuple):
     """None where no trial finished."""
     error: str
     """Why there is no champion; empty where there is one."""
+    num_cut: int = 0
+    """Trials that the time budget ended; the same command goes on with them."""
+
+
+class BudgetSpent(Exception):
+    """A category's turn came when the search's time was over."""
+
+
+class TimeBudget:
+    """Wall time of a search, shared by categories that are searched some side by side and some after others."""
+
+    def __init__(self, seconds: float | None, num_categories: int, side_by_side: int) -> None:
+        self._end = None if seconds is None else time.time() + seconds
+        self._num_waiting = num_categories
+        self._side_by_side = side_by_side
+        self._lock = threading.Lock()
+
+    def begin_category(self) -> float | None:
+        """When the category that begins now must end, in seconds since 1970; None: whenever it does.
+
+        It gets what is left in equal parts for those that wait: what it leaves over is theirs, and none
+        uses up what another needs. Raises BudgetSpent where nothing is left.
+        """
+        with self._lock:
+            rounds = math.ceil(self._num_waiting / self._side_by_side)
+            self._num_waiting -= 1
+        if self._end is None:
+            return None
+        now = time.time()
+        if now >= self._end:
+            raise BudgetSpent("the time budget ended before it could begin; the same command begins with it")
+        return now + (self._end - now) / rounds
 
 
 def run_search(
-    settings: SearchSettings, categories: Sequence[str], assignment: Assignment, tracker: Tracker, progress: Progress
+    settings: SearchSettings,
+    spaces: Mapping[str, Space],
+    assignment: Assignment,
+    tracker: Tracker,
+    progress: Progress,
 ) -> list[Outcome]:
-    """Search every category, as many side by side as the cluster now holds trials; outcomes in their order.
+    """Search every category of `spaces`, as many side by side as the cluster now holds trials; outcomes in their order.
 
     An error in one category is its outcome and does not stop the others.
     """
+    categories = tuple(spaces)
     slots = settings.max_concurrent or concurrent_trials(assignment)
     side_by_side = min(len(categories), slots)
+    budget = TimeBudget(settings.budget_seconds, len(categories), side_by_side)
     # On the driver's node: with another one, the events on their way and the search itself would be lost.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     events = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
@@ -73,9 +115,15 @@ def run_search(
             assignment, category=category, workers_uri=f"{settings.search_uri}/workers/{category}"
         )
         try:
+            deadline = budget.begin_category()
+            space = with_winners(settings, category, spaces[category], progress)
             task = _search_category.options(resources=driver_resources())
-            study = ray.get(task.remote(settings, mine, side_by_side, events))
+            study = ray.get(task.remote(settings, mine, side_by_side, events, space, deadline))
             outcome, tags = _conclude(settings, mine, study, tracker, progress)
+        except BudgetSpent as error:
+            known = find_champion(Storage(settings.search_uri), category)
+            outcome, tags = Outcome(category, 0, 0, 0, known, "" if known else str(error)), {}
+            progress.say(f"{category}: {error}")
         except Exception as error:  # whatever it was, the other categories go on
             reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
             outcome, tags = Outcome(category, 0, 0, 0, None, reason), {}
@@ -95,20 +143,41 @@ def run_search(
         relaying.join()
 
 
+def with_winners(settings: SearchSettings, category: str, space: Space, progress: Progress) -> Space:
+    """The space with the champions that earlier searches found for the category; one line for each left out."""
+    winners = list(space.winners)
+    for name in settings.earlier_searches:
+        storage = open_search(settings.storage, name)
+        champion = find_champion(storage, category)
+        document = storage.read_json(f"{champion.folder}/{RECORD_FILE}") if champion else None
+        if document is None:
+            progress.say(f"{category}: search {name} has no champion of it to start from")
+            continue
+        try:
+            winners.append(space.point_of(DetectorRecord.from_document(document).config))
+        except (ValueError, KeyError, TypeError) as error:
+            progress.say(f"{category}: the champion of {name} is not tried: {error}")
+    return dataclasses.replace(space, winners=tuple(winners))
+
+
 def _conclude(
     settings: SearchSettings, assignment: Assignment, study: Study, tracker: Tracker, progress: Progress
 ) -> tuple[Outcome, dict[str, str]]:
     """What a category's trials came to, and tags for its run in MLflow."""
     category, counts = assignment.category, (study.num_trials, study.num_pruned, len(study.errors))
+    if study.num_cut:
+        progress.say(f"{category}: {study.num_cut} trials cut by the time budget; the same command goes on with them")
     if study.best is None:
         reason = study.errors[-1] if study.errors else "no trial reached its last epoch"
-        return Outcome(category, *counts, None, reason), {}
+        if study.num_cut:
+            reason += f" within the time budget, which cut {study.num_cut}; the same command goes on with them"
+        return Outcome(category, *counts, None, reason, study.num_cut), {}
     trial_id, detector = study.best
     storage = Storage(settings.search_uri)
     known = find_champion(storage, category)
     if known is not None and known.trial_id == trial_id and known.run_id:
         progress.say(f"{category}: trial {trial_id} is the champion already")
-        return Outcome(category, *counts, known, ""), {}
+        return Outcome(category, *counts, known, "", study.num_cut), {}
     progress.say(f"{category}: trial {trial_id} is the best, evaluating it once on the test images")
     resources = {"num_cpus": assignment.cpus_per_worker, "num_gpus": assignment.gpus_per_worker}
     threads = max(1, int(assignment.cpus_per_worker))
@@ -127,7 +196,7 @@ def _conclude(
             champion = champion._replace(run_id=registered.run_id)
             note_run(storage, champion)
             tags["dskd.champion_model"] = f"{registered.model}/{registered.version}"
-    return Outcome(category, *counts, champion, ""), tags
+    return Outcome(category, *counts, champion, "", study.num_cut), tags
 
 
 def summary(outcomes: Sequence[Outcome]) -> list[Mapping[str, Any]]:

@@ -4,12 +4,13 @@ Ray Tune keeps module-level state that two experiments in one process corrupt (s
 "dictionary changed size during iteration"), hence a process per category.
 """
 
-import functools
 import logging
 import math
 import os
+import signal
+import time
 import zlib
-from collections.abc import Set
+from collections.abc import Collection, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,13 +22,13 @@ import ray.util
 from ray import PlacementGroupID
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search import SearchGenerator
 from ray.tune.search.optuna import OptunaSearch
 from ray.util.placement_group import PlacementGroup
 from ray.util.queue import Queue
 
-from dskd.config import RunConfig
 from tune.settings import SearchSettings
-from tune.space import known_good, search_space, with_suggestions
+from tune.space import Space
 from tune.tracking import EpochDone, Status, TrialEnded, TrialStarted
 from tune.trial import MAX_FAILURES, run_trial, trial_resources
 from tune.worker import DETECTOR_FOLDER, PLACEMENT_GROUP, Assignment
@@ -45,6 +46,8 @@ class Study(NamedTuple):
     """Why trials failed, one each."""
     best: tuple[str, str] | None
     """(trial id, address of its detector folder); None where no trial reached its last epoch."""
+    num_cut: int = 0
+    """Trials that the deadline ended, and that go on where the study is continued."""
 
 
 def concurrent_trials(assignment: Assignment) -> int:
@@ -61,21 +64,38 @@ def concurrent_trials(assignment: Assignment) -> int:
     )
 
 
-def search_category(settings: SearchSettings, assignment: Assignment, side_by_side: int, events: Queue) -> Study:
+def search_category(
+    settings: SearchSettings,
+    assignment: Assignment,
+    side_by_side: int,
+    events: Queue,
+    space: Space,
+    deadline: float | None,
+) -> Study:
     """Run or continue the trials of `assignment.category`, telling `events` what happens to them.
 
     It runs `--max-concurrent` trials at once, or as many as the cluster holds at the time, divided by
-    the `side_by_side` categories that are searched together.
+    the `side_by_side` categories that are searched together. `deadline` is a time in seconds since 1970.
 
     Meant to run in a Ray task: started again where its process was lost, it goes on from Tune's last
     snapshot.
     """
     _set_up_tune()
-    base = RunConfig.from_dict(assignment.config)
-    _revived.update(assignment=assignment, events=events, study_url=settings.studies)
-    _revived.update(max_concurrent=settings.max_concurrent, side_by_side=side_by_side)
+    _revived.update(
+        assignment=assignment,
+        events=events,
+        study_url=settings.studies,
+        space=space,
+        deadline=deadline,
+        num_trials=settings.trials,
+        max_concurrent=settings.max_concurrent,
+        side_by_side=side_by_side,
+        running=set(),
+        cut=set(),
+        is_cut=False,
+    )
     trainable = ray.tune.with_resources(
-        ray.tune.with_parameters(run_trial, assignment=assignment), trial_resources(assignment)
+        ray.tune.with_parameters(run_trial, assignment=assignment, space=space), trial_resources(assignment)
     )
     folder, name = f"{settings.search_uri}/tune", assignment.category
     if ray.tune.Tuner.can_restore(f"{folder}/{name}"):
@@ -90,25 +110,24 @@ def search_category(settings: SearchSettings, assignment: Assignment, side_by_si
                 # A process that serves trial after trial saves seconds each; one whose workers are stopped
                 # from outside must not live on.
                 reuse_actors=assignment.num_workers == 1,
-                search_alg=_Searcher(
-                    functools.partial(search_space, base=base),
-                    metric="objective",
-                    mode="max",
-                    # Another seed for each category, or all would draw the same first suggestions.
-                    sampler=optuna.samplers.TPESampler(
-                        seed=zlib.crc32(f"{settings.seed}/{name}".encode()), multivariate=True
-                    ),
-                    storage=StudyStorage(settings.studies),
-                    study_name=f"{settings.name}/{name}",
-                    points_to_evaluate=_not_yet_asked_for(
-                        known_good(base)[: settings.trials], settings.studies, f"{settings.name}/{name}"
-                    ),
+                search_alg=_Suggestions(
+                    _Searcher(
+                        space.ask,
+                        metric="objective",
+                        mode="max",
+                        sampler=_sampler(settings, name, len(space.bases)),
+                        storage=StudyStorage(settings.studies),
+                        study_name=f"{settings.name}/{name}",
+                        points_to_evaluate=_not_yet_asked_for(
+                            space.starting_points()[: settings.trials], settings.studies, f"{settings.name}/{name}"
+                        ),
+                    )
                 ),
-                scheduler=ASHAScheduler(
+                scheduler=_Halving(
                     time_attr="epoch",
                     # Beyond the last epoch, which a trial reaches and ends by itself.
-                    max_t=base.train.epochs + 1,
-                    grace_period=max(1, base.train.epochs // _REDUCTION**2),
+                    max_t=settings.epochs + 1,
+                    grace_period=max(1, settings.epochs // _REDUCTION**2),
                     reduction_factor=_REDUCTION,
                 ),
                 trial_name_creator=_trial_id,
@@ -120,10 +139,25 @@ def search_category(settings: SearchSettings, assignment: Assignment, side_by_si
                 failure_config=ray.tune.FailureConfig(max_failures=MAX_FAILURES),
                 checkpoint_config=ray.tune.CheckpointConfig(num_to_keep=1),
                 callbacks=[_Observe()],
+                stop=_Deadline(),
                 verbose=0,
             ),
         )
-    return _summarise(tuner.fit(), base.train.epochs)
+    return _summarise(tuner.fit(), settings.epochs, _revived["cut"])
+
+
+def _sampler(settings: SearchSettings, category: str, num_presets: int) -> optuna.samplers.BaseSampler:
+    # Another seed for each category, or all would draw the same first suggestions.
+    seed = zlib.crc32(f"{settings.seed}/{category}".encode())
+    if settings.sampler == "tpe":
+        return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=num_presets > 1)
+    if settings.sampler == "gp":
+        return optuna.samplers.GPSampler(seed=seed)
+    if settings.sampler == "cmaes":
+        return optuna.samplers.CmaEsSampler(seed=seed)
+    if settings.sampler == "qmc":
+        return optuna.samplers.QMCSampler(seed=seed, scramble=True)
+    return optuna.samplers.RandomSampler(seed=seed)
 
 
 def _not_yet_asked_for(points: list[dict[str, Any]], url: str, study_name: str) -> list[dict[str, Any]]:
@@ -149,19 +183,21 @@ def _close_abandoned(study: optuna.Study, known: Set[int]) -> None:
                 study.enqueue_trial(told)
 
 
-def _summarise(results: ray.tune.ResultGrid, epochs: int) -> Study:
-    finished, num_pruned, errors = [], 0, []
+def _summarise(results: ray.tune.ResultGrid, epochs: int, cut: Collection[str] = ()) -> Study:
+    finished, num_pruned, num_cut, errors = [], 0, 0, []
     for result in (results[index] for index in range(len(results))):
         metrics = result.metrics or {}
         detector = _detector_uri(result)
-        if result.error or metrics.get("error"):
+        if Path(result.path).name in cut:
+            num_cut += 1
+        elif result.error or metrics.get("error"):
             errors.append(str(metrics.get("error") or result.error).strip().splitlines()[-1])
         elif metrics.get("epoch", 0) < epochs or detector is None:
             num_pruned += 1
         else:
             finished.append((metrics["objective"], metrics["trial_id"], detector))
     best = max(finished)[1:] if finished else None
-    return Study(len(results), num_pruned, tuple(errors), best)
+    return Study(len(results), num_pruned, tuple(errors), best, num_cut)
 
 
 def _detector_uri(result: ray.tune.Result) -> str | None:
@@ -214,6 +250,43 @@ class _Searcher(OptunaSearch):
             super().on_trial_result(trial_id, result)
 
 
+class _Halving(ASHAScheduler):
+    """ASHA that lets the untuned presets train to their end, so that no search is worse than they are.
+
+    They take their places in the rungs all the same.
+    """
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        decision: str = super().on_trial_result(tune_controller, trial, result)
+        space: Space = _revived["space"]
+        return self.CONTINUE if space.is_untuned(trial.config) else decision
+
+
+class _Suggestions(SearchGenerator):
+    """Lets a study be continued with more trials than it was begun with; with fewer, it begins no more."""
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        super().set_state(state | {"total_samples": _revived["num_trials"]})
+
+
+class _Deadline(ray.tune.Stopper):
+    """Interrupts the study when its time is over, as a person would who means to continue it.
+
+    Tune takes a last snapshot then, in which the trials still run; to stop them would end them for good.
+    """
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        deadline: float | None = _revived["deadline"]
+        if deadline is not None and time.time() >= deadline:
+            assert signal.getsignal(signal.SIGUSR1) is not signal.SIG_DFL, "Tune handles it where it runs a study"
+            signal.raise_signal(signal.SIGUSR1)
+            _revived["is_cut"] = True
+        return False
+
+
 def _revive_storage() -> StudyStorage:
     return StudyStorage(_revived["study_url"])
 
@@ -237,17 +310,17 @@ class _Observe(ray.tune.Callback):
                     self.on_trial_result(iteration, trials, trial, trial.last_result)
                 _tell_end(trial, trial.status == Trial.ERROR)
 
-    def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
-        self.on_step_begin(0, trials)  # where all had ended already, no step is taken
-
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         assignment: Assignment = _revived["assignment"]
-        config = with_suggestions(RunConfig.from_dict(assignment.config), trial.config)
+        config = _revived["space"].configuration(trial.config)
         weights = assignment.teacher_weights
         params = config.flat() | {
+            "preset": _revived["space"].preset_of(trial.config),
+            "textures": Path(assignment.textures).name or "drawn",
             "teacher_weights": weights if weights in ("hub", "random") else Path(weights).name,
             "num_workers": assignment.num_workers,
         }
+        _revived["running"].add(trial.trial_id)
         _revived["events"].put(TrialStarted(assignment.category, trial.trial_id, params))
 
     def on_trial_result(
@@ -274,9 +347,20 @@ class _Observe(ray.tune.Callback):
         _free_workers(trial)
         _tell_end(trial, True)
 
+    def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
+        self.on_step_begin(0, trials)  # where all had ended already, no step is taken
+        for trial in trials:
+            if trial.trial_id in _revived["running"]:
+                _free_workers(trial)
+                if _revived["is_cut"]:
+                    _revived["events"].put(TrialEnded(_revived["assignment"].category, trial.trial_id, "cut", ""))
+            if _revived["is_cut"] and (trial.trial_id in _revived["running"] or trial.status == Trial.PENDING):
+                _revived["cut"].add(trial.trial_id)
+
 
 def _tell_end(trial: Trial, is_lost: bool) -> None:
     """`is_lost`: it failed too often for Tune to go on."""
+    _revived["running"].discard(trial.trial_id)
     last, assignment = trial.last_result or {}, _revived["assignment"]
     error = str(trial.get_error() or "unknown error") if is_lost else str(last.get("error") or "")
     is_last = last.get("epoch", 0) >= assignment.config["train"]["epochs"]

@@ -27,8 +27,9 @@ _LONGEST_PAUSE = 15.0
 _MAX_VALUE = 5000
 """Characters of a parameter or tag that every MLflow store takes."""
 
-Status = Literal["finished", "pruned", "failed"]
-_RUN_STATUS = {"finished": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
+Status = Literal["finished", "pruned", "failed", "cut"]
+"""cut: the time budget ended first; the same command goes on with it."""
+_RUN_STATUS = {"finished": "FINISHED", "pruned": "KILLED", "failed": "FAILED", "cut": "KILLED"}
 
 
 class TrialStarted(NamedTuple):

@@ -13,9 +13,8 @@ import ray.tune
 import torch
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from dskd.config import RunConfig
 from dskd.train import Shard
-from tune.space import with_suggestions
+from tune.space import Space
 from tune.storage import insistently
 from tune.worker import Assignment, HopelessTrial, node_is_leaving, run_worker, train
 
@@ -26,14 +25,13 @@ DRIVER_RESOURCE = "dskd_driver"
 _DRIVER_MEMORY = 512 * 2**20
 
 
-def run_trial(suggested: Mapping[str, Any], assignment: Assignment) -> None:
+def run_trial(suggested: Mapping[str, Any], assignment: Assignment, space: Space) -> None:
     """Tune's trainable: train with the suggested values, reporting every epoch.
 
     A trial of one worker runs in this process. Several workers are a Ray Train job of their own,
     named after the trial, so that a trial started again finds its checkpoints.
     """
-    config = with_suggestions(RunConfig.from_dict(assignment.config), suggested)
-    mine = dataclasses.replace(assignment, config=config.to_dict())
+    mine = dataclasses.replace(assignment, config=space.configuration(suggested).to_dict())
     if mine.num_workers > 1:
         try:
             _train_with_workers(mine, ray.tune.get_context().get_trial_id())
@@ -57,11 +55,14 @@ def _train_with_workers(assignment: Assignment, trial_id: str) -> None:
     resources = {"CPU": assignment.cpus_per_worker}
     if assignment.gpus_per_worker > 0:
         resources["GPU"] = assignment.gpus_per_worker
+    num_workers: int | tuple[int, int] = assignment.num_workers
+    if assignment.min_workers is not None:
+        num_workers = (assignment.min_workers, assignment.num_workers)
     trainer = ray.train.torch.TorchTrainer(
         run_worker,
         train_loop_config=dataclasses.asdict(assignment),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=assignment.num_workers,
+            num_workers=num_workers,  # type: ignore[arg-type]
             use_gpu=assignment.gpus_per_worker > 0,
             resources_per_worker=resources,
         ),

@@ -16,7 +16,7 @@ import ray.util
 import torch
 
 from dskd.checkpoint import RECORD_FILE, read_record, write_detector
-from dskd.config import AmplificationConfig, DataConfig, RunConfig
+from dskd.config import AmplificationConfig, DataConfig, RunConfig, Selection
 from dskd.data.cache import ArrayCache, default_folder
 from dskd.device import computing_device
 from dskd.distillation import Distillation
@@ -48,6 +48,11 @@ class Assignment:
     workers_uri: str
     """Folder under which DDP trials keep their checkpoints."""
     revision: str
+    textures: str = ""
+    """Folder of images that feed the synthetic defects; empty: textures are drawn."""
+    selection: Selection = "val"
+    min_workers: int | None = None
+    """Fewest DDP workers that the trial may run with; None: always `num_workers`."""
 
 
 class HopelessTrial(RuntimeError):
@@ -156,6 +161,8 @@ def _train(
         assignment.cache_gb,
         str(device),
         config.amplification,
+        assignment.textures,
+        assignment.selection,
     )
     run = Distillation.begin(config, materials, device, shard.world_size)
     if resumed is not None:
@@ -198,7 +205,7 @@ def _finished(detector: Path, epochs: int) -> Report:
     return Report({"epoch": epochs, "objective": record.metrics["val/objective"], **record.metrics}, detector.parent)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)
 def _materials(
     config: DataConfig,
     backbone: str,
@@ -209,8 +216,15 @@ def _materials(
     cache_gb: float,
     device: str,
     amplification: AmplificationConfig,
+    textures: str,
+    selection: Selection,
 ) -> Materials:
-    """Kept from trial to trial in a process that serves several: they differ in the students alone."""
+    """Kept from trial to trial in a process that serves several: they differ in the students alone, and in
+    whether their teacher is amplified.
+
+    Two are kept, so that trials with and without stage I may take turns; images and features of both are
+    files of the cache, mapped and not copied.
+    """
     return prepare(
         config,
         backbone,
@@ -220,5 +234,7 @@ def _materials(
         teacher_weights=teacher_weights,
         device=torch.device(device),
         cache=ArrayCache(default_folder(), int(cache_gb * 1e9)) if cache_gb > 0 else None,
+        textures=Path(textures) if textures else None,
         amplification=amplification,
+        selection=selection,
     )

@@ -5,10 +5,13 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import ray
+import ray.exceptions
 from rich.console import Console
 from rich.table import Table
 
@@ -28,7 +31,7 @@ def launch(settings: SearchSettings) -> int:
     try:
         return _search(settings)
     except (ValueError, ConnectionError, OSError) as error:
-        print(f"search: error: {error}", file=sys.stderr)  # noqa: T201
+        preflight.complain(error)
         return 2
     except KeyboardInterrupt:
         print("search: interrupted; the same command continues it", file=sys.stderr)  # noqa: T201
@@ -40,13 +43,14 @@ def launch(settings: SearchSettings) -> int:
 
 def _search(settings: SearchSettings) -> int:
     progress = Progress(settings.trials)
-    if not settings.is_remote_storage:
-        Path(settings.storage_uri).mkdir(parents=True, exist_ok=True)
-    categories = preflight.check_inputs(settings)
+    faults = preflight.input_faults(settings)
+    if settings.ray_address or not faults:  # nothing is worth starting Ray for where something is wrong already
+        faults += preflight.find_faults(lambda: join_cluster(settings))
+    if faults:
+        raise preflight.Faults(faults)
+    categories = settings.chosen_categories()
     if settings.teacher_weights == "random":
         progress.say("UNTRAINED TEACHER: fit to see the machinery, not for inspection")
-    connect(settings.ray_address)
-    preflight.check_cluster(settings)
     assignment = Assignment(
         config=settings.run_config().to_dict(),
         data=str(Path(settings.data).absolute()),
@@ -83,13 +87,59 @@ def _search(settings: SearchSettings) -> int:
     return 0 if all(outcome.champion for outcome in outcomes) else 1
 
 
+def join_cluster(settings: SearchSettings) -> None:
+    """Connect, and check that the cluster can hold a trial; raises as `connect` and `preflight.check_cluster` do."""
+    connect(settings.ray_address)
+    preflight.check_cluster(settings)
+
+
 def connect(address: str | None) -> None:
-    """Join the cluster at `address`, or start one on this machine, dashboard included for the State API."""
+    """Join the cluster at `address`, or start one on this machine, dashboard included for the State API.
+
+    Raises ConnectionError or ValueError, in one line, where that is impossible.
+    """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if address is None:
-        ray.init(address="local", include_dashboard=True, log_to_driver=False, logging_level=logging.WARNING)
-    else:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+    if address is not None:
+        preflight.check_address(address)
+    with _caught_stderr() as said:
+        try:
+            ray.init(
+                address=address or "local",
+                include_dashboard=True if address is None else None,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
+        except (ray.exceptions.RayError, ConnectionError, RuntimeError) as error:
+            refused = isinstance(error, ray.exceptions.AuthenticationError) or "InvalidAuthToken" in said()
+            if refused or str(address).startswith("ray://"):
+                # Ray's client port gives no reason, and a refused token is the usual one.
+                what = "refuses the token" if refused else "does not let us in"
+                raise ConnectionError(
+                    f"the Ray cluster at {address} {what}; RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or the file "
+                    "$RAY_AUTH_TOKEN_PATH, by default ~/.ray/auth_token) must be the cluster's."
+                ) from None
+            raise ConnectionError(f"Ray at {address or 'this machine'}: {str(error).splitlines()[0]}") from None
+
+
+@contextmanager
+def _caught_stderr() -> Iterator[Callable[[], str]]:
+    """Hold back what the process writes to stderr, Ray's C++ side included, which says a token's refusal there alone.
+
+    Where the block ends well, it is written after all.
+    """
+    with tempfile.TemporaryFile() as file:
+        kept = os.dup(2)
+        os.dup2(file.fileno(), 2)
+
+        def said() -> str:
+            return os.pread(file.fileno(), 1 << 20, 0).decode(errors="replace")
+
+        try:
+            yield said
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+        os.write(2, said().encode())
 
 
 def code_revision() -> str:

@@ -25,13 +25,13 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.queue import Queue
 
 from dskd.config import RunConfig
+from tune.pruning import REDUCTION, grace_period
 from tune.settings import SearchSettings
 from tune.space import known_good, search_space, with_suggestions
 from tune.tracking import EpochDone, Status, TrialEnded, TrialStarted
 from tune.trial import MAX_FAILURES, run_trial, trial_resources
 from tune.worker import DETECTOR_FOLDER, PLACEMENT_GROUP, Assignment
 
-_REDUCTION = 3
 _EPOCH_METRICS = ("loss", "encoder_loss", "decoder_loss", "hard_loss", "images_per_second", "seconds", "objective")
 
 
@@ -88,8 +88,8 @@ def search_category(settings: SearchSettings, assignment: Assignment, concurrenc
                     time_attr="epoch",
                     # Beyond the last epoch, which a trial reaches and ends by itself.
                     max_t=base.train.epochs + 1,
-                    grace_period=max(1, base.train.epochs // _REDUCTION**2),
-                    reduction_factor=_REDUCTION,
+                    grace_period=grace_period(base.train.epochs),
+                    reduction_factor=REDUCTION,
                 ),
                 trial_name_creator=_trial_id,
                 trial_dirname_creator=_trial_id,

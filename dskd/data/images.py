@@ -46,6 +46,17 @@ def load_image(path: Path, size: int) -> npt.NDArray[np.uint8]:
         return np.asarray(rgb.resize((size, size), Image.Resampling.BILINEAR))
 
 
+def check_header(path: Path) -> None:
+    """Raise ValueError, naming the file, where its header or (PNG) its checksums are wrong; nothing is decoded."""
+    try:
+        with Image.open(path) as image:
+            image.verify()
+    except FileNotFoundError:
+        raise ValueError(f"image {path} does not exist.") from None
+    except (Image.DecompressionBombError, UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable image ({error}); replace or remove it.") from None
+
+
 def read_mask(path: Path, above: int = 127) -> npt.NDArray[np.bool_]:
     """Defect pixels (H, W) of a mask file at its own size: those with a grey level above `above`.
 

@@ -105,9 +105,9 @@ def test_an_existing_study_file_that_is_none_is_a_fault(data: Path, tmp_path: Pa
     ("flags", "nodes", "expected"),
     [
         ({}, [{"CPU": 2.0}], None),
-        ({"gpus_per_worker": 4.0}, [{"CPU": 8.0, "GPU": 2.0}], "a trial asks for 4 GPUs (1 workers), the cluster has 2"),
-        ({"workers_per_trial": 3}, [{"CPU": 2.0}], "a trial asks for 3 CPUs (3 workers), the cluster has 2"),
-        ({"cpus_per_worker": 8.0}, [{"CPU": 4.0}] * 3, "8 CPUs on one node, the largest has 4 CPUs and 0 GPUs: 0 of"),
+        ({"gpus_per_worker": 4.0}, [{"CPU": 8.0, "GPU": 2.0}], "asks for 4 GPUs (1 workers), the cluster has 2"),
+        ({"workers_per_trial": 3}, [{"CPU": 2.0}], "3 CPUs (3 workers), the cluster has 2"),
+        ({"cpus_per_worker": 8.0}, [{"CPU": 4.0}] * 3, "8 CPUs on one node, the largest has 4 CPUs and 0 GPUs"),
         ({"workers_per_trial": 3, "cpus_per_worker": 3.0}, [{"CPU": 4.0}] * 2 + [{"CPU": 2.0}], "2 of a trial's 3 wor"),
         ({"gpus_per_worker": 1.0, "cpus_per_worker": 8.0}, [{"CPU": 16.0}, {"GPU": 1.0}], "8 CPUs and 1 GPUs on one"),
         ({"gpus_per_worker": 4.0, "max_concurrent": 1}, [{"CPU": 1.0}], None),

@@ -15,9 +15,13 @@ import ray.exceptions
 from rich.console import Console
 from rich.table import Table
 
+from dskd.checkpoint import RECORD_FILE
+from dskd.config import RunConfig
 from tune import preflight
-from tune.progress import Progress
+from tune.champions import Champion
+from tune.progress import Progress, TimeShare
 from tune.settings import SearchSettings
+from tune.storage import Storage
 from tune.studies import Outcome, run_search, summary
 from tune.tracking import Tracker, tracking_ui_command
 from tune.worker import Assignment
@@ -42,7 +46,7 @@ def launch(settings: SearchSettings) -> int:
 
 
 def _search(settings: SearchSettings) -> int:
-    progress = Progress(settings.trials)
+    progress = Progress(settings.trials, settings.epochs)
     faults = preflight.input_faults(settings)
     if settings.ray_address or not faults:  # nothing is worth starting Ray for where something is wrong already
         faults += preflight.find_faults(lambda: join_cluster(settings))
@@ -78,10 +82,11 @@ def _search(settings: SearchSettings) -> int:
         unsent=unsent,
     )
     progress.say(f"searching {', '.join(categories)}: {settings.trials} trials each, state in {settings.search_uri}")
-    outcomes = run_search(settings, categories, assignment, tracker, progress)
+    with progress.watching(categories):
+        outcomes = run_search(settings, categories, assignment, tracker, progress)
     if num_unsent := tracker.close(_TRACKING_PATIENCE):
         progress.say(f"MLflow is away: {num_unsent} events are in {unsent}; the same command writes them")
-    _show(outcomes, settings)
+    _show(outcomes, settings, progress.time_share())
     if settings.json:
         print(json.dumps({"name": settings.name, "categories": summary(outcomes)}, indent=2))  # noqa: T201
     return 0 if all(outcome.champion for outcome in outcomes) else 1
@@ -157,7 +162,7 @@ def _absolute_weights(weights: str) -> str:
     return weights if weights in ("hub", "random") else str(Path(weights).absolute())
 
 
-def _show(outcomes: Sequence[Outcome], settings: SearchSettings) -> None:
+def _show(outcomes: Sequence[Outcome], settings: SearchSettings, share: TimeShare | None) -> None:
     table = Table(title=f"Champions of {settings.name}")
     for column in (
         "category",
@@ -187,9 +192,31 @@ def _show(outcomes: Sequence[Outcome], settings: SearchSettings) -> None:
     for outcome in outcomes:
         if outcome.error:
             console.print(f"{outcome.category}: no champion: {outcome.error}", markup=False)
+        if outcome.champion:
+            place = f"{settings.search_uri}/{outcome.champion.folder}"
+            for line in (f"{outcome.category}: {changes_of(outcome.champion, settings)}", f"  in {place}"):
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if share is not None:
+        console.print(share.sentence, highlight=False)
     lines = [
         f"pull:    python tune/pull.py all --name {settings.name} --storage {settings.storage} --to detectors",
         f"compare: {tracking_ui_command(settings.tracking)}",
     ]
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def changes_of(champion: Champion, settings: SearchSettings) -> str:
+    """What a champion's configuration has other than the preset that the search started from."""
+    record = Storage(settings.search_uri).read_json(f"{champion.folder}/{RECORD_FILE}")
+    if record is None:
+        return "its record is missing in the storage"
+    found, preset = RunConfig.from_dict(record["config"]).flat(), settings.run_config().flat()
+    changed = {name: value for name, value in found.items() if value != preset[name]}
+    return ", ".join(f"{name} {_short(value)}" for name, value in changed.items()) or "the preset itself"
+
+
+def _short(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_short, value))})"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -95,7 +95,7 @@ def read_categories(settings: SearchSettings) -> dict[str, Category]:
             faults.append(f"{name}: {error}")
     for name, category in categories.items():
         files = [sample.path for sample in (*category.train, *category.validation)]
-        unreadable = find_faults(*(lambda file=file: check_header(file) for file in files))  # type: ignore[misc]
+        unreadable = find_faults(*(lambda file=file: check_header(file) for file in files))
         faults += [f"{name}: {line}" for line in unreadable[:_MOST_FILES_NAMED]]
         if len(unreadable) > _MOST_FILES_NAMED:
             more = len(unreadable) - _MOST_FILES_NAMED

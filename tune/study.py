@@ -32,7 +32,16 @@ from tune.tracking import EpochDone, Status, TrialEnded, TrialStarted
 from tune.trial import MAX_FAILURES, run_trial, trial_resources
 from tune.worker import DETECTOR_FOLDER, PLACEMENT_GROUP, Assignment
 
-_EPOCH_METRICS = ("loss", "encoder_loss", "decoder_loss", "hard_loss", "images_per_second", "seconds", "objective")
+_EPOCH_METRICS = (
+    "loss",
+    "encoder_loss",
+    "decoder_loss",
+    "hard_loss",
+    "images_per_second",
+    "seconds",
+    "validation_seconds",
+    "objective",
+)
 
 
 class Study(NamedTuple):

@@ -95,7 +95,8 @@ def main() -> None:
     validation = sum(trial.validation for trial in trials)
     print(
         f"python {platform.python_version()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}; "
-        f"{options.image_size} pixels, batches of {options.batch_size}, trials of {[trial.num_epochs for trial in trials]} epochs and "
+        f"{options.image_size} pixels, batches of {options.batch_size}, trials of "
+        f"{[trial.num_epochs for trial in trials]} epochs and "
         f"{[round(trial.last_report - trial.first_step) for trial in trials]} s"
     )
     print(f"from a trial's end to the next one's first step: median {median(gaps):.2f} s, longest {max(gaps):.2f} s")

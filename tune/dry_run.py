@@ -71,7 +71,7 @@ def _on_this_machine(settings: SearchSettings) -> _Plan:
                 faults.append("the process that measures a training step was killed; is there too little memory?")
     nodes = [{"CPU": preflight.cpus_of_this_machine(), "GPU": float(speed.num_gpus if speed else 0)}]
     return _planned(
-        settings, faults + preflight.find_faults(lambda: preflight.check_resources(settings, nodes)), nodes, speed
+        settings, faults + preflight.complaints(lambda: preflight.check_resources(settings, nodes)), nodes, speed
     )
 
 
@@ -104,7 +104,7 @@ def _on_cluster(settings: SearchSettings) -> _Plan:
 
     faults = preflight.input_faults(settings, leave_no_trace=True)
     try:
-        faults += preflight.find_faults(lambda: join_cluster(settings))
+        faults += preflight.complaints(lambda: join_cluster(settings))
         nodes = preflight.cluster_nodes() if ray.is_initialized() else []
         speed = None
         if not faults:

@@ -49,7 +49,7 @@ def _search(settings: SearchSettings) -> int:
     progress = Progress(settings.trials, settings.epochs)
     faults = preflight.input_faults(settings)
     if settings.ray_address or not faults:  # nothing is worth starting Ray for where something is wrong already
-        faults += preflight.find_faults(lambda: join_cluster(settings))
+        faults += preflight.complaints(lambda: join_cluster(settings))
     if faults:
         raise preflight.Faults(faults)
     categories = settings.chosen_categories()
@@ -101,7 +101,8 @@ def join_cluster(settings: SearchSettings) -> None:
 def connect(address: str | None) -> None:
     """Join the cluster at `address`, or start one on this machine, dashboard included for the State API.
 
-    Raises ConnectionError or ValueError, in one line, where that is impossible.
+    For the main thread: what Ray starts here ends with the thread that started it. Raises ConnectionError or
+    ValueError, in one line, where that is impossible.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if address is not None:
@@ -114,7 +115,9 @@ def connect(address: str | None) -> None:
                 log_to_driver=False,
                 logging_level=logging.WARNING,
             )
-        except (ray.exceptions.RayError, ConnectionError, RuntimeError) as error:
+        except ValueError:
+            raise
+        except Exception as error:  # a node that does not start raises no class of its own
             refused = isinstance(error, ray.exceptions.AuthenticationError) or "InvalidAuthToken" in said()
             if refused or str(address).startswith("ray://"):
                 # Ray's client port gives no reason, and a refused token is the usual one.
@@ -123,7 +126,8 @@ def connect(address: str | None) -> None:
                     f"the Ray cluster at {address} {what}; RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or the file "
                     "$RAY_AUTH_TOKEN_PATH, by default ~/.ray/auth_token) must be the cluster's."
                 ) from None
-            raise ConnectionError(f"Ray at {address or 'this machine'}: {str(error).splitlines()[0]}") from None
+            where = f"join the Ray cluster at {address}" if address else "start Ray on this machine"
+            raise ConnectionError(f"cannot {where}: {(str(error).splitlines() or [repr(error)])[0]}") from None
 
 
 @contextmanager

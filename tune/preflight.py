@@ -41,16 +41,17 @@ def complain(error: Exception) -> None:
 
 def find_faults(*checks: Callable[[], object]) -> list[str]:
     """What the checks complain of, in their order; they run side by side, since most of them wait for an answer."""
-
-    def complaint(check: Callable[[], object]) -> list[str]:
-        try:
-            check()
-        except (ValueError, OSError) as error:
-            return str(error).splitlines()
-        return []
-
     with ThreadPoolExecutor(_MOST_THREADS) as pool:
-        return [line for lines in pool.map(complaint, checks) for line in lines]
+        return [line for lines in pool.map(complaints, checks) for line in lines]
+
+
+def complaints(check: Callable[[], object]) -> list[str]:
+    """What one check complains of, a line each; it runs in the calling thread."""
+    try:
+        check()
+    except (ValueError, OSError) as error:
+        return str(error).splitlines()
+    return []
 
 
 def input_faults(settings: SearchSettings, *, leave_no_trace: bool = False) -> list[str]:
@@ -67,7 +68,7 @@ def input_faults(settings: SearchSettings, *, leave_no_trace: bool = False) -> l
             lambda: _try_studies(settings.studies),
         )
     # SQLite files lie in the storage, which is made here.
-    storage = find_faults(lambda: Storage(settings.search_uri).probe())
+    storage = complaints(lambda: Storage(settings.search_uri).probe())
     return [
         *find_faults(lambda: read_categories(settings), lambda: _check_teacher(settings)),
         *storage,

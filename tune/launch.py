@@ -21,7 +21,7 @@ from tune import preflight
 from tune.champions import Champion
 from tune.progress import Progress, TimeShare
 from tune.settings import SearchSettings
-from tune.storage import Storage
+from tune.storage import Storage, StorageError
 from tune.studies import Outcome, run_search, summary
 from tune.tracking import Tracker, tracking_ui_command
 from tune.worker import Assignment
@@ -212,7 +212,10 @@ def _show(outcomes: Sequence[Outcome], settings: SearchSettings, share: TimeShar
 
 def changes_of(champion: Champion, settings: SearchSettings) -> str:
     """What a champion's configuration has other than the preset that the search started from."""
-    record = Storage(settings.search_uri).read_json(f"{champion.folder}/{RECORD_FILE}")
+    try:
+        record = Storage(settings.search_uri).read_json(f"{champion.folder}/{RECORD_FILE}")
+    except StorageError as error:  # the search itself is done
+        return str(error)
     if record is None:
         return "its record is missing in the storage"
     found, preset = RunConfig.from_dict(record["config"]).flat(), settings.run_config().flat()

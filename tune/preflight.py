@@ -80,7 +80,7 @@ def input_faults(settings: SearchSettings, *, leave_no_trace: bool = False) -> l
 def read_categories(settings: SearchSettings) -> dict[str, Category]:
     """The categories to search, by name; every image to train or validate on looks like one.
 
-    Raises Faults naming every category and file that is wrong; only files' headers and checksums are read.
+    Raises Faults naming every category and file that is wrong; only files' headers are read.
     """
     try:
         names = settings.chosen_categories()
@@ -111,6 +111,13 @@ def _check_teacher(settings: SearchSettings) -> None:
 
     model = settings.run_config().model
     build_teacher(model.backbone, model.levels, settings.teacher_weights)
+
+
+def check_teacher_file(settings: SearchSettings) -> None:
+    """Raise ValueError where the teacher's weights should be a file and are none; what is in it is not read."""
+    weights = settings.teacher_weights
+    if weights not in ("hub", "random") and not Path(weights).is_file():
+        raise ValueError(f"--teacher-weights must be hub, random or an existing file, got {weights!r}.")
 
 
 def _check_studies(url: str) -> None:

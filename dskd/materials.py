@@ -14,7 +14,7 @@ from torch.nn.utils import parameters_to_vector
 from dskd.amplify import AmplificationEpoch, amplifier_optimizer, fit_amplifier
 from dskd.config import AmplificationConfig, DataConfig, Selection
 from dskd.data.cache import ArrayCache
-from dskd.data.datasets import fingerprint, read_category, set_apart, split_normals
+from dskd.data.datasets import NUM_VALIDATION_DEFECTS, fingerprint, read_category, set_apart, split_normals
 from dskd.data.defects import choose_textures, load_textures
 from dskd.data.images import load_images
 from dskd.data.samples import Sample
@@ -22,8 +22,6 @@ from dskd.evaluate import LabelledImages, join, label, labelled_test_split, synt
 from dskd.model.amplification import AmplifiedTeacher, build_amplifier
 from dskd.model.teacher import Teacher, build_teacher, weights_fingerprint
 from dskd.pyramids import FeatureTable, content_sha256, feature_table
-
-_NUM_VALIDATION_DEFECTS = 32
 
 
 class Materials(NamedTuple):
@@ -121,7 +119,7 @@ def prepare(
             )
     else:
         validation = synthetic_validation(
-            selection_images, seed=config.split_seed, num_defective=_NUM_VALIDATION_DEFECTS, textures=texture_images
+            selection_images, seed=config.split_seed, num_defective=NUM_VALIDATION_DEFECTS, textures=texture_images
         )
     if defects:
         defect_images, defect_sha256 = pixels(defects, "validation defects")

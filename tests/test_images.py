@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dskd.data.images import list_images, load_image, load_images, load_mask, load_masks, read_mask
+from dskd.data.images import check_header, list_images, load_image, load_images, load_mask, load_masks, read_mask
 from dskd.data.samples import Sample
 
 
@@ -114,3 +114,21 @@ def test_reading_is_counted_on_a_terminal_where_it_has_a_name(tmp_path: Path, mo
 def test_reading_is_silent_without_a_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     load_images([paint(tmp_path / "a.png")], 8, progress="reading")
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_header_is_checked_without_decoding(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    whole = tmp_path / "whole.png"
+    Image.fromarray(pixels).save(whole)
+    Image.fromarray(pixels).save(tmp_path / "whole.jpg")
+    check_header(whole)
+    check_header(tmp_path / "whole.jpg")
+    longer = tmp_path / "longer.png"
+    longer.write_bytes(whole.read_bytes() + b"something after the end" * 2)
+    check_header(longer)
+    for name, content in {"cut.png": whole.read_bytes()[:-100], "empty.png": b"", "text.jpg": b"no image"}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} is not a readable image"):
+            check_header(tmp_path / name)
+    with pytest.raises(ValueError, match="does not exist"):
+        check_header(tmp_path / "none.png")

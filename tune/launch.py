@@ -6,20 +6,25 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
 import ray
+import ray.exceptions
 from rich.console import Console
 from rich.table import Table
 
+from dskd.checkpoint import RECORD_FILE
+from dskd.config import RunConfig
 from tune import identity, preflight
+from tune.champions import Champion
 from tune.lease import only_search
-from tune.progress import Progress
+from tune.progress import Progress, TimeShare
 from tune.settings import SearchSettings
-from tune.storage import Storage
+from tune.storage import Storage, StorageError
 from tune.studies import Outcome, run_search, summary
 from tune.tracking import Tracker, tracking_ui_command
 from tune.worker import Assignment
@@ -34,7 +39,7 @@ def launch(settings: SearchSettings) -> int:
         with ExitStack() as held:
             return _search(settings, held)
     except (ValueError, ConnectionError, OSError) as error:
-        print(f"search: error: {error}", file=sys.stderr)  # noqa: T201
+        preflight.complain(error)
         return 2
     except KeyboardInterrupt:
         print("search: interrupted; the same command continues it", file=sys.stderr)  # noqa: T201
@@ -45,15 +50,17 @@ def launch(settings: SearchSettings) -> int:
 
 
 def _search(settings: SearchSettings, held: ExitStack) -> int:
-    progress = Progress(settings.trials)
-    if not settings.is_remote_storage:
-        Path(settings.storage_uri).mkdir(parents=True, exist_ok=True)
-    categories = preflight.check_inputs(settings)
-    held.enter_context(only_search(Storage(settings.search_uri), settings.name, partial(_end, progress)))
+    progress = Progress(settings.trials, settings.epochs)
+    faults = preflight.input_faults(settings)
+    if not faults:
+        held.enter_context(only_search(Storage(settings.search_uri), settings.name, partial(_end, progress)))
+    if settings.ray_address or not faults:  # nothing is worth starting Ray for where something is wrong already
+        faults += preflight.complaints(lambda: join_cluster(settings))
+    if faults:
+        raise preflight.Faults(faults)
+    categories = settings.chosen_categories()
     if settings.teacher_weights == "random":
         progress.say("UNTRAINED TEACHER: fit to see the machinery, not for inspection")
-    connect(settings.ray_address)
-    preflight.check_cluster(settings)
     assignment = Assignment(
         config=settings.run_config().to_dict(),
         data=str(Path(settings.data).absolute()),
@@ -86,10 +93,11 @@ def _search(settings: SearchSettings, held: ExitStack) -> int:
         unsent=unsent,
     )
     progress.say(f"searching {', '.join(categories)}: {settings.trials} trials each, state in {settings.search_uri}")
-    outcomes = run_search(settings, spaces, assignment, tracker, progress)
+    with progress.watching(categories):
+        outcomes = run_search(settings, spaces, assignment, tracker, progress)
     if num_unsent := tracker.close(_TRACKING_PATIENCE):
         progress.say(f"MLflow is away: {num_unsent} events are in {unsent}; the same command writes them")
-    _show(outcomes, settings)
+    _show(outcomes, settings, progress.time_share())
     if settings.json:
         print(json.dumps({"name": settings.name, "categories": summary(outcomes)}, indent=2))  # noqa: T201
     return 0 if all(outcome.champion for outcome in outcomes) else 1
@@ -101,13 +109,63 @@ def _end(progress: Progress, reason: str) -> None:
     _thread.interrupt_main()
 
 
+def join_cluster(settings: SearchSettings) -> None:
+    """Connect, and check that the cluster can hold a trial; raises as `connect` and `preflight.check_cluster` do."""
+    connect(settings.ray_address)
+    preflight.check_cluster(settings)
+
+
 def connect(address: str | None) -> None:
-    """Join the cluster at `address`, or start one on this machine, dashboard included for the State API."""
+    """Join the cluster at `address`, or start one on this machine, dashboard included for the State API.
+
+    For the main thread: what Ray starts here ends with the thread that started it. Raises ConnectionError or
+    ValueError, in one line, where that is impossible.
+    """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if address is None:
-        ray.init(address="local", include_dashboard=True, log_to_driver=False, logging_level=logging.WARNING)
-    else:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+    if address is not None:
+        preflight.check_address(address)
+    with _caught_stderr() as said:
+        try:
+            ray.init(
+                address=address or "local",
+                include_dashboard=True if address is None else None,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
+        except ValueError:
+            raise
+        except Exception as error:  # a node that does not start raises no class of its own
+            refused = isinstance(error, ray.exceptions.AuthenticationError) or "InvalidAuthToken" in said()
+            if refused or str(address).startswith("ray://"):
+                # Ray's client port gives no reason, and a refused token is the usual one.
+                what = "refuses the token" if refused else "does not let us in"
+                raise ConnectionError(
+                    f"the Ray cluster at {address} {what}; RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or the file "
+                    "$RAY_AUTH_TOKEN_PATH, by default ~/.ray/auth_token) must be the cluster's."
+                ) from None
+            where = f"join the Ray cluster at {address}" if address else "start Ray on this machine"
+            raise ConnectionError(f"cannot {where}: {(str(error).splitlines() or [repr(error)])[0]}") from None
+
+
+@contextmanager
+def _caught_stderr() -> Iterator[Callable[[], str]]:
+    """Hold back what the process writes to stderr, Ray's C++ side included, which says a token's refusal there alone.
+
+    Where the block ends well, it is written after all.
+    """
+    with tempfile.TemporaryFile() as file:
+        kept = os.dup(2)
+        os.dup2(file.fileno(), 2)
+
+        def said() -> str:
+            return os.pread(file.fileno(), 1 << 20, 0).decode(errors="replace")
+
+        try:
+            yield said
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+        os.write(2, said().encode())
 
 
 def code_revision() -> str:
@@ -125,7 +183,7 @@ def _absolute_weights(weights: str) -> str:
     return weights if weights in ("hub", "random") else str(Path(weights).absolute())
 
 
-def _show(outcomes: Sequence[Outcome], settings: SearchSettings) -> None:
+def _show(outcomes: Sequence[Outcome], settings: SearchSettings, share: TimeShare | None) -> None:
     table = Table(title=f"Champions of {settings.name}")
     for column in (
         "category",
@@ -162,9 +220,39 @@ def _show(outcomes: Sequence[Outcome], settings: SearchSettings) -> None:
     for outcome in outcomes:
         if outcome.error:
             console.print(f"{outcome.category}: no champion: {outcome.error}", markup=False)
+        if outcome.champion:
+            place = f"{settings.search_uri}/{outcome.champion.folder}"
+            for line in (f"{outcome.category}: {changes_of(outcome.champion, settings)}", f"  in {place}"):
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if share is not None:
+        console.print(share.sentence, highlight=False)
     lines = [
         f"pull:    python tune/pull.py all --name {settings.name} --storage {settings.storage} --to detectors",
         f"compare: {tracking_ui_command(settings.tracking)}",
     ]
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def changes_of(champion: Champion, settings: SearchSettings) -> str:
+    """What a champion's configuration has other than the preset that the search started from."""
+    try:
+        record = Storage(settings.search_uri).read_json(f"{champion.folder}/{RECORD_FILE}")
+    except StorageError as error:  # the search itself is done
+        return str(error)
+    if record is None:
+        return "its record is missing in the storage"
+    found = RunConfig.from_dict(record["config"]).flat()
+    differences = {
+        preset: {name: value for name, value in found.items() if value != base.flat()[name]}
+        for preset, base in settings.run_configs().items()
+    }
+    preset = min(differences, key=lambda name: len(differences[name]))
+    changed = ", ".join(f"{name} {_short(value)}" for name, value in differences[preset].items())
+    return f"{preset} with {changed}" if changed else f"{preset} itself"
+
+
+def _short(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_short, value))})"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

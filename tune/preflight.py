@@ -1,60 +1,260 @@
 """Every fault that can be found before the first worker starts, each as one line."""
 
+import os
+import socket
+import sqlite3
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import optuna
 import ray
+import sqlalchemy
 from sqlalchemy.exc import SQLAlchemyError
 
-from dskd.data.datasets import read_category
-from dskd.data.defects import choose_textures
-from dskd.model.teacher import build_teacher
-from tune.champions import champion_categories
+from dskd.data.datasets import Category, read_category, scan
+from dskd.data.images import check_header
 from tune.identity import check_continues
 from tune.settings import SearchSettings
 from tune.storage import Storage, open_search
 from tune.tracking import check_server, without_password
 
+_MOST_FILES_NAMED = 3
+_MOST_THREADS = 16
+_CONNECT_SECONDS = 5.0
 
-def check_inputs(settings: SearchSettings) -> tuple[str, ...]:
-    """The categories to search; data, teacher, storage, tracking server and studies are usable.
 
-    Raises ValueError or OSError with one line that says what to change.
+class Faults(ValueError):
+    """Several things that are wrong, one line each."""
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        super().__init__("\n".join(lines))
+
+
+def complain(error: Exception) -> None:
+    """Each line of what is wrong as an error of its own, on stderr."""
+    for line in str(error).splitlines():
+        print(f"search: error: {line}", file=sys.stderr)  # noqa: T201
+
+
+def find_faults(*checks: Callable[[], object]) -> list[str]:
+    """What the checks complain of, in their order; they run side by side, since most of them wait for an answer."""
+    with ThreadPoolExecutor(_MOST_THREADS) as pool:
+        return [line for lines in pool.map(complaints, checks) for line in lines]
+
+
+def complaints(check: Callable[[], object]) -> list[str]:
+    """What one check complains of, a line each; it runs in the calling thread."""
+    try:
+        check()
+    except (ValueError, OSError) as error:
+        return str(error).splitlines()
+    return []
+
+
+def input_faults(settings: SearchSettings, *, leave_no_trace: bool = False) -> list[str]:
+    """What is wrong with data, teacher, storage, tracking server and studies.
+
+    With `leave_no_trace` no folder, file or table is made that would remain, and the teacher is left to
+    whoever measures its speed.
     """
-    categories = settings.chosen_categories()
-    for category in categories:
-        test = read_category(Path(settings.data), category).test
-        masked = any(sample.mask is not None for sample in test)
-        if settings.selection == "oracle" and (not masked or all(sample.is_defective for sample in test)):
-            raise ValueError(
-                f"--selection oracle needs good test images and masks of defective ones, category {category} lacks "
+    if leave_no_trace:
+        return find_faults(
+            lambda: read_categories(settings),
+            lambda: _check_space(settings),
+            lambda: _try_storage(settings),
+            lambda: _check_earlier(settings),
+            lambda: _try_tracking(settings.tracking),
+            lambda: _try_studies(settings.studies),
+        )
+    # SQLite files lie in the storage, which is made here.
+    storage = complaints(lambda: Storage(settings.search_uri).probe())
+    return [
+        *find_faults(
+            lambda: read_categories(settings), lambda: _check_space(settings), lambda: _check_teacher(settings)
+        ),
+        *storage,
+        *([] if storage else complaints(lambda: _check_earlier(settings))),
+        *([] if storage else find_faults(lambda: check_server(settings.tracking))),
+        *([] if storage else find_faults(lambda: _check_studies(settings.studies))),
+    ]
+
+
+def read_categories(settings: SearchSettings) -> dict[str, Category]:
+    """The categories to search, by name; every image to train or validate on looks like one.
+
+    Raises Faults naming every category and file that is wrong; only files' headers are read.
+    """
+    try:
+        names = settings.chosen_categories()
+    except ValueError as error:
+        root = Path(settings.data)
+        ambiguous = [place.fault for place in scan(root) if place.fault] if root.is_dir() else []
+        raise Faults([str(error), *(fault for fault in ambiguous if fault != str(error))]) from None
+    categories, faults = {}, []
+    for name in names:
+        try:
+            categories[name] = read_category(Path(settings.data), name)
+        except (ValueError, OSError) as error:
+            faults.append(f"{name}: {error}")
+    for name, category in categories.items():
+        masked = any(sample.mask is not None for sample in category.test)
+        if settings.selection == "oracle" and (not masked or all(sample.is_defective for sample in category.test)):
+            faults.append(
+                f"--selection oracle needs good test images and masks of defective ones, category {name} lacks "
                 "them; leave it out with --categories."
             )
-    spaces = settings.spaces(categories)
-    if settings.textures is not None:
-        choose_textures(settings.textures)
-    model = settings.run_config().model
-    build_teacher(model.backbone, model.levels, settings.teacher_weights)
-    storage = Storage(settings.search_uri)
-    storage.probe()
-    check_continues(storage, settings, spaces)
-    for earlier in settings.earlier_searches:
-        if not champion_categories(open_search(settings.storage, earlier)):
-            raise ValueError(f"--start-from {earlier}: that search has no champion in {settings.storage_uri}.")
-    check_server(settings.tracking)
-    try:
-        optuna.storages.RDBStorage(settings.studies).get_all_studies()
-    except (SQLAlchemyError, ImportError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConnectionError(f"--study-storage {without_password(settings.studies)} is not usable: {reason}") from None
+        files = [sample.path for sample in (*category.train, *category.validation)]
+        unreadable = find_faults(*(lambda file=file: check_header(file) for file in files))
+        faults += [f"{name}: {line}" for line in unreadable[:_MOST_FILES_NAMED]]
+        if len(unreadable) > _MOST_FILES_NAMED:
+            more = len(unreadable) - _MOST_FILES_NAMED
+            faults.append(f"{name}: {more} more images cannot be read; dskd check-data names all.")
+    if faults:
+        raise Faults(faults)
     return categories
 
 
-def gpus_per_worker(settings: SearchSettings) -> float:
+def _check_space(settings: SearchSettings) -> None:
+    if (categories := _known_categories(settings)) is not None:
+        settings.spaces(categories)
+    if settings.textures is not None:
+        from dskd.data.defects import choose_textures
+
+        choose_textures(settings.textures)
+
+
+def _check_earlier(settings: SearchSettings) -> None:
+    """What this search continues is the same search, and what it starts from has ended somewhere."""
+    for earlier in settings.earlier_searches:
+        if not open_search(settings.storage, earlier).names("champions"):
+            raise ValueError(f"--start-from {earlier}: that search has no champion in {settings.storage_uri}.")
+    categories = _known_categories(settings)
+    if categories is not None and (settings.is_remote_storage or Path(settings.search_uri).is_dir()):
+        check_continues(Storage(settings.search_uri), settings, settings.spaces(categories))
+
+
+def _known_categories(settings: SearchSettings) -> tuple[str, ...] | None:
+    """None where they cannot be read, which `read_categories` complains of."""
+    try:
+        return settings.chosen_categories()
+    except (ValueError, OSError):
+        return None
+
+
+def _check_teacher(settings: SearchSettings) -> None:
+    from dskd.model.teacher import build_teacher  # torch: a dry run checks all else while another process imports it
+
+    model = settings.run_config().model
+    build_teacher(model.backbone, model.levels, settings.teacher_weights)
+
+
+def check_teacher_file(settings: SearchSettings) -> None:
+    """Raise ValueError where the teacher's weights should be a file and are none; what is in it is not read."""
+    weights = settings.teacher_weights
+    if weights not in ("hub", "random") and not Path(weights).is_file():
+        raise ValueError(f"--teacher-weights must be hub, random or an existing file, got {weights!r}.")
+
+
+def _check_studies(url: str) -> None:
+    try:
+        optuna.storages.RDBStorage(url).get_all_studies()
+    except (SQLAlchemyError, ImportError, ValueError) as error:
+        raise _unusable_studies(url, error) from None
+
+
+def _try_storage(settings: SearchSettings) -> None:
+    """The storage takes, gives back and forgets an object, without being made."""
+    if settings.is_remote_storage:
+        Storage(settings.search_uri).probe()
+        return
+    there = _nearest_existing(Path(settings.search_uri))
+    if not there.is_dir():
+        raise ValueError(f"--storage {settings.storage}: {there} is a file; give a folder.")
+    Storage(str(there)).probe()
+
+
+def _try_tracking(uri: str) -> None:
+    if uri.startswith("sqlite:"):
+        _try_sqlite(uri, "--tracking-uri")
+    else:
+        check_server(uri)
+
+
+def _try_studies(url: str) -> None:
+    if url.startswith("sqlite:"):
+        _try_sqlite(url, "--study-storage")
+        return
+    try:
+        engine = sqlalchemy.create_engine(url)
+        with engine.connect() as connection:
+            connection.execute(sqlalchemy.text("SELECT 1"))
+        engine.dispose()
+    except (SQLAlchemyError, ImportError, ValueError) as error:
+        raise _unusable_studies(url, error) from None
+
+
+def _try_sqlite(url: str, flag: str) -> None:
+    path = Path(sqlalchemy.make_url(url).database or "")
+    if not path.exists():
+        there = _nearest_existing(path)
+        if not (there.is_dir() and os.access(there, os.W_OK)):
+            raise ValueError(f"{flag} {url}: {there} is no folder that can be written to.")
+        return
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as file:
+            file.execute("PRAGMA schema_version").fetchone()
+    except sqlite3.Error as error:
+        raise ValueError(f"{flag} {url} is not usable: {error}; name another file.") from None
+
+
+def _unusable_studies(url: str, error: Exception) -> ConnectionError:
+    reason = str(error).strip().splitlines()[0]
+    return ConnectionError(f"--study-storage {without_password(url)} is not usable: {reason}")
+
+
+def _nearest_existing(path: Path) -> Path:
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+
+
+def check_address(address: str) -> None:
+    """Raise ConnectionError where nothing listens at HOST:PORT or ray://HOST:PORT: Ray itself tries for two minutes.
+
+    Raises ValueError on another kind of address.
+    """
+    if address in ("auto", "local"):
+        return
+    parts = urlsplit(address if "://" in address else f"//{address}")
+    try:
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host = port = None
+    if parts.scheme not in ("", "ray") or not host or not port:
+        raise ValueError(
+            f"--address (or $RAY_ADDRESS) must be auto, HOST:PORT or ray://HOST:PORT, got {address}; an http:// "
+            "address is that of `ray job submit`."
+        )
+    try:
+        socket.create_connection((host, port), _CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ConnectionError(
+            f"no Ray cluster answers at {address} ({error}); check --address, or leave it out to start Ray here."
+        ) from None
+
+
+def cluster_nodes() -> list[Mapping[str, float]]:
+    """Resources of every living node of the cluster that this process has joined."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def gpus_per_worker(settings: SearchSettings, nodes: Sequence[Mapping[str, float]] | None = None) -> float:
     """As asked for; else one where the cluster has any."""
     if settings.gpus_per_worker is not None:
         return settings.gpus_per_worker
-    return 1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
+    return 1.0 if any(node.get("GPU", 0) >= 1 for node in (cluster_nodes() if nodes is None else nodes)) else 0.0
 
 
 def check_cluster(settings: SearchSettings) -> None:
@@ -62,21 +262,52 @@ def check_cluster(settings: SearchSettings) -> None:
 
     Raises ValueError or ConnectionError with one line that says what to change.
     """
-    have = ray.cluster_resources()
-    num_workers = settings.min_workers_per_trial or settings.workers_per_trial
-    wanted = {
-        "CPU": settings.cpus_per_worker * num_workers,
-        "GPU": gpus_per_worker(settings) * num_workers,
-    }
-    for name, need in wanted.items():
-        if need > have.get(name, 0) and settings.max_concurrent is None:
-            raise ValueError(
-                f"a trial asks for {need:g} {name}s ({num_workers} workers), the cluster has "
-                f"{have.get(name, 0):g}; lower --workers-per-trial or --{name.lower()}s-per-worker, or give "
-                "--max-concurrent where the cluster grows by itself."
-            )
+    check_resources(settings, cluster_nodes())
     if settings.workers_per_trial > 1:
         _check_state_api()
+
+
+def check_resources(settings: SearchSettings, nodes: Sequence[Mapping[str, float]]) -> None:
+    """Raise Faults where the `nodes` cannot hold a trial: every worker lies on one node, whole.
+
+    Not where --max-concurrent says that the cluster will be another one when trials need it.
+    """
+    if settings.max_concurrent is not None:
+        return
+    workers = settings.min_workers_per_trial or settings.workers_per_trial
+    of_worker: dict[str, float] = {"CPU": settings.cpus_per_worker, "GPU": gpus_per_worker(settings, nodes)}
+    faults = []
+    for name, need in of_worker.items():
+        have = sum(node.get(name, 0) for node in nodes)
+        if need * workers > have:
+            faults.append(
+                f"a trial asks for {need * workers:g} {name}s ({workers} workers), the cluster has {have:g}; lower "
+                f"--workers-per-trial or --{name.lower()}s-per-worker, or give --max-concurrent where the cluster "
+                "grows by itself."
+            )
+    places = sum(_places(node, of_worker) for node in nodes)
+    if not faults and places < workers:
+        asked = " and ".join(f"{need:g} {name}s" for name, need in of_worker.items() if need > 0)
+        largest = " and ".join(f"{max(node.get(name, 0) for node in nodes):g} {name}s" for name in of_worker)
+        faults.append(
+            f"a worker asks for {asked} on one node, the largest has {largest}: {places} of a trial's {workers} "
+            "workers find a place; lower --cpus-per-worker or --gpus-per-worker, or give --max-concurrent where larger "
+            "nodes will come."
+        )
+    if faults:
+        raise Faults(faults)
+
+
+def _places(node: Mapping[str, float], of_worker: Mapping[str, float]) -> int:
+    """Workers that a node holds."""
+    return min(int(node.get(name, 0) / need + 1e-9) for name, need in of_worker.items() if need > 0)
+
+
+def trial_slots(settings: SearchSettings, nodes: Sequence[Mapping[str, float]]) -> int:
+    """Trials that run at once: as many as are asked for, else as the nodes hold, at least 1."""
+    of_worker = {"CPU": settings.cpus_per_worker, "GPU": gpus_per_worker(settings, nodes)}
+    places = sum(_places(node, of_worker) for node in nodes)
+    return settings.max_concurrent or max(1, places // settings.workers_per_trial)
 
 
 def _check_state_api() -> None:
@@ -94,3 +325,10 @@ def _check_state_api() -> None:
             "trials of several workers need Ray's State API, or lost ones could hold their CPUs for ever, and it "
             f"does not answer ({str(error).splitlines()[0][:200]}); install ray[default] and start the dashboard."
         ) from None
+
+
+def cpus_of_this_machine() -> float:
+    """As Ray would count them, a container's limit included."""
+    from ray._private.utils import get_num_cpus
+
+    return float(get_num_cpus(override_docker_cpu_warning=True))

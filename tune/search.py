@@ -17,6 +17,10 @@ def main() -> None:
         print(f"search: error: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(2)
     # Ray, MLflow and torch take seconds to import; --help and a mistyped flag need none of them.
+    if settings.dry_run:
+        from tune.dry_run import dry_run
+
+        sys.exit(dry_run(settings))
     from tune.launch import launch
 
     sys.exit(launch(settings))

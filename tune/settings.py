@@ -81,6 +81,8 @@ class SearchSettings:
     """Seed of the sampler."""
     cache_gb: float = 20.0
     """Size in GB of a node's cache of decoded images and teacher features."""
+    dry_run: bool = False
+    """Check everything, measure a training step, print the plan with a forecast of time, and leave no trace."""
     json: bool = False
     """Print one JSON document on stdout at the end."""
 

@@ -27,14 +27,23 @@ from ray.tune.search.optuna import OptunaSearch
 from ray.util.placement_group import PlacementGroup
 from ray.util.queue import Queue
 
+from tune.pruning import REDUCTION, grace_period
 from tune.settings import SearchSettings
 from tune.space import Space
 from tune.tracking import EpochDone, Status, TrialEnded, TrialStarted
 from tune.trial import MAX_FAILURES, run_trial, trial_resources
 from tune.worker import DETECTOR_FOLDER, PLACEMENT_GROUP, Assignment
 
-_REDUCTION = 3
-_EPOCH_METRICS = ("loss", "encoder_loss", "decoder_loss", "hard_loss", "images_per_second", "seconds", "objective")
+_EPOCH_METRICS = (
+    "loss",
+    "encoder_loss",
+    "decoder_loss",
+    "hard_loss",
+    "images_per_second",
+    "seconds",
+    "validation_seconds",
+    "objective",
+)
 
 
 class Study(NamedTuple):
@@ -127,8 +136,8 @@ def search_category(
                     time_attr="epoch",
                     # Beyond the last epoch, which a trial reaches and ends by itself.
                     max_t=settings.epochs + 1,
-                    grace_period=max(1, settings.epochs // _REDUCTION**2),
-                    reduction_factor=_REDUCTION,
+                    grace_period=grace_period(settings.epochs),
+                    reduction_factor=REDUCTION,
                 ),
                 trial_name_creator=_trial_id,
                 trial_dirname_creator=_trial_id,

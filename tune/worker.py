@@ -19,7 +19,7 @@ from dskd.checkpoint import RECORD_FILE, read_record, write_detector
 from dskd.config import AmplificationConfig, DataConfig, RunConfig, Selection
 from dskd.data.cache import ArrayCache, default_folder
 from dskd.device import computing_device
-from dskd.distillation import Distillation
+from dskd.distillation import Distillation, Progress
 from dskd.materials import Materials, prepare
 from dskd.show.overlays import preview_of
 from dskd.train import NonFiniteLoss, Shard
@@ -174,13 +174,14 @@ def _train(
             run.restore(Path(folder))
     trained = ray.train.torch.prepare_model(run.students) if shard.world_size > 1 else run.students
     saved = time.monotonic()
-    for progress in run.epochs(trained, shard):
+    for progress, seconds in _timed(run.epochs(trained, shard)):
         metrics = {
             "epoch": progress.epoch.number + 1,
             "objective": progress.best_objective,
             "val/objective": progress.objective,
             **{f"val/{name}": value for name, value in progress.scores._asdict().items()},
             **{name: value for name, value in progress.epoch._asdict().items() if name != "number"},
+            "validation_seconds": seconds - progress.epoch.seconds,
         }
         is_last = run.next_epoch == config.train.epochs
         is_due = is_leaving() or is_last or time.monotonic() - saved >= CHECKPOINT_SECONDS
@@ -197,6 +198,16 @@ def _train(
                 run.save(Path(temporary))
             yield Report(metrics, Path(temporary))
         saved = time.monotonic()
+
+
+def _timed(epochs: Iterator[Progress]) -> Iterator[tuple[Progress, float]]:
+    """Each epoch with the seconds that it and its validation took, and not what the caller does in between."""
+    while True:
+        started = time.perf_counter()
+        progress = next(epochs, None)
+        if progress is None:
+            return
+        yield progress, time.perf_counter() - started
 
 
 def _finished(detector: Path, epochs: int) -> Report:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 from dskd.data.layouts import LAYOUTS, SPLIT_FOLDERS, Layout, recognised
 from dskd.data.samples import Sample, lot
 
+NUM_VALIDATION_DEFECTS = 32
+"""Synthetic defects that selection sees at least, on copies of the held-out normals."""
 _MAX_DEPTH = 3  # of a category folder below the data folder
 
 

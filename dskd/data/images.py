@@ -46,6 +46,24 @@ def load_image(path: Path, size: int) -> npt.NDArray[np.uint8]:
         return np.asarray(rgb.resize((size, size), Image.Resampling.BILINEAR))
 
 
+def check_header(path: Path) -> None:
+    """Raise ValueError, naming the file, where its header is no image's or a PNG is cut short; nothing is decoded."""
+    try:
+        with Image.open(path) as image:
+            if image.format == "PNG" and not _ends_as_png(path):
+                image.verify()
+    except FileNotFoundError:
+        raise ValueError(f"image {path} does not exist.") from None
+    except (Image.DecompressionBombError, UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable image ({error}); replace or remove it.") from None
+
+
+def _ends_as_png(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-min(12, path.stat().st_size), os.SEEK_END)
+        return b"IEND" in file.read()
+
+
 def read_mask(path: Path, above: int = 127) -> npt.NDArray[np.bool_]:
     """Defect pixels (H, W) of a mask file at its own size: those with a grey level above `above`.
 

@@ -1,0 +1,111 @@
+"""What a search costs beside training: `python benchmarks/search_share.py --data DIR --category C --storage NEW_DIR`.
+
+One search, one trial at a time on one worker. Two figures: how long a place of the cluster lies idle between a
+trial's last report and the first optimiser step of the next, and what share of the time went into training.
+All times are read from the search's own MLflow file: an epoch's time of arrival, and the seconds that its
+worker measured for training and for validation.
+"""
+
+import os
+import platform
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import tyro
+from mlflow.tracking import MlflowClient
+
+from tune.launch import launch
+from tune.settings import SearchSettings
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    data: str
+    category: str
+    storage: str
+    """A folder that does not exist yet."""
+    teacher_weights: str = "hub"
+    trials: int = 4
+    epochs: int = 30
+    image_size: int = 128
+    batch_size: int = 8
+
+
+class TrialTimes(NamedTuple):
+    """One trial, in seconds since the epoch of Unix and in seconds."""
+
+    first_step: float
+    """When its first epoch began."""
+    last_report: float
+    training: float
+    validation: float
+    num_epochs: int
+
+
+def read_trials(storage: Path, name: str) -> list[TrialTimes]:
+    """The trials of a search whose MLflow file lies in `storage`, in the order that they ran in."""
+    client = MlflowClient(tracking_uri=f"sqlite:///{storage}/mlflow.db")
+    experiment = client.get_experiment_by_name(name)
+    assert experiment is not None, f"no search {name} in {storage}"
+    found = []
+    for run in client.search_runs([experiment.experiment_id], "tags.`dskd.trial` != '-'"):
+        training, validation = (
+            client.get_metric_history(run.info.run_id, metric) for metric in ("seconds", "validation_seconds")
+        )
+        ends = [metric.timestamp / 1000 for metric in training]
+        found.append(
+            TrialTimes(
+                first_step=min(ends) - training[0].value - validation[0].value,
+                last_report=max(ends),
+                training=sum(metric.value for metric in training),
+                validation=sum(metric.value for metric in validation),
+                num_epochs=len(training),
+            )
+        )
+    return sorted(found)
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    settings = SearchSettings(
+        data=options.data,
+        categories=options.category,
+        name="share",
+        trials=options.trials,
+        epochs=options.epochs,
+        image_size=options.image_size,
+        batch_size=options.batch_size,
+        teacher_weights=options.teacher_weights,
+        storage=options.storage,
+        max_concurrent=1,
+    )
+    started = time.time()
+    code = launch(settings)
+    wall = time.time() - started
+    if code != 0:
+        raise SystemExit(code)
+    trials = read_trials(Path(settings.storage_uri), settings.name)
+    gaps = [after.first_step - before.last_report for before, after in pairwise(trials)]
+    span = trials[-1].last_report - trials[0].first_step
+    training = sum(trial.training for trial in trials)
+    validation = sum(trial.validation for trial in trials)
+    print(
+        f"python {platform.python_version()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}; "
+        f"{options.image_size} pixels, batches of {options.batch_size}, trials of "
+        f"{[trial.num_epochs for trial in trials]} epochs and "
+        f"{[round(trial.last_report - trial.first_step) for trial in trials]} s"
+    )
+    print(f"from a trial's end to the next one's first step: median {median(gaps):.2f} s, longest {max(gaps):.2f} s")
+    for what, seconds in (("first step to last report", span), ("the whole command", wall)):
+        print(
+            f"{what}: {seconds:.1f} s; training {training / seconds:.1%}, validation {validation / seconds:.1%}, "
+            f"the rest {1 - (training + validation) / seconds:.1%}"
+        )
+
+
+if __name__ == "__main__":
+    main()

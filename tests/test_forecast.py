@@ -1,0 +1,134 @@
+import dataclasses
+import random
+from pathlib import Path
+from statistics import mean
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from ray.tune.schedulers.async_hyperband import _Bracket
+
+from dskd.config import AmplificationConfig, RunConfig
+from dskd.data.datasets import read_category
+from dskd.distillation import Distillation
+from dskd.materials import Materials
+from tune.forecast import Slots, forecast, plan_categories, share_slots
+from tune.pruning import REDUCTION, expected_epochs, expected_survivors, grace_period, rungs
+from tune.settings import SearchSettings
+from tune.speed import Speed, SpeedTask, measure_speed
+
+
+def epochs_of_asha(trials: int, epochs: int, rng: random.Random) -> int:
+    """What Ray's own scheduler lets run of trials whose objectives at every rung are uniform noise."""
+    bracket = _Bracket(grace_period(epochs), epochs + 1, REDUCTION, 0)
+    total = 0
+    for trial in range(trials):
+        trained = epochs
+        for rung in rungs(epochs):
+            if bracket.on_result(cast(Any, SimpleNamespace(trial_id=trial)), rung, rng.random()) == "STOP":
+                trained = rung
+                break
+        total += trained
+    return total
+
+
+def test_rungs_are_those_of_rays_scheduler() -> None:
+    for epochs in (1, 2, 8, 9, 30, 100, 200):
+        bracket = _Bracket(grace_period(epochs), epochs + 1, REDUCTION, 0)
+        assert list(rungs(epochs)) == sorted(rung for rung, _ in bracket._rungs if rung < epochs)
+
+
+def test_survivors_of_one_rung_are_rays_in_the_mean() -> None:
+    rng = random.Random(0)
+    for trials in (1, 2, 5):
+        passed = []
+        for _ in range(600):
+            bracket = _Bracket(1, 2, REDUCTION, 0)
+            answers = [
+                bracket.on_result(cast(Any, SimpleNamespace(trial_id=t)), 1, rng.random()) for t in range(trials)
+            ]
+            passed.append(answers.count("CONTINUE"))
+        assert mean(passed) == pytest.approx(expected_survivors(trials), rel=0.05)
+
+
+@pytest.mark.parametrize(("trials", "epochs"), [(4, 30), (16, 100), (32, 9), (1, 50), (5, 1)])
+def test_expected_epochs_are_rays_in_the_mean(trials: int, epochs: int) -> None:
+    rng = random.Random(1)
+    found = mean(epochs_of_asha(trials, epochs, rng) for _ in range(300))
+    assert found == pytest.approx(expected_epochs(trials, epochs), rel=0.06)
+
+
+@pytest.fixture
+def settings(mvtec_root: Path) -> SearchSettings:
+    return SearchSettings(data=str(mvtec_root), trials=6, epochs=10, image_size=32, batch_size=4)
+
+
+def test_a_plan_counts_the_images_that_training_uses(mvtec_root: Path, tiny: RunConfig, materials: Materials) -> None:
+    (plan,) = plan_categories({"tile": read_category(mvtec_root, "tile")}, tiny)
+    assert plan.num_train == len(materials.train_images)
+    assert plan.num_validation == len(materials.validation.images)
+    assert plan.num_calibration == len(materials.calibration_images)
+    assert plan.num_test == 8
+
+
+def test_times_add_up(mvtec_root: Path, settings: SearchSettings) -> None:
+    config = settings.run_config()
+    names = ("tile", "wood")
+    plans = plan_categories({name: read_category(mvtec_root, name) for name in names}, config)
+    still = Speed("CPU", 0, 4, step=0.0, validation=0.0, decoding=0.0, teacher=0.0, defects=0.0, amplification=0.0)
+    steps = plans[0].num_train // 4
+
+    only_steps = still._replace(step=3.0)
+    one = forecast(settings, config, plans, only_steps, Slots(1, 1), 0.0)
+    assert one.trial_seconds == 10 * steps * 3.0
+    assert one.wall_seconds_full == 2 * 6 * one.trial_seconds == pytest.approx(one.cpu_hours_full * 3600)
+    assert one.wall_seconds_pruned == pytest.approx(2 * expected_epochs(6, 10) * steps * 3.0)
+    assert one.gpu_hours_full == 0 and one.epochs_full == 120
+
+    both = forecast(settings, config, plans, only_steps, Slots(2, 1), 1.0)
+    assert both.wall_seconds_full == one.wall_seconds_full / 2
+    assert both.gpu_hours_full == both.cpu_hours_full == one.cpu_hours_full
+    crowd = forecast(settings, config, plans, only_steps, Slots(1, 4), 0.0)
+    assert crowd.wall_seconds_full == 2 * 2 * one.trial_seconds, "six trials, four at once: two rounds"
+
+    amplified = dataclasses.replace(config, amplification=AmplificationConfig(amplification=True))
+    staged = forecast(settings, amplified, plans, still._replace(amplification=1.0), Slots(1, 1), 0.0)
+    assert staged.wall_seconds_full == 2 * 100 * plans[0].num_train
+
+    pairs = dataclasses.replace(settings, workers_per_trial=2)
+    assert forecast(pairs, config, plans, only_steps, Slots(1, 1), 0.0).cpu_hours_full == 2 * one.cpu_hours_full
+
+
+@pytest.mark.parametrize(("categories", "slots", "expected"), [(3, 2, (2, 1)), (2, 8, (2, 4)), (5, 1, (1, 1))])
+def test_slots_are_shared(categories: int, slots: int, expected: tuple[int, int]) -> None:
+    assert share_slots(categories, slots) == expected
+
+
+def task(mvtec_root: Path, config: RunConfig, **changes: Any) -> SpeedTask:
+    images = tuple(str(sample.path) for sample in read_category(mvtec_root, "tile").train[:2])
+    values: dict[str, Any] = {"teacher_weights": "random", "num_workers": 1, "cpus_per_worker": 1.0}
+    return SpeedTask(config=config.to_dict(), images=images, gpus_per_worker=0.0, **(values | changes))
+
+
+def test_the_measured_step_is_near_that_of_a_real_epoch(
+    mvtec_root: Path, tiny: RunConfig, materials: Materials
+) -> None:
+    speed = measure_speed(task(mvtec_root, tiny))
+    run = Distillation.begin(tiny, materials, torch.device("cpu"))
+    seconds = [progress.epoch.seconds for progress in run.epochs()][-1]
+    steps = len(materials.train_images) // tiny.train.batch_size
+    assert speed.images_measured == 4 and speed.device == "CPU" and speed.amplification == 0
+    # a factor of ten for other load on the machine
+    assert seconds / steps / 10 < speed.step < seconds / steps * 10
+    assert min(speed.validation, speed.decoding, speed.teacher, speed.defects) > 0
+
+
+def test_stage_one_is_measured_where_there_is_one(mvtec_root: Path, tiny: RunConfig) -> None:
+    staged = dataclasses.replace(tiny, amplification=AmplificationConfig(amplification=True))
+    assert measure_speed(task(mvtec_root, staged)).amplification > 0
+
+
+def test_what_a_worker_could_not_read_is_a_fault(mvtec_root: Path, tiny: RunConfig) -> None:
+    with pytest.raises(ValueError, match=r"teacher weights must be .*got '/none\.pth'"):
+        measure_speed(task(mvtec_root, tiny, teacher_weights="/none.pth"))

@@ -1,0 +1,144 @@
+"""What a search would find wrong before its first worker, in full and without a trace."""
+
+import json
+import shutil
+import socket
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tune import dry_run, search
+from tune.preflight import Faults, check_address, check_resources, input_faults, read_categories, trial_slots
+from tune.settings import SearchSettings
+
+
+@pytest.fixture
+def data(mvtec_root: Path, tmp_path: Path) -> Path:
+    copy = tmp_path / "data"
+    shutil.copytree(mvtec_root, copy)
+    return copy
+
+
+def settings(data: Path, storage: Path, **changes: Any) -> SearchSettings:
+    values: dict[str, Any] = {
+        "trials": 2, "epochs": 3, "image_size": 32, "batch_size": 4, "teacher_weights": "random",
+    }  # fmt: skip
+    return SearchSettings(data=str(data), storage=str(storage), **(values | changes))
+
+
+def tree(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*"))
+
+
+def test_every_bad_category_and_file_is_named(data: Path, tmp_path: Path) -> None:
+    images = sorted((data / "tile" / "train" / "good").iterdir())
+    for image in images[:5]:
+        image.write_bytes(image.read_bytes()[:200])
+    shutil.rmtree(data / "wood" / "train")
+    (data / "wood" / "train" / "good").mkdir(parents=True)
+    with pytest.raises(Faults) as raised:
+        read_categories(settings(data, tmp_path / "results"))
+    lines = str(raised.value).splitlines()
+    assert len(lines) == 5
+    assert lines[0].startswith("wood: ") and "holds 0 images" in lines[0]
+    assert [str(image) in line for image, line in zip(images, lines[1:4], strict=False)] == [True] * 3
+    assert lines[4].startswith("tile: 2 more images cannot be read")
+
+
+def test_all_that_is_wrong_is_said_at_once_and_nothing_is_made(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (data / "wood" / "train" / "good" / "000.png").write_bytes(b"")
+    (tmp_path / "file").write_text("no folder")
+    before = tree(tmp_path)
+    monkeypatch.setattr(dry_run, "ProcessPoolExecutor", lambda count, mp_context: ThreadPoolExecutor(count))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound, but nothing listens
+        port = taken.getsockname()[1]
+        flags = {
+            "--data": data, "--storage": tmp_path / "file" / "results", "--tracking-uri": f"http://127.0.0.1:{port}",
+            "--study-storage": f"postgresql://user:secret@127.0.0.1:{port}/x", "--teacher-weights": "/none.pth",
+            "--image-size": 32, "--cpus-per-worker": 4096,
+        }  # fmt: skip
+        words = [str(word) for pair in flags.items() for word in pair]
+        monkeypatch.setattr(sys, "argv", ["search.py", *words, "--dry-run"])
+        with pytest.raises(SystemExit) as end:
+            search.main()
+    said = capsys.readouterr()
+    lines = said.err.splitlines()
+    assert end.value.code == 2 and said.out == ""
+    assert all(line.startswith("search: error: ") for line in lines), said.err
+    for expected in ("wood: ", "--storage", "MLflow at", "--study-storage", "/none.pth", "4096 CPUs"):
+        assert sum(expected in line for line in lines) == 1, (expected, said.err)
+    assert len(lines) == 6 and "secret" not in said.err
+    assert tree(tmp_path) == before
+
+
+def test_a_dry_run_prints_plan_and_forecast_and_leaves_no_trace(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = tree(tmp_path)
+    assert dry_run.dry_run(settings(data, tmp_path / "a" / "results", json=True)) == 0
+    assert tree(tmp_path) == before
+    said = capsys.readouterr()
+    document = json.loads(said.out)
+    assert [each["category"] for each in document["categories"]] == ["tile", "wood"]
+    assert document["config"]["data"]["image_size"] == 32 and document["varied"]["level_fusion"] == "sum | product"
+    found = document["forecast"]
+    assert 0 < found["wall_seconds_pruned"] <= found["wall_seconds_full"] and found["epochs_full"] == 12
+    assert "2 categories × 2 trials × 3 epochs" in said.err and "untrained teacher" in said.err
+    assert str(tmp_path / "a" / "results" / "search") in said.err and "forecast:" in said.err
+
+
+def test_an_existing_study_file_that_is_none_is_a_fault(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "optuna.db").write_text("this is no database, whatever its name says" * 50)
+    (fault,) = input_faults(settings(data, tmp_path), leave_no_trace=True)
+    assert "--study-storage" in fault and "not a database" in fault
+
+
+@pytest.mark.parametrize(
+    ("flags", "nodes", "expected"),
+    [
+        ({}, [{"CPU": 2.0}], None),
+        ({"gpus_per_worker": 4.0}, [{"CPU": 8.0, "GPU": 2.0}], "asks for 4 GPUs (1 workers), the cluster has 2"),
+        ({"workers_per_trial": 3}, [{"CPU": 2.0}], "3 CPUs (3 workers), the cluster has 2"),
+        ({"cpus_per_worker": 8.0}, [{"CPU": 4.0}] * 3, "8 CPUs on one node, the largest has 4 CPUs and 0 GPUs"),
+        ({"workers_per_trial": 3, "cpus_per_worker": 3.0}, [{"CPU": 4.0}] * 2 + [{"CPU": 2.0}], "2 of a trial's 3 wor"),
+        ({"gpus_per_worker": 1.0, "cpus_per_worker": 8.0}, [{"CPU": 16.0}, {"GPU": 1.0}], "8 CPUs and 1 GPUs on one"),
+        ({"gpus_per_worker": 4.0, "max_concurrent": 1}, [{"CPU": 1.0}], None),
+    ],
+)  # fmt: skip
+def test_a_trial_must_find_its_place(
+    flags: Mapping[str, Any], nodes: list[dict[str, float]], expected: str | None, tmp_path: Path
+) -> None:
+    asked = settings(tmp_path, tmp_path, **flags)
+    if expected is None:
+        check_resources(asked, nodes)
+        return
+    with pytest.raises(Faults) as raised:
+        check_resources(asked, nodes)
+    assert expected in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_slots_count_whole_workers_on_whole_nodes(tmp_path: Path) -> None:
+    nodes = [{"CPU": 7.0, "GPU": 2.0}, {"CPU": 3.0}]
+    assert trial_slots(settings(tmp_path, tmp_path, gpus_per_worker=0.0, cpus_per_worker=2.0), nodes) == 4
+    assert trial_slots(settings(tmp_path, tmp_path, cpus_per_worker=2.0), nodes) == 2, "one GPU each, where there are"
+    assert trial_slots(settings(tmp_path, tmp_path, gpus_per_worker=0.5, workers_per_trial=2), nodes) == 2
+    assert trial_slots(settings(tmp_path, tmp_path, max_concurrent=9), nodes) == 9
+
+
+def test_an_address_without_a_cluster_is_refused_at_once() -> None:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        for scheme in ("", "ray://"):
+            with pytest.raises(ConnectionError, match="no Ray cluster answers"):
+                check_address(f"{scheme}127.0.0.1:{bound.getsockname()[1]}")
+    for address in ("http://127.0.0.1:8265", "head", "head:port"):
+        with pytest.raises(ValueError, match="must be auto, HOST:PORT or ray://HOST:PORT"):
+            check_address(address)

@@ -1,17 +1,16 @@
 import dataclasses
 import random
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-import torch
 from ray.tune.schedulers.async_hyperband import _Bracket
 
 from dskd.config import AmplificationConfig, RunConfig
 from dskd.data.datasets import read_category
-from dskd.distillation import Distillation
 from dskd.materials import Materials
 from tune.forecast import Slots, forecast, plan_categories, share_slots
 from tune.pruning import REDUCTION, expected_epochs, expected_survivors, grace_period, rungs
@@ -111,17 +110,34 @@ def task(mvtec_root: Path, config: RunConfig, **changes: Any) -> SpeedTask:
     return SpeedTask(config=config.to_dict(), images=images, gpus_per_worker=0.0, **(values | changes))
 
 
-def test_the_measured_step_is_near_that_of_a_real_epoch(
-    mvtec_root: Path, tiny: RunConfig, materials: Materials
+@pytest.mark.parametrize(
+    ("long_enough", "workers", "measured", "step"),
+    [
+        (0.5, 1, 2, 2.0),  # too slow for the whole batch of 4: two images, scaled up
+        (10.0, 1, 4, 1.0),
+        (10.0, 2, 2, 1.0),  # a worker's share
+    ],
+)
+def test_a_step_is_measured_on_as_much_of_a_batch_as_there_is_time_for(
+    long_enough: float,
+    workers: int,
+    measured: int,
+    step: float,
+    mvtec_root: Path,
+    tiny: RunConfig,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    speed = measure_speed(task(mvtec_root, tiny))
-    run = Distillation.begin(tiny, materials, torch.device("cpu"))
-    seconds = [progress.epoch.seconds for progress in run.epochs()][-1]
-    steps = len(materials.train_images) // tiny.train.batch_size
-    assert speed.images_measured == 4 and speed.device == "CPU" and speed.amplification == 0
-    # a factor of ten for other load on the machine
-    assert seconds / steps / 10 < speed.step < seconds / steps * 10
-    assert min(speed.validation, speed.decoding, speed.teacher, speed.defects) > 0
+    def a_second(act: Callable[[], object]) -> float:
+        act()
+        return 1.0
+
+    monkeypatch.setattr("tune.speed._seconds", a_second)
+    monkeypatch.setattr("tune.speed._LONG_ENOUGH", long_enough)
+    speed = measure_speed(task(mvtec_root, tiny, num_workers=workers))
+    assert (speed.images_measured, speed.step) == (measured, step)
+    assert (speed.device, speed.amplification) == ("CPU", 0.0)
+    # Two images and two copies with defects; two decoded; two defects drawn.
+    assert (speed.validation, speed.decoding, speed.defects) == (0.25, 0.5, 0.5) and speed.teacher > 0
 
 
 def test_stage_one_is_measured_where_there_is_one(mvtec_root: Path, tiny: RunConfig) -> None:

@@ -15,6 +15,7 @@ from rich.table import Table
 from tune import preflight
 from tune.progress import Progress
 from tune.settings import SearchSettings
+from tune.staging import absolute
 from tune.studies import Outcome, run_search, summary
 from tune.tracking import Tracker, tracking_ui_command
 from tune.worker import Assignment
@@ -49,7 +50,7 @@ def _search(settings: SearchSettings) -> int:
     preflight.check_cluster(settings)
     assignment = Assignment(
         config=settings.run_config().to_dict(),
-        data=str(Path(settings.data).absolute()),
+        data=absolute(settings.data),
         category="",
         teacher_weights=_absolute_weights(settings.teacher_weights),
         cache_gb=settings.cache_gb,

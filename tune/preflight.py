@@ -1,7 +1,5 @@
 """Every fault that can be found before the first worker starts, each as one line."""
 
-from pathlib import Path
-
 import optuna
 import ray
 from sqlalchemy.exc import SQLAlchemyError
@@ -9,6 +7,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from dskd.data.datasets import read_category
 from dskd.model.teacher import build_teacher
 from tune.settings import SearchSettings
+from tune.staging import outline
 from tune.storage import Storage
 from tune.tracking import check_server, without_password
 
@@ -18,9 +17,10 @@ def check_inputs(settings: SearchSettings) -> tuple[str, ...]:
 
     Raises ValueError or OSError with one line that says what to change.
     """
-    categories = settings.chosen_categories()
-    for category in categories:
-        read_category(Path(settings.data), category)
+    with outline(settings.data) as root:
+        categories = settings.chosen_categories(root)
+        for category in categories:
+            read_category(root, category)
     model = settings.run_config().model
     build_teacher(model.backbone, model.levels, settings.teacher_weights)
     Storage(settings.search_uri).probe()

@@ -17,7 +17,8 @@ class SearchSettings:
     """Search the hyperparameters of a detector for each category, on a Ray cluster."""
 
     data: str
-    """Folder of categories, at the same path on every node; dskd check-data names the layouts."""
+    """Folder of categories, at the same path on every node, or s3://bucket/path, of which each node copies the
+    categories that it trains on; dskd check-data names the layouts."""
     categories: str = "all"
     """Categories to search, separated by commas, or all."""
     name: str = "search"
@@ -54,7 +55,8 @@ class SearchSettings:
     seed: int = 0
     """Seed of the sampler."""
     cache_gb: float = 20.0
-    """Size in GB of a node's cache of decoded images and teacher features."""
+    """Size in GB of a node's cache of decoded images and teacher features, and once more of its copies of data
+    from s3://."""
     json: bool = False
     """Print one JSON document on stdout at the end."""
 
@@ -117,12 +119,12 @@ class SearchSettings:
             changes["batch_size"] = self.batch_size
         return PRESETS[self.preset].with_values(changes)
 
-    def chosen_categories(self) -> tuple[str, ...]:
-        """The categories to search, in the order asked for.
+    def chosen_categories(self, root: Path | None = None) -> tuple[str, ...]:
+        """The categories to search, in the order asked for; `root` is where the data's names can be read.
 
         Raises ValueError on an unknown one.
         """
-        known = find_categories(Path(self.data))
+        known = find_categories(root or Path(self.data))
         if self.categories == "all":
             return tuple(known)
         wanted = tuple(dict.fromkeys(name.strip() for name in self.categories.split(",") if name.strip()))

@@ -22,6 +22,7 @@ from dskd.distillation import Distillation
 from dskd.materials import Materials, prepare
 from dskd.show.overlays import preview_of
 from dskd.train import NonFiniteLoss, Shard
+from tune.staging import local_copy
 
 DETECTOR_FOLDER = "detector"
 PLACEMENT_GROUP = "placement_group"
@@ -152,7 +153,7 @@ def _materials(
         config,
         backbone,
         levels,
-        data=Path(data),
+        data=local_copy(data, category, cache_gb),
         category=category,
         teacher_weights=teacher_weights,
         device=torch.device(device),

@@ -370,7 +370,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         commands: dict[str, Callable[..., None]] = {
             "demo-data": demo_data,
             "check-data": check_data,
-            "train": functools.partial(train, settings=_defaults(given)),
+            "train": functools.partial(train, settings=default_config(given)),
             "evaluate": evaluate,
             "predict": predict,
             "export": export,
@@ -388,22 +388,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
-def _defaults(arguments: Sequence[str]) -> RunConfig:
+def default_config(arguments: Sequence[str]) -> RunConfig:
     """What the flags of a configuration stand at unless given, as the preset and the file in the arguments say.
 
     They are looked up before all flags are parsed, since the help shows these values.
     """
-    preset = _value_of("--preset", arguments)
+    preset = value_of("--preset", arguments)
     if preset not in PRESETS:
         preset = None  # the parser refuses a bad name, and says which there are
-    if file := _value_of("--config", arguments):
+    if file := value_of("--config", arguments):
         from dskd.config_file import read_config
 
         return read_config(Path(file), preset)
     return PRESETS[preset or "dskd"]
 
 
-def _value_of(wanted: str, arguments: Sequence[str]) -> str | None:
+def value_of(wanted: str, arguments: Sequence[str]) -> str | None:
     """The last value given for a flag, as the parser takes it."""
     found = None
     for position, word in enumerate(arguments):

@@ -68,10 +68,9 @@ def local_copy(data: str, category: str, cache_gb: float) -> Path:
         return Path(data)
     storage = Storage(data, "--data")
     files = _of_category(storage, category)
-    content = hashlib.sha256(json.dumps([storage.uri, files]).encode()).hexdigest()
     copies = default_folder() / "data"
     copies.mkdir(parents=True, exist_ok=True)
-    folder = copies / f"{category}-{content[:16]}"
+    folder = copies / f"{category}-{_key(storage, files)[:16]}"
     while not _held(folder):
         # One copy at a time on a node: each knows how much room there is.
         with (copies / "copying.lock").open("a") as lock:
@@ -84,6 +83,16 @@ def local_copy(data: str, category: str, cache_gb: float) -> Path:
                     _fetch(storage, files, temporary / _name(storage))
     os.utime(folder)
     return folder / _name(storage)
+
+
+def listing_key(data: str, category: str) -> str:
+    """Another one where the category's files, their sizes or times are others; nothing is read."""
+    storage = Storage(absolute(data), "--data")
+    return _key(storage, _of_category(storage, category))
+
+
+def _key(storage: Storage, files: Sequence[StoredFile]) -> str:
+    return hashlib.sha256(json.dumps([storage.uri, files]).encode()).hexdigest()
 
 
 def _name(storage: Storage) -> str:

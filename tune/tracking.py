@@ -110,8 +110,16 @@ class Tracker:
     """
 
     def __init__(
-        self, uri: str, search: str, *, artifact_location: str | None, tags: Mapping[str, str], unsent: Path
+        self,
+        uri: str,
+        search: str,
+        *,
+        artifact_location: str | None,
+        tags: Mapping[str, str],
+        unsent: Path,
+        has_parents: bool = True,
     ) -> None:
+        """Without parents each trial is a run of its own, as a single training is."""
         prepare_client()
         self._client = MlflowClient(tracking_uri=uri)
         self._registry = MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -119,6 +127,7 @@ class Tracker:
         self._artifact_location = artifact_location
         self._tags = dict(tags)
         self._unsent = unsent
+        self._has_parents = has_parents
         self._runs: dict[tuple[str, str], str] = {}
         self._experiment = ""
         self._events: queue.Queue[Event | None] = queue.Queue()
@@ -190,6 +199,33 @@ class Tracker:
                 lambda: self._register(category, run_id, metrics["val/objective"], data_sha256)
             )
             return registration
+        finally:
+            self._writing.release()
+
+    def log_detector(
+        self,
+        category: str,
+        trial_id: str,
+        detector: Path,
+        metrics: Mapping[str, float],
+        tags: Mapping[str, str],
+        patience: float,
+    ) -> str:
+        """Log a detector folder, its figures and tags to the trial's run, and give its id; nothing is registered.
+
+        Raises TrackingAway where the server is away for `patience` seconds.
+        """
+        deadline = time.monotonic() + patience
+        if not self._writing.acquire(timeout=patience):
+            raise TrackingAway(f"MLflow did not answer for {patience:.0f} s")
+        named = [RunTag(name, value[:_MAX_VALUE]) for name, value in tags.items()]
+        try:
+            run_id: str = self._insistently(lambda: self._trial_run(category, trial_id), deadline)
+            self._insistently(lambda: self._client.log_artifacts(run_id, str(detector), "detector"), deadline)
+            self._insistently(
+                lambda: self._client.log_batch(run_id, metrics=_metrics(metrics, 0), tags=named), deadline
+            )
+            return run_id
         finally:
             self._writing.release()
 
@@ -281,8 +317,8 @@ class Tracker:
         return self._run(category, "", category, {})
 
     def _trial_run(self, category: str, trial_id: str) -> str:
-        parent = self._category_run(category)
-        return self._run(category, trial_id, f"{category}-{trial_id}", {"mlflow.parentRunId": parent})
+        parent = {"mlflow.parentRunId": self._category_run(category)} if self._has_parents else {}
+        return self._run(category, trial_id, f"{category}-{trial_id}", parent)
 
     def _run(self, category: str, trial_id: str, name: str, more: dict[str, str]) -> str:
         if (category, trial_id) in self._runs:
@@ -341,3 +377,17 @@ def run_link(uri: str, run_id: str) -> str:
         return run_id
     experiment = MlflowClient(tracking_uri=uri).get_run(run_id).info.experiment_id
     return f"{without_password(uri).rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
+
+
+def params_and_tags(uri: str, run_id: str) -> tuple[dict[str, str], dict[str, str]]:
+    """What a tracked run was given, as the texts that MLflow keeps.
+
+    Raises ValueError on an unknown run, ConnectionError where the server does not answer.
+    """
+    check_server(uri)
+    try:
+        run = MlflowClient(tracking_uri=uri).get_run(run_id)
+    except MlflowException as error:
+        reason = str(error).splitlines()[0][:300]
+        raise ValueError(f"no run {run_id!r} in MLflow at {without_password(uri)}: {reason}") from None
+    return dict(run.data.params), dict(run.data.tags)

@@ -267,7 +267,7 @@ def predict(
         raise ValueError(f"{out} exists; choose another --out, results are never overwritten.")
     loaded = _load(detector, device)
     paths = _image_files(images)
-    limit, note = _limit(loaded, false_alarm_rate, threshold)
+    limit, note = chosen_limit(loaded, false_alarm_rate, threshold)
     verdicts: list[dict[str, Any]] = []
     with folder_in_making(out) as folder:
         for index, seen in enumerate(loaded.predict(paths, limit)):
@@ -423,7 +423,11 @@ def _load(folder: Path, device: str) -> "Detector":
     return detector
 
 
-def _limit(detector: "Detector", false_alarm_rate: float, threshold: float | None) -> tuple[float, str]:
+def chosen_limit(detector: "Detector", false_alarm_rate: float, threshold: float | None) -> tuple[float, str]:
+    """The score above which an image is anomalous, and what is to be said of it; `threshold` stands as it is.
+
+    Raises ValueError on a rate outside (0, 1).
+    """
     if threshold is not None:
         return threshold, f"threshold {threshold:g} as given"
     if not 0 < false_alarm_rate < 1:

@@ -145,6 +145,10 @@ class Storage:
 
         self._insistently(send, f"writing {name}")
 
+    def location(self) -> tuple[pyarrow.fs.FileSystem, str]:
+        """File system and path of the root, for libraries that take them."""
+        return self._files, self._root
+
     def probe(self) -> None:
         """Write, read and delete a small object.
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import mlflow.artifacts
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
@@ -391,3 +392,34 @@ def params_and_tags(uri: str, run_id: str) -> tuple[dict[str, str], dict[str, st
         reason = str(error).splitlines()[0][:300]
         raise ValueError(f"no run {run_id!r} in MLflow at {without_password(uri)}: {reason}") from None
     return dict(run.data.params), dict(run.data.tags)
+
+
+def download(artifact_uri: str, uri: str, folder: Path) -> None:
+    """Put what a models:/ or runs:/ address names into a local folder.
+
+    Raises ValueError where there is nothing, ConnectionError where the server does not answer.
+    """
+    check_server(uri)
+    # A bar for every file would fill a job's log.
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    try:
+        place = _place_of(MlflowClient(tracking_uri=uri, registry_uri=uri), artifact_uri)
+        mlflow.artifacts.download_artifacts(place, dst_path=str(folder), tracking_uri=uri, registry_uri=uri)
+    except (MlflowException, OSError) as error:
+        reason = str(error).splitlines()[0][:300]
+        raise ValueError(f"{artifact_uri} cannot be had from MLflow at {without_password(uri)}: {reason}") from None
+
+
+def _place_of(client: MlflowClient, artifact_uri: str) -> str:
+    """Where the artifacts of a model's version lie: left to MLflow, the process's own registry would be asked."""
+    if not artifact_uri.startswith("models:/"):
+        return artifact_uri
+    name, _, alias = artifact_uri.removeprefix("models:/").partition("@")
+    if alias:
+        version = str(client.get_model_version_by_alias(name, alias).version)
+    else:
+        name, _, version = name.rpartition("/")
+    place: str = client.get_model_version_download_uri(name, version)
+    if place.startswith("models:/"):  # a logged model, known by its id
+        place = client.get_logged_model(place.removeprefix("models:/")).artifact_location
+    return place

@@ -44,7 +44,7 @@ class Trained(NamedTuple):
     """A finished training."""
 
     key: str
-    """Name of the training: its category, and a digest of all that decides what it gives."""
+    """Digest of all that decides what the training gives: its configuration, data and teacher."""
     folder: Path
     record: DetectorRecord
     run_id: str
@@ -92,18 +92,19 @@ def launch_training(settings: TrainingSettings, *, as_json: bool) -> int:
 
 def _trained(settings: TrainingSettings) -> Trained:
     category, key = _checked(settings)
-    storage = Storage(f"{settings.storage_uri}/{settings.name}/{key}")
+    name = f"{category}-{key}"
+    storage = Storage(f"{settings.storage_uri}/{settings.name}/{name}")
     storage.probe()
     check_server(settings.tracking)
     if (known := find_champion(storage, category)) is not None and known.run_id:
-        _say(f"{key} is trained already; delivering it again from {storage.uri}")
+        _say(f"{name} is trained already; delivering it again from {storage.uri}")
         return Trained(key, settings.to, deliver(storage, known, settings.to), known.run_id)
     if settings.teacher_weights == "random":
         _say("UNTRAINED TEACHER: fit to see the machinery, not for inspection")
     connect(settings.address)
     assignment = _assignment(settings, category, storage.uri)
     folder = Path.home() if "://" in settings.storage else Path(settings.storage_uri)
-    unsent = folder / f"dskd-unsent-{settings.name}-{key}.jsonl"
+    unsent = folder / f"dskd-unsent-{settings.name}-{name}.jsonl"
     tracker = Tracker(
         settings.tracking,
         settings.name,
@@ -158,7 +159,7 @@ def _conclude(
 
 
 def _checked(settings: TrainingSettings) -> tuple[str, str]:
-    """The category and the training's key; data, teacher and folders are usable.
+    """The category and the digest of all that decides the result; data, teacher and folders are usable.
 
     Raises ValueError or OSError with one line that says what to change.
     """
@@ -187,7 +188,7 @@ def _checked(settings: TrainingSettings) -> tuple[str, str]:
         "teacher": weights if weights in ("hub", "random") else sha256_of(Path(weights)),
     }
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
-    return category, f"{category}-{digest[:8]}"
+    return category, digest[:8]
 
 
 def _assignment(settings: TrainingSettings, category: str, storage_uri: str) -> Assignment:

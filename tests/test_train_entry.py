@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from mlflow.tracking import MlflowClient
 
 from dskd.config import RunConfig
@@ -148,3 +149,30 @@ def test_the_same_command_is_the_same_training_and_another_is_not(
     with pytest.raises(ValueError, match="12 images to train on, too few for --workers 13"):
         training._checked(dataclasses.replace(asked, config=tiny.with_values({"batch_size": 16}), workers=13))
     assert staging.listing_key(str(data), "wood") == staging.listing_key(f"{data}/", "wood")
+
+
+def test_a_failed_training_is_one_line_exit_code_one_and_a_failed_run(
+    tracked: tuple[str, str, RunConfig], tiny: RunConfig, mvtec_root: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    uri, _, _ = tracked
+
+    def diverge(*_: object) -> str:
+        raise training.TrainingFailed("learning_rate 9 is probably too high")
+
+    monkeypatch.setattr(training, "connect", lambda address: None)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(training, "_fit", diverge)
+    storage = str(tmp_path / "s")
+    asked = settings(
+        config=tiny, data=str(mvtec_root), to=tmp_path / "t", storage=storage, tracking_uri=uri, name="bad"
+    )
+    assert training.launch_training(asked, as_json=True) == 1
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.splitlines()[-1] == "train: failed: learning_rate 9 is probably too high"
+    client = MlflowClient(tracking_uri=uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("bad").experiment_id])
+    assert run.info.status == "FAILED" and run.data.params["epochs"] == "2" and not (tmp_path / "t").exists()
+    crowded = dataclasses.replace(asked, workers=3)
+    assert training.launch_training(crowded, as_json=True) == 2
+    assert "3 workers ask for 3 CPUs, the cluster has 2; lower --workers" in capsys.readouterr().err

@@ -132,9 +132,19 @@ def _conclude(
 ) -> Trained:
     """Train unless that is done, evaluate once on the test images, keep, track and deliver the detector."""
     category = assignment.category
+    weights = assignment.teacher_weights
+    params = settings.config.flat() | {
+        "teacher_weights": weights if weights in ("hub", "random") else Path(weights).name,
+        "num_workers": assignment.num_workers,
+    }
+    tracker.put(TrialStarted(category, key, params))
     champion = find_champion(storage, category)
     if champion is None:
-        detector = _fit(settings, key, assignment, tracker)
+        try:
+            detector = _fit(settings, key, assignment, tracker)
+        except TrainingFailed as error:
+            tracker.put(TrialEnded(category, key, "failed", str(error)))
+            raise
         _say("evaluating once on the test images")
         resources = {"num_cpus": assignment.cpus_per_worker, "num_gpus": assignment.gpus_per_worker}
         threads = max(1, int(assignment.cpus_per_worker))
@@ -142,6 +152,7 @@ def _conclude(
         tested = ray.get(evaluation.remote(detector, assignment.data, category, threads, assignment.cache_gb))
         with TemporaryDirectory(prefix="dskd-") as temporary:
             champion, _ = crown(storage, category, key, detector, tested, Path(temporary) / "detector")
+    tracker.put(TrialEnded(category, key, "finished", ""))
     record = deliver(storage, champion, settings.to)
     if settings.expected_data_sha256 not in ("", record.data_sha256):
         _say(
@@ -228,23 +239,6 @@ def _fit(settings: TrainingSettings, key: str, assignment: Assignment, tracker: 
     """
     # A cluster may have to grow or to finish other work first; Ray's default takes a minute of that for a failure.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "86400")
-    weights = assignment.teacher_weights
-    params = settings.config.flat() | {
-        "teacher_weights": weights if weights in ("hub", "random") else Path(weights).name,
-        "num_workers": assignment.num_workers,
-    }
-    category = assignment.category
-    tracker.put(TrialStarted(category, key, params))
-    try:
-        detector = _run_workers(settings, key, assignment, tracker)
-    except TrainingFailed as error:
-        tracker.put(TrialEnded(category, key, "failed", str(error)))
-        raise
-    tracker.put(TrialEnded(category, key, "finished", ""))
-    return detector
-
-
-def _run_workers(settings: TrainingSettings, key: str, assignment: Assignment, tracker: Tracker) -> str:
     resources = {"CPU": assignment.cpus_per_worker}
     if assignment.gpus_per_worker > 0:
         resources["GPU"] = assignment.gpus_per_worker

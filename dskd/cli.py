@@ -274,7 +274,7 @@ def predict(
         raise ValueError(f"{out} exists; choose another --out, results are never overwritten.")
     loaded = _load(detector, device)
     paths = _image_files(images)
-    limit, note = _limit(loaded, false_alarm_rate, threshold)
+    limit, note = chosen_limit(loaded, false_alarm_rate, threshold)
     verdicts: list[dict[str, Any]] = []
     with folder_in_making(out) as folder:
         for index, seen in enumerate(loaded.predict(paths, limit)):
@@ -377,7 +377,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         commands: dict[str, Callable[..., None]] = {
             "demo-data": demo_data,
             "check-data": check_data,
-            "train": functools.partial(train, settings=_defaults(given)),
+            "train": functools.partial(train, settings=default_config(given)),
             "evaluate": evaluate,
             "predict": predict,
             "export": export,
@@ -395,22 +395,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
-def _defaults(arguments: Sequence[str]) -> RunConfig:
+def default_config(arguments: Sequence[str]) -> RunConfig:
     """What the flags of a configuration stand at unless given, as the preset and the file in the arguments say.
 
     They are looked up before all flags are parsed, since the help shows these values.
     """
-    preset = _value_of("--preset", arguments)
+    preset = value_of("--preset", arguments)
     if preset not in PRESETS:
         preset = None  # the parser refuses a bad name, and says which there are
-    if file := _value_of("--config", arguments):
+    if file := value_of("--config", arguments):
         from dskd.config_file import read_config
 
         return read_config(Path(file), preset)
     return PRESETS[preset or "dskd"]
 
 
-def _value_of(wanted: str, arguments: Sequence[str]) -> str | None:
+def value_of(wanted: str, arguments: Sequence[str]) -> str | None:
     """The last value given for a flag, as the parser takes it."""
     found = None
     for position, word in enumerate(arguments):
@@ -430,7 +430,11 @@ def _load(folder: Path, device: str) -> "Detector":
     return detector
 
 
-def _limit(detector: "Detector", false_alarm_rate: float, threshold: float | None) -> tuple[float, str]:
+def chosen_limit(detector: "Detector", false_alarm_rate: float, threshold: float | None) -> tuple[float, str]:
+    """The score above which an image is anomalous, and what is to be said of it; `threshold` stands as it is.
+
+    Raises ValueError on a rate outside (0, 1).
+    """
     if threshold is not None:
         return threshold, f"threshold {threshold:g} as given"
     if not 0 < false_alarm_rate < 1:

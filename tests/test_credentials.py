@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import services
 
-from tune.preflight import check_inputs
+from tune.preflight import input_faults
 from tune.settings import SearchSettings
 from tune.tracking import EpochDone, Tracker, TrialEnded, TrialStarted, check_server
 
@@ -19,12 +19,13 @@ def settings(data: Path, storage: Path, **more: str) -> SearchSettings:
 def test_a_server_that_is_away_is_named_without_its_password(mvtec_root: Path, tmp_path: Path) -> None:
     canary = secrets.token_hex(8)
     studies = f"postgresql+psycopg2://dskd:{canary}@127.0.0.1:1/optuna"
-    with pytest.raises(ConnectionError, match="--study-storage postgresql") as raised:
-        check_inputs(settings(mvtec_root, tmp_path, study_storage=studies))
-    assert canary not in str(raised.value) and "\n" not in str(raised.value)
-    with pytest.raises(ConnectionError, match=r"MLflow at http://127\.0\.0\.1:1 does not answer") as raised:
-        check_inputs(settings(mvtec_root, tmp_path, tracking_uri=f"http://dskd:{canary}@127.0.0.1:1"))
-    assert canary not in str(raised.value)
+    mlflow = f"http://dskd:{canary}@127.0.0.1:1"
+    studies_fault, tracking_fault = sorted(
+        input_faults(settings(mvtec_root, tmp_path, study_storage=studies, tracking_uri=mlflow))
+    )
+    assert studies_fault.startswith("--study-storage postgresql")
+    assert tracking_fault.startswith("MLflow at http://127.0.0.1:1 does not answer")
+    assert canary not in studies_fault + tracking_fault
     assert canary not in repr(settings(mvtec_root, tmp_path, study_storage=studies))
 
 

@@ -105,7 +105,7 @@ def test_slots_are_shared(categories: int, slots: int, expected: tuple[int, int]
 
 
 def task(mvtec_root: Path, config: RunConfig, **changes: Any) -> SpeedTask:
-    images = tuple(str(sample.path) for sample in read_category(mvtec_root, "tile").train[:2])
+    images = tuple(sample.path.read_bytes() for sample in read_category(mvtec_root, "tile").train[:2])
     values: dict[str, Any] = {"teacher_weights": "random", "num_workers": 1, "cpus_per_worker": 1.0}
     return SpeedTask(config=config.to_dict(), images=images, gpus_per_worker=0.0, **(values | changes))
 

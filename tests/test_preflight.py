@@ -41,7 +41,7 @@ def test_every_bad_category_and_file_is_named(data: Path, tmp_path: Path) -> Non
     shutil.rmtree(data / "wood" / "train")
     (data / "wood" / "train" / "good").mkdir(parents=True)
     with pytest.raises(Faults) as raised:
-        read_categories(settings(data, tmp_path / "results"))
+        read_categories(settings(data, tmp_path / "results"), data)
     lines = str(raised.value).splitlines()
     assert len(lines) == 5
     assert lines[0].startswith("wood: ") and "holds 0 images" in lines[0]

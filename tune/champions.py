@@ -12,6 +12,7 @@ import torch
 from dskd.atomic import folder_in_making
 from dskd.checkpoint import DetectorRecord, read_record, rewrite_record
 from dskd.detector import Detector
+from tune.staging import local_copy
 from tune.storage import Storage, StorageError
 
 _FOLDER = "champions"
@@ -32,7 +33,9 @@ class Champion(NamedTuple):
 
 
 @ray.remote(max_retries=3)
-def evaluate_on_test(detector_uri: str, data: str, category: str, num_threads: int) -> dict[str, float]:
+def evaluate_on_test(
+    detector_uri: str, data: str, category: str, num_threads: int, cache_gb: float
+) -> dict[str, float]:
     """`test/…` figures of a stored detector, computed on the cluster; empty without a usable test split."""
     torch.set_num_threads(num_threads)
     root, _, name = detector_uri.rpartition("/")
@@ -41,7 +44,7 @@ def evaluate_on_test(detector_uri: str, data: str, category: str, num_threads: i
         Storage(root).download(name, folder)
         detector = Detector.load(folder, "cuda" if torch.cuda.is_available() else "cpu")
         try:
-            scores = detector.evaluate(Path(data), category)
+            scores = detector.evaluate(local_copy(data, category, cache_gb), category)
         except ValueError as error:
             print(f"{category}: no test figures: {error}")  # noqa: T201 - Ray carries it to the driver
             return {}

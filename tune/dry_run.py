@@ -18,6 +18,7 @@ from tune.forecast import CategoryPlan, Forecast, Slots, forecast, plan_categori
 from tune.settings import SearchSettings
 from tune.space import Range, Space
 from tune.speed import Speed, SpeedTask, measure_speed
+from tune.staging import content, outline
 
 _NUM_IMAGES = 2
 _SLOT_SECONDS = 60.0
@@ -85,12 +86,14 @@ def _submitted(pool: ProcessPoolExecutor, settings: SearchSettings) -> "Future[S
 
 
 def _task(settings: SearchSettings) -> SpeedTask:
-    category = read_category(Path(settings.data), settings.chosen_categories()[0])
+    with outline(settings.data) as root:
+        category = read_category(root, settings.chosen_categories(root)[0])
+        images = tuple(content(settings.data, root, sample.path) for sample in category.train[:_NUM_IMAGES])
     weights = settings.teacher_weights
     return SpeedTask(
         config=settings.run_config().to_dict(),
         teacher_weights=weights if weights in ("hub", "random") else str(Path(weights).absolute()),
-        images=tuple(str(sample.path) for sample in category.train[:_NUM_IMAGES]),
+        images=images,
         num_workers=settings.workers_per_trial,
         cpus_per_worker=settings.cpus_per_worker,
         gpus_per_worker=settings.gpus_per_worker,
@@ -151,12 +154,14 @@ def _planned(
     if faults:
         raise preflight.Faults(faults)
     config = settings.run_config()
-    found = {name: read_category(Path(settings.data), name) for name in settings.chosen_categories()}
+    with outline(settings.data) as root:
+        found = {name: read_category(root, name) for name in settings.chosen_categories(root)}
+        spaces = settings.spaces(tuple(found), root)
     categories = plan_categories(found, config)
     gpus = preflight.gpus_per_worker(settings, nodes)
     slots = share_slots(len(categories), preflight.trial_slots(settings, nodes))
     expected = forecast(settings, config, categories, speed, slots, gpus) if speed else None
-    return _Plan(settings, config, categories, settings.spaces(tuple(found)), slots, gpus, speed, expected)
+    return _Plan(settings, config, categories, spaces, slots, gpus, speed, expected)
 
 
 def _varied(space: Space) -> dict[str, str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from tune.settings import SearchSettings
 from tune.space import Space
+from tune.staging import absolute
 from tune.storage import Storage
 
 _FOLDER = "identity"
@@ -21,7 +22,7 @@ def identity(settings: SearchSettings, space: Space) -> dict[str, Any]:
     return {
         "schema": 1,
         "preset": list(settings.run_configs()),
-        "data": str(Path(settings.data).absolute()) if "://" not in settings.data else settings.data,
+        "data": absolute(settings.data),
         "teacher_weights": weights if weights in ("hub", "random") else Path(weights).name,
         "textures": str(settings.textures.absolute()) if settings.textures else "",
         "selection": settings.selection,

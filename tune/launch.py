@@ -24,6 +24,7 @@ from tune.champions import Champion
 from tune.lease import only_search
 from tune.progress import Progress, TimeShare
 from tune.settings import SearchSettings
+from tune.staging import absolute, outline
 from tune.storage import Storage, StorageError
 from tune.studies import Outcome, run_search, summary
 from tune.tracking import Tracker, tracking_ui_command
@@ -58,12 +59,14 @@ def _search(settings: SearchSettings, held: ExitStack) -> int:
         faults += preflight.complaints(lambda: join_cluster(settings))
     if faults:
         raise preflight.Faults(faults)
-    categories = settings.chosen_categories()
+    with outline(settings.data) as root:
+        categories = settings.chosen_categories(root)
+        spaces = settings.spaces(categories, root)
     if settings.teacher_weights == "random":
         progress.say("UNTRAINED TEACHER: fit to see the machinery, not for inspection")
     assignment = Assignment(
         config=settings.run_config().to_dict(),
-        data=str(Path(settings.data).absolute()),
+        data=absolute(settings.data),
         category="",
         teacher_weights=_absolute_weights(settings.teacher_weights),
         cache_gb=settings.cache_gb,
@@ -76,7 +79,6 @@ def _search(settings: SearchSettings, held: ExitStack) -> int:
         selection=settings.selection,
         min_workers=settings.min_workers_per_trial,
     )
-    spaces = settings.spaces(categories)
     identity.record(Storage(settings.search_uri), settings, spaces, assignment.gpus_per_worker)
     folder = Path.home() if settings.is_remote_storage else Path(settings.storage_uri)
     unsent = folder / f"dskd-unsent-{settings.name}.jsonl"

@@ -19,6 +19,7 @@ from dskd.data.datasets import Category, read_category, scan
 from dskd.data.images import check_header
 from tune.identity import check_continues
 from tune.settings import SearchSettings
+from tune.staging import is_address, outline
 from tune.storage import Storage, open_search
 from tune.tracking import check_server, without_password
 
@@ -61,12 +62,20 @@ def input_faults(settings: SearchSettings, *, leave_no_trace: bool = False) -> l
     With `leave_no_trace` no folder, file or table is made that would remain, and the teacher is left to
     whoever measures its speed.
     """
+    try:
+        with outline(settings.data) as root:
+            return _input_faults(settings, root, leave_no_trace)
+    except (ValueError, OSError) as error:  # the data cannot even be listed
+        return str(error).splitlines()
+
+
+def _input_faults(settings: SearchSettings, root: Path, leave_no_trace: bool) -> list[str]:
     if leave_no_trace:
         return find_faults(
-            lambda: read_categories(settings),
-            lambda: _check_space(settings),
+            lambda: read_categories(settings, root),
+            lambda: _check_space(settings, root),
             lambda: _try_storage(settings),
-            lambda: _check_earlier(settings),
+            lambda: _check_earlier(settings, root),
             lambda: _try_tracking(settings.tracking),
             lambda: _try_studies(settings.studies),
         )
@@ -74,30 +83,32 @@ def input_faults(settings: SearchSettings, *, leave_no_trace: bool = False) -> l
     storage = complaints(lambda: Storage(settings.search_uri).probe())
     return [
         *find_faults(
-            lambda: read_categories(settings), lambda: _check_space(settings), lambda: _check_teacher(settings)
+            lambda: read_categories(settings, root),
+            lambda: _check_space(settings, root),
+            lambda: _check_teacher(settings),
         ),
         *storage,
-        *([] if storage else complaints(lambda: _check_earlier(settings))),
+        *([] if storage else complaints(lambda: _check_earlier(settings, root))),
         *([] if storage else find_faults(lambda: check_server(settings.tracking))),
         *([] if storage else find_faults(lambda: _check_studies(settings.studies))),
     ]
 
 
-def read_categories(settings: SearchSettings) -> dict[str, Category]:
-    """The categories to search, by name; every image to train or validate on looks like one.
+def read_categories(settings: SearchSettings, root: Path) -> dict[str, Category]:
+    """The categories to search, by name, read at `root`; every image to train or validate on looks like one.
 
-    Raises Faults naming every category and file that is wrong; only files' headers are read.
+    Only files' headers are read, and nothing of those at an address, which trials copy first. Raises Faults naming
+    every category and file that is wrong.
     """
     try:
-        names = settings.chosen_categories()
+        names = settings.chosen_categories(root)
     except ValueError as error:
-        root = Path(settings.data)
         ambiguous = [place.fault for place in scan(root) if place.fault] if root.is_dir() else []
         raise Faults([str(error), *(fault for fault in ambiguous if fault != str(error))]) from None
     categories, faults = {}, []
     for name in names:
         try:
-            categories[name] = read_category(Path(settings.data), name)
+            categories[name] = read_category(root, name)
         except (ValueError, OSError) as error:
             faults.append(f"{name}: {error}")
     for name, category in categories.items():
@@ -107,6 +118,8 @@ def read_categories(settings: SearchSettings) -> dict[str, Category]:
                 f"--selection oracle needs good test images and masks of defective ones, category {name} lacks "
                 "them; leave it out with --categories."
             )
+        if is_address(settings.data):
+            continue
         files = [sample.path for sample in (*category.train, *category.validation)]
         unreadable = find_faults(*(lambda file=file: check_header(file) for file in files))
         faults += [f"{name}: {line}" for line in unreadable[:_MOST_FILES_NAMED]]
@@ -118,29 +131,29 @@ def read_categories(settings: SearchSettings) -> dict[str, Category]:
     return categories
 
 
-def _check_space(settings: SearchSettings) -> None:
-    if (categories := _known_categories(settings)) is not None:
-        settings.spaces(categories)
+def _check_space(settings: SearchSettings, root: Path) -> None:
+    if (categories := _known_categories(settings, root)) is not None:
+        settings.spaces(categories, root)
     if settings.textures is not None:
         from dskd.data.defects import choose_textures
 
         choose_textures(settings.textures)
 
 
-def _check_earlier(settings: SearchSettings) -> None:
+def _check_earlier(settings: SearchSettings, root: Path) -> None:
     """What this search continues is the same search, and what it starts from has ended somewhere."""
     for earlier in settings.earlier_searches:
         if not open_search(settings.storage, earlier).names("champions"):
             raise ValueError(f"--start-from {earlier}: that search has no champion in {settings.storage_uri}.")
-    categories = _known_categories(settings)
+    categories = _known_categories(settings, root)
     if categories is not None and (settings.is_remote_storage or Path(settings.search_uri).is_dir()):
-        check_continues(Storage(settings.search_uri), settings, settings.spaces(categories))
+        check_continues(Storage(settings.search_uri), settings, settings.spaces(categories, root))
 
 
-def _known_categories(settings: SearchSettings) -> tuple[str, ...] | None:
+def _known_categories(settings: SearchSettings, root: Path) -> tuple[str, ...] | None:
     """None where they cannot be read, which `read_categories` complains of."""
     try:
-        return settings.chosen_categories()
+        return settings.chosen_categories(root)
     except (ValueError, OSError):
         return None
 

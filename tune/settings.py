@@ -21,7 +21,8 @@ class SearchSettings:
     """Search the hyperparameters of a detector for each category, on a Ray cluster."""
 
     data: str
-    """Folder of categories, at the same path on every node; dskd check-data names the layouts."""
+    """Folder of categories, at the same path on every node, or s3://bucket/path, of which each node copies the
+    categories that it trains on; dskd check-data names the layouts."""
     categories: str = "all"
     """Categories to search, separated by commas, or all."""
     name: str = "search"
@@ -80,7 +81,8 @@ class SearchSettings:
     seed: int = 0
     """Seed of the sampler."""
     cache_gb: float = 20.0
-    """Size in GB of a node's cache of decoded images and teacher features."""
+    """Size in GB of a node's cache of decoded images and teacher features, and once more of its copies of data
+    from s3://."""
     dry_run: bool = False
     """Check everything, measure a training step, print the plan with a forecast of time, and leave no trace."""
     json: bool = False
@@ -176,15 +178,15 @@ class SearchSettings:
         }
         return {name: PRESETS[name].with_values(changes) for name in names}
 
-    def spaces(self, categories: Sequence[str]) -> dict[str, Space]:
-        """The search space of each category, without the points of earlier searches.
+    def spaces(self, categories: Sequence[str], root: Path | None = None) -> dict[str, Space]:
+        """The search space of each category, without the points of earlier searches; `root` as below.
 
         Raises ValueError naming file and entry where --space does not fit.
         """
         file = self._space_file()
         if file is None:
             return dict.fromkeys(categories, build_space(self.run_configs()))
-        file.check_names(tuple(self.run_configs()), tuple(find_categories(Path(self.data))))
+        file.check_names(tuple(self.run_configs()), tuple(find_categories(root or Path(self.data))))
         general = file.space(self.run_configs(), "")
         return {
             category: file.space(self.run_configs(), category) if category in file.by_category else general
@@ -213,12 +215,12 @@ class SearchSettings:
             raise ValueError(f"--time-budget must be a time such as 2h, 1h30m or 90s, got {self.time_budget!r}.")
         return float(total)
 
-    def chosen_categories(self) -> tuple[str, ...]:
-        """The categories to search, in the order asked for.
+    def chosen_categories(self, root: Path | None = None) -> tuple[str, ...]:
+        """The categories to search, in the order asked for; `root` is where the data's names can be read.
 
         Raises ValueError on an unknown one.
         """
-        known = find_categories(Path(self.data))
+        known = find_categories(root or Path(self.data))
         if self.categories == "all":
             return tuple(known)
         wanted = _words(self.categories)

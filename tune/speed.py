@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 _LONG_ENOUGH = 0.4
@@ -19,8 +20,8 @@ class SpeedTask:
     config: Mapping[str, Any]
     """`RunConfig.to_dict()`."""
     teacher_weights: str
-    images: tuple[str, ...]
-    """A few image files of the data that will be trained on."""
+    images: tuple[bytes, ...]
+    """Content of a few image files of the data that will be trained on."""
     num_workers: int
     cpus_per_worker: float
     gpus_per_worker: float | None
@@ -87,9 +88,12 @@ def _measured(task: SpeedTask) -> Speed:
     uses_gpu = num_gpus > 0 if task.gpus_per_worker is None else task.gpus_per_worker > 0
     device = computing_device("cuda" if uses_gpu else "cpu")
     plain = build_teacher(config.model.backbone, config.model.levels, task.teacher_weights).to(device)
-    files = [Path(image) for image in task.images]
-    decoding = _seconds(lambda: load_images(files, config.data.image_size)) / len(files)
-    images = load_images(files, config.data.image_size)
+    with TemporaryDirectory(prefix="dskd-") as temporary:
+        files = [Path(temporary, str(number)) for number in range(len(task.images))]
+        for file, content in zip(files, task.images, strict=True):
+            file.write_bytes(content)
+        decoding = _seconds(lambda: load_images(files, config.data.image_size)) / len(files)
+        images = load_images(files, config.data.image_size)
 
     teacher: Teacher = plain
     amplification = 0.0

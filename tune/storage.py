@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import pyarrow.fs
 
@@ -18,13 +18,23 @@ class StorageError(OSError):
     """The storage refused or did not answer; the message says which address and why."""
 
 
+class StoredFile(NamedTuple):
+    """A file as its storage lists it."""
+
+    name: str
+    """Below the folder that was listed, its parts separated by slashes."""
+    num_bytes: int
+    modified_ns: int
+
+
 class Storage:
     """One root address; every method takes names below it.
 
-    Each operation is tried again with growing pauses, about a minute in all.
+    Each operation is tried again with growing pauses, about a minute in all. Messages call the address
+    by the flag that it was given with.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, flag: str = "--storage") -> None:
         self.uri = uri.rstrip("/")
         # pyarrow adds checksums in trailers that many S3-compatible servers refuse with HTTP 411.
         os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
@@ -34,7 +44,7 @@ class Storage:
                 Path(uri).mkdir(parents=True, exist_ok=True)
             self._files, self._root = pyarrow.fs.FileSystem.from_uri(self.uri)
         except (OSError, pyarrow.ArrowException) as error:
-            raise StorageError(f"--storage {uri} cannot be opened: {_first_line(error)}") from None
+            raise StorageError(f"{flag} {uri} cannot be opened: {_first_line(error)}") from None
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """The document called `name`, None where there is none."""
@@ -85,9 +95,7 @@ class Storage:
         def copy() -> None:
             found = self._files.get_file_info(pyarrow.fs.FileSelector(self._path(name), recursive=True))
             for info in found:
-                relative = PurePosixPath(info.path).relative_to(self._path(name))
-                if ".." in relative.parts or relative.is_absolute():
-                    raise StorageError(f"{self.uri}/{name} holds the unsafe name {relative}; refused.")
+                relative = self._relative(info.path, name)
                 if info.is_file:
                     target = folder / relative
                     target.parent.mkdir(parents=True, exist_ok=True)
@@ -103,6 +111,43 @@ class Storage:
         selector = pyarrow.fs.FileSelector(self._path(folder), allow_not_found=True)
         found = self._insistently(lambda: self._files.get_file_info(selector), f"listing {folder}")
         return [info.base_name for info in found]
+
+    def files(self, folder: str) -> list[StoredFile]:
+        """Every file below a folder ("": the root), in the order of their names; none where it does not exist.
+
+        Raises StorageError where a name would leave the folder.
+        """
+        selector = pyarrow.fs.FileSelector(self._path(folder), allow_not_found=True, recursive=True)
+        found = self._insistently(lambda: self._files.get_file_info(selector), f"listing {folder}")
+        files = [
+            StoredFile(self._relative(info.path, folder).as_posix(), info.size, info.mtime_ns)
+            for info in found
+            if info.is_file
+        ]
+        return sorted(files)
+
+    def fetch(self, name: str, path: Path) -> None:
+        """Copy one file to a local path, whose folder exists."""
+
+        def copy() -> None:
+            with self._files.open_input_stream(self._path(name)) as source, path.open("wb") as sink:
+                shutil.copyfileobj(source, sink, 1 << 22)
+
+        self._insistently(copy, f"downloading {name}")
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write one file, whole only where the storage is no local folder."""
+
+        def send() -> None:
+            self._prepared(str(PurePosixPath(name).parent))
+            with self._files.open_output_stream(self._path(name)) as file:
+                file.write(data)
+
+        self._insistently(send, f"writing {name}")
+
+    def location(self) -> tuple[pyarrow.fs.FileSystem, str]:
+        """File system and path of the root, for libraries that take them."""
+        return self._files, self._root
 
     def probe(self) -> None:
         """Write, read and delete a small object.
@@ -121,13 +166,20 @@ class Storage:
         if content != b"probe":
             raise StorageError(f"--storage {self.uri} gave back other bytes than were written.")
 
+    def _relative(self, path: str, folder: str) -> PurePosixPath:
+        """A listed path as a name below the folder; one that leads out of it is refused."""
+        relative = PurePosixPath(path).relative_to(self._path(folder))
+        if ".." in relative.parts or relative.is_absolute():
+            raise StorageError(f"{self.uri}/{folder} holds the unsafe name {relative}; refused.")
+        return relative
+
     def _prepared(self, name: str) -> pyarrow.fs.FileSystem:
         if isinstance(self._files, pyarrow.fs.LocalFileSystem):
             Path(self._path(name)).mkdir(parents=True, exist_ok=True)
         return self._files
 
     def _path(self, name: str) -> str:
-        return f"{self._root}/{name}"
+        return f"{self._root}/{name}" if name else self._root
 
     def _insistently(self, act: Callable[[], _T], what: str) -> _T:
         return insistently(act, f"{what} at {self.uri}")

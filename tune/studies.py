@@ -181,7 +181,8 @@ def _conclude(
     progress.say(f"{category}: trial {trial_id} is the best, evaluating it once on the test images")
     resources = {"num_cpus": assignment.cpus_per_worker, "num_gpus": assignment.gpus_per_worker}
     threads = max(1, int(assignment.cpus_per_worker))
-    tested = ray.get(evaluate_on_test.options(**resources).remote(detector, assignment.data, category, threads))
+    evaluation = evaluate_on_test.options(**resources)
+    tested = ray.get(evaluation.remote(detector, assignment.data, category, threads, assignment.cache_gb))
     with TemporaryDirectory(prefix="dskd-") as temporary:
         local = Path(temporary) / "detector"
         champion, record = crown(storage, category, trial_id, detector, tested, local)

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import mlflow.artifacts
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
@@ -117,8 +118,16 @@ class Tracker:
     """
 
     def __init__(
-        self, uri: str, search: str, *, artifact_location: str | None, tags: Mapping[str, str], unsent: Path
+        self,
+        uri: str,
+        search: str,
+        *,
+        artifact_location: str | None,
+        tags: Mapping[str, str],
+        unsent: Path,
+        has_parents: bool = True,
     ) -> None:
+        """Without parents each trial is a run of its own, as a single training is."""
         prepare_client()
         self._client = MlflowClient(tracking_uri=uri)
         self._registry = MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -126,6 +135,7 @@ class Tracker:
         self._artifact_location = artifact_location
         self._tags = dict(tags)
         self._unsent = unsent
+        self._has_parents = has_parents
         self._runs: dict[tuple[str, str], str] = {}
         self._experiment = ""
         self._events: queue.Queue[Event | None] = queue.Queue()
@@ -197,6 +207,33 @@ class Tracker:
                 lambda: self._register(category, run_id, metrics["val/objective"], data_sha256)
             )
             return registration
+        finally:
+            self._writing.release()
+
+    def log_detector(
+        self,
+        category: str,
+        trial_id: str,
+        detector: Path,
+        metrics: Mapping[str, float],
+        tags: Mapping[str, str],
+        patience: float,
+    ) -> str:
+        """Log a detector folder, its figures and tags to the trial's run, and give its id; nothing is registered.
+
+        Raises TrackingAway where the server is away for `patience` seconds.
+        """
+        deadline = time.monotonic() + patience
+        if not self._writing.acquire(timeout=patience):
+            raise TrackingAway(f"MLflow did not answer for {patience:.0f} s")
+        named = [RunTag(name, value[:_MAX_VALUE]) for name, value in tags.items()]
+        try:
+            run_id: str = self._insistently(lambda: self._trial_run(category, trial_id), deadline)
+            self._insistently(lambda: self._client.log_artifacts(run_id, str(detector), "detector"), deadline)
+            self._insistently(
+                lambda: self._client.log_batch(run_id, metrics=_metrics(metrics, 0), tags=named), deadline
+            )
+            return run_id
         finally:
             self._writing.release()
 
@@ -285,8 +322,8 @@ class Tracker:
         return self._run(category, "", category, {})
 
     def _trial_run(self, category: str, trial_id: str) -> str:
-        parent = self._category_run(category)
-        return self._run(category, trial_id, f"{category}-{trial_id}", {"mlflow.parentRunId": parent})
+        parent = {"mlflow.parentRunId": self._category_run(category)} if self._has_parents else {}
+        return self._run(category, trial_id, f"{category}-{trial_id}", parent)
 
     def _run(self, category: str, trial_id: str, name: str, more: dict[str, str]) -> str:
         if (category, trial_id) in self._runs:
@@ -345,3 +382,48 @@ def run_link(uri: str, run_id: str) -> str:
         return run_id
     experiment = MlflowClient(tracking_uri=uri).get_run(run_id).info.experiment_id
     return f"{without_password(uri).rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
+
+
+def params_and_tags(uri: str, run_id: str) -> tuple[dict[str, str], dict[str, str]]:
+    """What a tracked run was given, as the texts that MLflow keeps.
+
+    Raises ValueError on an unknown run, ConnectionError where the server does not answer.
+    """
+    check_server(uri)
+    try:
+        run = MlflowClient(tracking_uri=uri).get_run(run_id)
+    except MlflowException as error:
+        reason = str(error).splitlines()[0][:300]
+        raise ValueError(f"no run {run_id!r} in MLflow at {without_password(uri)}: {reason}") from None
+    return dict(run.data.params), dict(run.data.tags)
+
+
+def download(artifact_uri: str, uri: str, folder: Path) -> None:
+    """Put what a models:/ or runs:/ address names into a local folder.
+
+    Raises ValueError where there is nothing, ConnectionError where the server does not answer.
+    """
+    check_server(uri)
+    # A bar for every file would fill a job's log.
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    try:
+        place = _place_of(MlflowClient(tracking_uri=uri, registry_uri=uri), artifact_uri)
+        mlflow.artifacts.download_artifacts(place, dst_path=str(folder), tracking_uri=uri, registry_uri=uri)
+    except (MlflowException, OSError) as error:
+        reason = str(error).splitlines()[0][:300]
+        raise ValueError(f"{artifact_uri} cannot be had from MLflow at {without_password(uri)}: {reason}") from None
+
+
+def _place_of(client: MlflowClient, artifact_uri: str) -> str:
+    """Where the artifacts of a model's version lie: left to MLflow, the process's own registry would be asked."""
+    if not artifact_uri.startswith("models:/"):
+        return artifact_uri
+    name, _, alias = artifact_uri.removeprefix("models:/").partition("@")
+    if alias:
+        version = str(client.get_model_version_by_alias(name, alias).version)
+    else:
+        name, _, version = name.rpartition("/")
+    place: str = client.get_model_version_download_uri(name, version)
+    if place.startswith("models:/"):  # a logged model, known by its id
+        place = client.get_logged_model(place.removeprefix("models:/")).artifact_location
+    return place

@@ -23,6 +23,7 @@ from dskd.distillation import Distillation, Progress
 from dskd.materials import Materials, prepare
 from dskd.show.overlays import preview_of
 from dskd.train import NonFiniteLoss, Shard
+from tune.staging import local_copy
 from tune.storage import insistently
 
 DETECTOR_FOLDER = "detector"
@@ -240,7 +241,7 @@ def _materials(
         config,
         backbone,
         levels,
-        data=Path(data),
+        data=local_copy(data, category, cache_gb),
         category=category,
         teacher_weights=teacher_weights,
         device=torch.device(device),

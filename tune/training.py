@@ -1,0 +1,330 @@
+"""One training on the cluster, without a search: Ray Train's workers, MLflow's run, the detector at the end."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import pyarrow.fs
+import ray
+import ray.train
+import ray.train.torch
+from ray.util.queue import Empty, Queue
+
+from dskd.atomic import check_can_be_made
+from dskd.checkpoint import DetectorRecord, read_record, sha256_of
+from dskd.data.datasets import find_categories, read_category
+from dskd.model.teacher import build_teacher
+from tune.champions import crown, deliver, evaluate_on_test, find_champion, note_run
+from tune.launch import code_revision, connect
+from tune.staging import absolute, listing_key, outline
+from tune.storage import Storage
+from tune.tracking import EpochDone, Tracker, TrackingAway, TrialEnded, TrialStarted, check_server, run_link
+from tune.training_settings import TrainingSettings
+from tune.trial import MAX_FAILURES
+from tune.worker import DETECTOR_FOLDER, Assignment, run_worker
+
+_TRACKING_PATIENCE = 600.0
+"""Seconds that a finished training waits for a tracking server that is away."""
+
+
+class TrainingFailed(Exception):
+    """The training ended without a detector, for a reason that the same command meets again."""
+
+
+class Trained(NamedTuple):
+    """A finished training."""
+
+    key: str
+    """Digest of all that decides what the training gives: its configuration, data and teacher."""
+    folder: Path
+    record: DetectorRecord
+    run_id: str
+    """Empty where the tracking server never learnt of it."""
+
+    def to_document(self) -> dict[str, Any]:
+        return {
+            "detector": str(self.folder),
+            "training": self.key,
+            "run": self.run_id,
+            "category": self.record.category,
+            "teacher": self.record.teacher,
+            "epoch": self.record.epoch,
+            "data_sha256": self.record.data_sha256,
+            "metrics": dict(self.record.metrics),
+            "thresholds": [threshold._asdict() for threshold in self.record.thresholds],
+        }
+
+
+def launch_training(settings: TrainingSettings, *, as_json: bool) -> int:
+    """Train, track and deliver; the exit code: 0 done, 1 the training failed, 2 bad input."""
+    try:
+        trained = _trained(settings)
+    except TrainingFailed as error:
+        _say(f"train: failed: {error}")
+        return 1
+    except (ValueError, OSError) as error:
+        _say(f"train: error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        _say("train: interrupted; the same command continues it")
+        return 130
+    finally:
+        if ray.is_initialized():
+            ray.shutdown()
+    metrics = trained.record.metrics
+    figures = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("test/"))
+    _say(f"wrote {trained.folder}: epoch {trained.record.epoch + 1}, validation {metrics['val/objective']:.4f}")
+    _say(f"test images: {figures or 'no figures'}")
+    _say(f"MLflow: {run_link(settings.tracking, trained.run_id) or 'away'}")
+    if as_json:
+        print(json.dumps(trained.to_document(), indent=2))  # noqa: T201
+    return 0
+
+
+def _trained(settings: TrainingSettings) -> Trained:
+    category, key = _checked(settings)
+    name = f"{category}-{key}"
+    storage = Storage(f"{settings.storage_uri}/{settings.name}/{name}")
+    storage.probe()
+    check_server(settings.tracking)
+    if (known := find_champion(storage, category)) is not None and known.run_id:
+        _say(f"{name} is trained already; delivering it again from {storage.uri}")
+        return Trained(key, settings.to, deliver(storage, known, settings.to), known.run_id)
+    if settings.teacher_weights == "random":
+        _say("UNTRAINED TEACHER: fit to see the machinery, not for inspection")
+    connect(settings.address)
+    assignment = _assignment(settings, category, storage.uri)
+    folder = Path.home() if "://" in settings.storage else Path(settings.storage_uri)
+    unsent = folder / f"dskd-unsent-{settings.name}-{name}.jsonl"
+    tracker = Tracker(
+        settings.tracking,
+        settings.name,
+        artifact_location=settings.artifact_location,
+        tags={
+            "dskd.search": settings.name,
+            "dskd.selection": "val",
+            "dskd.teacher": "random (untrained)" if settings.teacher_weights == "random" else "pretrained",
+            "mlflow.source.name": "tune/train.py",
+            "mlflow.source.git.commit": assignment.revision,
+        }
+        | ({"dskd.repeats": settings.repeats} if settings.repeats else {}),
+        unsent=unsent,
+        has_parents=False,
+    )
+    try:
+        return _conclude(settings, storage, key, assignment, tracker)
+    finally:
+        if num_unsent := tracker.close(_TRACKING_PATIENCE):
+            _say(f"MLflow is away: {num_unsent} events are in {unsent}; the same command writes them")
+
+
+def _conclude(
+    settings: TrainingSettings, storage: Storage, key: str, assignment: Assignment, tracker: Tracker
+) -> Trained:
+    """Train unless that is done, evaluate once on the test images, keep, track and deliver the detector."""
+    category = assignment.category
+    weights = assignment.teacher_weights
+    params = settings.config.flat() | {
+        "teacher_weights": weights if weights in ("hub", "random") else Path(weights).name,
+        "num_workers": assignment.num_workers,
+    }
+    tracker.put(TrialStarted(category, key, params))
+    champion = find_champion(storage, category)
+    if champion is None:
+        try:
+            detector = _fit(settings, key, assignment, tracker)
+        except TrainingFailed as error:
+            tracker.put(TrialEnded(category, key, "failed", str(error)))
+            raise
+        _say("evaluating once on the test images")
+        resources = {"num_cpus": assignment.cpus_per_worker, "num_gpus": assignment.gpus_per_worker}
+        threads = max(1, int(assignment.cpus_per_worker))
+        evaluation = evaluate_on_test.options(**resources)
+        tested = ray.get(evaluation.remote(detector, assignment.data, category, threads, assignment.cache_gb))
+        with TemporaryDirectory(prefix="dskd-") as temporary:
+            champion, _ = crown(storage, category, key, detector, tested, Path(temporary) / "detector")
+    tracker.put(TrialEnded(category, key, "finished", ""))
+    record = deliver(storage, champion, settings.to)
+    if settings.expected_data_sha256 not in ("", record.data_sha256):
+        _say(
+            f"the data are not those of run {settings.repeats}: sha256 {record.data_sha256[:12]}… here, "
+            f"{settings.expected_data_sha256[:12]}… there; the figures cannot be compared"
+        )
+    try:
+        tags = {"dskd.data_sha256": record.data_sha256}
+        run_id = tracker.log_detector(category, key, settings.to, record.metrics, tags, _TRACKING_PATIENCE)
+    except TrackingAway as error:
+        _say(f"{error}; the detector is in the storage, the same command tracks it")
+        return Trained(key, settings.to, record, "")
+    note_run(storage, champion._replace(run_id=run_id))
+    return Trained(key, settings.to, record, run_id)
+
+
+def _checked(settings: TrainingSettings) -> tuple[str, str]:
+    """The category and the digest of all that decides the result; data, teacher and folders are usable.
+
+    Raises ValueError or OSError with one line that says what to change.
+    """
+    if settings.to.exists():
+        read_record(settings.to)
+    check_can_be_made(settings.to, "--to")
+    if "://" not in settings.storage:
+        Path(settings.storage_uri).mkdir(parents=True, exist_ok=True)
+    with outline(settings.data) as root:
+        categories = list(find_categories(root))
+        if settings.category is None and len(categories) > 1:
+            raise ValueError(
+                f"{settings.data} holds several categories, choose one with --category: {', '.join(categories)}."
+            )
+        category = settings.category or categories[0]
+        num_normals = len(read_category(root, category).train)
+    share = min(settings.config.train.batch_size, num_normals) // settings.workers
+    if share == 0:
+        raise ValueError(f"{category} has {num_normals} images to train on, too few for --workers {settings.workers}.")
+    model = settings.config.model
+    build_teacher(model.backbone, model.levels, settings.teacher_weights)
+    weights = settings.teacher_weights
+    decisive = {
+        "config": settings.config.to_dict(),
+        "data": listing_key(settings.data, category),
+        "teacher": weights if weights in ("hub", "random") else sha256_of(Path(weights)),
+    }
+    digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+    return category, digest[:8]
+
+
+def _assignment(settings: TrainingSettings, category: str, storage_uri: str) -> Assignment:
+    """What the workers are told.
+
+    Raises ValueError where a cluster that was started for this training cannot hold them.
+    """
+    have: dict[str, float] = ray.cluster_resources()
+    gpus = settings.gpus_per_worker if settings.gpus_per_worker is not None else float(have.get("GPU", 0) >= 1)
+    for name, each in (("CPU", settings.cpus_per_worker), ("GPU", gpus)):
+        need = each * settings.workers
+        if need <= have.get(name, 0):
+            continue
+        lacks = f"{settings.workers} workers ask for {need:g} {name}s, the cluster has {have.get(name, 0):g}"
+        if settings.address is None:
+            raise ValueError(f"{lacks}; lower --workers or --{name.lower()}s-per-worker.")
+        _say(f"{lacks}: waiting until it has grown")
+    weights = settings.teacher_weights
+    return Assignment(
+        config=settings.config.to_dict(),
+        data=absolute(settings.data),
+        category=category,
+        teacher_weights=weights if weights in ("hub", "random") else str(Path(weights).absolute()),
+        cache_gb=settings.cache_gb,
+        num_workers=settings.workers,
+        cpus_per_worker=settings.cpus_per_worker,
+        gpus_per_worker=gpus,
+        workers_uri=storage_uri,
+        revision=code_revision(),
+    )
+
+
+def _fit(settings: TrainingSettings, key: str, assignment: Assignment, tracker: Tracker) -> str:
+    """Train to the last epoch, from the last checkpoint where there is one; the address of the detector's folder.
+
+    Raises TrainingFailed where it diverges or its workers fail again and again.
+    """
+    # A cluster may have to grow or to finish other work first; Ray's default takes a minute of that for a failure.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "86400")
+    resources = {"CPU": assignment.cpus_per_worker}
+    if assignment.gpus_per_worker > 0:
+        resources["GPU"] = assignment.gpus_per_worker
+    with _reported_epochs(settings, key, assignment, tracker) as events:
+        trainer = ray.train.torch.TorchTrainer(
+            run_worker,
+            train_loop_config=dataclasses.asdict(assignment),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=assignment.num_workers,
+                use_gpu=assignment.gpus_per_worker > 0,
+                resources_per_worker=resources,
+            ),
+            run_config=ray.train.RunConfig(
+                name="workers",
+                storage_path=assignment.workers_uri,
+                callbacks=[_Relay(events)],  # type: ignore[list-item]
+                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+                failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
+            ),
+        )
+        try:
+            result = trainer.fit()
+        except ray.train.WorkerGroupError as error:
+            reasons = [str(failure).strip().splitlines()[-1] for failure in error.worker_failures.values()]
+            raise TrainingFailed(reasons[0] if reasons else str(error).strip().splitlines()[-1]) from None
+        except ray.train.TrainingFailedError as error:
+            raise TrainingFailed(str(error).strip().splitlines()[-1]) from None
+    if reason := (result.metrics or {}).get("error"):
+        raise TrainingFailed(str(reason))
+    assert result.checkpoint is not None, "the last report of the first worker carries the detector"
+    scheme = "s3://" if isinstance(result.checkpoint.filesystem, pyarrow.fs.S3FileSystem) else ""
+    return f"{scheme}{result.checkpoint.path}/{DETECTOR_FOLDER}"
+
+
+class _Relay(ray.train.UserCallback):
+    """Sends the first worker's figures from the process that controls the workers to the driver."""
+
+    def __init__(self, events: Queue) -> None:
+        self._events = events
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        self._events.put(metrics[0])
+
+
+@contextmanager
+def _reported_epochs(settings: TrainingSettings, key: str, assignment: Assignment, tracker: Tracker) -> Iterator[Queue]:
+    """A queue for the workers' reports, each of which is printed and tracked."""
+    events = Queue(actor_options={"num_cpus": 0})
+    is_done = threading.Event()
+
+    def relay() -> None:
+        while True:
+            try:
+                report = events.get(timeout=1)
+            except Empty:
+                if is_done.is_set():
+                    return
+                continue
+            _say(_epoch_line(report, settings.config.train.epochs))
+            figures = {
+                name: float(value)
+                for name, value in report.items()
+                if isinstance(value, int | float) and name != "epoch"
+            }
+            now = int(time.time() * 1000)
+            tracker.put(EpochDone(assignment.category, key, int(report["epoch"]), figures, now))
+
+    relaying = threading.Thread(target=relay, name="epochs")
+    relaying.start()
+    try:
+        yield events
+    finally:
+        is_done.set()
+        relaying.join()
+
+
+def _epoch_line(report: dict[str, Any], epochs: int) -> str:
+    if "error" in report:
+        return f"epoch {report['epoch']:3d}/{epochs}  {report['error']}"
+    if "loss" not in report:
+        return f"epoch {report['epoch']:3d}/{epochs}  was reached before"
+    return (
+        f"epoch {report['epoch']:3d}/{epochs}  loss {report['loss']:.4f}  {report['images_per_second']:5.1f} images/s  "
+        f"val image AUROC {report['val/image_auroc']:.3f}  AUPRO {report['val/aupro']:.3f}"
+    )
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)  # noqa: T201

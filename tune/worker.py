@@ -21,9 +21,15 @@ from dskd.device import computing_device
 from dskd.distillation import Distillation
 from dskd.materials import Materials, prepare
 from dskd.show.overlays import preview_of
+from dskd.show.validation import write_figures
 from dskd.train import NonFiniteLoss, Shard
+from tune.machine import machine_usage
 
 DETECTOR_FOLDER = "detector"
+FIGURES_FOLDER = "figures"
+"""Beside the detector: pictures of its validation."""
+DATA_SHA256 = "data_sha256"
+"""Under this name every epoch reports the fingerprint of the images that it trained and was validated on."""
 PLACEMENT_GROUP = "placement_group"
 """Under this name DDP workers report, as hex, the reservation that they run in."""
 CHECKPOINT_SECONDS = float(os.environ.get("DSKD_CHECKPOINT_SECONDS", "60"))
@@ -112,6 +118,8 @@ def train(
                 "val/objective": progress.objective,
                 **{f"val/{name}": value for name, value in progress.scores._asdict().items()},
                 **{name: value for name, value in progress.epoch._asdict().items() if name != "number"},
+                **machine_usage(device, default_folder()),
+                DATA_SHA256: materials.data_sha256,
             }
             is_last = run.next_epoch == config.train.epochs
             if shard.rank != 0 or not (is_last or time.monotonic() - saved >= CHECKPOINT_SECONDS):
@@ -123,6 +131,7 @@ def train(
                     # The detector as delivered: its score parameters may be better than those trained with.
                     metrics |= {"objective": record.metrics["val/objective"], **record.metrics}
                     write_detector(Path(temporary) / DETECTOR_FOLDER, record, weights, preview_of(run, record))
+                    write_figures(Path(temporary) / FIGURES_FOLDER, run, record)
                 else:
                     run.save(Path(temporary))
                 yield Report(metrics, Path(temporary))

@@ -8,6 +8,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from dskd.data.datasets import read_category
 from dskd.model.teacher import build_teacher
+from tune.registry import check_category
 from tune.settings import SearchSettings
 from tune.storage import Storage
 from tune.tracking import check_server, without_password
@@ -20,6 +21,7 @@ def check_inputs(settings: SearchSettings) -> tuple[str, ...]:
     """
     categories = settings.chosen_categories()
     for category in categories:
+        check_category(category)
         read_category(Path(settings.data), category)
     model = settings.run_config().model
     build_teacher(model.backbone, model.levels, settings.teacher_weights)

@@ -57,6 +57,8 @@ class SearchSettings:
     """Seed of the sampler."""
     cache_gb: float = 20.0
     """Size in GB of a node's cache of decoded images and teacher features."""
+    promote: bool = True
+    """Let the alias champion of MLflow's registered model move to a better winner; else only register a version."""
     json: bool = False
     """Print one JSON document on stdout at the end."""
 

@@ -9,6 +9,7 @@ import logging
 import os
 import time
 import zlib
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,11 +26,12 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.queue import Queue
 
 from dskd.config import RunConfig
+from tune.machine import PREFIX as MACHINE
 from tune.settings import SearchSettings
 from tune.space import known_good, search_space, with_suggestions
-from tune.tracking import EpochDone, Status, TrialEnded, TrialStarted
+from tune.tracking import DataUsed, EpochDone, Status, TrialEnded, TrialStarted
 from tune.trial import MAX_FAILURES, run_trial, trial_resources
-from tune.worker import DETECTOR_FOLDER, PLACEMENT_GROUP, Assignment
+from tune.worker import DATA_SHA256, DETECTOR_FOLDER, PLACEMENT_GROUP, Assignment
 
 _REDUCTION = 3
 _EPOCH_METRICS = ("loss", "encoder_loss", "decoder_loss", "hard_loss", "images_per_second", "seconds", "objective")
@@ -54,7 +56,7 @@ def search_category(settings: SearchSettings, assignment: Assignment, concurrenc
     """
     _set_up_tune()
     base = RunConfig.from_dict(assignment.config)
-    _revived.update(assignment=assignment, events=events, study_url=settings.studies)
+    _revived.update(assignment=assignment, events=events, study_url=settings.studies, search_uri=settings.search_uri)
     trainable = ray.tune.with_resources(
         ray.tune.with_parameters(run_trial, assignment=assignment), trial_resources(assignment)
     )
@@ -119,7 +121,7 @@ def _summarise(results: ray.tune.ResultGrid, epochs: int) -> Study:
     finished, num_pruned, errors = [], 0, []
     for result in (results[index] for index in range(len(results))):
         metrics = result.metrics or {}
-        detector = _detector_uri(result)
+        detector = _detector_uri(metrics, result.checkpoint)
         if result.error or metrics.get("error"):
             errors.append(str(metrics.get("error") or result.error).strip().splitlines()[-1])
         elif metrics.get("epoch", 0) < epochs or detector is None:
@@ -130,12 +132,12 @@ def _summarise(results: ray.tune.ResultGrid, epochs: int) -> Study:
     return Study(len(results), num_pruned, tuple(errors), best)
 
 
-def _detector_uri(result: ray.tune.Result) -> str | None:
+def _detector_uri(metrics: Mapping[str, Any], checkpoint: ray.tune.Checkpoint | None) -> str | None:
     """Where a finished trial left its detector; a nested Ray Train job reports the place as a metric."""
-    path = (result.metrics or {}).get("checkpoint_path") or (result.checkpoint.path if result.checkpoint else None)
+    path = metrics.get("checkpoint_path") or (checkpoint.path if checkpoint else None)
     if path is None:
         return None
-    is_s3 = getattr(result.filesystem, "type_name", "") == "s3"
+    is_s3 = _revived["search_uri"].startswith("s3://")
     return f"{'s3://' if is_s3 and '://' not in path else ''}{path}/{DETECTOR_FOLDER}"
 
 
@@ -189,10 +191,14 @@ class _Observe(ray.tune.Callback):
         metrics = {
             name: float(value)
             for name, value in result.items()
-            if (name in _EPOCH_METRICS or name.startswith("val/")) and isinstance(value, int | float)
+            if (name in _EPOCH_METRICS or name.startswith(("val/", MACHINE))) and isinstance(value, int | float)
         }
         now = int(time.time() * 1000)
-        category = _revived["assignment"].category
+        assignment: Assignment = _revived["assignment"]
+        category = assignment.category
+        if result["training_iteration"] == 1 and DATA_SHA256 in result:
+            source = f"{assignment.data}/{category}"
+            _revived["events"].put(DataUsed(category, trial.trial_id, source, result[DATA_SHA256]))
         _revived["events"].put(EpochDone(category, trial.trial_id, int(result["epoch"]), metrics, now))
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
@@ -206,7 +212,10 @@ class _Observe(ray.tune.Callback):
 
     def _ended(self, trial: Trial, status: Status, error: str) -> None:
         _free_workers(trial)
-        _revived["events"].put(TrialEnded(_revived["assignment"].category, trial.trial_id, status, error))
+        last = trial.last_result or {}
+        detector = _detector_uri(last, trial.checkpoint) if status == "finished" else None
+        category, objective = _revived["assignment"].category, float(last.get("objective", 0.0))
+        _revived["events"].put(TrialEnded(category, trial.trial_id, status, error, objective, detector or ""))
 
 
 def _free_workers(trial: Trial) -> None:

@@ -38,19 +38,24 @@ def folder_in_making(folder: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
         yield temporary
-        for file in sorted(temporary.rglob("*")):
-            if file.is_file():
-                _flush(file)
-        temporary.chmod(0o755)
-        if folder.exists():
-            replaced = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-old-"))
-            os.rename(folder, replaced / folder.name)
-            os.rename(temporary, folder)
-            shutil.rmtree(replaced)
-        else:
-            os.rename(temporary, folder)
+        move_into_place(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def move_into_place(temporary: Path, folder: Path) -> None:
+    """Give a finished folder the name of a sibling that it replaces where there is one."""
+    for file in sorted(temporary.rglob("*")):
+        if file.is_file():
+            _flush(file)
+    temporary.chmod(0o755)
+    if folder.exists():
+        replaced = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-old-"))
+        os.rename(folder, replaced / folder.name)
+        os.rename(temporary, folder)
+        shutil.rmtree(replaced)
+    else:
+        os.rename(temporary, folder)
 
 
 def _flush(file: Path) -> None:

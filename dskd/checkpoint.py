@@ -174,7 +174,7 @@ def read_record(folder: Path) -> DetectorRecord:
     try:
         document = json.loads(path.read_text())
         schema = document["schema"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BrokenDetector(f"{path} is damaged ({error!r}); fetch the detector again.") from None
     if not isinstance(schema, int) or schema > SCHEMA_VERSION:
         raise BrokenDetector(f"{path} has schema {schema!r}, this dskd reads up to {SCHEMA_VERSION}; upgrade dskd.")

@@ -38,6 +38,15 @@ class Scores(NamedTuple):
     aupro: float
 
 
+class Curve(NamedTuple):
+    """Corners of a curve that rises with the false alarms; straight segments join them, so none is missing."""
+
+    fpr: NDArray[np.float64]
+    """(P,), ascending, starting at 0: share of normals at or above the threshold."""
+    hits: NDArray[np.float64]
+    """(P,), ascending: what of the defects is at or above the threshold, as a share."""
+
+
 class _Batch(NamedTuple):
     """What the metrics need of some images: their pixels split by the mask, and their image scores."""
 
@@ -78,6 +87,12 @@ def auroc(scores: Array, labels: Array) -> float:
     return _auroc(_rank(np.sort(negatives), np.sort(positives)), negatives.size)
 
 
+def roc_curve(scores: Array, labels: Array) -> Curve:
+    """The curve whose area is `auroc`; arguments and errors as there."""
+    positives, negatives = _split_scores(scores, labels)
+    return _roc_curve(_rank(np.sort(negatives), np.sort(positives)), negatives.size)
+
+
 def average_precision(scores: Array, labels: Array) -> float:
     """Mean over the positives of the precision at their threshold, without interpolation.
 
@@ -105,6 +120,36 @@ def pixel_auroc(maps: Array, masks: Array) -> float:
     _require_both(defects.size, normals.size, "pixel")
     normals.sort()
     return _auroc(_rank(normals, np.sort(defects)), normals.size)
+
+
+def pixel_roc_curve(maps: Array, masks: Array) -> Curve:
+    """The curve whose area is `pixel_auroc`; arguments and errors as there."""
+    pixels, mask = _checked_maps(maps, masks)
+    defects, normals = pixels[mask], pixels[~mask]
+    _require_both(defects.size, normals.size, "pixel")
+    normals.sort()
+    return _roc_curve(_rank(normals, np.sort(defects)), normals.size)
+
+
+def pro_curve(maps: Array, masks: Array, fpr_limit: float = AUPRO_FPR_LIMIT) -> Curve:
+    """The curve whose area, divided by `fpr_limit`, is `aupro`; it ends there. Arguments and errors as for `aupro`."""
+    if not 0 < fpr_limit <= 1:
+        raise ValueError(f"fpr_limit must lie in (0, 1], got {fpr_limit}.")
+    pixels, mask = _checked_maps(maps, masks)
+    defects, normals = pixels[mask], pixels[~mask]
+    _require_both(defects.size, normals.size, "pixel")
+    normals.sort()
+    order = np.argsort(defects)
+    regions = _regions(mask)[order]
+    sizes = np.bincount(regions)
+    ranking = _rank(normals, defects[order])
+    shares = np.add.reduceat(1 / (sizes[regions] * sizes.size), np.cumsum(ranking.positives) - ranking.positives)
+    whole = _curve(ranking, shares, normals.size)
+    inside = whole.fpr < fpr_limit
+    return Curve(
+        np.append(whole.fpr[inside], fpr_limit),
+        np.append(whole.hits[inside], np.interp(fpr_limit, whole.fpr, whole.hits)),
+    )
 
 
 def aupro(maps: Array, masks: Array, fpr_limit: float = AUPRO_FPR_LIMIT) -> float:
@@ -254,6 +299,19 @@ def _auroc(ranking: _Ranking, num_negatives: int) -> float:
     wrong = int((ranking.positives * (ranking.above + ranking.at_least)).sum())
     pairs = 2 * num_positives * num_negatives
     return (pairs - wrong) / pairs
+
+
+def _roc_curve(ranking: _Ranking, num_negatives: int) -> Curve:
+    return _curve(ranking, ranking.positives / ranking.positives.sum(), num_negatives)
+
+
+def _curve(ranking: _Ranking, shares: NDArray[np.float64], num_negatives: int) -> Curve:
+    """Adds up each value's share of the defects, from the highest value down; a tie is one slanted segment."""
+    after = np.cumsum(shares[::-1])
+    before = np.append(0.0, after[:-1])
+    fpr = np.column_stack([ranking.above[::-1], ranking.at_least[::-1]]).ravel() / num_negatives
+    hits = np.column_stack([before, after]).ravel()
+    return Curve(np.concatenate([[0.0], fpr, [1.0]]), np.concatenate([[0.0], hits, [1.0]]).clip(0, 1))
 
 
 def _average_precision(ranking: _Ranking) -> float:

@@ -364,6 +364,46 @@ def test_update_keeps_no_hold_on_the_callers_buffers() -> None:
 # Bad input
 
 
+def corners(fpr: np.ndarray, hits: np.ndarray) -> set[tuple[float, float]]:
+    return {(round(float(x), 9), round(float(y), 9)) for x, y in zip(fpr, hits, strict=True)}
+
+
+def sklearn_corners(labels: np.ndarray, scores: np.ndarray) -> set[tuple[float, float]]:
+    """Where the curve rises; scikit-learn keeps some points within straight lines too."""
+    fpr, tpr, _ = sklearn_metrics.roc_curve(labels, scores, drop_intermediate=False)
+    rises = np.diff(tpr, prepend=0) > 0
+    return corners(fpr[rises], tpr[rises])
+
+
+def area(curve: metrics.Curve) -> float:
+    assert (np.diff(curve.fpr) >= 0).all() and (np.diff(curve.hits) >= 0).all() and curve.fpr[0] == curve.hits[0] == 0
+    return float(np.trapezoid(curve.hits, curve.fpr))
+
+
+@pytest.mark.parametrize("levels", [0, 20, 3, 1])
+def test_roc_curves_have_the_corners_of_sklearn_and_the_area_of_the_figure(levels: int) -> None:
+    scores, labels = drawn_scores(3, levels)
+    curve = metrics.roc_curve(scores, labels)
+    assert sklearn_corners(labels, scores) <= corners(*curve)
+    assert area(curve) == pytest.approx(metrics.auroc(scores, labels), abs=1e-12)
+    maps, masks = drawn_maps(3, levels=levels)
+    pixels = metrics.pixel_roc_curve(maps, masks)
+    assert sklearn_corners(masks.ravel(), maps.ravel()) <= corners(*pixels)
+    assert area(pixels) == pytest.approx(metrics.pixel_auroc(maps, masks), abs=1e-12)
+
+
+@pytest.mark.parametrize("limit", [0.05, 0.3, 1.0])
+@pytest.mark.parametrize("levels", [0, 20, 3, 1])
+def test_the_pro_curve_has_the_corners_of_its_definition_and_the_area_of_aupro(levels: int, limit: float) -> None:
+    maps, masks = drawn_maps(5, levels=levels)
+    curve = metrics.pro_curve(maps, masks, limit)
+    assert curve.fpr[-1] == limit
+    assert area(curve) / limit == pytest.approx(metrics.aupro(maps, masks, limit), abs=1e-12)
+    fpr, pro = pro_curve(maps, masks, np.unique(maps.astype(np.float64))[::-1], strict=False)
+    rises = (np.diff(pro, prepend=0) > 0) & (fpr < limit)
+    assert corners(fpr[rises], pro[rises]) <= corners(*curve)
+
+
 @pytest.mark.parametrize("metric", [metrics.auroc, metrics.average_precision, metrics.f1_max])
 @pytest.mark.parametrize(
     ("scores", "labels", "message"),

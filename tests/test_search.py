@@ -74,6 +74,26 @@ def token_file(tmp_path: Path) -> Path:
     return file
 
 
+def check_content(uri: str, parents: list[Any], children: list[Any], chosen: Any, category: str) -> None:
+    """What a person finds in MLflow of one category."""
+    client = MlflowClient(tracking_uri=uri)
+    parent = next(each for each in parents if each.data.tags["dskd.category"] == category)
+    assert chosen.data.tags["dskd.trial"] in parent.data.tags["mlflow.note.content"]
+    pictures = {file.path for file in client.list_artifacts(parent.info.run_id, "study")}
+    assert "study/history.png" in pictures
+    shown = {file.path for file in client.list_artifacts(chosen.info.run_id, "validation")}
+    assert shown == {"validation/curves.png", "validation/best.jpg", "validation/worst.jpg"}
+    digests = {
+        used.dataset.digest
+        for each in (parent, *children)
+        if each.data.tags["dskd.category"] == category
+        for used in each.inputs.dataset_inputs
+    }
+    assert len(digests) == 1
+    for child in children:
+        assert child.data.metrics["system/system_memory_usage_megabytes"] > 0
+
+
 @pytest.mark.cluster
 def test_embedded_search_tracks_crowns_and_delivers(mvtec_root: Path, tmp_path: Path, token_file: Path) -> None:
     env, storage = environment(tmp_path), tmp_path / "results"
@@ -101,6 +121,10 @@ def test_embedded_search_tracks_crowns_and_delivers(mvtec_root: Path, tmp_path: 
         assert chosen.data.metrics["objective"] == max(child.data.metrics["objective"] for child in finished)
         tested = [child for child in children if "test/image_auroc" in child.data.metrics]
         assert len(tested) == 2, "the test set is looked at once per category, for its champion"
+        check_content(f"sqlite:///{storage}/mlflow.db", parents, children, chosen, outcome["category"])
+        so_far = json.loads((storage / "try/best-so-far" / f"{outcome['category']}.json").read_text())
+        kept = read_record(storage / "try" / so_far["folder"])
+        assert kept.metrics["val/objective"] == outcome["champion"]["metrics"]["val/objective"]
 
     pulled = run(
         sys.executable, "tune/pull.py", "all", "--name", "try", "--storage", storage, "--to", tmp_path / "detectors",
@@ -213,9 +237,9 @@ def test_storage_studies_and_runs_live_on_real_servers(
     parents, children = tracked(uri, "parts")
     assert len(parents) == len(children) == 1 and children[0].data.metrics["objective"] == 0.5
     client = MlflowClient(tracking_uri=uri)
-    assert {file.path for file in client.list_artifacts(done.run_id, "detector")} == {
-        "detector/detector.json",
-        "detector/model.safetensors",
+    assert {file.path for file in client.list_artifacts(done.run_id, "model/artifacts/detector")} == {
+        "model/artifacts/detector/detector.json",
+        "model/artifacts/detector/model.safetensors",
     }
 
 
@@ -309,9 +333,9 @@ def test_job_on_a_cluster_with_servers_trains_in_pairs_and_frees_what_it_prunes(
     )
     assert model.run_id in {child.info.run_id for child in children}
 
-    pulled = run(
-        sys.executable, "tune/pull.py", category, "--name", "pairs", "--storage", head["DSKD_STORAGE"],
-        "--to", tmp_path / "detectors", env=head,
-    )  # fmt: skip
-    assert pulled.returncode == 0, pulled.stderr
-    assert read_record(tmp_path / "detectors" / category).category == category
+    for number, source in enumerate((["--name", "pairs", "--storage", head["DSKD_STORAGE"]], ["--alias", "champion"])):
+        pulled = run(
+            sys.executable, "tune/pull.py", category, *source, "--to", tmp_path / f"detectors{number}", env=head
+        )
+        assert pulled.returncode == 0, pulled.stderr
+        assert read_record(tmp_path / f"detectors{number}" / category).category == category

@@ -1,16 +1,29 @@
 import dataclasses
 import json
 import os
+import pickle
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
 import pyarrow.fs
 import pytest
 
-from dskd.checkpoint import RECORD_FILE, WEIGHTS_FILE, BrokenDetector, read_record, rewrite_record
+from dskd.checkpoint import PREVIEW_FILE, RECORD_FILE, WEIGHTS_FILE, BrokenDetector, read_record, rewrite_record
 from tune import storage as module
-from tune.champions import Champion, champion_categories, crown, deliver, find_champion, note_run
+from tune.champions import (
+    Champion,
+    champion_categories,
+    crown,
+    deliver,
+    deliver_files,
+    find_best,
+    find_champion,
+    note_best,
+    note_run,
+)
+from tune.pull import pull
 from tune.storage import Storage, StorageError, open_search
 
 
@@ -189,7 +202,7 @@ def test_a_damaged_champion_is_refused_and_leaves_what_was_there(
         shutil.copytree(detector_folder, target)
     with pytest.raises(error):
         deliver(store, crowned, target)
-    assert [path.name for path in target.parent.iterdir()] == (["tile"] if has_older else [])
+    assert [path.name for path in target.parent.glob("*")] == (["tile"] if has_older else [])
     assert not has_older or contents(target) == contents(detector_folder)
 
 
@@ -218,3 +231,120 @@ def test_a_champion_record_that_lacks_a_field_is_refused(store: Storage, crowned
     store.write_json("champions/tile.json", {"category": "tile"})
     with pytest.raises(StorageError, match=r"tile\.json lacks 'trial_id'"):
         find_champion(store, "tile")
+
+
+def test_the_best_trial_so_far_can_be_pulled_before_the_search_ends(
+    store: Storage, detector_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    search = Storage(f"{store.uri}/spring")
+    assert find_best(search, "tile") is None
+    for trial, objective, is_best in (("a", 0.5, True), ("b", 0.4, False), ("c", 0.7, True), ("d", 0.7, False)):
+        place = f"tune/tile/{trial}/checkpoint_000001/detector"
+        search.upload(detector_folder, place)
+        assert note_best(search, "tile", trial, objective, f"{search.uri}/{place}") is is_best
+    found = find_best(search, "tile")
+    assert found is not None and found.trial_id == "c" and not found.is_final
+    assert find_champion(search, "tile") is None and champion_categories(search) == ("tile",)
+    pull(("all",), to=tmp_path / "out", name="spring", storage=store.uri, json=True)
+    shown = capsys.readouterr()
+    document = json.loads(shown.out)["detectors"][0]
+    assert (document["trial"], document["is_final"]) == ("c", False) and "best so far" in shown.err
+    assert contents(tmp_path / "out/tile") == contents(detector_folder)
+
+    search.upload(detector_folder, "champions/tile/c")
+    final = Champion("tile", "c", "champions/tile/c", {"val/objective": 0.7}, "run")
+    note_run(search, final)
+    assert find_best(search, "tile") == final
+    assert note_best(search, "tile", "e", 0.8, f"{search.uri}/tune/tile/a/checkpoint_000001/detector")
+    later = find_best(search, "tile")
+    assert later is not None and later.trial_id == "e"
+
+
+def test_a_broken_download_is_gone_on_with(
+    store: Storage, crowned: Champion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "out/tile"
+    weights = tmp_path / "store" / crowned.folder / WEIGHTS_FILE
+    whole = weights.stat().st_size
+    copy, copied = shutil.copyfileobj, []
+
+    def breaking(source: Any, sink: Any, length: int = 0) -> None:
+        if sink.name.endswith(WEIGHTS_FILE):
+            sink.write(source.read(whole // 3))
+            sink.flush()
+            raise OSError("connection reset")
+        copy(source, sink, length)
+
+    def counting(source: Any, sink: Any, length: int = 0) -> None:
+        before = sink.tell()
+        copy(source, sink, length)
+        if sink.name.endswith(WEIGHTS_FILE):
+            copied.append(sink.tell() - before)
+
+    monkeypatch.setattr(module, "_PAUSES", ())
+    monkeypatch.setattr(shutil, "copyfileobj", breaking)
+    with pytest.raises(StorageError, match="connection reset"):
+        deliver(store, crowned, target)
+    assert [path.name for path in target.parent.iterdir()] == [".tile.partial"], "nothing incomplete under its name"
+    monkeypatch.setattr(shutil, "copyfileobj", counting)
+    deliver(store, crowned, target)
+    assert copied == [whole - whole // 3]
+    assert [path.name for path in target.parent.iterdir()] == ["tile"] and read_record(target)
+
+    stale = target.with_name(".tile.partial")
+    stale.mkdir()
+    (stale / WEIGHTS_FILE).write_bytes(b"part of another detector")
+    (stale / "left over").mkdir()
+    shutil.rmtree(target)
+    deliver(store, crowned, target)
+    assert read_record(target) and copied[1:] == [whole - len(b"part of another detector"), whole]
+
+
+def test_only_what_makes_a_detector_is_fetched(store: Storage, crowned: Champion, tmp_path: Path) -> None:
+    source = tmp_path / "store" / crowned.folder
+    (source / "evil.pkl").write_bytes(b"\x80\x04.")
+    (source / "deeper").mkdir()
+    deliver(store, crowned, tmp_path / "out/tile")
+    names = {path.name for path in (tmp_path / "out/tile").iterdir()}
+    assert {RECORD_FILE, WEIGHTS_FILE} <= names <= {RECORD_FILE, WEIGHTS_FILE, PREVIEW_FILE}
+
+
+@pytest.mark.parametrize(
+    ("plant", "message"),
+    [
+        (lambda folder: (folder / RECORD_FILE).write_text("[" * 100_000), "damaged"),
+        (lambda folder: (folder / RECORD_FILE).write_bytes(b" " * (65 * 2**20)), "more than the"),
+        (lambda folder: plant_weights(folder, struct.pack("<Q", 2**40) + b"{}"), "cannot be read"),
+        (lambda folder: plant_weights(folder, pickle.dumps({"a": 1})), "cannot be read"),
+    ],
+    ids=["nested too deeply", "oversized record", "oversized header", "a pickle"],
+)
+def test_a_hostile_champion_is_refused_in_one_line(
+    store: Storage, crowned: Champion, tmp_path: Path, plant: Any, message: str
+) -> None:
+    plant(tmp_path / "store" / crowned.folder)
+    with pytest.raises((BrokenDetector, StorageError), match=message) as raised:
+        deliver(store, crowned, tmp_path / "out/tile")
+    assert "\n" not in str(raised.value) and list((tmp_path / "out").glob("*")) == []
+
+
+def plant_weights(folder: Path, content: bytes) -> None:
+    """Weights whose hash the record vouches for."""
+    record = read_record(folder)
+    (folder / WEIGHTS_FILE).write_bytes(content)
+    rewrite_record(folder, record)
+
+
+@pytest.mark.parametrize("name", ["..", ".", "../tile", "/etc", ""])
+def test_a_category_that_leads_out_of_the_folder_is_refused(store: Storage, crowned: Champion, name: str) -> None:
+    with pytest.raises(ValueError, match="no name of a category"):
+        find_best(store, name)
+
+
+def test_two_pulls_to_one_folder_do_not_mix(store: Storage, crowned: Champion, tmp_path: Path) -> None:
+    def fetch(name: str, path: Path) -> None:
+        with pytest.raises(OSError, match="another process is fetching"):
+            deliver(store, crowned, tmp_path / "out/tile")
+        store.resume(f"{crowned.folder}/{name}", path)
+
+    assert deliver_files(fetch, store.names(crowned.folder), tmp_path / "out/tile")

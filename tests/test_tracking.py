@@ -4,18 +4,23 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+import mlflow.data
 import pytest
+import requests
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
+from tune import tracking
 from tune.progress import Progress
+from tune.registry import Registration, check_category
 from tune.tracking import (
     CategoryEnded,
+    DataUsed,
     EpochDone,
     Event,
-    Registration,
     Tracker,
     TrackingAway,
+    TrackingRefused,
     TrialEnded,
     TrialStarted,
     check_server,
@@ -44,6 +49,12 @@ def tracker(uri: str, search: str, folder: Path) -> Tracker:
         uri, search, artifact_location=f"file://{folder}/artifacts", tags={"dskd.selection": "val"},
         unsent=folder / "unsent.jsonl",
     )  # fmt: skip
+
+
+@pytest.fixture
+def light(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registers an empty model: packing a real one takes a second."""
+    monkeypatch.setattr(tracking, "pack", lambda detector, folder: folder.mkdir())
 
 
 def runs(uri: str, search: str) -> dict[str, Run]:
@@ -156,12 +167,16 @@ def test_an_event_that_mlflow_refuses_does_not_stop_the_others(
 def test_the_alias_champion_moves_only_to_a_better_detector_of_the_same_images(uri: str, tmp_path: Path) -> None:
     (tmp_path / "detector").mkdir()
     (tmp_path / "detector/detector.json").write_text("{}")
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures/curves.png").write_text("")
     writer = tracker(uri, "winter", tmp_path)
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
 
     def register(trial: str, objective: float, data: str = "images") -> Registration:
         figures = {"val/objective": objective, "test/aupro": 0.5}
-        return writer.register_champion("tile", trial, tmp_path / "detector", figures, data, 60)
+        return writer.register_champion(
+            "tile", trial, tmp_path / "detector", figures, data, 60, figures=tmp_path / "figures"
+        )
 
     def champion() -> str:
         return str(client.get_model_version_by_alias("dskd-tile", "champion").run_id)
@@ -182,7 +197,98 @@ def test_the_alias_champion_moves_only_to_a_better_detector_of_the_same_images(u
     found = runs(uri, "winter")
     assert found["tile"].data.tags["dskd.champion_run"] == elsewhere.run_id
     assert found["tile-c"].info.run_id == better.run_id and found["tile-c"].data.metrics["test/aupro"] == 0.5
-    assert [each.path for each in client.list_artifacts(better.run_id, "detector")] == ["detector/detector.json"]
+    assert {each.path for each in client.list_artifacts(better.run_id)} == {"model", "validation"}
+    packed = client.list_artifacts(better.run_id, "model/artifacts/detector")
+    assert [each.path for each in packed] == ["model/artifacts/detector/detector.json"]
+
+
+@pytest.mark.parametrize("name", ["it's", 'a"b', "100 % of %_", "a b", "übung", "a;b--c", "a\\b", "& # x"])
+def test_categories_of_any_name_keep_runs_of_their_own(uri: str, tmp_path: Path, name: str) -> None:
+    check_category(name)
+    for _ in range(2):
+        writer = tracker(uri, "names", tmp_path)
+        for event in (*one_trial(name, "a", 0.5), TrialEnded(name, "a", "finished", "")):
+            writer.put(event)
+        assert writer.close(60) == 0
+    assert [run.info.status for known, run in runs(uri, "names").items() if known == f"{name}-a"] == ["FINISHED"]
+
+
+@pytest.mark.parametrize("name", ['it\'s "so"', "a:b", "a/b", "a\nb"])
+def test_categories_that_mlflow_cannot_name_are_refused_in_one_line(name: str) -> None:
+    with pytest.raises(ValueError, match="rename its folder") as raised:
+        check_category(name)
+    assert "\n" not in str(raised.value)
+
+
+def test_the_images_of_a_trial_are_an_input_of_its_run_and_its_parent(uri: str, tmp_path: Path) -> None:
+    for trial in ("a", "b"):
+        writer = tracker(uri, "inputs", tmp_path)
+        for event in (*one_trial("tile", trial, 0.5), DataUsed("tile", trial, "/data/tile", "ab" * 32)):
+            writer.put(event)
+        assert writer.close(60) == 0
+    found = runs(uri, "inputs")
+    for name in ("tile", "tile-a", "tile-b"):
+        (used,) = found[name].inputs.dataset_inputs
+        assert (used.dataset.name, used.dataset.digest) == ("tile", "ab" * 18)
+        assert [tag.value for tag in used.tags] == ["training"]
+        source = mlflow.data.get_source(used.dataset)
+        assert str(getattr(source, "uri", "")) == "/data/tile"
+
+
+def test_a_search_that_selects_on_the_test_set_never_crowns(uri: str, tmp_path: Path, light: None) -> None:
+    (tmp_path / "detector").mkdir()
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    for selection, objective in (("val", 0.5), ("oracle", 0.9), ("oracle", 0.95), ("oracle", 0.92)):
+        writer = Tracker(
+            uri, "cheat", artifact_location=f"file://{tmp_path}/artifacts", tags={"dskd.selection": selection},
+            unsent=tmp_path / "unsent.jsonl",
+        )  # fmt: skip
+        done = writer.register_champion(
+            "cheated", f"{objective}", tmp_path / "detector", {"val/objective": objective}, "images", 60
+        )
+        writer.close(60)
+        expected = {0.5: "champion", 0.9: "oracle", 0.95: "oracle", 0.92: ""}[objective]
+        assert done.alias == expected
+    aliases = client.get_registered_model("dskd-cheated").aliases
+    assert {name: str(version) for name, version in aliases.items()} == {"champion": "1", "oracle": "3"}
+
+
+def test_a_version_can_be_registered_without_promoting_it(uri: str, tmp_path: Path, light: None) -> None:
+    (tmp_path / "detector").mkdir()
+    writer = tracker(uri, "shy", tmp_path)
+    done = writer.register_champion(
+        "shy", "a", tmp_path / "detector", {"val/objective": 0.5}, "images", 60, promote=False
+    )
+    writer.close(60)
+    assert done.alias == "" and not done.is_champion and done.version == "1"
+    assert MlflowClient(tracking_uri=uri, registry_uri=uri).get_registered_model("dskd-shy").aliases == {}
+
+
+def test_uploads_are_tried_again_while_artifacts_have_no_home(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, light: None
+) -> None:
+    (tmp_path / "detector").mkdir()
+    unwell = requests.Response()
+    unwell.status_code = 503
+    outages = [requests.HTTPError(response=unwell), requests.ConnectionError("reset"), ConnectionResetError()]
+    send = MlflowClient.log_artifacts
+
+    def unsteady(*words: object) -> None:
+        if outages:
+            raise outages.pop()
+        send(*words)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(MlflowClient, "log_artifacts", unsteady)
+    monkeypatch.setattr(tracking, "_FIRST_PAUSE", 0.01)
+    writer = tracker(uri, "outage", tmp_path)
+    assert writer.register_champion("home", "a", tmp_path / "detector", {"val/objective": 1.0}, "i", 60).is_champion
+    assert outages == []
+    refused = requests.Response()
+    refused.status_code = 403
+    outages.append(requests.HTTPError(response=refused))
+    with pytest.raises(TrackingRefused, match="MLflow refused"):
+        writer.register_champion("home", "b", tmp_path / "detector", {"val/objective": 1.0}, "i", 60)
+    assert writer.close(60) == 0
 
 
 def test_events_that_an_absent_server_never_took_are_kept_and_written_by_the_next_search(

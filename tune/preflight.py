@@ -18,6 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from dskd.data.datasets import Category, read_category, scan
 from dskd.data.images import check_header
 from tune.identity import check_continues
+from tune.registry import check_category
 from tune.settings import SearchSettings
 from tune.staging import is_address, outline
 from tune.storage import Storage, open_search
@@ -108,6 +109,7 @@ def read_categories(settings: SearchSettings, root: Path) -> dict[str, Category]
     categories, faults = {}, []
     for name in names:
         try:
+            check_category(name)
             categories[name] = read_category(root, name)
         except (ValueError, OSError) as error:
             faults.append(f"{name}: {error}")

@@ -85,6 +85,8 @@ class SearchSettings:
     from s3://."""
     dry_run: bool = False
     """Check everything, measure a training step, print the plan with a forecast of time, and leave no trace."""
+    promote: bool = True
+    """Let the alias champion of MLflow's registered model move to a better winner; else only register a version."""
     json: bool = False
     """Print one JSON document on stdout at the end."""
 

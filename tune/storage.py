@@ -106,6 +106,28 @@ class Storage:
 
         self._insistently(copy, f"downloading {name}")
 
+    def resume(self, name: str, path: Path, limit: int | None = None) -> None:
+        """Copy one file to `path`, going on where an earlier attempt broke off.
+
+        Raises StorageError where there is no such file, or one of more than `limit` bytes.
+        """
+
+        def copy() -> None:
+            info = self._files.get_file_info(self._path(name))
+            if not info.is_file:
+                raise StorageError(f"{self.uri} holds no file {name}.")
+            if limit is not None and info.size > limit:
+                raise StorageError(f"{self.uri}/{name} has {info.size} bytes, more than the {limit} it may have.")
+            have = path.stat().st_size if path.exists() else 0
+            if have > info.size:
+                path.unlink()
+                have = 0
+            with self._files.open_input_file(self._path(name)) as source, path.open("ab") as sink:
+                source.seek(have)
+                shutil.copyfileobj(source, sink, 1 << 22)
+
+        self._insistently(copy, f"fetching {name}")
+
     def names(self, folder: str) -> list[str]:
         """Names directly below a folder; none where it does not exist."""
         selector = pyarrow.fs.FileSelector(self._path(folder), allow_not_found=True)

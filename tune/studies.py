@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shlex
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -16,13 +17,15 @@ from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dskd.checkpoint import RECORD_FILE, DetectorRecord
-from tune.champions import Champion, crown, evaluate_on_test, find_champion, note_run
+from tune.champions import Champion, crown, evaluate_on_test, fetch_figures, find_champion, note_best, note_run
+from tune.notes import category_note
 from tune.progress import Progress
 from tune.settings import SearchSettings
 from tune.space import Space
-from tune.storage import Storage, open_search
+from tune.storage import Storage, StorageError, open_search
 from tune.study import Study, concurrent_trials, search_category
-from tune.tracking import CategoryEnded, Tracker, TrackingAway
+from tune.study_plots import draw_study
+from tune.tracking import CategoryEnded, Tracker, TrackingAway, TrackingRefused, TrialEnded
 from tune.trial import driver_resources
 from tune.worker import Assignment
 
@@ -98,6 +101,8 @@ def run_search(
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     events = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     all_done = threading.Event()
+    # One at a time and apart: a storage that is away must not hold up the events.
+    noting = ThreadPoolExecutor(1, thread_name_prefix="best so far")
 
     def relay() -> None:
         while True:
@@ -109,6 +114,8 @@ def run_search(
                 continue
             tracker.put(event)
             progress.show(event)
+            if isinstance(event, TrialEnded) and event.detector:
+                noting.submit(_note_best, settings, event, progress)
 
     def search(category: str) -> Outcome:
         mine = dataclasses.replace(
@@ -141,6 +148,7 @@ def run_search(
     finally:
         all_done.set()
         relaying.join()
+        noting.shutdown()
 
 
 def with_winners(settings: SearchSettings, category: str, space: Space, progress: Progress) -> Space:
@@ -160,6 +168,14 @@ def with_winners(settings: SearchSettings, category: str, space: Space, progress
     return dataclasses.replace(space, winners=tuple(winners))
 
 
+def _note_best(settings: SearchSettings, event: TrialEnded, progress: Progress) -> None:
+    try:
+        storage = Storage(settings.search_uri)
+        note_best(storage, event.category, event.trial_id, event.objective, event.detector)
+    except StorageError as error:
+        progress.say(f"{event.category}: trial {event.trial_id} cannot be pulled before the search ends: {error}")
+
+
 def _conclude(
     settings: SearchSettings, assignment: Assignment, study: Study, tracker: Tracker, progress: Progress
 ) -> tuple[Outcome, dict[str, str]]:
@@ -177,6 +193,7 @@ def _conclude(
     known = find_champion(storage, category)
     if known is not None and known.trial_id == trial_id and known.run_id:
         progress.say(f"{category}: trial {trial_id} is the champion already")
+        _show_study(settings, category, tracker, progress)
         return Outcome(category, *counts, known, "", study.num_cut), {}
     progress.say(f"{category}: trial {trial_id} is the best, evaluating it once on the test images")
     resources = {"num_cpus": assignment.cpus_per_worker, "num_gpus": assignment.gpus_per_worker}
@@ -187,17 +204,54 @@ def _conclude(
         local = Path(temporary) / "detector"
         champion, record = crown(storage, category, trial_id, detector, tested, local)
         tags = {"dskd.champion_trial": trial_id}
+        figures = fetch_figures(detector, Path(temporary) / "figures")
         try:
             registered = tracker.register_champion(
-                category, trial_id, local, record.metrics, record.data_sha256, _TRACKING_PATIENCE
+                category,
+                trial_id,
+                local,
+                record.metrics,
+                record.data_sha256,
+                _TRACKING_PATIENCE,
+                figures=figures,
+                promote=settings.promote,
             )
-        except TrackingAway as error:
+        except (TrackingAway, TrackingRefused) as error:
             progress.say(f"{category}: {error}; the champion is in the storage, the same command registers it")
         else:
             champion = champion._replace(run_id=registered.run_id)
             note_run(storage, champion)
             tags["dskd.champion_model"] = f"{registered.model}/{registered.version}"
+            if not registered.alias:
+                why = "by --no-promote" if not settings.promote else "a better one of the same images has it"
+                progress.say(f"{category}: {registered.model} version {registered.version} gets no alias, {why}")
+            tags["mlflow.note.content"] = category_note(
+                category=category,
+                trial_id=trial_id,
+                metrics=champion.metrics,
+                counts=counts,
+                registered=f"{registered.model} version {registered.version}"
+                + (f", alias {registered.alias}" if registered.alias else ", no alias"),
+                pull=f"python tune/pull.py {shlex.quote(category)} --name {settings.name} "
+                f"--storage {shlex.quote(settings.storage)} --to detectors",
+                remarks=[
+                    *_show_study(settings, category, tracker, progress),
+                    *([] if figures else ["validation: no pictures, an earlier version trained this trial"]),
+                    *(["The teacher is untrained: these figures say nothing."] if record.is_untrained_teacher else []),
+                ],
+            )
     return Outcome(category, *counts, champion, "", study.num_cut), tags
+
+
+def _show_study(settings: SearchSettings, category: str, tracker: Tracker, progress: Progress) -> tuple[str, ...]:
+    """Log pictures of the category's study; what cannot be shown, and why."""
+    with TemporaryDirectory(prefix="dskd-") as temporary:
+        missing = draw_study(settings.studies, f"{settings.name}/{category}", Path(temporary))
+        try:
+            tracker.add_study(category, Path(temporary), _TRACKING_PATIENCE)
+        except (TrackingAway, TrackingRefused) as error:
+            progress.say(f"{category}: {error}; the study's pictures are not logged, the same command does so")
+    return missing
 
 
 def summary(outcomes: Sequence[Outcome]) -> list[Mapping[str, Any]]:

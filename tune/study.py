@@ -10,7 +10,7 @@ import os
 import signal
 import time
 import zlib
-from collections.abc import Collection, Set
+from collections.abc import Collection, Mapping, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,12 +27,13 @@ from ray.tune.search.optuna import OptunaSearch
 from ray.util.placement_group import PlacementGroup
 from ray.util.queue import Queue
 
+from tune.machine import PREFIX as MACHINE
 from tune.pruning import REDUCTION, grace_period
 from tune.settings import SearchSettings
 from tune.space import Space
-from tune.tracking import EpochDone, Status, TrialEnded, TrialStarted
+from tune.tracking import DataUsed, EpochDone, Status, TrialEnded, TrialStarted
 from tune.trial import MAX_FAILURES, run_trial, trial_resources
-from tune.worker import DETECTOR_FOLDER, PLACEMENT_GROUP, Assignment
+from tune.worker import DATA_SHA256, DETECTOR_FOLDER, PLACEMENT_GROUP, Assignment
 
 _EPOCH_METRICS = (
     "loss",
@@ -94,6 +95,7 @@ def search_category(
         assignment=assignment,
         events=events,
         study_url=settings.studies,
+        search_uri=settings.search_uri,
         space=space,
         deadline=deadline,
         num_trials=settings.trials,
@@ -196,7 +198,7 @@ def _summarise(results: ray.tune.ResultGrid, epochs: int, cut: Collection[str] =
     finished, num_pruned, num_cut, errors = [], 0, 0, []
     for result in (results[index] for index in range(len(results))):
         metrics = result.metrics or {}
-        detector = _detector_uri(result)
+        detector = _detector_uri(metrics, result.checkpoint)
         if Path(result.path).name in cut:
             num_cut += 1
         elif result.error or metrics.get("error"):
@@ -209,12 +211,12 @@ def _summarise(results: ray.tune.ResultGrid, epochs: int, cut: Collection[str] =
     return Study(len(results), num_pruned, tuple(errors), best, num_cut)
 
 
-def _detector_uri(result: ray.tune.Result) -> str | None:
+def _detector_uri(metrics: Mapping[str, Any], checkpoint: ray.tune.Checkpoint | None) -> str | None:
     """Where a finished trial left its detector; a nested Ray Train job reports the place as a metric."""
-    path = (result.metrics or {}).get("checkpoint_path") or (result.checkpoint.path if result.checkpoint else None)
+    path = metrics.get("checkpoint_path") or (checkpoint.path if checkpoint else None)
     if path is None:
         return None
-    is_s3 = getattr(result.filesystem, "type_name", "") == "s3"
+    is_s3 = _revived["search_uri"].startswith("s3://")
     return f"{'s3://' if is_s3 and '://' not in path else ''}{path}/{DETECTOR_FOLDER}"
 
 
@@ -338,9 +340,13 @@ class _Observe(ray.tune.Callback):
         metrics = {
             name: float(value)
             for name, value in result.items()
-            if (name in _EPOCH_METRICS or name.startswith("val/")) and isinstance(value, int | float)
+            if (name in _EPOCH_METRICS or name.startswith(("val/", MACHINE))) and isinstance(value, int | float)
         }
-        category, epoch = _revived["assignment"].category, int(result["epoch"])
+        assignment: Assignment = _revived["assignment"]
+        category, epoch = assignment.category, int(result["epoch"])
+        if result["training_iteration"] == 1 and DATA_SHA256 in result:
+            source = f"{assignment.data}/{category}"
+            _revived["events"].put(DataUsed(category, trial.trial_id, source, result[DATA_SHA256]))
         if epoch > self._furthest.get(trial.trial_id, 0):
             # Failures before a new epoch are forgiven: a cluster that loses nodes for days ends no sound trial.
             self._furthest[trial.trial_id] = epoch
@@ -374,7 +380,9 @@ def _tell_end(trial: Trial, is_lost: bool) -> None:
     error = str(trial.get_error() or "unknown error") if is_lost else str(last.get("error") or "")
     is_last = last.get("epoch", 0) >= assignment.config["train"]["epochs"]
     status: Status = "failed" if error else "finished" if is_last else "pruned"
-    _revived["events"].put(TrialEnded(assignment.category, trial.trial_id, status, error))
+    detector = _detector_uri(last, trial.checkpoint) if status == "finished" else None
+    objective = float(last.get("objective", 0.0))
+    _revived["events"].put(TrialEnded(assignment.category, trial.trial_id, status, error, objective, detector or ""))
 
 
 def _free_workers(trial: Trial) -> None:

@@ -1,4 +1,4 @@
-"""MLflow, through one writer per search; the only module that imports it.
+"""MLflow, through one writer per search.
 
 Training never waits for the tracking server: events go into a queue, one thread writes them, and
 tries again for as long as the server is away. A search that ends while it still is away leaves the
@@ -15,16 +15,23 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
 import mlflow.artifacts
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from requests import RequestException
+
+from tune.registry import MODEL_FOLDER, Registration, pack, quoted, register
 
 logger = logging.getLogger(__name__)
 
+_FIRST_PAUSE = 0.5
 _LONGEST_PAUSE = 15.0
+_DIGEST = 36
+"""Characters that MLflow keeps of a data set's digest."""
 _MAX_VALUE = 5000
 """Characters of a parameter or tag that every MLflow store takes."""
 
@@ -37,6 +44,17 @@ class TrialStarted(NamedTuple):
     category: str
     trial_id: str
     params: Mapping[str, Any]
+
+
+class DataUsed(NamedTuple):
+    """What a trial trains and is selected on; sent with its first epoch."""
+
+    category: str
+    trial_id: str
+    source: str
+    """Folder or address of the category's images."""
+    sha256: str
+    """Fingerprint of the training and validation images."""
 
 
 class EpochDone(NamedTuple):
@@ -53,6 +71,9 @@ class TrialEnded(NamedTuple):
     trial_id: str
     status: Status
     error: str
+    objective: float = 0.0
+    detector: str = ""
+    """Address of the finished detector folder, empty where there is none."""
 
 
 class CategoryEnded(NamedTuple):
@@ -62,21 +83,15 @@ class CategoryEnded(NamedTuple):
     tags: Mapping[str, str]
 
 
-Event = TrialStarted | EpochDone | TrialEnded | CategoryEnded
-
-
-class Registration(NamedTuple):
-    """Where a champion stands in MLflow."""
-
-    run_id: str
-    model: str
-    version: str
-    is_champion: bool
-    """Whether the alias `champion` points to it; not so where an earlier version is better."""
+Event = TrialStarted | DataUsed | EpochDone | TrialEnded | CategoryEnded
 
 
 class TrackingAway(ConnectionError):
     """The tracking server did not answer for as long as one was willing to wait."""
+
+
+class TrackingRefused(RuntimeError):
+    """The tracking server answered with a refusal, which trying again does not change."""
 
 
 def prepare_client() -> None:
@@ -86,6 +101,9 @@ def prepare_client() -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     # Its links would mix with the one JSON document on stdout.
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    for name in ("mlflow.pyfunc", "mlflow.utils.environment", "mlflow.utils.requirements_utils"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("mlflow.utils.requests_utils").setLevel(logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.WARNING)
 
@@ -96,13 +114,14 @@ def check_server(uri: str) -> None:
     try:
         MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
     except MlflowException as error:
-        reason = _reason(error)
+        reason = _first_line(error)
         raise ConnectionError(f"MLflow at {without_password(uri)} does not answer: {reason}") from None
 
 
-def _reason(error: MlflowException) -> str:
-    """The first line of what MLflow says, which repeats the server's address, without a password in there."""
-    return re.sub(r"://[^/\s]*@", "://", str(error).splitlines()[0])[:300]
+def registry_client(uri: str) -> MlflowClient:
+    """A client of the tracking server's registered models."""
+    prepare_client()
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
 def without_password(uri: str) -> str:
@@ -169,7 +188,7 @@ class Tracker:
 
     def _put_again(self) -> None:
         if self._unsent.is_file():
-            kinds = {kind.__name__: kind for kind in (TrialStarted, EpochDone, TrialEnded, CategoryEnded)}
+            kinds = {kind.__name__: kind for kind in (TrialStarted, DataUsed, EpochDone, TrialEnded, CategoryEnded)}
             for line in self._unsent.read_text().splitlines():
                 fields = json.loads(line)
                 self._events.put(kinds[fields.pop("event")](**fields))
@@ -183,30 +202,61 @@ class Tracker:
         metrics: Mapping[str, float],
         data_sha256: str,
         patience: float,
+        *,
+        figures: Path | None = None,
+        promote: bool = True,
     ) -> Registration:
-        """Log a detector folder and its figures to the trial's run and register it as `dskd-<category>`.
+        """Log a detector, packed to be served, and its figures to the trial's run; register it as `dskd-<category>`.
 
-        It becomes `champion` unless the present champion, chosen on the same images, has a higher
-        validation objective. Raises TrackingAway where the server is away for `patience` seconds.
+        With `promote` it becomes `champion` (`oracle` where the search selects on the test set) unless the present
+        one, chosen on the same images, has a higher validation objective. `figures` is a folder of pictures.
+        Raises TrackingAway where the server is away for `patience` seconds, TrackingRefused where it refuses.
         """
-        deadline = time.monotonic() + patience
-        if not self._writing.acquire(timeout=patience):
-            raise TrackingAway(f"MLflow did not answer for {patience:.0f} s")
+        tags = {
+            **self._tags,
+            "dskd.objective": repr(metrics["val/objective"]),
+            "dskd.data_sha256": data_sha256,
+            "dskd.category": category,
+            "dskd.trial": trial_id,
+        }
 
-        def insist(write: Any) -> Any:
-            return self._insistently(write, deadline)
-
-        try:
+        def write(insist: Any) -> Registration:
             run_id = insist(lambda: self._trial_run(category, trial_id))
             parent = insist(lambda: self._category_run(category))
-            insist(lambda: self._client.log_artifacts(run_id, str(detector), "detector"))
+            with TemporaryDirectory(prefix="dskd-") as temporary:
+                packed = Path(temporary) / MODEL_FOLDER
+                pack(detector, packed)
+                insist(lambda: self._client.log_artifacts(run_id, str(packed), MODEL_FOLDER))
+            if figures is not None:
+                insist(lambda: self._client.log_artifacts(run_id, str(figures), "validation"))
             for run in (run_id, parent):
                 insist(lambda run=run: self._client.log_batch(run, metrics=_metrics(metrics, 0)))
             insist(lambda: self._client.set_tag(parent, "dskd.champion_run", run_id))
             registration: Registration = insist(
-                lambda: self._register(category, run_id, metrics["val/objective"], data_sha256)
+                lambda: register(self._registry, category, run_id, tags, promote=promote)
             )
             return registration
+
+        return self._while_writer_waits(write, patience)  # type: ignore[no-any-return]
+
+    def add_study(self, category: str, pictures: Path, patience: float) -> None:
+        """Log a folder of pictures to the category's run; errors as `register_champion`."""
+
+        def write(insist: Any) -> None:
+            parent = insist(lambda: self._category_run(category))
+            insist(lambda: self._client.log_artifacts(parent, str(pictures), "study"))
+
+        self._while_writer_waits(write, patience)
+
+    def _while_writer_waits(self, write: Any, patience: float) -> Any:
+        """`write(insist)`, where `insist` calls a function until the server has taken it or patience ends."""
+        deadline = time.monotonic() + patience
+        if not self._writing.acquire(timeout=patience):
+            raise TrackingAway(f"MLflow did not answer for {patience:.0f} s")
+        try:
+            return write(lambda act: self._insistently(act, deadline))
+        except (MlflowException, RequestException) as error:
+            raise TrackingRefused(f"MLflow refused: {_first_line(error)}") from error
         finally:
             self._writing.release()
 
@@ -237,30 +287,6 @@ class Tracker:
         finally:
             self._writing.release()
 
-    def _register(self, category: str, run_id: str, objective: float, data_sha256: str) -> Registration:
-        model = f"dskd-{category}"
-        if not self._registry.search_registered_models(f"name = '{model}'", max_results=1):
-            self._registry.create_registered_model(model)
-        versions = self._registry.search_model_versions(f"name = '{model}'")
-        mine = [version for version in versions if version.run_id == run_id]
-        tags = {"dskd.objective": repr(objective), "dskd.data_sha256": data_sha256, **self._tags}
-        if mine:
-            version = mine[0]
-        else:
-            source = f"{self._client.get_run(run_id).info.artifact_uri}/detector"
-            version = self._registry.create_model_version(model, source, run_id, tags=tags)
-        # Versions that a search returns carry no aliases; the model itself does.
-        held = self._registry.get_registered_model(model).aliases.get("champion")
-        holder = next((other for other in versions if held is not None and str(other.version) == str(held)), None)
-        is_better = (
-            holder is None
-            or holder.tags.get("dskd.data_sha256") != data_sha256
-            or float(holder.tags.get("dskd.objective", "0")) <= objective
-        )
-        if is_better:
-            self._registry.set_registered_model_alias(model, "champion", version.version)
-        return Registration(run_id, model, str(version.version), is_better)
-
     def _write_all(self) -> None:
         while (event := self._events.get()) is not None:
             with self._writing:
@@ -273,15 +299,15 @@ class Tracker:
                     logger.exception("could not track %s of %s", type(event).__name__, event.category)
 
     def _insistently(self, write: Any, deadline: float = math.inf) -> Any:
-        pause = 0.5
+        pause = _FIRST_PAUSE
         while True:
             try:
                 return write()
-            except MlflowException as error:
+            except Exception as error:  # artifacts go to other servers too, through other clients
                 if not _is_outage(error):
                     raise
                 if pause >= 2:
-                    logger.warning("the MLflow server does not answer, trying again: %s", _reason(error))
+                    logger.warning("the MLflow server does not answer, trying again: %s", _first_line(error))
             if time.monotonic() + pause > deadline:
                 raise TrackingAway("MLflow does not answer")
             if self._give_up.wait(pause):
@@ -300,6 +326,12 @@ class Tracker:
         if isinstance(event, TrialStarted):
             params = [Param(name, str(value)[:_MAX_VALUE]) for name, value in event.params.items()]
             self._client.log_batch(run, params=params)
+        elif isinstance(event, DataUsed):
+            place = "s3" if event.source.startswith("s3://") else "local"
+            used = Dataset(event.category, event.sha256[:_DIGEST], place, json.dumps({"uri": event.source}))
+            inputs = [DatasetInput(used, [InputTag("mlflow.data.context", "training")])]
+            for each in (run, self._category_run(event.category)):
+                self._client.log_inputs(each, inputs)
         elif isinstance(event, EpochDone):
             self._client.log_batch(run, metrics=_metrics(event.metrics, event.epoch, event.time_ms))
         else:
@@ -329,7 +361,7 @@ class Tracker:
         if (category, trial_id) in self._runs:
             return self._runs[category, trial_id]
         experiment = self._experiment_id()
-        wanted = f"tags.`dskd.category` = '{category}' and tags.`dskd.trial` = '{trial_id or '-'}'"
+        wanted = f"tags.`dskd.category` = {quoted(category)} and tags.`dskd.trial` = '{trial_id or '-'}'"
         found = self._client.search_runs([experiment], wanted, max_results=1)
         if found:
             run_id = found[0].info.run_id
@@ -359,9 +391,21 @@ class _GivenUp(Exception):
     """The search ends and the tracking server is still away."""
 
 
-def _is_outage(error: MlflowException) -> bool:
+def _is_outage(error: Exception) -> bool:
     """Whether trying again can help: no answer, or the server's own failure, but not a refused request."""
-    return error.get_http_status_code() >= 500 or "Max retries exceeded" in str(error)
+    from botocore.exceptions import BotoCoreError
+
+    if isinstance(error, MlflowException):
+        return error.get_http_status_code() >= 500 or "Max retries exceeded" in str(error)
+    if isinstance(error, RequestException):
+        return error.response is None or error.response.status_code >= 500
+    return isinstance(error, BotoCoreError | ConnectionError | TimeoutError)
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says; MLflow's repeat the server's address, here without a password in it."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return re.sub(r"://[^/\s]*@", "://", line)[:300]
 
 
 def _metrics(metrics: Mapping[str, float], step: int, time_ms: int | None = None) -> list[Metric]:

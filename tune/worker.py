@@ -22,11 +22,17 @@ from dskd.device import computing_device
 from dskd.distillation import Distillation, Progress
 from dskd.materials import Materials, prepare
 from dskd.show.overlays import preview_of
+from dskd.show.validation import write_figures
 from dskd.train import NonFiniteLoss, Shard
+from tune.machine import machine_usage
 from tune.staging import local_copy
 from tune.storage import insistently
 
 DETECTOR_FOLDER = "detector"
+FIGURES_FOLDER = "figures"
+"""Beside the detector: pictures of its validation."""
+DATA_SHA256 = "data_sha256"
+"""Under this name every epoch reports the fingerprint of the images that it trained and was validated on."""
 PLACEMENT_GROUP = "placement_group"
 """Under this name DDP workers report, as hex, the reservation that they run in."""
 CHECKPOINT_SECONDS = float(os.environ.get("DSKD_CHECKPOINT_SECONDS", "60"))
@@ -183,6 +189,8 @@ def _train(
             **{f"val/{name}": value for name, value in progress.scores._asdict().items()},
             **{name: value for name, value in progress.epoch._asdict().items() if name != "number"},
             "validation_seconds": seconds - progress.epoch.seconds,
+            **machine_usage(device, default_folder()),
+            DATA_SHA256: materials.data_sha256,
         }
         is_last = run.next_epoch == config.train.epochs
         is_due = is_leaving() or is_last or time.monotonic() - saved >= CHECKPOINT_SECONDS
@@ -195,6 +203,7 @@ def _train(
                 # The detector as delivered: its score parameters may be better than those trained with.
                 metrics |= {"objective": record.metrics["val/objective"], **record.metrics}
                 write_detector(Path(temporary) / DETECTOR_FOLDER, record, weights, preview_of(run, record))
+                write_figures(Path(temporary) / FIGURES_FOLDER, run, record)
             else:
                 run.save(Path(temporary))
             yield Report(metrics, Path(temporary))

@@ -1,0 +1,67 @@
+"""The validation of a finished detector as pictures: its curves, and the images it is surest and least sure of."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dskd.checkpoint import DetectorRecord, threshold_for
+from dskd.detector import Prediction, find_regions
+from dskd.distillation import Distillation
+from dskd.evaluate import Inspection, LabelledImages, inspect
+from dskd.show.overlays import contact_sheet, overlay
+from dskd.show.plots import draw_curves
+
+_OF_EACH_KIND = 2
+
+
+def write_figures(folder: Path, run: Distillation, record: DetectorRecord) -> None:
+    """Write `curves.png`, `best.jpg` and `worst.jpg` of the validation images into `folder`, which is made.
+
+    `run` must hold the detector's students, as `Distillation.detector` leaves it; `record` is that detector's.
+    """
+    truth = run.materials.validation
+    seen = inspect(run.materials.validation_features, run.students, truth.images, record.config, run.device)
+    folder.mkdir(parents=True, exist_ok=True)
+    num_real = record.num_validation_defects
+    num_synthetic = int(truth.labels.sum()) - num_real
+    title = (
+        f"{record.category}: validation on {int((~truth.labels).sum())} normals, {num_synthetic} synthetic and "
+        f"{num_real} real defects{' (untrained teacher)' if record.is_untrained_teacher else ''}"
+    )
+    draw_curves(seen, truth, title).savefig(folder / "curves.png", dpi=100)
+    best, worst = extremes(seen, truth)
+    for name, chosen in (("best", best), ("worst", worst)):
+        # JPEG: a tenth of the bytes, in a picture that only eyes read.
+        contact_sheet(_overlays(seen, truth, chosen, record)).save(folder / f"{name}.jpg", quality=85)
+
+
+def extremes(seen: Inspection, truth: LabelledImages) -> tuple[list[int], list[int]]:
+    """Indices of the best and of the worst inspected images, at most two normal and two defective ones of each.
+
+    Best are the lowest scores of normals and the highest of defects; worst the reverse.
+    """
+    order = np.argsort(seen.scores, kind="stable")
+    normals, defects = order[~truth.labels[order]], order[truth.labels[order]]
+    count = _OF_EACH_KIND
+    best = [*normals[:count], *defects[::-1][:count]]
+    worst = [*normals[::-1][:count], *defects[:count]]
+    return [int(index) for index in best], [int(index) for index in worst]
+
+
+def _overlays(
+    seen: Inspection, truth: LabelledImages, chosen: Sequence[int], record: DetectorRecord
+) -> list[Image.Image]:
+    threshold = threshold_for(record.thresholds, 0.01).value
+    note = "untrained teacher" if record.is_untrained_teacher else ""
+    pictures = []
+    for index in chosen:
+        # Numbers count within a kind, as in preview.png: normals come first, then the defects.
+        number = int((truth.labels[: index + 1] == truth.labels[index]).sum())
+        heat, score = seen.maps[index], float(seen.scores[index])
+        name = Path("validation", f"{'defect' if truth.labels[index] else 'normal'} {number}")
+        regions = find_regions(heat, threshold)
+        seen_as = Prediction(name, score, threshold, score > threshold, regions, truth.images[index], heat)
+        pictures.append(overlay(seen_as, note))
+    return pictures

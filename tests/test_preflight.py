@@ -88,7 +88,9 @@ def test_a_dry_run_prints_plan_and_forecast_and_leaves_no_trace(
     said = capsys.readouterr()
     document = json.loads(said.out)
     assert [each["category"] for each in document["categories"]] == ["tile", "wood"]
-    assert document["config"]["data"]["image_size"] == 32 and document["varied"]["level_fusion"] == "sum | product"
+    assert (
+        document["config"]["data"]["image_size"] == 32 and document["varied"]["tile"]["level_fusion"] == "sum | product"
+    )
     found = document["forecast"]
     assert 0 < found["wall_seconds_pruned"] <= found["wall_seconds_full"] and found["epochs_full"] == 12
     assert "2 categories × 2 trials × 3 epochs" in said.err and "untrained teacher" in said.err

@@ -110,9 +110,7 @@ def test_a_detector_comes_from_a_folder_an_address_or_mlflow(detector_folder: Pa
     tracker = Tracker(uri, "s", artifact_location=f"file://{tmp_path}/artifacts", tags={}, unsent=tmp_path / "unsent")
     done = tracker.register_champion("tile", "one", detector_folder, {"val/objective": 0.5}, "data", patience=60)
     assert tracker.close(60) == 0
-    for number, name in enumerate(
-        ("models:/dskd-tile@champion", "models:/dskd-tile/1", f"runs:/{done.run_id}/detector")
-    ):
+    for number, name in enumerate(("models:/dskd-tile@champion", "models:/dskd-tile/1", f"runs:/{done.run_id}/model")):
         found = fetch_detector(settings(name, tracking_uri=uri), tmp_path / f"m{number}")
         assert (found / "model.safetensors").read_bytes() == (detector_folder / "model.safetensors").read_bytes()
     with pytest.raises(ValueError, match="models:/dskd-none@champion cannot be had from MLflow at sqlite:"):

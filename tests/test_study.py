@@ -106,14 +106,14 @@ def test_what_a_killed_driver_may_not_have_handed_on_is_said_once_more(
     assignment.textures = ""
     space = build_space({"dskd": RunConfig().with_values({"epochs": 4})})
     sink = SimpleNamespace(put=said.append)
-    revived = {"assignment": assignment, "events": sink, "space": space, "running": set()}
+    revived = {"assignment": assignment, "events": sink, "space": space, "running": set(), "search_uri": "/s"}
     monkeypatch.setattr(study, "_revived", revived)
 
     def trial(name: str, status: str, epoch: int) -> Any:
         return SimpleNamespace(
             trial_id=name, status=status, config={}, is_finished=lambda: status != "RUNNING", get_error=lambda: "gone",
             last_result={"epoch": epoch, "objective": 0.5, "timestamp": 1000 + epoch},
-            run_metadata=SimpleNamespace(num_failures=2),
+            run_metadata=SimpleNamespace(num_failures=2), checkpoint=None,
         )  # fmt: skip
 
     trials = [trial("a", "TERMINATED", 4), trial("b", "ERROR", 2), trial("c", "RUNNING", 1)]

@@ -68,7 +68,7 @@ class SearchSettings:
     cpus_per_worker: float = 1.0
     """CPUs of a worker."""
     max_concurrent: int | None = None
-    """Trials running at once over all categories; what the cluster holds at the start unless given."""
+    """Trials running at once over all categories; what the cluster holds at the time unless given."""
     storage: str = LOCAL_RESULTS
     """Folder or s3://bucket/path for trial state and champions; reachable from every node."""
     tracking_uri: str | None = None

@@ -344,7 +344,7 @@ class _Observe(ray.tune.Callback):
         }
         assignment: Assignment = _revived["assignment"]
         category, epoch = assignment.category, int(result["epoch"])
-        if result["training_iteration"] == 1 and DATA_SHA256 in result:
+        if result.get("training_iteration") == 1 and DATA_SHA256 in result:
             source = f"{assignment.data}/{category}"
             _revived["events"].put(DataUsed(category, trial.trial_id, source, result[DATA_SHA256]))
         if epoch > self._furthest.get(trial.trial_id, 0):

@@ -271,21 +271,17 @@ class Tracker:
     ) -> str:
         """Log a detector folder, its figures and tags to the trial's run, and give its id; nothing is registered.
 
-        Raises TrackingAway where the server is away for `patience` seconds.
+        Errors as `register_champion`.
         """
-        deadline = time.monotonic() + patience
-        if not self._writing.acquire(timeout=patience):
-            raise TrackingAway(f"MLflow did not answer for {patience:.0f} s")
         named = [RunTag(name, value[:_MAX_VALUE]) for name, value in tags.items()]
-        try:
-            run_id: str = self._insistently(lambda: self._trial_run(category, trial_id), deadline)
-            self._insistently(lambda: self._client.log_artifacts(run_id, str(detector), "detector"), deadline)
-            self._insistently(
-                lambda: self._client.log_batch(run_id, metrics=_metrics(metrics, 0), tags=named), deadline
-            )
+
+        def write(insist: Any) -> str:
+            run_id: str = insist(lambda: self._trial_run(category, trial_id))
+            insist(lambda: self._client.log_artifacts(run_id, str(detector), "detector"))
+            insist(lambda: self._client.log_batch(run_id, metrics=_metrics(metrics, 0), tags=named))
             return run_id
-        finally:
-            self._writing.release()
+
+        return str(self._while_writer_waits(write, patience))
 
     def _write_all(self) -> None:
         while (event := self._events.get()) is not None:

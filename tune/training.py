@@ -27,7 +27,16 @@ from tune.champions import crown, deliver, evaluate_on_test, find_champion, note
 from tune.launch import code_revision, connect
 from tune.staging import absolute, listing_key, outline
 from tune.storage import Storage
-from tune.tracking import EpochDone, Tracker, TrackingAway, TrialEnded, TrialStarted, check_server, run_link
+from tune.tracking import (
+    EpochDone,
+    Tracker,
+    TrackingAway,
+    TrackingRefused,
+    TrialEnded,
+    TrialStarted,
+    check_server,
+    run_link,
+)
 from tune.training_settings import TrainingSettings
 from tune.trial import MAX_FAILURES
 from tune.worker import DETECTOR_FOLDER, Assignment, run_worker
@@ -162,7 +171,7 @@ def _conclude(
     try:
         tags = {"dskd.data_sha256": record.data_sha256}
         run_id = tracker.log_detector(category, key, settings.to, record.metrics, tags, _TRACKING_PATIENCE)
-    except TrackingAway as error:
+    except (TrackingAway, TrackingRefused) as error:
         _say(f"{error}; the detector is in the storage, the same command tracks it")
         return Trained(key, settings.to, record, "")
     note_run(storage, champion._replace(run_id=run_id))

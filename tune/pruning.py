@@ -42,7 +42,7 @@ def expected_epochs(trials: int, epochs: int) -> float:
     """Epochs over all of a study's trials, the stopped ones counted up to the rung that stopped them.
 
     Every rung is taken for a draw of its own. Where instead no trial ever overtakes another, later survivors are
-    better than the first one, which passed unseen, and more go on: 8 to 20 % more epochs, found by simulation.
+    better than the first one, which passed unseen, and more go on: 13 to 20 % more epochs, found by simulation.
     """
     total, running, trained = 0.0, float(trials), 0
     for rung in rungs(epochs):

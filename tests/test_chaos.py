@@ -81,7 +81,7 @@ def test_a_search_outlives_the_last_node_and_uses_those_that_join(
     env = chaos.environment(folder) | {"DSKD_CHECKPOINT_SECONDS": "3600"}
     with chaos.cluster(folder, env, 1, 1) as made:
         words = [
-            "--data", str(mvtec_root), "--categories", "tile", "--address", made.address, "--trials", "2",
+            "--data", str(mvtec_root), "--categories", "tile", "--address", made.address, "--trials", "4",
             "--epochs", "40", "--storage", env["DSKD_STORAGE"], "--json", *TINY,
         ]  # fmt: skip
         search = chaos.Search("shrinks", words, env, folder).start()
@@ -98,15 +98,17 @@ def test_a_search_outlives_the_last_node_and_uses_those_that_join(
             assert not search.has_ended, "a search waits for nodes"
             made.add(1)
             made.add(1)
-            chaos.wait_for(
-                lambda: {made.node_of(trial) for trial in made.find("trial")} == set(made.nodes), "work for both nodes"
-            )
+            used = set()
+            while not search.has_ended:
+                used |= {made.node_of(trial) for trial in made.find("trial")}
+                time.sleep(0.1)
+            assert used >= set(made.nodes), "a node that joins gets work"
             outcome = search.outcome(300)
         finally:
             search.end()
-        found = chaos.account(env, search.name, "tile", 2)
-        assert outcome["num_trials"] == 2 and found.doubled == 0 and found.redone <= 2, (outcome, found)
-        assert found.statuses["finished"] + found.statuses["pruned"] == 2
+        found = chaos.account(env, search.name, "tile", 4)
+        assert outcome["num_trials"] == 4 and found.doubled == 0 and found.redone <= 1, (outcome, found)
+        assert found.statuses["finished"] + found.statuses["pruned"] == 4
 
 
 @pytest.mark.cluster
@@ -126,7 +128,7 @@ def test_a_category_of_which_every_trial_fails_is_reported_and_the_other_is_sear
     assert done.returncode == 1, done.stderr
     spoilt, sound = json.loads(done.stdout)["categories"]
     assert spoilt["champion"] is None and spoilt["num_failed"] == 2 and "003.png" in spoilt["error"]
-    assert sound["champion"] and sound["num_failed"] == 0
+    assert sound["champion"] and sound["num_failed"] == 0, (sound, done.stderr)
     assert "tile: no champion: " in done.stderr
     study = optuna.load_study(study_name="spoilt/tile", storage=env["DSKD_STUDY_STORAGE"])
     assert [(trial.state.name, trial.value) for trial in study.trials] == [("COMPLETE", 0.0)] * 2

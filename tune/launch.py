@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
 
@@ -37,8 +37,9 @@ _TRACKING_PATIENCE = 600.0
 def launch(settings: SearchSettings) -> int:
     """Run a search; the exit code: 0 all categories have a champion, 1 some have none, 2 bad input."""
     try:
-        with ExitStack() as held:
-            return _search(settings, held)
+        # Ray prints a word on every lost worker, also on stdout, which is the JSON document's alone.
+        with ExitStack() as held, redirect_stdout(sys.stderr):
+            code, document = _search(settings, held)
     except (ValueError, ConnectionError, OSError) as error:
         preflight.complain(error)
         return 2
@@ -46,11 +47,16 @@ def launch(settings: SearchSettings) -> int:
         print("search: interrupted; the same command continues it", file=sys.stderr)  # noqa: T201
         return 130
     finally:
-        if ray.is_initialized():
-            ray.shutdown()
+        with redirect_stdout(sys.stderr):
+            if ray.is_initialized():
+                ray.shutdown()
+    if settings.json:
+        print(document)  # noqa: T201
+    return code
 
 
-def _search(settings: SearchSettings, held: ExitStack) -> int:
+def _search(settings: SearchSettings, held: ExitStack) -> tuple[int, str]:
+    """The exit code, and the document for --json."""
     progress = Progress(settings.trials, settings.epochs)
     faults = preflight.input_faults(settings)
     if not faults:
@@ -100,9 +106,8 @@ def _search(settings: SearchSettings, held: ExitStack) -> int:
     if num_unsent := tracker.close(_TRACKING_PATIENCE):
         progress.say(f"MLflow is away: {num_unsent} events are in {unsent}; the same command writes them")
     _show(outcomes, settings, progress.time_share())
-    if settings.json:
-        print(json.dumps({"name": settings.name, "categories": summary(outcomes)}, indent=2))  # noqa: T201
-    return 0 if all(outcome.champion for outcome in outcomes) else 1
+    document = json.dumps({"name": settings.name, "categories": summary(outcomes)}, indent=2)
+    return 0 if all(outcome.champion for outcome in outcomes) else 1, document
 
 
 def _end(progress: Progress, reason: str) -> None:

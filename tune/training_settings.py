@@ -63,5 +63,7 @@ class TrainingSettings:
 
     @property
     def artifact_location(self) -> str | None:
-        """Where MLflow keeps artifacts; None leaves it to the server."""
-        return None if self.tracking_uri else f"file://{self.storage_uri}/mlflow-artifacts"
+        """Where MLflow keeps artifacts; None leaves it to the server, a database alone keeps none."""
+        if self.tracking.startswith(("http://", "https://", "databricks")):
+            return None
+        return f"{'' if '://' in self.storage_uri else 'file://'}{self.storage_uri}/mlflow-artifacts"

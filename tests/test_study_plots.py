@@ -34,9 +34,10 @@ def study_of(*objectives: float, storage: str | None = None) -> optuna.Study:
     ("objectives", "drawn", "reason"),
     [
         ((), set(), "needs 1 finished trials, there are 0"),
-        ((0.5,), {"history.png"}, "needs 2 finished trials of different objectives, there are 1"),
-        ((0.5, 0.5), {"history.png"}, "needs 2 finished trials of different objectives, there are 2"),
-        ((0.5, 0.7, 0.6, 0.9, 0.2), {"history.png", "importance.png", "trials.png"}, ""),
+        ((0.5,), {"history.png"}, "needs 8 finished trials of different objectives, there are 1"),
+        ((0.5, 0.5), {"history.png"}, "of different objectives, there are 2"),
+        ((0.5, 0.7), {"history.png", "trials.png"}, "importance.png: needs 8 finished trials"),
+        ((0.5, 0.7, 0.6, 0.9, 0.2, 0.4, 0.3, 0.8), {"history.png", "importance.png", "trials.png"}, ""),
     ],
 )
 def test_each_picture_is_there_or_its_absence_explained(

@@ -9,8 +9,9 @@ from typing import Any
 import optuna
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-_FEWEST = 2
-"""Trials below which neither importance nor a comparison of trials means anything."""
+_FEWEST_TO_COMPARE = 2
+_FEWEST_TO_WEIGH = 8
+"""Trials below which the importance of a dozen parameters is noise, and soon after still is."""
 # Optuna draws through pyplot, which keeps its figures and styles for the whole process.
 _drawing = threading.Lock()
 
@@ -34,30 +35,32 @@ def draw(study: optuna.Study, folder: Path) -> tuple[str, ...]:
     missing = []
     kinds: tuple[tuple[str, int, Callable[[optuna.Study], Any]], ...] = (
         ("history", 1, plots.plot_optimization_history),
-        ("importance", _FEWEST, plots.plot_param_importances),
-        ("trials", _FEWEST, plots.plot_parallel_coordinate),
+        ("importance", _FEWEST_TO_WEIGH, plots.plot_param_importances),
+        ("trials", _FEWEST_TO_COMPARE, plots.plot_parallel_coordinate),
     )
     for kind, fewest, plot in kinds:
-        if len(complete) < fewest or (fewest > 1 and len(differing) < fewest):
+        if len(complete) < fewest or (fewest > 1 and len(differing) < 2):
             missing.append(
                 f"{kind}.png: needs {fewest} finished trials"
                 f"{' of different objectives' if fewest > 1 else ''}, there are {len(complete)}"
             )
             continue
         try:
-            _save(plot, study, folder / f"{kind}.png")
+            _save(plot, study, len(complete), folder / f"{kind}.png")
         except (ValueError, RuntimeError) as error:  # Optuna's own conditions on a space or its trials
             missing.append(f"{kind}.png: {str(error).splitlines()[0][:200]}")
     return tuple(missing)
 
 
-def _save(plot: Callable[[optuna.Study], Any], study: optuna.Study, path: Path) -> None:
+def _save(plot: Callable[[optuna.Study], Any], study: optuna.Study, num_trials: int, path: Path) -> None:
     from matplotlib import pyplot
 
     with _drawing, warnings.catch_warnings(), pyplot.rc_context():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        warnings.simplefilter("ignore")  # that the functions are new, and that a parameter never varied
         pyplot.switch_backend("agg")
-        figure = plot(study).figure
+        axes = plot(study)
+        figure = axes.figure
+        axes.set_title(f"{num_trials} finished trials", loc="right", fontsize=9)
         try:
             wide = max(7.0, 1.1 * len(study.best_trial.params)) if path.stem == "trials" else 8.0
             figure.set_size_inches(wide, 5.0)

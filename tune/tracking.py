@@ -378,7 +378,12 @@ class Tracker:
             self._experiment = (
                 known.experiment_id
                 if known
-                else self._client.create_experiment(self._search, artifact_location=self._artifact_location)
+                else self._client.create_experiment(
+                    self._search,
+                    artifact_location=self._artifact_location,
+                    # Else its page opens among traces and prompts.
+                    tags={"mlflow.experimentKind": "custom_model_development"},
+                )
             )
         return self._experiment
 

@@ -181,6 +181,7 @@ def _train(
             run.restore(Path(folder))
     trained = ray.train.torch.prepare_model(run.students) if shard.world_size > 1 else run.students
     saved = time.monotonic()
+    machine_usage(device, default_folder())  # the next one tells what happens from here on
     for progress, seconds in _timed(run.epochs(trained, shard)):
         metrics = {
             "epoch": progress.epoch.number + 1,

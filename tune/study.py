@@ -362,6 +362,10 @@ class _Observe(ray.tune.Callback):
         _free_workers(trial)
         _tell_end(trial, True)
 
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        if _revived["is_cut"]:  # this was the last step; afterwards Tune calls them all terminated
+            _revived["cut"].update(trial.trial_id for trial in trials if not trial.is_finished())
+
     def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
         self.on_step_begin(0, trials)  # where all had ended already, no step is taken
         for trial in trials:
@@ -369,8 +373,6 @@ class _Observe(ray.tune.Callback):
                 _free_workers(trial)
                 if _revived["is_cut"]:
                     _revived["events"].put(TrialEnded(_revived["assignment"].category, trial.trial_id, "cut", ""))
-            if _revived["is_cut"] and (trial.trial_id in _revived["running"] or trial.status == Trial.PENDING):
-                _revived["cut"].add(trial.trial_id)
 
 
 def _tell_end(trial: Trial, is_lost: bool) -> None:

@@ -74,6 +74,7 @@ def pull(
         figures = ("val/objective", "test/image_auroc", "test/pixel_auroc", "test/aupro")
         remarks = [
             *([] if one.is_final else ["best so far"]),
+            *(["chosen by the test images"] if record.selection == "oracle" else []),
             *(["untrained teacher"] if record.is_untrained_teacher else []),
         ]
         table.add_row(

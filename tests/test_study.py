@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from dskd.config import RunConfig
 from dskd.presets import PRESETS
 from tune import study
+from tune.pruning import RUNG
 from tune.settings import SearchSettings
 from tune.space import build_space
 from tune.study import (
@@ -141,11 +142,48 @@ def test_the_untuned_presets_are_never_pruned_and_others_are(monkeypatch: pytest
     for name, objective, point in (
         ("good", 0.9, hard), ("better", 0.95, hard), ("bad", 0.1, hard), ("untuned and worse", 0.05, untuned)
     ):  # fmt: skip
-        trial = cast(Any, SimpleNamespace(trial_id=name, config=point))
+        trial = cast(Any, SimpleNamespace(trial_id=name, config=point, last_result=None))
         halving.on_trial_add(cast(Any, None), trial)
         decisions[name] = halving.on_trial_result(None, trial, {"epoch": 1, "objective": objective})
     assert decisions["bad"] == "STOP"
     assert decisions["untuned and worse"] == decisions["better"] == "CONTINUE"
+
+
+def test_a_continued_search_compares_trials_at_the_epochs_that_the_undisturbed_one_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    space = build_space({"stfpm": PRESETS["stfpm"]})
+    monkeypatch.setitem(study._revived, "space", space)
+    _, hard, *_ = space.starting_points()
+
+    def decide(killed: bool) -> list[str]:
+        halving = _Halving(
+            time_attr="epoch", metric="objective", mode="max", max_t=10, grace_period=1, reduction_factor=3
+        )
+        good = cast(Any, SimpleNamespace(trial_id="good", config=hard, last_result={}))
+        halving.on_trial_add(cast(Any, None), good)
+        halving.on_trial_result(None, good, {"epoch": 1, "objective": 0.4})
+        if killed:  # at epoch 5: Tune makes a new scheduler and adds the trials that it knows
+            halving = _Halving(
+                time_attr="epoch", metric="objective", mode="max", max_t=10, grace_period=1, reduction_factor=3
+            )
+            good.last_result = {"epoch": 5, "objective": 0.9, f"{RUNG}1": 0.4, f"{RUNG}3": 0.7}
+            halving.on_trial_add(cast(Any, None), good)
+        else:
+            halving.on_trial_result(None, good, {"epoch": 3, "objective": 0.7})
+        for epoch in (6, 7):
+            halving.on_trial_result(None, good, {"epoch": epoch, "objective": 0.9})
+        decisions = []
+        for name, objectives in (("slow", {1: 0.5, 3: 0.6}), ("late", {1: 0.48, 3: 0.8}), ("bad", {1: 0.3})):
+            other = cast(Any, SimpleNamespace(trial_id=name, config=hard, last_result=None))
+            halving.on_trial_add(cast(Any, None), other)
+            decisions += [
+                halving.on_trial_result(None, other, {"epoch": epoch, "objective": objective})
+                for epoch, objective in objectives.items()
+            ]
+        return decisions
+
+    assert decide(killed=True) == decide(killed=False) == ["CONTINUE", "STOP", "CONTINUE", "CONTINUE", "STOP"]
 
 
 def test_the_deadline_interrupts_tune_once_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:

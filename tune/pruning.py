@@ -4,6 +4,10 @@ REDUCTION = 3
 """At every rung about one trial of this many goes on."""
 
 
+RUNG = "rung/"
+"""With an epoch behind it, the name under which a trial reports its objective of that epoch ever after."""
+
+
 def grace_period(epochs: int) -> int:
     """Epochs that every trial gets: the first rung."""
     return max(1, epochs // REDUCTION**2)

@@ -28,7 +28,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.queue import Queue
 
 from tune.machine import PREFIX as MACHINE
-from tune.pruning import REDUCTION, grace_period
+from tune.pruning import REDUCTION, RUNG, grace_period
 from tune.settings import SearchSettings
 from tune.space import Space
 from tune.tracking import DataUsed, EpochDone, Status, TrialEnded, TrialStarted
@@ -264,8 +264,17 @@ class _Searcher(OptunaSearch):
 class _Halving(ASHAScheduler):
     """ASHA that lets the untuned presets train to their end, so that no search is worse than they are.
 
-    They take their places in the rungs all the same.
+    They take their places in the rungs all the same. The rungs themselves are in no snapshot of Tune; of a
+    continued search they are filled from what its trials reported last, or new trials would be compared
+    with nothing, and old ones that go on would enter rungs that they passed long ago with what they reach now.
     """
+
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        super().on_trial_add(tune_controller, trial)
+        last = trial.last_result or {}
+        for milestone, recorded in self._trial_info[trial.trial_id]._rungs:
+            if (value := last.get(f"{RUNG}{milestone}")) is not None:
+                recorded[trial.trial_id] = self._metric_op * value
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         decision: str = super().on_trial_result(tune_controller, trial, result)

@@ -25,6 +25,7 @@ from dskd.show.overlays import preview_of
 from dskd.show.validation import write_figures
 from dskd.train import NonFiniteLoss, Shard
 from tune.machine import machine_usage
+from tune.pruning import RUNG, rungs
 from tune.staging import local_copy
 from tune.storage import insistently
 
@@ -189,6 +190,7 @@ def _train(
             "val/objective": progress.objective,
             **{f"val/{name}": value for name, value in progress.scores._asdict().items()},
             **{name: value for name, value in progress.epoch._asdict().items() if name != "number"},
+            **{f"{RUNG}{rung}": run.history[rung - 1].best_objective for rung in _passed(run)},
             "validation_seconds": seconds - progress.epoch.seconds,
             **machine_usage(device, default_folder()),
             DATA_SHA256: materials.data_sha256,
@@ -209,6 +211,11 @@ def _train(
                 run.save(Path(temporary))
             yield Report(metrics, Path(temporary))
         saved = time.monotonic()
+
+
+def _passed(run: Distillation) -> list[int]:
+    """The epochs at which the run was compared with others."""
+    return [rung for rung in rungs(run.config.train.epochs) if rung <= run.next_epoch]
 
 
 def _timed(epochs: Iterator[Progress]) -> Iterator[tuple[Progress, float]]:

@@ -328,6 +328,7 @@ class Tracker:
             inputs = [DatasetInput(used, [InputTag("mlflow.data.context", "training")])]
             for each in (run, self._category_run(event.category)):
                 self._client.log_inputs(each, inputs)
+            self._client.set_tag(run, "dskd.data_sha256", event.sha256)  # what tune/train.py --from-run compares
         elif isinstance(event, EpochDone):
             self._client.log_batch(run, metrics=_metrics(event.metrics, event.epoch, event.time_ms))
         else:

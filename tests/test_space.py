@@ -92,7 +92,10 @@ def test_the_ends_of_every_dimension_are_valid_runs(space: Space) -> None:
 def test_a_search_starts_from_the_preset_itself_and_then_its_hard_loss(base: RunConfig) -> None:
     space = build_space({"it": base})
     runs = [space.configuration(point) for point in space.starting_points()]
-    assert runs[0] == base and runs[-1] == base.with_values({"hkd_weight": 1.0})
+    rate = base.train.learning_rate
+    rates = [base.with_values({"learning_rate": each}) for each in (2 * rate, rate / 2)]
+    hard = base.with_values({"hkd_weight": 1.0})
+    assert runs == [base, *([hard] if hard != base else []), *rates]
     assert len(runs) == len({str(run) for run in runs}), "no trial twice"
 
 
@@ -101,8 +104,11 @@ def test_a_search_of_all_presets_starts_from_each_untuned() -> None:
     runs = [space.configuration(point) for point in space.starting_points()]
     assert runs[:4] == list(PRESETS.values())
     hard = [PRESETS[name].with_values({"hkd_weight": 1.0}) for name in ("dskd", "stfpm", "rd4ad")]
-    assert runs[4:] == hard, "aand has that loss already"
-    assert [space.is_untuned(point) for point in space.starting_points()] == [True] * 4 + [False] * 3
+    assert runs[4:7] == hard, "aand has that loss already"
+    assert [run.train.learning_rate for run in runs[7:]] == [
+        factor * PRESETS[name].train.learning_rate for factor in (2, 0.5) for name in PRESETS
+    ]
+    assert [space.is_untuned(point) for point in space.starting_points()] == [True] * 4 + [False] * 11
 
 
 @pytest.mark.filterwarnings("error")  # Optuna takes a value beyond its bounds, and warns

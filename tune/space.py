@@ -6,7 +6,7 @@ a dimension too.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -187,21 +187,31 @@ class Space:
         return with_suggestions(self.bases[preset], values)
 
     def starting_points(self) -> list[dict[str, Any]]:
-        """What a search tries first: each preset itself, each with AAND's hard-patch loss, and the winners.
+        """What a search tries first, once each.
 
-        A preset's value that a dimension leaves out is moved to the nearest that it has.
+        Each preset itself, each with AAND's hard-patch loss, the winners, then each preset with its learning rate
+        doubled and halved: small steps from what is known to be good, where a sampler that knows nothing yet would
+        draw all dimensions at random. A preset's value that a dimension leaves out is moved to the nearest that it has.
         """
-        presets = self._untuned()
-        hard = [
-            self._point(preset, base.with_values({"hkd_weight": 1.0}), move=True)
-            for preset, base in self.bases.items()
-            if "hkd_weight" in self.dimensions[preset]
-        ]
         points: list[dict[str, Any]] = []
-        for point in [*presets, *hard, *map(dict, self.winners)]:
+        for point in [
+            *self._untuned(),
+            *self._changed("hkd_weight", lambda value: 1.0),
+            *map(dict, self.winners),
+            *self._changed("learning_rate", lambda value: 2 * value),
+            *self._changed("learning_rate", lambda value: value / 2),
+        ]:
             if point not in points:
                 points.append(point)
         return points
+
+    def _changed(self, name: str, change: Callable[[float], float]) -> list[dict[str, Any]]:
+        """Each preset with one of its values changed, where that is a dimension."""
+        return [
+            self._point(preset, base.with_values({name: change(base.flat()[name])}), move=True)
+            for preset, base in self.bases.items()
+            if name in self.dimensions[preset]
+        ]
 
     def is_untuned(self, suggested: Mapping[str, Any]) -> bool:
         """Whether a trial is one of the presets itself."""

@@ -116,7 +116,11 @@ def test_a_category_of_which_every_trial_fails_is_reported_and_the_other_is_sear
     mvtec_root: Path, folder: Path, chaos: ModuleType
 ) -> None:
     shutil.copytree(mvtec_root, folder / "data")
-    (folder / "data/tile/train/good/003.png").write_bytes(b"no image")
+    # Sound at both ends, which is all that is looked at before a search begins.
+    spoilt_file = folder / "data/tile/train/good/003.png"
+    content = bytearray(spoilt_file.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 64] = b"x" * 64
+    spoilt_file.write_bytes(content)
     env = chaos.environment(folder) | {"RAY_AUTH_MODE": "disabled"}
     done = subprocess.run(
         [

@@ -291,8 +291,10 @@ class Tracker:
                 except _GivenUp:
                     self._interrupted.append(event)
                     return
-                except Exception:  # a fault of ours in one event must not stop the others
-                    logger.exception("could not track %s of %s", type(event).__name__, event.category)
+                except Exception as error:  # a fault of ours in one event must not stop the others
+                    # One line: a traceback may repeat the server's address with a password in it.
+                    what = f"{type(event).__name__} of {event.category}"
+                    logger.error("could not track %s: %s: %s", what, type(error).__name__, _first_line(error))
 
     def _insistently(self, write: Any, deadline: float = math.inf) -> Any:
         pause = _FIRST_PAUSE

@@ -51,8 +51,8 @@ class Options:
     kills: int = 21
     seed: int = 0
     """Of the schedule of kills."""
-    trials: int = 6
-    epochs: int = 12
+    trials: int = 5
+    epochs: int = 40
     workers_per_trial: int = 2
     max_concurrent: int = 1
     """Trials at once; with several, which of them is pruned depends on their speed, and so may the champion."""
@@ -62,7 +62,7 @@ class Options:
     data: Path | None = None
     """Folder of categories, of which the first is searched; drawn unless given."""
     preset: str = "dskd"
-    longest_pause: float = 15.0
+    longest_pause: float = 8.0
     """Seconds at most between a target's appearance and its kill."""
     folder: Path | None = None
     """Keeps logs and results; a temporary folder unless given."""

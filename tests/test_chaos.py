@@ -63,7 +63,7 @@ def test_five_kills_cost_a_search_neither_a_trial_nor_its_champion(
         monkeypatch.setenv(name, canary)
     monkeypatch.setattr(chaos, "environment", lambda of: used.update(environment(of)) or used)
     options = chaos.Options(
-        kills=5, trials=3, epochs=9, workers_per_trial=1, nodes=3, data=mvtec_root, preset="stfpm", longest_pause=3.0
+        kills=5, trials=3, epochs=40, workers_per_trial=1, nodes=3, data=mvtec_root, preset="stfpm", longest_pause=3.0
     )
     is_whole = chaos.run(options, folder)
     assert is_whole, capsys.readouterr().out

@@ -1,5 +1,6 @@
 """What the driver of a study does beside Tune: after kills, on a cluster that changes, and without a dashboard."""
 
+import math
 import os
 import signal
 import time
@@ -18,6 +19,7 @@ from dskd.presets import PRESETS
 from tune import study
 from tune.pruning import RUNG
 from tune.settings import SearchSettings
+from tune.sharing import Share, Shares
 from tune.space import build_space
 from tune.study import (
     StudyStorage,
@@ -35,6 +37,14 @@ from tune.worker import PLACEMENT_GROUP
 POINTS = [{"depth": 1}, {"depth": 2}]
 
 
+class Fixed(Share):
+    """A share that asks nobody."""
+
+    def __init__(self, side_by_side: int) -> None:
+        super().__init__(None)
+        self._side_by_side, self._asked = side_by_side, math.inf
+
+
 def depth(trial: Any) -> None:
     trial.suggest_int("depth", 1, 100)
 
@@ -45,7 +55,7 @@ def searcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> _Searcher:
     monkeypatch.setattr(
         study,
         "_revived",
-        {"study_url": url, "assignment": None, "max_concurrent": 100, "side_by_side": 1, "running": set()},
+        {"study_url": url, "assignment": None, "max_concurrent": 100, "share": Fixed(1), "running": set()},
     )
     return search_algorithm(url)
 
@@ -83,8 +93,17 @@ def test_a_kill_between_two_snapshots_neither_loses_nor_repeats_a_suggestion(
     assert states(revived).count("COMPLETE") == 1
 
 
+def test_the_last_categories_share_what_the_others_leave() -> None:
+    shares = Shares(num_categories=5, side_by_side=3)
+    for expected in (3, 3, 3, 2, 1, 1):
+        assert shares.side_by_side() == expected
+        shares.end_category()
+    assert [Fixed(3).of(slots) for slots in (1, 3, 8)] == [1, 1, 3], "rounded up, so that no slot idles"
+    assert [Fixed(3).of(slots, is_limit=True) for slots in (1, 5, 8)] == [1, 1, 2]
+
+
 def test_a_search_follows_the_size_of_the_cluster(searcher: _Searcher, monkeypatch: pytest.MonkeyPatch) -> None:
-    study._revived.update(max_concurrent=None, side_by_side=2)
+    study._revived.update(max_concurrent=None, share=Fixed(2))
     for slots, expected in ((1, [True, False]), (6, [True, True, False]), (0, [False])):
         monkeypatch.setattr(study, "concurrent_trials", lambda _, slots=slots: slots)
         taken = [searcher.suggest(f"{slots}-{number}") is not None for number in range(len(expected))]

@@ -21,6 +21,7 @@ from tune.champions import Champion, crown, evaluate_on_test, fetch_figures, fin
 from tune.notes import category_note
 from tune.progress import Progress
 from tune.settings import SearchSettings
+from tune.sharing import Share, Shares
 from tune.space import Space
 from tune.storage import Storage, StorageError, open_search
 from tune.study import Study, concurrent_trials, search_category
@@ -32,6 +33,8 @@ from tune.worker import Assignment
 # A decorated function would be pickled by value and lose its module's state; this one goes by reference.
 # A cluster that loses nodes for days may lose this one's again and again; it goes on from Tune's last snapshot.
 _search_category = ray.remote(num_cpus=0, max_retries=100)(search_category)
+
+_Shares = ray.remote(num_cpus=0)(Shares)
 
 _TRACKING_PATIENCE = 300.0
 """Seconds that a finished category waits for a tracking server that is away."""
@@ -100,6 +103,7 @@ def run_search(
     # On the driver's node: with another one, the events on their way and the search itself would be lost.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     events = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+    shares: Any = _Shares.options(scheduling_strategy=here).remote(len(categories), side_by_side)
     all_done = threading.Event()
     # One at a time and apart: a storage that is away must not hold up the events.
     noting = ThreadPoolExecutor(1, thread_name_prefix="best so far")
@@ -122,10 +126,13 @@ def run_search(
             assignment, category=category, workers_uri=f"{settings.search_uri}/workers/{category}"
         )
         try:
-            deadline = budget.begin_category()
-            space = with_winners(settings, category, spaces[category], progress)
-            task = _search_category.options(resources=driver_resources())
-            study = ray.get(task.remote(settings, mine, side_by_side, events, space, deadline))
+            try:
+                deadline = budget.begin_category()
+                space = with_winners(settings, category, spaces[category], progress)
+                task = _search_category.options(resources=driver_resources())
+                study = ray.get(task.remote(settings, mine, Share(shares), events, space, deadline))
+            finally:
+                shares.end_category.remote()  # what comes after takes no trial's place
             outcome, tags = _conclude(settings, mine, study, tracker, progress)
         except BudgetSpent as error:
             known = find_champion(Storage(settings.search_uri), category)

@@ -30,6 +30,7 @@ from ray.util.queue import Queue
 from tune.machine import PREFIX as MACHINE
 from tune.pruning import REDUCTION, RUNG, grace_period
 from tune.settings import SearchSettings
+from tune.sharing import Share
 from tune.space import Space
 from tune.tracking import DataUsed, EpochDone, Status, TrialEnded, TrialStarted
 from tune.trial import MAX_FAILURES, run_trial, trial_resources
@@ -77,15 +78,15 @@ def concurrent_trials(assignment: Assignment) -> int:
 def search_category(
     settings: SearchSettings,
     assignment: Assignment,
-    side_by_side: int,
+    share: Share,
     events: Queue,
     space: Space,
     deadline: float | None,
 ) -> Study:
     """Run or continue the trials of `assignment.category`, telling `events` what happens to them.
 
-    It runs `--max-concurrent` trials at once, or as many as the cluster holds at the time, divided by
-    the `side_by_side` categories that are searched together. `deadline` is a time in seconds since 1970.
+    It runs its `share` of `--max-concurrent` trials, or of as many as the cluster holds at the time. `deadline` is
+    a time in seconds since 1970.
 
     Meant to run in a Ray task: started again where its process was lost, it goes on from Tune's last
     snapshot.
@@ -100,7 +101,7 @@ def search_category(
         deadline=deadline,
         num_trials=settings.trials,
         max_concurrent=settings.max_concurrent,
-        side_by_side=side_by_side,
+        share=share,
         running=set(),
         cut=set(),
         is_cut=False,
@@ -246,7 +247,9 @@ class _Searcher(OptunaSearch):
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         """None, which means later, while as many trials run as should."""
         slots = _revived["max_concurrent"] or concurrent_trials(_revived["assignment"])
-        if len(self._ot_trials.keys() - self._completed_trials) >= max(1, slots // _revived["side_by_side"]):
+        if len(self._ot_trials.keys() - self._completed_trials) >= _revived["share"].of(
+            slots, is_limit=_revived["max_concurrent"] is not None
+        ):
             return None
         suggested: dict[str, Any] | None = super().suggest(trial_id)
         return suggested

@@ -1,0 +1,48 @@
+"""How many categories share the cluster now: fewer and fewer as a search comes to its end."""
+
+import math
+import time
+from contextlib import suppress
+from typing import Any
+
+import ray
+import ray.exceptions
+
+_KEPT_SECONDS = 2.0
+"""For so long an answer is taken to hold."""
+
+
+class Shares:
+    """Kept by the driver, asked by every category's study; an actor."""
+
+    def __init__(self, num_categories: int, side_by_side: int) -> None:
+        self._num_left, self._side_by_side = num_categories, side_by_side
+
+    def side_by_side(self) -> int:
+        """Categories that are searched at once, at least 1."""
+        return max(1, min(self._num_left, self._side_by_side))
+
+    def end_category(self) -> None:
+        """One category needs the cluster no more."""
+        self._num_left -= 1
+
+
+class Share:
+    """One study's part of the cluster."""
+
+    def __init__(self, shares: Any) -> None:
+        self._shares = shares
+        self._side_by_side = 1
+        self._asked = -math.inf
+
+    def of(self, slots: int, *, is_limit: bool = False) -> int:
+        """Trials that this study may have at once where the cluster holds `slots`, at least 1.
+
+        Rounded up, so that no slot idles; down where the slots are a limit that somebody set.
+        """
+        if time.monotonic() - self._asked > _KEPT_SECONDS:
+            # Where nobody answers the driver is gone, and this study goes with it.
+            with suppress(ray.exceptions.RayError):
+                self._side_by_side = ray.get(self._shares.side_by_side.remote(), timeout=30)
+            self._asked = time.monotonic()
+        return max(1, slots // self._side_by_side if is_limit else -(-slots // self._side_by_side))

@@ -8,9 +8,14 @@ RUNG = "rung/"
 """With an epoch behind it, the name under which a trial reports its objective of that epoch ever after."""
 
 
+_FEWEST_EPOCHS = 3
+"""Before that an objective says little: in a real search of *transistor* at 9 epochs all six tuned trials were stopped
+after the first one at .25 to .30, where the preset, which ended at .73, had .30 as well."""
+
+
 def grace_period(epochs: int) -> int:
     """Epochs that every trial gets: the first rung."""
-    return max(1, epochs // REDUCTION**2)
+    return max(min(_FEWEST_EPOCHS, epochs), epochs // REDUCTION**2)
 
 
 def rungs(epochs: int) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ RUNG = "rung/"
 
 _FEWEST_EPOCHS = 3
 """Before that an objective says little: in a real search of *transistor* at 9 epochs all six tuned trials were stopped
-after the first one at .25 to .30, where the preset, which ended at .73, had .30 as well."""
+after the first one at .25 to .30, where the preset, which ended at .73, had .31."""
 
 
 def grace_period(epochs: int) -> int:

@@ -32,7 +32,7 @@ from tune.study import (
     _Searcher,
 )
 from tune.tracking import EpochDone, Event, TrialEnded, TrialStarted
-from tune.worker import PLACEMENT_GROUP
+from tune.worker import CATEGORY, PLACEMENT_GROUP
 
 POINTS = [{"depth": 1}, {"depth": 2}]
 
@@ -150,6 +150,8 @@ def test_what_a_killed_driver_may_not_have_handed_on_is_said_once_more(
         trials[2].run_metadata.num_failures = 2
         observe.on_trial_result(0, trials, trials[2], {"epoch": epoch, "timestamp": 1})
         assert (trials[2].run_metadata.num_failures == 0) is forgiven
+    with pytest.raises(RuntimeError, match="a trial of bolt trained on nut"):
+        observe.on_trial_result(0, trials, trials[2], {"epoch": 3, "timestamp": 1, CATEGORY: "nut"})
 
 
 def test_the_untuned_presets_are_never_pruned_and_others_are(monkeypatch: pytest.MonkeyPatch) -> None:

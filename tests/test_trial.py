@@ -4,9 +4,12 @@ import dataclasses
 
 import pytest
 import ray
+from ray.tune.experiment import Experiment
 
 from dskd.config import RunConfig
-from tune.trial import driver_resources, trial_resources
+from dskd.presets import PRESETS
+from tune.space import build_space
+from tune.trial import driver_resources, trainable, trial_resources
 from tune.worker import Assignment
 
 ALONE = Assignment(
@@ -25,3 +28,17 @@ def test_only_what_waits_asks_for_a_node_that_stays(
     (waiting,) = trial_resources(NESTED).bundles
     assert {name: share for name, share in waiting.items() if name != "memory"} == asked
     assert trial_resources(ALONE).bundles == [{"CPU": 2.0, "GPU": 0.5}], "a trial that computes goes where it can"
+
+
+def test_trainables_of_different_categories_never_share_a_name_in_the_table_of_the_job() -> None:
+    space = build_space({"dskd": PRESETS["dskd"]})
+    names = [
+        Experiment.get_trainable_name(
+            trainable(
+                dataclasses.replace(ALONE, category=category, workers_uri=f"s3://b/parts/workers/{category}"), space
+            )
+        )
+        for category in ("bolt", "screw", "Mutter Ø 8", "bolt")
+    ]
+    assert len(set(names)) == 3 and names[0] == names[3], "a continued search finds its own"
+    assert all(name.isascii() for name in names)

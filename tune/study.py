@@ -33,8 +33,8 @@ from tune.settings import SearchSettings
 from tune.sharing import Share
 from tune.space import Space
 from tune.tracking import DataUsed, EpochDone, Status, TrialEnded, TrialStarted
-from tune.trial import MAX_FAILURES, run_trial, trial_resources
-from tune.worker import DATA_SHA256, DETECTOR_FOLDER, PLACEMENT_GROUP, Assignment
+from tune.trial import MAX_FAILURES, trainable
+from tune.worker import CATEGORY, DATA_SHA256, DETECTOR_FOLDER, PLACEMENT_GROUP, Assignment
 
 _EPOCH_METRICS = (
     "loss",
@@ -106,15 +106,13 @@ def search_category(
         cut=set(),
         is_cut=False,
     )
-    trainable = ray.tune.with_resources(
-        ray.tune.with_parameters(run_trial, assignment=assignment, space=space), trial_resources(assignment)
-    )
+    runs = trainable(assignment, space)
     folder, name = f"{settings.search_uri}/tune", assignment.category
     if ray.tune.Tuner.can_restore(f"{folder}/{name}"):
-        tuner = ray.tune.Tuner.restore(f"{folder}/{name}", trainable, resume_unfinished=True)
+        tuner = ray.tune.Tuner.restore(f"{folder}/{name}", runs, resume_unfinished=True)
     else:
         tuner = ray.tune.Tuner(
-            trainable,
+            runs,
             tune_config=ray.tune.TuneConfig(
                 metric="objective",
                 mode="max",
@@ -356,6 +354,8 @@ class _Observe(ray.tune.Callback):
         }
         assignment: Assignment = _revived["assignment"]
         category, epoch = assignment.category, int(result["epoch"])
+        if (trained := result.get(CATEGORY, category)) != category:
+            raise RuntimeError(f"a trial of {category} trained on {trained}: its results must not count.")
         if result.get("training_iteration") == 1 and DATA_SHA256 in result:
             source = f"{assignment.data}/{category}"
             _revived["events"].put(DataUsed(category, trial.trial_id, source, result[DATA_SHA256]))

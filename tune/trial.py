@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -23,6 +24,19 @@ MAX_FAILURES = 3
 DRIVER_RESOURCE = "dskd_driver"
 """Custom resource of nodes that stay: whatever waits for others asks for a bit of it, so that no spot node holds it."""
 _DRIVER_MEMORY = 512 * 2**20
+
+
+def trainable(assignment: Assignment, space: Space) -> Any:
+    """What Tune runs for every trial of a category, under a name of its own.
+
+    Tune hands trainables to its processes through one table of the whole job, by name: were those of two
+    categories called alike, the trials of one would train on the data of the other (seen with Ray 2.60).
+    """
+    made: Any = ray.tune.with_resources(
+        ray.tune.with_parameters(run_trial, assignment=assignment, space=space), trial_resources(assignment)
+    )
+    made.__name__ = f"run_trial_{hashlib.sha256(assignment.workers_uri.encode()).hexdigest()[:16]}"
+    return made
 
 
 def run_trial(suggested: Mapping[str, Any], assignment: Assignment, space: Space) -> None:

@@ -32,6 +32,8 @@ from tune.storage import insistently
 DETECTOR_FOLDER = "detector"
 FIGURES_FOLDER = "figures"
 """Beside the detector: pictures of its validation."""
+CATEGORY = "category"
+"""Under this name every epoch reports what it trained on."""
 DATA_SHA256 = "data_sha256"
 """Under this name every epoch reports the fingerprint of the images that it trained and was validated on."""
 PLACEMENT_GROUP = "placement_group"
@@ -193,6 +195,7 @@ def _train(
             **{f"{RUNG}{rung}": run.history[rung - 1].best_objective for rung in _passed(run)},
             "validation_seconds": seconds - progress.epoch.seconds,
             **machine_usage(device, default_folder()),
+            CATEGORY: materials.category,
             DATA_SHA256: materials.data_sha256,
         }
         is_last = run.next_epoch == config.train.epochs

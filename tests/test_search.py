@@ -276,6 +276,8 @@ def head(tmp_path: Path, short_folder: str, served: dict[str, str]) -> Iterator[
         [
             "ray", "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2",
             "--disable-usage-stats", f"--ray-client-server-port={services.free_port()}", f"--temp-dir={short_folder}",
+            # Its usual port may be another cluster's, and then no job is ever taken.
+            f"--dashboard-agent-listen-port={services.free_port()}",
         ],
         env=env, cwd=tmp_path, stdout=(tmp_path / "head.log").open("w"), stderr=subprocess.STDOUT,
         start_new_session=True,

@@ -6,6 +6,7 @@ one.
 """
 
 import functools
+import importlib
 import importlib.resources
 import json
 import os
@@ -52,7 +53,7 @@ def check_compose_ports(text: str) -> list[str]:
 
 def check_ray_cluster(text: str) -> list[str]:
     """Ray's schema, what `ray up` validates beyond it, and EC2's own model of the node configurations."""
-    util = pytest.importorskip("ray.autoscaler._private.util")
+    util = importlib.import_module("ray.autoscaler._private.util")
     config = yaml.safe_load(text)
     schema = json.loads((importlib.resources.files("ray.autoscaler") / "ray-schema.json").read_text())
     problems = _schema_problems(config, schema)
@@ -62,9 +63,9 @@ def check_ray_cluster(text: str) -> list[str]:
         util.validate_config(util.prepare_config(yaml.safe_load(text)))
     except Exception as error:  # whatever Ray raises is a problem of the file
         problems.append(f"{type(error).__name__}: {error}")
-    session = pytest.importorskip("botocore.session").get_session()
+    session = importlib.import_module("botocore.session").get_session()
     shape = session.get_service_model("ec2").operation_model("RunInstances").input_shape
-    validator = pytest.importorskip("botocore.validate").ParamValidator()
+    validator = importlib.import_module("botocore.validate").ParamValidator()
     for name, node in config["available_node_types"].items():
         report = validator.validate({**node["node_config"], "MinCount": 1, "MaxCount": 1}, shape)
         if report.has_errors():
@@ -112,7 +113,7 @@ def check_kuberay(objects: list[Object]) -> list[str]:
 
 def check_kubernetes(objects: list[Object]) -> list[str]:
     """Plain objects, and each pod template of KubeRay's as the Pod that it makes of it."""
-    validator = pytest.importorskip("kubernetes_validate")
+    validator = importlib.import_module("kubernetes_validate")
     problems = []
     for thing in (plain for each in objects for plain in _plain(each)):
         try:
@@ -173,7 +174,7 @@ def check_references(objects: list[Object]) -> list[str]:
 
 def check_ray_rules(objects: list[Object]) -> list[str]:
     """Token on, workers from zero or all at once, drivers on the head alone, nobody else's pods let in."""
-    derive = pytest.importorskip("ray.autoscaler._private.kuberay.autoscaling_config")
+    derive = importlib.import_module("ray.autoscaler._private.kuberay.autoscaling_config")
     cluster = _ray_cluster(objects)
     spec = cluster["spec"]
     nodes = derive._derive_autoscaling_config_from_ray_cr(cluster)[
@@ -230,7 +231,7 @@ def check_gpus(objects: list[Object]) -> list[str]:
 
 def check_policy(text: str) -> list[str]:
     """No wildcard right, S3 rights on one bucket only, EC2 actions that exist."""
-    session = pytest.importorskip("botocore.session").get_session()
+    session = importlib.import_module("botocore.session").get_session()
     ec2 = set(session.get_service_model("ec2").operation_names)
     policy = json.loads(text)
     problems = [] if policy["Version"] == "2012-10-17" else [f"version {policy['Version']}"]
@@ -338,7 +339,7 @@ def check_programs(text: str) -> list[str]:
 
 def check_mlflow_environment(text: str) -> list[str]:
     """Each MLFLOW_ variable is one that the installed MLflow reads."""
-    mlflow = pytest.importorskip("mlflow.environment_variables")
+    mlflow = importlib.import_module("mlflow.environment_variables")
     known = {name for name in vars(mlflow) if name.startswith("MLFLOW_")}
     known |= {parameter.envvar for parameter in _program("mlflow").commands["server"].params}
     return [f"MLflow reads no {name}" for name in sorted(set(re.findall(r"\bMLFLOW_[A-Z_]+", text)) - known)]
@@ -600,7 +601,7 @@ def test_no_command_names_the_study_storage() -> None:
 
 
 def _schema_problems(document: Any, schema: dict[str, Any]) -> list[str]:
-    jsonschema = pytest.importorskip("jsonschema")
+    jsonschema = importlib.import_module("jsonschema")
     validator = jsonschema.validators.validator_for(schema)(schema)
     return [f"{error.json_path}: {error.message[:300]}" for error in validator.iter_errors(document)]
 
@@ -717,7 +718,7 @@ def _flags(words: str) -> set[str]:
 @functools.cache
 def _program(name: str) -> Any:
     """The command line of ray or mlflow, as the installed package defines it."""
-    return pytest.importorskip({"ray": "ray.scripts.scripts", "mlflow": "mlflow.cli"}[name]).cli
+    return importlib.import_module({"ray": "ray.scripts.scripts", "mlflow": "mlflow.cli"}[name]).cli
 
 
 def _command(program: str, words: list[str]) -> Any:

@@ -22,6 +22,7 @@ from dskd.config import RunConfig
 from tune import identity, preflight
 from tune.champions import Champion
 from tune.lease import only_search
+from tune.places import unsent_events
 from tune.progress import Progress, TimeShare
 from tune.settings import SearchSettings
 from tune.staging import absolute, outline
@@ -86,8 +87,7 @@ def _search(settings: SearchSettings, held: ExitStack) -> tuple[int, str]:
         min_workers=settings.min_workers_per_trial,
     )
     identity.record(Storage(settings.search_uri), settings, spaces, assignment.gpus_per_worker)
-    folder = Path.home() if settings.is_remote_storage else Path(settings.storage_uri)
-    unsent = folder / f"dskd-unsent-{settings.name}.jsonl"
+    unsent = unsent_events(settings.storage, settings.name)
     tracker = Tracker(
         settings.tracking,
         settings.name,

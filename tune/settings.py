@@ -10,6 +10,7 @@ from typing import Literal
 from dskd.config import RunConfig, Selection
 from dskd.data.datasets import find_categories
 from dskd.presets import PRESETS
+from tune import places
 from tune.space import Space, build_space
 from tune.space_file import SpaceFile, read_space
 
@@ -131,23 +132,19 @@ class SearchSettings:
 
     @property
     def is_remote_storage(self) -> bool:
-        return "://" in self.storage
+        return places.is_remote(self.storage)
 
     @property
     def storage_uri(self) -> str:
-        """Absolute folder, or the URI as given without a trailing slash."""
-        return self.storage.rstrip("/") if self.is_remote_storage else str(Path(self.storage).absolute())
+        return places.absolute_storage(self.storage)
 
     @property
     def tracking(self) -> str:
-        return self.tracking_uri or f"sqlite:///{self.storage_uri}/mlflow.db"
+        return places.tracking_address(self.tracking_uri, self.storage)
 
     @property
     def artifact_location(self) -> str | None:
-        """Where MLflow keeps artifacts; None leaves it to the server, a database alone keeps none."""
-        if self.tracking.startswith(("http://", "https://", "databricks")):
-            return None
-        return f"{'' if '://' in self.storage_uri else 'file://'}{self.storage_uri}/mlflow-artifacts"
+        return places.artifact_location(self.tracking, self.storage)
 
     @property
     def studies(self) -> str:

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import pyarrow.fs
 
+from tune.places import absolute_storage, is_remote
+
 _T = TypeVar("_T")
 _PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 
@@ -227,8 +229,8 @@ def insistently(act: Callable[[], _T], what: str) -> _T:
 
 def open_search(storage: str, name: str) -> Storage:
     """The storage of an existing search: `name` below the folder or s3:// address `storage`."""
-    root = storage.rstrip("/") if "://" in storage else str(Path(storage).absolute())
-    if "://" not in storage and not Path(root, name).is_dir():
+    root = absolute_storage(storage)
+    if not is_remote(storage) and not Path(root, name).is_dir():
         raise StorageError(f"no search {name!r} in {root}; check --name and --storage.")
     return Storage(f"{root}/{name}")
 

@@ -25,6 +25,7 @@ from dskd.data.datasets import find_categories, read_category
 from dskd.model.teacher import build_teacher
 from tune.champions import crown, deliver, evaluate_on_test, find_champion, note_run
 from tune.launch import code_revision, connect
+from tune.places import unsent_events
 from tune.staging import absolute, listing_key, outline
 from tune.storage import Storage
 from tune.tracking import (
@@ -112,8 +113,7 @@ def _trained(settings: TrainingSettings) -> Trained:
         _say("UNTRAINED TEACHER: fit to see the machinery, not for inspection")
     connect(settings.address)
     assignment = _assignment(settings, category, storage.uri)
-    folder = Path.home() if "://" in settings.storage else Path(settings.storage_uri)
-    unsent = folder / f"dskd-unsent-{settings.name}-{name}.jsonl"
+    unsent = unsent_events(settings.storage, f"{settings.name}-{name}")
     tracker = Tracker(
         settings.tracking,
         settings.name,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dskd.config import RunConfig
+from tune import places
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,16 +55,12 @@ class TrainingSettings:
 
     @property
     def storage_uri(self) -> str:
-        """Absolute folder, or the URI as given without a trailing slash."""
-        return self.storage.rstrip("/") if "://" in self.storage else str(Path(self.storage).absolute())
+        return places.absolute_storage(self.storage)
 
     @property
     def tracking(self) -> str:
-        return self.tracking_uri or f"sqlite:///{self.storage_uri}/mlflow.db"
+        return places.tracking_address(self.tracking_uri, self.storage)
 
     @property
     def artifact_location(self) -> str | None:
-        """Where MLflow keeps artifacts; None leaves it to the server, a database alone keeps none."""
-        if self.tracking.startswith(("http://", "https://", "databricks")):
-            return None
-        return f"{'' if '://' in self.storage_uri else 'file://'}{self.storage_uri}/mlflow-artifacts"
+        return places.artifact_location(self.tracking, self.storage)

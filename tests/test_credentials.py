@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import services
 
+from tune.events import EpochDone, TrialEnded, TrialStarted
 from tune.preflight import input_faults
 from tune.settings import SearchSettings
-from tune.tracking import EpochDone, Tracker, TrialEnded, TrialStarted, check_server
+from tune.tracking import Tracker, check_server
 
 
 def settings(data: Path, storage: Path, **more: str) -> SearchSettings:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from tune.events import CategoryEnded, EpochDone, Event, TrialEnded, TrialStarted
 from tune.progress import Progress
-from tune.tracking import CategoryEnded, EpochDone, Event, TrialEnded, TrialStarted
 
 
 class Clock:

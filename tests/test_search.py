@@ -19,8 +19,9 @@ import services
 from mlflow.tracking import MlflowClient
 
 from dskd.checkpoint import read_record
+from tune.events import EpochDone, TrialEnded, TrialStarted
 from tune.storage import Storage
-from tune.tracking import EpochDone, Tracker, TrialEnded, TrialStarted
+from tune.tracking import Tracker
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--image-size", "32", "--batch-size", "4", "--teacher-weights", "random"]

@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from dskd.config import RunConfig
 from dskd.presets import PRESETS
 from tune import study
+from tune.events import EpochDone, Event, TrialEnded, TrialStarted
 from tune.pruning import RUNG
 from tune.settings import SearchSettings
 from tune.sharing import Share, Shares
@@ -31,7 +32,6 @@ from tune.study import (
     _sampler,
     _Searcher,
 )
-from tune.tracking import EpochDone, Event, TrialEnded, TrialStarted
 from tune.worker import CATEGORY, PLACEMENT_GROUP
 
 POINTS = [{"depth": 1}, {"depth": 2}]

@@ -1,6 +1,8 @@
 import json
 import logging
+import shutil
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,18 +13,14 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from tune import tracking
+from tune.events import CategoryEnded, DataUsed, EpochDone, Event, TrialEnded, TrialStarted
+from tune.journal import Journal
 from tune.progress import Progress
 from tune.registry import Registration, check_category
 from tune.tracking import (
-    CategoryEnded,
-    DataUsed,
-    EpochDone,
-    Event,
     Tracker,
     TrackingAway,
     TrackingRefused,
-    TrialEnded,
-    TrialStarted,
     check_server,
     run_link,
     tracking_ui_command,
@@ -314,6 +312,43 @@ def test_events_that_an_absent_server_never_took_are_kept_and_written_by_the_nex
     assert found["tile-a"].data.params["learning_rate"] == "0.1"
     assert found["tile-a"].data.metrics["objective"] == 0.7 and found["tile-a"].info.status == "KILLED"
     assert found["tile"].info.status == "FINISHED"
+
+
+def test_events_of_an_outage_are_on_disk_before_the_search_is_killed(
+    away: str, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tracking, "_FIRST_PAUSE", 0.01)
+    killed = tracker(away, "night", tmp_path)
+    events = [*one_trial("tile", "a", 0.5, 0.7), TrialEnded("tile", "a", "finished", "")]
+    unsent = tmp_path / "unsent.jsonl"
+    killed.put(events[0])
+    deadline = time.monotonic() + 60
+    while not unsent.is_file():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for event in events[1:]:
+        killed.put(event)
+        assert type(event).__name__ in unsent.read_text().splitlines()[-1]
+    left = tmp_path / "left"
+    left.mkdir()
+    shutil.copy(unsent, left)  # as the kill leaves it: this one's thread cannot be killed
+    with (left / "unsent.jsonl").open("a") as file:
+        file.write('{"event": "EpochDone", "categ')
+
+    continued = tracker(uri, "night", left)
+    continued.put(CategoryEnded("tile", "finished", {}, {}))
+    assert continued.close(60) == 0 and not (left / "unsent.jsonl").exists()
+    assert "holds a line that is no event" in caplog.text
+    found = runs(uri, "night")
+    assert {name: run.info.status for name, run in found.items()} == {"tile": "FINISHED", "tile-a": "FINISHED"}
+    history = MlflowClient(tracking_uri=uri).get_metric_history(found["tile-a"].info.run_id, "objective")
+    assert [(each.step, each.value) for each in history] == [(1, 0.5), (2, 0.7)]
+    killed.close(0)
+
+
+def test_an_outage_on_a_full_disk_keeps_its_events_in_memory(caplog: pytest.LogCaptureFixture) -> None:
+    Journal(Path("/dev/full")).add(one_trial("tile", "a", 0.5))
+    assert "2 events for MLflow are in memory alone: [Errno 28]" in caplog.text
 
 
 def test_registering_with_an_absent_server_ends_with_its_patience(away: str, tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from mlflow.tracking import MlflowClient
 from dskd.config import RunConfig
 from dskd.presets import PRESETS
 from tune import staging, train, training
+from tune.events import EpochDone, TrialEnded, TrialStarted
 from tune.repeat import TrackedRun, config_of, tracked_run, tracking_store
-from tune.tracking import EpochDone, Tracker, TrialEnded, TrialStarted
+from tune.tracking import Tracker
 from tune.training_settings import TrainingSettings
 
 

@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from tune.tracking import CategoryEnded, EpochDone, Event, TrialEnded, TrialStarted
+from tune.events import CategoryEnded, EpochDone, Event, TrialEnded, TrialStarted
 
 
 class TimeShare(NamedTuple):

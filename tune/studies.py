@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dskd.checkpoint import RECORD_FILE, DetectorRecord
 from tune.champions import Champion, crown, evaluate_on_test, fetch_figures, find_champion, note_best, note_run
+from tune.events import CategoryEnded, TrialEnded
 from tune.notes import category_note
 from tune.progress import Progress
 from tune.settings import SearchSettings
@@ -26,7 +27,7 @@ from tune.space import Space
 from tune.storage import Storage, StorageError, open_search
 from tune.study import Study, concurrent_trials, search_category
 from tune.study_plots import draw_study
-from tune.tracking import CategoryEnded, Tracker, TrackingAway, TrackingRefused, TrialEnded
+from tune.tracking import Tracker, TrackingAway, TrackingRefused
 from tune.trial import driver_resources
 from tune.worker import Assignment
 

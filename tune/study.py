@@ -27,12 +27,12 @@ from ray.tune.search.optuna import OptunaSearch
 from ray.util.placement_group import PlacementGroup
 from ray.util.queue import Queue
 
+from tune.events import DataUsed, EpochDone, Status, TrialEnded, TrialStarted
 from tune.machine import PREFIX as MACHINE
 from tune.pruning import REDUCTION, RUNG, grace_period
 from tune.settings import SearchSettings
 from tune.sharing import Share
 from tune.space import Space
-from tune.tracking import DataUsed, EpochDone, Status, TrialEnded, TrialStarted
 from tune.trial import MAX_FAILURES, trainable
 from tune.worker import CATEGORY, DATA_SHA256, DETECTOR_FOLDER, PLACEMENT_GROUP, Assignment
 

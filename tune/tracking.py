@@ -1,22 +1,22 @@
 """MLflow, through one writer per search.
 
 Training never waits for the tracking server: events go into a queue, one thread writes them, and
-tries again for as long as the server is away. A search that ends while it still is away leaves the
-unwritten events in a file, which the same search writes when it is started again.
+tries again for as long as the server is away. Meanwhile they are in a file too, and a search that
+ends or is killed before the server is back writes them when it is started again.
 """
 
 import json
 import logging
 import math
 import os
-import queue
 import re
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import mlflow.artifacts
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
@@ -24,6 +24,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from requests import RequestException
 
+from tune.events import CategoryEnded, DataUsed, EpochDone, Event, Remarked, TrialStarted
+from tune.journal import Journal
 from tune.registry import MODEL_FOLDER, Registration, pack, quoted, register
 
 logger = logging.getLogger(__name__)
@@ -35,55 +37,7 @@ _DIGEST = 36
 _MAX_VALUE = 5000
 """Characters of a parameter or tag that every MLflow store takes."""
 
-Status = Literal["finished", "pruned", "failed", "cut"]
-"""cut: the time budget ended first; the same command goes on with it."""
 _RUN_STATUS = {"finished": "FINISHED", "pruned": "KILLED", "failed": "FAILED", "cut": "KILLED"}
-
-
-class TrialStarted(NamedTuple):
-    category: str
-    trial_id: str
-    params: Mapping[str, Any]
-
-
-class DataUsed(NamedTuple):
-    """What a trial trains and is selected on; sent with its first epoch."""
-
-    category: str
-    trial_id: str
-    source: str
-    """Folder or address of the category's images."""
-    sha256: str
-    """Fingerprint of the training and validation images."""
-
-
-class EpochDone(NamedTuple):
-    category: str
-    trial_id: str
-    epoch: int
-    """Counted from 1."""
-    metrics: Mapping[str, float]
-    time_ms: int
-
-
-class TrialEnded(NamedTuple):
-    category: str
-    trial_id: str
-    status: Status
-    error: str
-    objective: float = 0.0
-    detector: str = ""
-    """Address of the finished detector folder, empty where there is none."""
-
-
-class CategoryEnded(NamedTuple):
-    category: str
-    status: Status
-    metrics: Mapping[str, float]
-    tags: Mapping[str, str]
-
-
-Event = TrialStarted | DataUsed | EpochDone | TrialEnded | CategoryEnded
 
 
 class TrackingAway(ConnectionError):
@@ -153,46 +107,47 @@ class Tracker:
         self._search = search
         self._artifact_location = artifact_location
         self._tags = dict(tags)
-        self._unsent = unsent
         self._has_parents = has_parents
         self._runs: dict[tuple[str, str], str] = {}
         self._experiment = ""
-        self._events: queue.Queue[Event | None] = queue.Queue()
-        self._interrupted: list[Event] = []
+        self._journal = Journal(unsent)
+        self._events: deque[Event] = deque(self._journal.read())
+        """Not taken by the server yet, the one that is being written included."""
+        self._is_journaled = bool(self._events)
+        """Every waiting event is in the journal too; so it is from an outage on, until none waits."""
+        self._is_closing = False
+        self._changed = threading.Condition()
+        """Guards the four above."""
         self._writing = threading.Lock()
         self._give_up = threading.Event()
-        self._put_again()
         self._writer = threading.Thread(target=self._write_all, name="mlflow writer", daemon=True)
         self._writer.start()
 
     def put(self, event: Event) -> None:
         """Hand over an event; returns at once."""
-        self._events.put(event)
+        with self._changed:
+            self._events.append(event)
+            if self._is_journaled:
+                self._journal.add([event])
+            self._changed.notify()
 
     def close(self, patience: float) -> int:
-        """Write what is left, for at most `patience` seconds; the number of events saved to file instead."""
-        self._events.put(None)
+        """Write what is left, for at most `patience` seconds; the number of events that stay in the file instead."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify()
         self._writer.join(patience)
-        if not self._writer.is_alive():
-            return 0
-        self._give_up.set()
-        self._writer.join(60)
-        left = self._interrupted
-        while not self._events.empty():
-            if (event := self._events.get()) is not None:
-                left.append(event)
-        with self._unsent.open("a") as file:
-            for event in left:
-                file.write(json.dumps({"event": type(event).__name__, **event._asdict()}) + "\n")
-        return len(left)
+        if self._writer.is_alive():
+            self._give_up.set()
+            self._writer.join(60)
+            self._keep_what_waits()
+        return len(self._events)
 
-    def _put_again(self) -> None:
-        if self._unsent.is_file():
-            kinds = {kind.__name__: kind for kind in (TrialStarted, DataUsed, EpochDone, TrialEnded, CategoryEnded)}
-            for line in self._unsent.read_text().splitlines():
-                fields = json.loads(line)
-                self._events.put(kinds[fields.pop("event")](**fields))
-            self._unsent.unlink()
+    def _keep_what_waits(self) -> None:
+        with self._changed:
+            if self._events and not self._is_journaled:
+                self._journal.add(self._events)
+                self._is_journaled = True
 
     def register_champion(
         self,
@@ -284,17 +239,27 @@ class Tracker:
         return str(self._while_writer_waits(write, patience))
 
     def _write_all(self) -> None:
-        while (event := self._events.get()) is not None:
+        while (event := self._next()) is not None:
             with self._writing:
                 try:
                     self._insistently(lambda event=event: self._write(event))
                 except _GivenUp:
-                    self._interrupted.append(event)
                     return
                 except Exception as error:  # a fault of ours in one event must not stop the others
                     # One line: a traceback may repeat the server's address with a password in it.
                     what = f"{type(event).__name__} of {event.category}"
                     logger.error("could not track %s: %s: %s", what, type(error).__name__, _first_line(error))
+            with self._changed:
+                self._events.popleft()
+                if self._is_journaled and not self._events:
+                    self._journal.clear()
+                    self._is_journaled = False
+
+    def _next(self) -> Event | None:
+        """The event to write, once there is one; None where none will come."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._events or self._is_closing)
+            return self._events[0] if self._events else None
 
     def _insistently(self, write: Any, deadline: float = math.inf) -> Any:
         pause = _FIRST_PAUSE
@@ -304,6 +269,7 @@ class Tracker:
             except Exception as error:  # artifacts go to other servers too, through other clients
                 if not _is_outage(error):
                     raise
+                self._keep_what_waits()
                 if pause >= 2:
                     logger.warning("the MLflow server does not answer, trying again: %s", _first_line(error))
             if time.monotonic() + pause > deadline:
@@ -333,6 +299,8 @@ class Tracker:
             self._client.set_tag(run, "dskd.data_sha256", event.sha256)  # what tune/train.py --from-run compares
         elif isinstance(event, EpochDone):
             self._client.log_batch(run, metrics=_metrics(event.metrics, event.epoch, event.time_ms))
+        elif isinstance(event, Remarked):
+            self._client.set_tag(run, "dskd.remark", event.remark[:_MAX_VALUE])
         else:
             self._client.set_tag(run, "dskd.status", event.status)
             if event.error:

@@ -24,20 +24,12 @@ from dskd.checkpoint import DetectorRecord, read_record, sha256_of
 from dskd.data.datasets import find_categories, read_category
 from dskd.model.teacher import build_teacher
 from tune.champions import crown, deliver, evaluate_on_test, find_champion, note_run
+from tune.events import EpochDone, TrialEnded, TrialStarted
 from tune.launch import code_revision, connect
 from tune.places import unsent_events
 from tune.staging import absolute, listing_key, outline
 from tune.storage import Storage
-from tune.tracking import (
-    EpochDone,
-    Tracker,
-    TrackingAway,
-    TrackingRefused,
-    TrialEnded,
-    TrialStarted,
-    check_server,
-    run_link,
-)
+from tune.tracking import Tracker, TrackingAway, TrackingRefused, check_server, run_link
 from tune.training_settings import TrainingSettings
 from tune.trial import MAX_FAILURES
 from tune.worker import DETECTOR_FOLDER, Assignment, run_worker

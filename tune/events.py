@@ -1,0 +1,64 @@
+"""What happens in a search, as its studies tell its driver: plain values that survive a queue and a line of JSON."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+Status = Literal["finished", "pruned", "failed", "cut"]
+"""cut: the time budget ended first; the same command goes on with it."""
+
+
+class TrialStarted(NamedTuple):
+    category: str
+    trial_id: str
+    params: Mapping[str, Any]
+
+
+class DataUsed(NamedTuple):
+    """What a trial trains and is selected on; sent with its first epoch."""
+
+    category: str
+    trial_id: str
+    source: str
+    """Folder or address of the category's images."""
+    sha256: str
+    """Fingerprint of the training and validation images."""
+
+
+class EpochDone(NamedTuple):
+    category: str
+    trial_id: str
+    epoch: int
+    """Counted from 1."""
+    metrics: Mapping[str, float]
+    time_ms: int
+
+
+class Remarked(NamedTuple):
+    """What a person should know about a trial that goes on all the same."""
+
+    category: str
+    trial_id: str
+    remark: str
+
+
+class TrialEnded(NamedTuple):
+    category: str
+    trial_id: str
+    status: Status
+    error: str
+    objective: float = 0.0
+    detector: str = ""
+    """Address of the finished detector folder, empty where there is none."""
+
+
+class CategoryEnded(NamedTuple):
+    category: str
+    status: Status
+    metrics: Mapping[str, float]
+    tags: Mapping[str, str]
+
+
+Event = TrialStarted | DataUsed | EpochDone | Remarked | TrialEnded | CategoryEnded
+KINDS: Mapping[str, type[Event]] = {
+    kind.__name__: kind for kind in (TrialStarted, DataUsed, EpochDone, Remarked, TrialEnded, CategoryEnded)
+}

@@ -1,9 +1,10 @@
 """A search whose processes are killed at random moments, held against the same search left alone.
 
 `python benchmarks/chaos.py` starts a Ray head and three nodes on this machine, searches once undisturbed and once
-while processes and whole nodes are killed with SIGKILL, each replaced as a cluster manager would, and compares. The
-servers are SQLite and a folder, or those of the environment (`python tests/services.py DIR &  . DIR/env`). The
-schedule of kills follows from the seed. Linux only: it finds its processes in /proc.
+while processes and whole nodes are killed with SIGKILL, each replaced as a cluster manager would, and compares. With
+`--submit` both are jobs (`ray job submit`), and at the end the champion is pulled. The servers are SQLite and a
+folder, or those of the environment (`python tests/services.py DIR &  . DIR/env`). The schedule of kills follows from
+the seed. Linux only: it finds its processes in /proc.
 """
 
 import json
@@ -19,7 +20,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from dskd.demo import draw_dataset
+from dskd.detector import Detector
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = {
@@ -64,6 +66,8 @@ class Options:
     preset: str = "dskd"
     longest_pause: float = 8.0
     """Seconds at most between a target's appearance and its kill."""
+    submit: bool = False
+    """Search as a job that the head runs with the code it is sent, not as a process of this one."""
     folder: Path | None = None
     """Keeps logs and results; a temporary folder unless given."""
 
@@ -107,6 +111,8 @@ class Cluster:
 
     def __init__(self, folder: Path, env: dict[str, str]) -> None:
         self.address = f"127.0.0.1:{_free_port()}"
+        dashboard_port = _free_port()
+        self.dashboard = f"http://127.0.0.1:{dashboard_port}"
         # Ray Train's cleaner looks for the cluster by itself, and this machine may run others.
         self.env, self._folder = env | {"RAY_ADDRESS": self.address}, folder
         # Ray keeps sockets below this folder, whose paths may have 107 bytes.
@@ -116,7 +122,7 @@ class Cluster:
         self.nodes: list[subprocess.Popen[bytes]] = []
         self._num_started = 0
         self._head = self._start(
-            "--head", f"--port={self.address.partition(':')[2]}", f"--dashboard-port={_free_port()}", "--num-cpus=0",
+            "--head", f"--port={self.address.partition(':')[2]}", f"--dashboard-port={dashboard_port}", "--num-cpus=0",
             f"--ray-client-server-port={_free_port()}", f"--temp-dir={self._temporary}",
         )  # fmt: skip
 
@@ -138,12 +144,16 @@ class Cluster:
             raise RuntimeError(f"a node did not start: {path.read_text()[-2000:]}")
         return process
 
-    def find(self, kind: str) -> list[Process]:
-        """Processes of a kind on the head and the nodes."""
+    def all(self) -> list[Process]:
+        """Processes on the head and the nodes."""
         among = processes()
         mine = [each for node in (self._head, *self.nodes) for each in below(node.pid, among)]
         self.seen.update(mine)
-        return [each for each in mine if each.title.startswith(TARGETS[kind])]
+        return mine
+
+    def find(self, kind: str) -> list[Process]:
+        """Processes of a kind on the head and the nodes."""
+        return [each for each in self.all() if each.title.startswith(TARGETS[kind])]
 
     def kill_node(self, node: subprocess.Popen[bytes]) -> None:
         """Kill a node's raylet with SIGKILL, and what started it; its workers find out by themselves."""
@@ -269,6 +279,7 @@ class Search:
         self.driver.wait()
 
     def end(self) -> None:
+        """Leave nothing running."""
         if not self.has_ended:
             self.kill()
 
@@ -285,8 +296,42 @@ class Search:
         log = (self.folder / f"{self.name}.log").read_text()
         if code != 0:
             raise RuntimeError(f"{self.name} ended with exit code {code}:\n{log[-3000:]}")
-        outcome: dict[str, Any] = json.loads((self.folder / f"{self.name}.json").read_text())["categories"][0]
+        outcome: dict[str, Any] = json.loads(self._document())["categories"][0]
         return outcome
+
+    def _document(self) -> str:
+        return (self.folder / f"{self.name}.json").read_text()
+
+
+@dataclass
+class Job(Search):
+    """A search as the documented command starts it: the head runs it with the code that it is sent."""
+
+    made: Cluster
+
+    def start(self) -> "Job":
+        with (self.folder / f"{self.name}.log").open("ab") as log:
+            self.driver = subprocess.Popen(
+                ["ray", "job", "submit", "--address", self.made.dashboard, "--working-dir", ".", "--",
+                 "python", "tune/search.py", "--name", self.name, *self.words],
+                cwd=ROOT, env=self.env, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+        return self
+
+    def kill(self) -> None:
+        """Kill the job's own process on the head; the command that submitted it then ends."""
+        for each in wait_for(lambda: self.has_ended or self._entrypoints(), "the job's process") or ():
+            with suppress(ProcessLookupError):
+                os.kill(each.pid, signal.SIGKILL)
+        self.driver.wait(_PATIENCE)
+
+    def _entrypoints(self) -> list[Process]:
+        return [each for each in self.made.all() if each.title.startswith(f"python tune/search.py --name {self.name} ")]
+
+    def _document(self) -> str:
+        log = (self.folder / f"{self.name}.log").read_text()
+        start = log.rindex(f'{{\n  "name": "{self.name}"')
+        return log[start : log.index("\n}\n", start) + 2]
 
 
 def disturb(made: Cluster, search: Search, options: Options, say: Callable[[str], None]) -> Counter[str]:
@@ -384,6 +429,16 @@ def account(env: dict[str, str], name: str, category: str, trials: int) -> Accou
     )
 
 
+def pull(env: dict[str, str], name: str, folder: Path) -> list[str]:
+    """Pull every champion of a search; the categories of which a detector that loads has arrived."""
+    subprocess.run(
+        [sys.executable, "tune/pull.py", "all", "--name", name, "--storage", env["DSKD_STORAGE"], "--to", str(folder)],
+        cwd=ROOT, env=env, check=True, capture_output=True,
+    )  # fmt: skip
+    arrived = sorted(each for each in folder.iterdir() if each.is_dir())
+    return [each.name for each in arrived if Detector.load(each)]
+
+
 def _is_trial(run: Run) -> bool:
     return "mlflow.parentRunId" in run.data.tags
 
@@ -420,6 +475,8 @@ def run(options: Options, folder: Path) -> bool:
         draw_dataset(data, categories=("flange",), num_train=16, num_test=12, image_size=64)
     category = sorted(each.name for each in data.iterdir() if each.is_dir())[0]
     env = environment(folder)
+    if options.submit:
+        del env["PYTHONPATH"]  # the code is what the job was sent
     with ExitStack() as stack:
         made = stack.enter_context(cluster(folder, env, options.nodes, options.cpus_per_node))
         words = [
@@ -430,13 +487,18 @@ def run(options: Options, folder: Path) -> bool:
             "--max-concurrent", str(options.max_concurrent),
         ]  # fmt: skip
         suffix = secrets.token_hex(3)  # servers may keep what earlier runs left
-        calm = Search(f"calm-{suffix}", words, env, folder).start()
-        stack.callback(calm.end)
+
+        def begin(name: str) -> Search:
+            args = (f"{name}-{suffix}", words, env, folder)
+            begun = (Job(*args, made) if options.submit else Search(*args)).start()
+            stack.callback(begun.end)
+            return begun
+
+        calm = begin("calm")
         calm.outcome(3600)
         reference = account(env, calm.name, category, options.trials)
         say(f"undisturbed: {dict(reference.statuses)}")
-        search = Search(f"chaos-{suffix}", words, env, folder).start()
-        stack.callback(search.end)
+        search = begin("chaos")
         killed = disturb(made, search, options, say)
         outcome = search.outcome(3600)
         say("the disturbed search has ended")
@@ -448,6 +510,7 @@ def run(options: Options, folder: Path) -> bool:
                 break
             time.sleep(2)
         zombies = made.zombies()
+    pulled = pull(env, search.name, folder / "detectors")
     total = sum(killed.values())
     lost = options.trials - (sum(found.statuses.values()) - found.statuses["lost"])
     is_same = found.champion == reference.champion
@@ -464,6 +527,7 @@ def run(options: Options, folder: Path) -> bool:
         (f"zombie processes   {len(zombies)} {[each.title for each in zombies]}", not zombies),
         (f"still held         {held['held'] or '-'} groups {held['groups']} actors {held['actors'] or '-'}",
          not held["held"] and not held["groups"] and not held["actors"]),
+        (f"pulled             {', '.join(pulled) or '-'}", pulled == [category]),
     ]  # fmt: skip
     for line, is_right in judged:
         print(line if is_right else f"{line}   WRONG")

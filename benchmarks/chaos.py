@@ -19,10 +19,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import optuna
@@ -126,18 +127,21 @@ class Cluster:
             f"--ray-client-server-port={_free_port()}", f"--temp-dir={self._temporary}",
         )  # fmt: skip
 
-    def add(self, cpus: int) -> None:
-        self.nodes.append(self._start(f"--address={self.address}", f"--num-cpus={cpus}"))
+    def add(self, cpus: int, prefix: Sequence[str] = (), env: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Start a node, by a command that `prefix` begins and with more in its environment where given."""
+        self.nodes.append(self._start(f"--address={self.address}", f"--num-cpus={cpus}", prefix=prefix, env=env))
 
-    def _start(self, *words: str) -> subprocess.Popen[bytes]:
+    def _start(
+        self, *words: str, prefix: Sequence[str] = (), env: Mapping[str, str] = MappingProxyType({})
+    ) -> subprocess.Popen[bytes]:
         # One after the other: nodes that start at once on one machine choose the same names for their sockets.
         self._num_started += 1
         path = self._folder / f"node-{self._num_started}.log"
         ports = ("--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0")
         with path.open("wb") as log:
             process = subprocess.Popen(
-                ["ray", "start", "--block", "--disable-usage-stats", *ports, *words],
-                env=self.env, stdout=log, stderr=log, start_new_session=True,
+                [*prefix, "ray", "start", "--block", "--disable-usage-stats", *ports, *words],
+                env=self.env | dict(env), stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
         wait_for(lambda: "Ray runtime started" in path.read_text() or process.poll() is not None, "a node")
         if process.poll() is not None:

@@ -135,12 +135,14 @@ def write_detector(
 ) -> None:
     """Write a detector folder; `folder` appears complete, replacing an older detector of that name.
 
-    Raises ValueError when `folder` exists and is no detector: it is never overwritten.
+    Raises ValueError when `folder` exists and is no detector, which is never overwritten, OSError where it
+    cannot be written.
     """
     check_replaceable(folder)
     with folder_in_making(folder) as temporary:
-        safetensors.torch.save_file(
-            {name: value.contiguous() for name, value in weights.items()}, temporary / WEIGHTS_FILE
+        # In Python's own hand: on a full disk safetensors' and torch's writers raise what is no OSError.
+        (temporary / WEIGHTS_FILE).write_bytes(
+            safetensors.torch.save({name: value.contiguous() for name, value in weights.items()})
         )
         (temporary / RECORD_FILE).write_text(record.to_json(sha256_of(temporary / WEIGHTS_FILE)))
         if preview is not None:

@@ -1,6 +1,7 @@
 """One category's run: train the students on prepared materials, keep those of the best epoch."""
 
 import dataclasses
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -137,7 +138,10 @@ class Distillation:
             ) from error
 
     def save(self, folder: Path) -> None:
-        """Write all that is needed to go on training exactly as if never interrupted; whole or not at all."""
+        """Write all that is needed to go on training exactly as if never interrupted; whole or not at all.
+
+        Raises OSError where it cannot be written.
+        """
         state = {
             "identity": self._identity(),
             "students": self.students.state_dict(),
@@ -149,8 +153,10 @@ class Distillation:
             "best_weights": self.best_weights,
             "history": [(tuple(each.epoch), tuple(each.scores), *each[2:]) for each in self.history],
         }
+        content = io.BytesIO()  # torch's own writer raises a RuntimeError on a full disk, of positions in a file
+        torch.save(state, content)
         with file_in_making(folder / STATE_FILE) as partial:
-            torch.save(state, partial)
+            partial.write_bytes(content.getbuffer())
 
     def restore(self, folder: Path) -> None:
         """Go on from what `save` wrote.

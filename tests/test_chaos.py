@@ -1,15 +1,12 @@
 """Faults that a search must outlive, for real: processes and nodes killed, announced to go, and joining."""
 
-import importlib.util
 import json
-import os
 import secrets
 import shutil
 import socket
 import socketserver
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -24,35 +21,15 @@ import services
 
 from tune.storage import Storage
 
-CHAOS = Path(__file__).resolve().parents[1] / "benchmarks" / "chaos.py"
+ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--teacher-weights", "random", "--image-size", "32", "--batch-size", "4", "--preset", "stfpm"]
-
-
-@pytest.fixture(scope="module")
-def chaos() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmarks_chaos", CHAOS)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Short, for Ray's sockets; and no server of the user's."""
-    for name in list(os.environ):
-        if name.startswith(("RAY_", "MLFLOW_", "DSKD_", "AWS_")):
-            monkeypatch.delenv(name)
-    with tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as short:
-        yield Path(short)
 
 
 @pytest.mark.cluster
 def test_five_kills_cost_a_search_neither_a_trial_nor_its_champion(
     chaos: ModuleType,
     mvtec_root: Path,
-    folder: Path,
+    cluster_folder: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -65,28 +42,28 @@ def test_five_kills_cost_a_search_neither_a_trial_nor_its_champion(
     options = chaos.Options(
         kills=5, trials=3, epochs=40, workers_per_trial=1, nodes=3, data=mvtec_root, preset="stfpm", longest_pause=3.0
     )
-    is_whole = chaos.run(options, folder)
+    is_whole = chaos.run(options, cluster_folder)
     assert is_whole, capsys.readouterr().out
 
     canaries["RAY_AUTH_TOKEN"] = used["RAY_AUTH_TOKEN"]
-    for file in (path for path in folder.rglob("*") if path.is_file()):  # logs, databases, snapshots, detectors
+    for file in (path for path in cluster_folder.rglob("*") if path.is_file()):  # logs, databases, snapshots, detectors
         content = file.read_bytes()
         assert not [name for name, canary in canaries.items() if canary.encode() in content], file
 
 
 @pytest.mark.cluster
 def test_a_search_outlives_the_last_node_and_uses_those_that_join(
-    chaos: ModuleType, mvtec_root: Path, folder: Path
+    chaos: ModuleType, mvtec_root: Path, cluster_folder: Path
 ) -> None:
-    env = chaos.environment(folder) | {"DSKD_CHECKPOINT_SECONDS": "3600"}
-    with chaos.cluster(folder, env, 1, 1) as made:
+    env = chaos.environment(cluster_folder) | {"DSKD_CHECKPOINT_SECONDS": "3600"}
+    with chaos.cluster(cluster_folder, env, 1, 1) as made:
         words = [
             "--data", str(mvtec_root), "--categories", "tile", "--address", made.address, "--trials", "4",
             "--epochs", "40", "--storage", env["DSKD_STORAGE"], "--json", *TINY,
         ]  # fmt: skip
-        search = chaos.Search("shrinks", words, env, folder).start()
+        search = chaos.Search("shrinks", words, env, cluster_folder).start()
         try:
-            states = folder / "results" / "shrinks" / "tune"
+            states = cluster_folder / "results" / "shrinks" / "tune"
             chaos.wait_for(lambda: made.find("trial"), "a trial")
             time.sleep(5)
             assert not list(states.rglob("training.pt")), "an hour has not passed"
@@ -113,21 +90,21 @@ def test_a_search_outlives_the_last_node_and_uses_those_that_join(
 
 @pytest.mark.cluster
 def test_a_category_of_which_every_trial_fails_is_reported_and_the_other_is_searched(
-    mvtec_root: Path, folder: Path, chaos: ModuleType
+    mvtec_root: Path, cluster_folder: Path, chaos: ModuleType
 ) -> None:
-    shutil.copytree(mvtec_root, folder / "data")
+    shutil.copytree(mvtec_root, cluster_folder / "data")
     # Sound at both ends, which is all that is looked at before a search begins.
-    spoilt_file = folder / "data/tile/train/good/003.png"
+    spoilt_file = cluster_folder / "data/tile/train/good/003.png"
     content = bytearray(spoilt_file.read_bytes())
     content[len(content) // 2 : len(content) // 2 + 64] = b"x" * 64
     spoilt_file.write_bytes(content)
-    env = chaos.environment(folder) | {"RAY_AUTH_MODE": "disabled"}
+    env = chaos.environment(cluster_folder) | {"RAY_AUTH_MODE": "disabled"}
     done = subprocess.run(
         [
-            sys.executable, "tune/search.py", "--data", str(folder / "data"), "--name", "spoilt", "--trials", "2",
-            "--epochs", "2", "--storage", env["DSKD_STORAGE"], "--json", *TINY,
+            sys.executable, "tune/search.py", "--data", str(cluster_folder / "data"), "--name", "spoilt",
+            "--trials", "2", "--epochs", "2", "--storage", env["DSKD_STORAGE"], "--json", *TINY,
         ],
-        cwd=CHAOS.parents[1], env=env, capture_output=True, text=True, timeout=400, check=False,
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     spoilt, sound = json.loads(done.stdout)["categories"]
@@ -195,11 +172,11 @@ class FaultyLink:
 
 @pytest.mark.services
 def test_an_s3_server_that_is_slow_overloaded_or_away_for_a_minute_costs_a_search_nothing(
-    mvtec_root: Path, folder: Path, chaos: ModuleType, monkeypatch: pytest.MonkeyPatch
+    mvtec_root: Path, cluster_folder: Path, chaos: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if reason := services.s3_unavailable():
         pytest.skip(reason)
-    with services.s3(folder / "s") as store:
+    with services.s3(cluster_folder / "s") as store:
         address = urlsplit(store.endpoint)
         link = FaultyLink(str(address.hostname), int(address.port or 80))
         for name, value in store.env.items():  # several name the server
@@ -212,13 +189,13 @@ def test_an_s3_server_that_is_slow_overloaded_or_away_for_a_minute_costs_a_searc
             assert storage.read_json(f"{state}.json") == {"state": state}
         assert link.num_refused > 0
 
-        env = chaos.environment(folder) | {"DSKD_STORAGE": uri, "RAY_AUTH_MODE": "disabled"}
+        env = chaos.environment(cluster_folder) | {"DSKD_STORAGE": uri, "RAY_AUTH_MODE": "disabled"}
         words = [
             "--data", str(mvtec_root), "--categories", "tile", "--trials", "3", "--epochs", "30", "--storage", uri,
             "--json", *TINY,
         ]  # fmt: skip
-        search = chaos.Search("away", words, env, folder).start()
-        log = folder / "away.log"
+        search = chaos.Search("away", words, env, cluster_folder).start()
+        log = cluster_folder / "away.log"
         try:
             chaos.wait_for(lambda: "trial 1/3" in log.read_text() or search.has_ended, "a trial's end")
             assert not search.has_ended, log.read_text()

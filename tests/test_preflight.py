@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tune import dry_run, search
-from tune.preflight import Faults, check_address, check_resources, input_faults, read_categories, trial_slots
+from tune.preflight import Faults, check_resources, input_faults, read_categories, trial_slots
 from tune.settings import SearchSettings
 
 
@@ -133,14 +133,3 @@ def test_slots_count_whole_workers_on_whole_nodes(tmp_path: Path) -> None:
     assert trial_slots(settings(tmp_path, tmp_path, cpus_per_worker=2.0), nodes) == 2, "one GPU each, where there are"
     assert trial_slots(settings(tmp_path, tmp_path, gpus_per_worker=0.5, workers_per_trial=2), nodes) == 2
     assert trial_slots(settings(tmp_path, tmp_path, max_concurrent=9), nodes) == 9
-
-
-def test_an_address_without_a_cluster_is_refused_at_once() -> None:
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        for scheme in ("", "ray://"):
-            with pytest.raises(ConnectionError, match="no Ray cluster answers"):
-                check_address(f"{scheme}127.0.0.1:{bound.getsockname()[1]}")
-    for address in ("http://127.0.0.1:8265", "head", "head:port"):
-        with pytest.raises(ValueError, match="must be auto, HOST:PORT or ray://HOST:PORT"):
-            check_address(address)

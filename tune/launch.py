@@ -2,13 +2,9 @@
 
 import _thread
 import json
-import logging
-import os
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from collections.abc import Sequence
+from contextlib import ExitStack, redirect_stdout
 from functools import partial
 from pathlib import Path
 
@@ -21,9 +17,11 @@ from dskd.checkpoint import RECORD_FILE
 from dskd.config import RunConfig
 from tune import identity, preflight
 from tune.champions import Champion
+from tune.connection import connect
 from tune.lease import only_search
 from tune.places import unsent_events
 from tune.progress import Progress, TimeShare
+from tune.revision import code_revision
 from tune.settings import SearchSettings
 from tune.staging import absolute, outline
 from tune.storage import Storage, StorageError
@@ -120,70 +118,6 @@ def join_cluster(settings: SearchSettings) -> None:
     """Connect, and check that the cluster can hold a trial; raises as `connect` and `preflight.check_cluster` do."""
     connect(settings.ray_address)
     preflight.check_cluster(settings)
-
-
-def connect(address: str | None) -> None:
-    """Join the cluster at `address`, or start one on this machine, dashboard included for the State API.
-
-    For the main thread: what Ray starts here ends with the thread that started it. Raises ConnectionError or
-    ValueError, in one line, where that is impossible.
-    """
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if address is not None:
-        preflight.check_address(address)
-    with _caught_stderr() as said:
-        try:
-            ray.init(
-                address=address or "local",
-                include_dashboard=True if address is None else None,
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-            )
-        except ValueError:
-            raise
-        except Exception as error:  # a node that does not start raises no class of its own
-            refused = isinstance(error, ray.exceptions.AuthenticationError) or "InvalidAuthToken" in said()
-            if refused or str(address).startswith("ray://"):
-                # Ray's client port gives no reason, and a refused token is the usual one.
-                what = "refuses the token" if refused else "does not let us in"
-                raise ConnectionError(
-                    f"the Ray cluster at {address} {what}; RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or the file "
-                    "$RAY_AUTH_TOKEN_PATH, by default ~/.ray/auth_token) must be the cluster's."
-                ) from None
-            where = f"join the Ray cluster at {address}" if address else "start Ray on this machine"
-            raise ConnectionError(f"cannot {where}: {(str(error).splitlines() or [repr(error)])[0]}") from None
-
-
-@contextmanager
-def _caught_stderr() -> Iterator[Callable[[], str]]:
-    """Hold back what the process writes to stderr, Ray's C++ side included, which says a token's refusal there alone.
-
-    Where the block ends well, it is written after all.
-    """
-    with tempfile.TemporaryFile() as file:
-        kept = os.dup(2)
-        os.dup2(file.fileno(), 2)
-
-        def said() -> str:
-            return os.pread(file.fileno(), 1 << 20, 0).decode(errors="replace")
-
-        try:
-            yield said
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-        os.write(2, said().encode())
-
-
-def code_revision() -> str:
-    """Git commit of this checkout, empty where there is none, as in a Ray job's working_dir."""
-    found = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return found.stdout.strip()
 
 
 def _absolute_weights(weights: str) -> str:

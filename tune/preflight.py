@@ -1,14 +1,12 @@
 """Every fault that can be found before the first worker starts, each as one line."""
 
 import os
-import socket
 import sqlite3
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import optuna
 import ray
@@ -26,7 +24,6 @@ from tune.tracking import check_server, without_password
 
 _MOST_FILES_NAMED = 3
 _MOST_THREADS = 16
-_CONNECT_SECONDS = 5.0
 
 
 class Faults(ValueError):
@@ -233,31 +230,6 @@ def _unusable_studies(url: str, error: Exception) -> ConnectionError:
 
 def _nearest_existing(path: Path) -> Path:
     return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
-
-
-def check_address(address: str) -> None:
-    """Raise ConnectionError where nothing listens at HOST:PORT or ray://HOST:PORT: Ray itself tries for two minutes.
-
-    Raises ValueError on another kind of address.
-    """
-    if address in ("auto", "local"):
-        return
-    parts = urlsplit(address if "://" in address else f"//{address}")
-    try:
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        host = port = None
-    if parts.scheme not in ("", "ray") or not host or not port:
-        raise ValueError(
-            f"--address (or $RAY_ADDRESS) must be auto, HOST:PORT or ray://HOST:PORT, got {address}; an http:// "
-            "address is that of `ray job submit`."
-        )
-    try:
-        socket.create_connection((host, port), _CONNECT_SECONDS).close()
-    except OSError as error:
-        raise ConnectionError(
-            f"no Ray cluster answers at {address} ({error}); check --address, or leave it out to start Ray here."
-        ) from None
 
 
 def cluster_nodes() -> list[Mapping[str, float]]:

@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from tune.events import CategoryEnded, EpochDone, Event, TrialEnded, TrialStarted
+from tune.events import CategoryEnded, EpochDone, Event, Remarked, TrialEnded, TrialStarted
 
 
 class TimeShare(NamedTuple):
@@ -128,6 +128,8 @@ class Progress:
                 category.most_running = max(category.most_running, len(category.running))
             elif isinstance(event, EpochDone):
                 self._count_epoch(category, event)
+            elif isinstance(event, Remarked):
+                self.say(f"{event.category}: trial {event.trial_id}: {event.remark}")
             elif isinstance(event, TrialEnded):
                 self._count_end(category, event)
             elif isinstance(event, CategoryEnded):

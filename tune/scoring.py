@@ -27,7 +27,7 @@ from dskd.data.images import IMAGE_SUFFIXES, load_image
 from dskd.detector import Detector, Prediction, find_regions
 from dskd.device import computing_device
 from dskd.show.overlays import overlay
-from tune.launch import connect
+from tune.connection import connect
 from tune.scoring_settings import ScoringSettings
 from tune.staging import absolute, is_address
 from tune.storage import Storage, StorageError

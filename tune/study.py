@@ -27,14 +27,14 @@ from ray.tune.search.optuna import OptunaSearch
 from ray.util.placement_group import PlacementGroup
 from ray.util.queue import Queue
 
-from tune.events import DataUsed, EpochDone, Status, TrialEnded, TrialStarted
+from tune.events import DataUsed, EpochDone, Remarked, Status, TrialEnded, TrialStarted
 from tune.machine import PREFIX as MACHINE
 from tune.pruning import REDUCTION, RUNG, grace_period
 from tune.settings import SearchSettings
 from tune.sharing import Share
 from tune.space import Space
 from tune.trial import MAX_FAILURES, trainable
-from tune.worker import CATEGORY, DATA_SHA256, DETECTOR_FOLDER, PLACEMENT_GROUP, Assignment
+from tune.worker import CATEGORY, DATA_SHA256, DETECTOR_FOLDER, PLACEMENT_GROUP, REMARK, Assignment
 
 _EPOCH_METRICS = (
     "loss",
@@ -318,6 +318,7 @@ class _Observe(ray.tune.Callback):
     def __init__(self) -> None:
         self._is_recalled = False
         self._furthest: dict[str, int] = {}
+        self._remarks: dict[str, str] = {}
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         """A killed driver may never have handed on how trials ended: say it once more, which changes nothing."""
@@ -359,6 +360,9 @@ class _Observe(ray.tune.Callback):
         if result.get("training_iteration") == 1 and DATA_SHA256 in result:
             source = f"{assignment.data}/{category}"
             _revived["events"].put(DataUsed(category, trial.trial_id, source, result[DATA_SHA256]))
+        if (remark := result.get(REMARK)) and self._remarks.get(trial.trial_id) != remark:
+            self._remarks[trial.trial_id] = remark
+            _revived["events"].put(Remarked(category, trial.trial_id, remark))
         if epoch > self._furthest.get(trial.trial_id, 0):
             # Failures before a new epoch are forgiven: a cluster that loses nodes for days ends no sound trial.
             self._furthest[trial.trial_id] = epoch

@@ -81,7 +81,7 @@ def train(
         expected_data_sha256=repeated.data_sha256 if repeated else "",
     )
     # Ray, MLflow and torch take seconds to import; --help and a mistyped flag need none of them.
-    from tune.launch import code_revision
+    from tune.revision import code_revision
     from tune.training import launch_training
 
     if repeated:

@@ -24,15 +24,16 @@ from dskd.checkpoint import DetectorRecord, read_record, sha256_of
 from dskd.data.datasets import find_categories, read_category
 from dskd.model.teacher import build_teacher
 from tune.champions import crown, deliver, evaluate_on_test, find_champion, note_run
-from tune.events import EpochDone, TrialEnded, TrialStarted
-from tune.launch import code_revision, connect
+from tune.connection import connect
+from tune.events import EpochDone, Remarked, TrialEnded, TrialStarted
 from tune.places import unsent_events
+from tune.revision import code_revision
 from tune.staging import absolute, listing_key, outline
 from tune.storage import Storage
 from tune.tracking import Tracker, TrackingAway, TrackingRefused, check_server, run_link
 from tune.training_settings import TrainingSettings
 from tune.trial import MAX_FAILURES
-from tune.worker import DETECTOR_FOLDER, Assignment, run_worker
+from tune.worker import DETECTOR_FOLDER, REMARK, Assignment, run_worker
 
 _TRACKING_PATIENCE = 600.0
 """Seconds that a finished training waits for a tracking server that is away."""
@@ -289,6 +290,7 @@ def _reported_epochs(settings: TrainingSettings, key: str, assignment: Assignmen
     """A queue for the workers' reports, each of which is printed and tracked."""
     events = Queue(actor_options={"num_cpus": 0})
     is_done = threading.Event()
+    remarks: set[str] = set()
 
     def relay() -> None:
         while True:
@@ -299,6 +301,10 @@ def _reported_epochs(settings: TrainingSettings, key: str, assignment: Assignmen
                     return
                 continue
             _say(_epoch_line(report, settings.config.train.epochs))
+            if (remark := str(report.get(REMARK, ""))) and remark not in remarks:
+                remarks.add(remark)
+                _say(remark)
+                tracker.put(Remarked(assignment.category, key, remark))
             figures = {
                 name: float(value)
                 for name, value in report.items()

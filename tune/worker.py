@@ -15,7 +15,7 @@ import ray.train.torch
 import ray.util
 import torch
 
-from dskd.checkpoint import RECORD_FILE, read_record, write_detector
+from dskd.checkpoint import RECORD_FILE, DetectorRecord, read_record, write_detector
 from dskd.config import AmplificationConfig, DataConfig, RunConfig, Selection
 from dskd.data.cache import ArrayCache, default_folder
 from dskd.device import computing_device
@@ -36,6 +36,8 @@ CATEGORY = "category"
 """Under this name every epoch reports what it trained on."""
 DATA_SHA256 = "data_sha256"
 """Under this name every epoch reports the fingerprint of the images that it trained and was validated on."""
+REMARK = "remark"
+"""Under this name every epoch of a trial that something hinders reports what a person should know."""
 PLACEMENT_GROUP = "placement_group"
 """Under this name DDP workers report, as hex, the reservation that they run in."""
 CHECKPOINT_SECONDS = float(os.environ.get("DSKD_CHECKPOINT_SECONDS", "60"))
@@ -161,7 +163,7 @@ def _train(
     torch.set_num_threads(max(1, int(assignment.cpus_per_worker)))
     device = computing_device(str(device))
     config = RunConfig.from_dict(assignment.config)
-    materials = _materials(
+    materials, remark = _materials(
         config.data,
         config.model.backbone,
         config.model.levels,
@@ -197,6 +199,7 @@ def _train(
             **machine_usage(device, default_folder()),
             CATEGORY: materials.category,
             DATA_SHA256: materials.data_sha256,
+            **({REMARK: remark} if remark else {}),
         }
         is_last = run.next_epoch == config.train.epochs
         is_due = is_leaving() or is_last or time.monotonic() - saved >= CHECKPOINT_SECONDS
@@ -204,16 +207,21 @@ def _train(
             yield Report(metrics, None)
             continue
         with TemporaryDirectory(prefix="dskd-") as temporary:
+            write = functools.partial(run.save, Path(temporary))
             if is_last:
                 record, weights = run.detector(assignment.revision)
                 # The detector as delivered: its score parameters may be better than those trained with.
                 metrics |= {"objective": record.metrics["val/objective"], **record.metrics}
-                write_detector(Path(temporary) / DETECTOR_FOLDER, record, weights, preview_of(run, record))
-                write_figures(Path(temporary) / FIGURES_FOLDER, run, record)
-            else:
-                run.save(Path(temporary))
+                write = functools.partial(_write_result, Path(temporary), run, record, weights)
+            # What fills a disk may go: another trial's checkpoint on its way to the storage.
+            insistently(write, f"writing a checkpoint to {temporary}")
             yield Report(metrics, Path(temporary))
         saved = time.monotonic()
+
+
+def _write_result(folder: Path, run: Distillation, record: DetectorRecord, weights: Mapping[str, torch.Tensor]) -> None:
+    write_detector(folder / DETECTOR_FOLDER, record, weights, preview_of(run, record))
+    write_figures(folder / FIGURES_FOLDER, run, record)
 
 
 def _passed(run: Distillation) -> list[int]:
@@ -250,14 +258,16 @@ def _materials(
     amplification: AmplificationConfig,
     textures: str,
     selection: Selection,
-) -> Materials:
-    """Kept from trial to trial in a process that serves several: they differ in the students alone, and in
-    whether their teacher is amplified.
+) -> tuple[Materials, str]:
+    """What the trial trains with, and what a person should know of it, mostly nothing.
 
-    Two are kept, so that trials with and without stage I may take turns; images and features of both are
-    files of the cache, mapped and not copied.
+    Kept from trial to trial in a process that serves several: they differ in the students alone, and in
+    whether their teacher is amplified. Two are kept, so that trials with and without stage I may take turns;
+    images and features of both are files of the cache, mapped and not copied.
     """
-    return prepare(
+    remarks: list[str] = []
+    cache = ArrayCache(default_folder(), int(cache_gb * 1e9), remarks.append) if cache_gb > 0 else None
+    materials = prepare(
         config,
         backbone,
         levels,
@@ -265,8 +275,10 @@ def _materials(
         category=category,
         teacher_weights=teacher_weights,
         device=torch.device(device),
-        cache=ArrayCache(default_folder(), int(cache_gb * 1e9)) if cache_gb > 0 else None,
+        cache=cache,
         textures=Path(textures) if textures else None,
         amplification=amplification,
         selection=selection,
     )
+    reason = remarks[0].partition(";")[0] if remarks else ""
+    return materials, f"images and features of this trial are in memory alone: {reason}" if reason else ""

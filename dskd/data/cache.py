@@ -18,16 +18,23 @@ import numpy as np
 import numpy.typing as npt
 
 
+class NoRoom(OSError):
+    """The disk of a cache is full; the message says what to do."""
+
+
 class ArrayCache:
     """Content-keyed arrays below `folder`, the least recently used removed beyond `max_bytes`.
 
-    Safe for any number of processes of one machine: a lock per key lets one of them compute while
-    the others wait. Removing an entry that another process has open is harmless (POSIX unlink).
+    Where the disk has no room, `when_full` is told why and the array is computed in memory and not kept;
+    without it NoRoom is raised. Safe for any number of processes of one machine: a lock per key lets one of
+    them compute while the others wait. Removing an entry that another process has open is harmless (POSIX
+    unlink).
     """
 
-    def __init__(self, folder: Path, max_bytes: int) -> None:
+    def __init__(self, folder: Path, max_bytes: int, when_full: Callable[[str], object] | None = None) -> None:
         self._folder = folder
         self._max_bytes = max_bytes
+        self._when_full = when_full
         folder.mkdir(parents=True, exist_ok=True)
 
     def get(
@@ -40,13 +47,11 @@ class ArrayCache:
         """The read-only array of `key`; `fill` writes it into a zeroed array where it is not there yet.
 
         An error in `fill` leaves no entry. An array larger than the whole cache is computed in
-        memory and not kept. Raises OSError where the disk has no room for it.
+        memory and not kept. Raises NoRoom where the disk has none for it.
         """
         num_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
         if num_bytes > self._max_bytes:
-            array = np.zeros(shape, dtype)
-            fill(array)
-            return array
+            return _in_memory(shape, dtype, fill)
         name = hashlib.sha256(f"{key}|{shape}|{np.dtype(dtype).str}".encode()).hexdigest()[:32]
         path = self._folder / f"{name}.npy"
         if (hit := self._open(path)) is not None:
@@ -55,7 +60,13 @@ class ArrayCache:
             if (hit := self._open(path)) is not None:
                 return hit
             self._make_room(name, num_bytes)
-            self._write(path, shape, dtype, fill)
+            try:
+                self._write(path, shape, dtype, fill)
+            except NoRoom as error:
+                if self._when_full is None:
+                    raise
+                self._when_full(str(error))
+                return _in_memory(shape, dtype, fill)
             written = self._open(path)
         assert written is not None, "only another process's eviction in this very moment could remove it"
         return written
@@ -99,7 +110,7 @@ class ArrayCache:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
-            raise OSError(
+            raise NoRoom(
                 f"no room for {num_bytes / 1e9:.3g} GB in the cache folder {self._folder} ({error.strerror}); free "
                 "some, choose a folder on another disk (--cache-dir), or keep less or nothing (--cache-gb, 0: off)."
             ) from None
@@ -125,6 +136,14 @@ class ArrayCache:
                 break
             path.unlink(missing_ok=True)
             total -= size
+
+
+def _in_memory(
+    shape: tuple[int, ...], dtype: npt.DTypeLike, fill: Callable[[npt.NDArray[Any]], object]
+) -> npt.NDArray[Any]:
+    array = np.zeros(shape, dtype)
+    fill(array)
+    return array
 
 
 def _entries(folder: Path) -> Iterator[tuple[float, int, Path]]:

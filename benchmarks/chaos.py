@@ -116,15 +116,14 @@ class Cluster:
         self.dashboard = f"http://127.0.0.1:{dashboard_port}"
         # Ray Train's cleaner looks for the cluster by itself, and this machine may run others.
         self.env, self._folder = env | {"RAY_ADDRESS": self.address}, folder
-        # Ray keeps sockets below this folder, whose paths may have 107 bytes.
-        self._temporary = tempfile.mkdtemp(prefix="ray-")
+        self._temporary: list[str] = []
         self.seen: set[Process] = set()
         """What has run here; a process that outlives its node is a zombie."""
         self.nodes: list[subprocess.Popen[bytes]] = []
         self._num_started = 0
         self._head = self._start(
             "--head", f"--port={self.address.partition(':')[2]}", f"--dashboard-port={dashboard_port}", "--num-cpus=0",
-            f"--ray-client-server-port={_free_port()}", f"--temp-dir={self._temporary}",
+            f"--ray-client-server-port={_free_port()}",
         )  # fmt: skip
 
     def add(self, cpus: int, prefix: Sequence[str] = (), env: Mapping[str, str] = MappingProxyType({})) -> None:
@@ -137,10 +136,14 @@ class Cluster:
         # One after the other: nodes that start at once on one machine choose the same names for their sockets.
         self._num_started += 1
         path = self._folder / f"node-{self._num_started}.log"
+        # Sockets are in there too, whose paths may have 107 bytes. A folder for each node, as on machines of their
+        # own: in a common one a node removes the code of a job that others run.
+        self._temporary.append(tempfile.mkdtemp(prefix="ray-"))
         ports = ("--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0")
         with path.open("wb") as log:
             process = subprocess.Popen(
-                [*prefix, "ray", "start", "--block", "--disable-usage-stats", *ports, *words],
+                [*prefix, "ray", "start", "--block", "--disable-usage-stats", f"--temp-dir={self._temporary[-1]}",
+                 *ports, *words],
                 env=self.env | dict(env), stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
         wait_for(lambda: "Ray runtime started" in path.read_text() or process.poll() is not None, "a node")
@@ -168,12 +171,17 @@ class Cluster:
         node.kill()
         node.wait()
 
-    def announce(self, seconds: int) -> None:
-        """Tell the cluster that its first node will go in so many seconds, as a cloud does before it takes it."""
+    def announce(self, leaving: subprocess.Popen[bytes], seconds: int) -> None:
+        """Tell the cluster that a node will go in so many seconds, as a cloud does before it takes it."""
         words = ("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "reclaimed")
-        first = next(node["NodeID"] for node in _held(self)["alive"] if node["Resources"].get("CPU"))
+        titles = [each.title for each in below(leaving.pid, processes())]
+        (node_id,) = (
+            node["NodeID"]
+            for node in _held(self)["alive"]
+            if any(f"--raylet_socket_name={node['RayletSocketName']} " in title for title in titles)
+        )
         done = subprocess.run(
-            ["ray", "drain-node", "--address", self.address, "--node-id", first, *words,
+            ["ray", "drain-node", "--address", self.address, "--node-id", node_id, *words,
              "--deadline-remaining-seconds", str(seconds)],
             env=self.env, capture_output=True, text=True, check=False,
         )  # fmt: skip
@@ -205,7 +213,10 @@ class Cluster:
         for each in self.seen:
             if (now := processes().get(each.pid)) and now.started == each.started:
                 os.kill(each.pid, signal.SIGKILL)
-        shutil.rmtree(self._temporary, ignore_errors=True)
+        for number, temporary in enumerate(map(Path, self._temporary), 1):
+            for logs in temporary.glob("session_2*/logs"):
+                shutil.copytree(logs, self._folder / f"node-{number}", symlinks=True, dirs_exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager

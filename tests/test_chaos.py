@@ -46,46 +46,53 @@ def test_five_kills_cost_a_search_neither_a_trial_nor_its_champion(
     assert is_whole, capsys.readouterr().out
 
     canaries["RAY_AUTH_TOKEN"] = used["RAY_AUTH_TOKEN"]
+    assert list(cluster_folder.glob("node-*/runtime_env_agent.log")), "Ray's logs of every node are among them"
     for file in (path for path in cluster_folder.rglob("*") if path.is_file()):  # logs, databases, snapshots, detectors
         content = file.read_bytes()
         assert not [name for name, canary in canaries.items() if canary.encode() in content], file
 
 
 @pytest.mark.cluster
-def test_a_search_outlives_the_last_node_and_uses_those_that_join(
-    chaos: ModuleType, mvtec_root: Path, cluster_folder: Path
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_search_outlives_a_node_that_was_announced_to_go_and_uses_those_that_join(
+    workers: int, chaos: ModuleType, mvtec_root: Path, cluster_folder: Path
 ) -> None:
+    """The only node of all, or one of the two on which a trial's two workers are."""
     env = chaos.environment(cluster_folder) | {"DSKD_CHECKPOINT_SECONDS": "3600"}
-    with chaos.cluster(cluster_folder, env, 1, 1) as made:
+    trials, kind = (4, "trial") if workers == 1 else (1, "worker")
+    with chaos.cluster(cluster_folder, env, workers, 1) as made:
         words = [
-            "--data", str(mvtec_root), "--categories", "tile", "--address", made.address, "--trials", "4",
-            "--epochs", "40", "--storage", env["DSKD_STORAGE"], "--json", *TINY,
+            "--data", str(mvtec_root), "--categories", "tile", "--address", made.address, "--trials", str(trials),
+            "--epochs", "40", "--storage", env["DSKD_STORAGE"], "--workers-per-trial", str(workers), "--json", *TINY,
         ]  # fmt: skip
         search = chaos.Search("shrinks", words, env, cluster_folder).start()
         try:
-            states = cluster_folder / "results" / "shrinks" / "tune"
-            chaos.wait_for(lambda: made.find("trial"), "a trial")
-            time.sleep(5)
+            states = cluster_folder / "results" / "shrinks"
+            chaos.wait_for(lambda: len(made.find(kind)) == workers, "a trial")
+            second = subprocess.run(search.driver.args, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+            assert second.returncode == 2 and "a search 'shrinks' runs already" in second.stderr, second.stderr
+            assert second.stderr.count("\n") == 1 and second.stdout == ""
             assert not list(states.rglob("training.pt")), "an hour has not passed"
-            made.announce(120)
+            leaving = made.nodes[0]
+            made.announce(leaving, 120)
             chaos.wait_for(lambda: list(states.rglob("training.pt")), "a checkpoint")
-            (node,) = made.nodes
-            made.kill_node(node)
+            made.kill_node(leaving)
             time.sleep(5)
             assert not search.has_ended, "a search waits for nodes"
             made.add(1)
-            made.add(1)
+            if workers == 1:
+                made.add(1)
             used = set()
             while not search.has_ended:
-                used |= {made.node_of(trial) for trial in made.find("trial")}
+                used |= {made.node_of(trial) for trial in made.find(kind)}
                 time.sleep(0.1)
             assert used >= set(made.nodes), "a node that joins gets work"
             outcome = search.outcome(300)
         finally:
             search.end()
-        found = chaos.account(env, search.name, "tile", 4)
-        assert outcome["num_trials"] == 4 and found.doubled == 0 and found.redone <= 1, (outcome, found)
-        assert found.statuses["finished"] + found.statuses["pruned"] == 4
+        found = chaos.account(env, search.name, "tile", trials)
+        assert outcome["num_trials"] == trials and found.doubled == 0 and found.redone <= 1, (outcome, found)
+        assert found.statuses["finished"] + found.statuses["pruned"] == trials
 
 
 @pytest.mark.cluster
@@ -209,3 +216,43 @@ def test_an_s3_server_that_is_slow_overloaded_or_away_for_a_minute_costs_a_searc
             link.close()
         assert outcome["num_trials"] == 3 and outcome["num_failed"] == 0, log.read_text()
         assert chaos.account(env, "away", "tile", 3).doubled == 0
+
+
+@pytest.mark.services
+def test_a_driver_killed_while_mlflow_is_away_loses_neither_a_trial_nor_an_epoch(
+    mvtec_root: Path, cluster_folder: Path, chaos: ModuleType
+) -> None:
+    if reason := services.mlflow_unavailable():
+        pytest.skip(reason)
+    database, artifacts = f"sqlite:///{cluster_folder}/tracked.db", str(cluster_folder / "artifacts")
+    with services.mlflow_server(cluster_folder / "m", backend_uri=database, artifact_root=artifacts) as url:
+        link = FaultyLink("127.0.0.1", int(url.rpartition(":")[2]))
+        env = chaos.environment(cluster_folder) | {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{link.port}"}
+        log, unsent = cluster_folder / "dark.log", cluster_folder / "results" / "dskd-unsent-dark.jsonl"
+        with chaos.cluster(cluster_folder, env, 1, 1) as made:
+            words = [
+                "--data", str(mvtec_root), "--categories", "tile", "--address", made.address, "--trials", "3",
+                "--epochs", "9", "--storage", env["DSKD_STORAGE"], "--json", *TINY,
+            ]  # fmt: skip
+            search = chaos.Search("dark", words, env, cluster_folder).start()
+            try:
+                chaos.wait_for(lambda: "trial 1/3" in log.read_text() or search.has_ended, "a trial's end")
+                link.state = "cut"
+                chaos.wait_for(lambda: "trial 2/3" in log.read_text() or search.has_ended, "another trial's end")
+                assert not search.has_ended, log.read_text()
+                kept = [json.loads(line)["event"] for line in unsent.read_text().splitlines()]
+                assert kept.count("EpochDone") >= 3 and "TrialEnded" in kept
+                search.kill()
+                second = subprocess.run(
+                    search.driver.args, cwd=ROOT, env=env, capture_output=True, text=True, check=False
+                )
+                assert second.returncode == 2 and "MLflow at " in second.stderr and "Traceback" not in second.stderr
+                link.state = "sound"
+                outcome = search.start().outcome(400)
+            finally:
+                search.end()
+                link.close()
+        found = chaos.account(env | {"MLFLOW_TRACKING_URI": url}, "dark", "tile", 3)
+    assert outcome["num_trials"] == 3 and outcome["num_failed"] == 0 and not unsent.exists()
+    assert found.doubled == 0 and found.untracked == 0 and found.redone <= 1, found
+    assert found.statuses["finished"] + found.statuses["pruned"] == 3, found

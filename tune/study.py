@@ -20,6 +20,7 @@ import ray
 import ray.tune
 import ray.util
 from ray import PlacementGroupID
+from ray.tune.execution import class_cache
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import SearchGenerator
@@ -36,6 +37,7 @@ from tune.space import Space
 from tune.trial import MAX_FAILURES, trainable
 from tune.worker import CATEGORY, DATA_SHA256, DETECTOR_FOLDER, PLACEMENT_GROUP, REMARK, Assignment
 
+_AWS_KEYS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"}
 _EPOCH_METRICS = (
     "loss",
     "encoder_loss",
@@ -422,6 +424,9 @@ def _set_up_tune() -> None:
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "2"
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    # Tune hands the driver's AWS keys to its trials in their runtime environments, which every node logs and the
+    # dashboard shows (seen with Ray 2.60). Nodes have keys or roles of their own.
+    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(_AWS_KEYS)
     # Tune would start one trial at a time; the searcher says how many there may be.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = "1000"
     for name in ("ray.tune", "ray.train", "optuna", "alembic"):

@@ -245,13 +245,8 @@ def gpus_per_worker(settings: SearchSettings, nodes: Sequence[Mapping[str, float
 
 
 def check_cluster(settings: SearchSettings) -> None:
-    """The running cluster can hold a trial and, where trials have workers of their own, clean up after them.
-
-    Raises ValueError or ConnectionError with one line that says what to change.
-    """
+    """Raise Faults where the running cluster cannot hold a trial."""
     check_resources(settings, cluster_nodes())
-    if settings.workers_per_trial > 1:
-        _check_state_api()
 
 
 def check_resources(settings: SearchSettings, nodes: Sequence[Mapping[str, float]]) -> None:
@@ -295,23 +290,6 @@ def trial_slots(settings: SearchSettings, nodes: Sequence[Mapping[str, float]]) 
     of_worker = {"CPU": settings.cpus_per_worker, "GPU": gpus_per_worker(settings, nodes)}
     places = sum(_places(node, of_worker) for node in nodes)
     return settings.max_concurrent or max(1, places // settings.workers_per_trial)
-
-
-def _check_state_api() -> None:
-    """Ray Train frees the workers of a trial that died before its first report only where the State API answers.
-
-    Those of a trial that has reported are freed by `tune.study` itself (ray issue 54305).
-    """
-    from ray.util.state import list_nodes
-
-    try:
-        # Without an address it looks for clusters on this machine, and there may be others.
-        list_nodes(address=ray.get_runtime_context().gcs_address, timeout=20)
-    except Exception as error:  # the API fails in many ways, all meaning the same here
-        raise ConnectionError(
-            "trials of several workers need Ray's State API, or lost ones could hold their CPUs for ever, and it "
-            f"does not answer ({str(error).splitlines()[0][:200]}); install ray[default] and start the dashboard."
-        ) from None
 
 
 def cpus_of_this_machine() -> float:

@@ -18,16 +18,14 @@ from typing import Any, NamedTuple
 import optuna
 import ray
 import ray.tune
-import ray.util
-from ray import PlacementGroupID
 from ray.tune.execution import class_cache
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import SearchGenerator
 from ray.tune.search.optuna import OptunaSearch
-from ray.util.placement_group import PlacementGroup
 from ray.util.queue import Queue
 
+from tune import reservations
 from tune.events import DataUsed, EpochDone, Remarked, Status, TrialEnded, TrialStarted
 from tune.machine import PREFIX as MACHINE
 from tune.pruning import REDUCTION, RUNG, grace_period
@@ -38,6 +36,8 @@ from tune.trial import MAX_FAILURES, trainable
 from tune.worker import CATEGORY, DATA_SHA256, DETECTOR_FOLDER, PLACEMENT_GROUP, REMARK, Assignment
 
 _AWS_KEYS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"}
+_SWEEP_SECONDS = 2.0
+"""Between two looks for what dead trials left reserved."""
 _EPOCH_METRICS = (
     "loss",
     "encoder_loss",
@@ -150,7 +150,7 @@ def search_category(
                 storage_path=folder,
                 failure_config=ray.tune.FailureConfig(max_failures=MAX_FAILURES),
                 checkpoint_config=ray.tune.CheckpointConfig(num_to_keep=1),
-                callbacks=[_Observe()],
+                callbacks=[_Observe(), _Sweep()],
                 stop=_Deadline(),
                 verbose=0,
             ),
@@ -393,6 +393,21 @@ class _Observe(ray.tune.Callback):
                     _revived["events"].put(TrialEnded(_revived["assignment"].category, trial.trial_id, "cut", ""))
 
 
+class _Sweep(ray.tune.Callback):
+    """Frees what killed trials left reserved, or the next ones would wait for it for ever."""
+
+    def __init__(self) -> None:
+        self._swept = -math.inf
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        if time.monotonic() > self._swept + _SWEEP_SECONDS:
+            reservations.free_abandoned()
+            self._swept = time.monotonic()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_swept": -math.inf}  # revived on another machine, whose clock is another one
+
+
 def _tell_end(trial: Trial, is_lost: bool) -> None:
     """`is_lost`: it failed too often for Tune to go on."""
     _revived["running"].discard(trial.trial_id)
@@ -406,13 +421,9 @@ def _tell_end(trial: Trial, is_lost: bool) -> None:
 
 
 def _free_workers(trial: Trial) -> None:
-    """Take back what the workers of an ended trial had reserved, which also ends them if they still compute.
-
-    Ray Train's own cleaner does so within seconds where it can ask the dashboard; where the dashboard is
-    slow or gone it never does, and later trials wait for ever (ray issue 54305).
-    """
+    """Take back at once what the workers of an ended trial had reserved: Ray takes seconds, or for ever."""
     if reserved := (trial.last_result or {}).get(PLACEMENT_GROUP):
-        ray.util.remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(reserved))))
+        reservations.free(reserved)
 
 
 def _trial_id(trial: Trial) -> str:

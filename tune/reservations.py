@@ -1,0 +1,37 @@
+"""Resources that nobody will use any more: what an actor reserved for its workers and left reserved when it died."""
+
+import ray
+import ray.util
+from ray import PlacementGroupID
+from ray._private.state import state
+from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
+from ray.util.placement_group import PlacementGroup
+
+
+def free(placement_group: str) -> None:
+    """Take back a reservation, known by its id in hex, which also ends what still computes in it."""
+    ray.util.remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(placement_group))))
+
+
+def free_abandoned() -> list[str]:
+    """Take back what dead actors of this job had reserved; the ids, in hex, of what was taken.
+
+    Ray itself keeps a placement group until both the actor that made it and the whole job are gone. Ray Train's own
+    cleaner frees those of a dead controller where it had been told of them, which a controller killed while its
+    workers start never does, and where the dashboard answers (ray issue 54305). Who made a group is in no public
+    table of Ray's.
+    """
+    job = ray.get_runtime_context().get_job_id()
+    rows = map(PlacementGroupTableData.FromString, state._connect_and_get_accessor().get_placement_group_table())
+    abandoned = [
+        row.placement_group_id.hex()
+        for row in rows
+        if row.creator_job_id.hex() == job
+        and row.state != PlacementGroupTableData.REMOVED
+        and not row.is_detached
+        and row.creator_actor_dead
+        and not ray.ActorID(row.creator_actor_id).is_nil()  # made by a task or the driver
+    ]
+    for each in abandoned:
+        free(each)
+    return abandoned

@@ -104,13 +104,14 @@ def _on_cluster(settings: SearchSettings) -> _Plan:
     import ray
 
     from tune import preflight
+    from tune.capacity import cluster_nodes
     from tune.launch import join_cluster
 
     faults = preflight.input_faults(settings, leave_no_trace=True)
     faults += preflight.complaints(lambda: preflight.check_teacher_file(settings))
     try:
         faults += preflight.complaints(lambda: join_cluster(settings))
-        nodes = preflight.cluster_nodes() if ray.is_initialized() else []
+        nodes = cluster_nodes() if ray.is_initialized() else []
         speed = None
         if not faults:
             try:

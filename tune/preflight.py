@@ -3,18 +3,18 @@
 import os
 import sqlite3
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
 import optuna
-import ray
 import sqlalchemy
 from sqlalchemy.exc import SQLAlchemyError
 
 from dskd.data.datasets import Category, read_category, scan
 from dskd.data.images import check_header
+from tune.capacity import Resources, cluster_nodes, places, trials_at_once, worker_needs
 from tune.identity import check_continues
 from tune.registry import check_category
 from tune.settings import SearchSettings
@@ -232,12 +232,7 @@ def _nearest_existing(path: Path) -> Path:
     return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
 
 
-def cluster_nodes() -> list[Mapping[str, float]]:
-    """Resources of every living node of the cluster that this process has joined."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
-def gpus_per_worker(settings: SearchSettings, nodes: Sequence[Mapping[str, float]] | None = None) -> float:
+def gpus_per_worker(settings: SearchSettings, nodes: Sequence[Resources] | None = None) -> float:
     """As asked for; else one where the cluster has any."""
     if settings.gpus_per_worker is not None:
         return settings.gpus_per_worker
@@ -249,7 +244,7 @@ def check_cluster(settings: SearchSettings) -> None:
     check_resources(settings, cluster_nodes())
 
 
-def check_resources(settings: SearchSettings, nodes: Sequence[Mapping[str, float]]) -> None:
+def check_resources(settings: SearchSettings, nodes: Sequence[Resources]) -> None:
     """Raise Faults where the `nodes` cannot hold a trial: every worker lies on one node, whole.
 
     Not where --max-concurrent says that the cluster will be another one when trials need it.
@@ -257,7 +252,7 @@ def check_resources(settings: SearchSettings, nodes: Sequence[Mapping[str, float
     if settings.max_concurrent is not None:
         return
     workers = settings.min_workers_per_trial or settings.workers_per_trial
-    of_worker: dict[str, float] = {"CPU": settings.cpus_per_worker, "GPU": gpus_per_worker(settings, nodes)}
+    of_worker = worker_needs(settings.cpus_per_worker, gpus_per_worker(settings, nodes))
     faults = []
     for name, need in of_worker.items():
         have = sum(node.get(name, 0) for node in nodes)
@@ -267,12 +262,12 @@ def check_resources(settings: SearchSettings, nodes: Sequence[Mapping[str, float
                 f"--workers-per-trial or --{name.lower()}s-per-worker, or give --max-concurrent where the cluster "
                 "grows by itself."
             )
-    places = sum(_places(node, of_worker) for node in nodes)
-    if not faults and places < workers:
+    found = places(nodes, of_worker)
+    if not faults and found < workers:
         asked = " and ".join(f"{need:g} {name}s" for name, need in of_worker.items() if need > 0)
         largest = " and ".join(f"{max(node.get(name, 0) for node in nodes):g} {name}s" for name in of_worker)
         faults.append(
-            f"a worker asks for {asked} on one node, the largest has {largest}: {places} of a trial's {workers} "
+            f"a worker asks for {asked} on one node, the largest has {largest}: {found} of a trial's {workers} "
             "workers find a place; lower --cpus-per-worker or --gpus-per-worker, or give --max-concurrent where larger "
             "nodes will come."
         )
@@ -280,16 +275,10 @@ def check_resources(settings: SearchSettings, nodes: Sequence[Mapping[str, float
         raise Faults(faults)
 
 
-def _places(node: Mapping[str, float], of_worker: Mapping[str, float]) -> int:
-    """Workers that a node holds."""
-    return min(int(node.get(name, 0) / need + 1e-9) for name, need in of_worker.items() if need > 0)
-
-
-def trial_slots(settings: SearchSettings, nodes: Sequence[Mapping[str, float]]) -> int:
+def trial_slots(settings: SearchSettings, nodes: Sequence[Resources]) -> int:
     """Trials that run at once: as many as are asked for, else as the nodes hold, at least 1."""
-    of_worker = {"CPU": settings.cpus_per_worker, "GPU": gpus_per_worker(settings, nodes)}
-    places = sum(_places(node, of_worker) for node in nodes)
-    return settings.max_concurrent or max(1, places // settings.workers_per_trial)
+    needs = worker_needs(settings.cpus_per_worker, gpus_per_worker(settings, nodes))
+    return settings.max_concurrent or trials_at_once(nodes, needs, settings.workers_per_trial)
 
 
 def cpus_of_this_machine() -> float:

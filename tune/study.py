@@ -26,6 +26,7 @@ from ray.tune.search.optuna import OptunaSearch
 from ray.util.queue import Queue
 
 from tune import reservations
+from tune.capacity import cluster_nodes, trials_at_once, worker_needs
 from tune.events import DataUsed, EpochDone, Remarked, Status, TrialEnded, TrialStarted
 from tune.machine import PREFIX as MACHINE
 from tune.pruning import REDUCTION, RUNG, grace_period
@@ -65,16 +66,8 @@ class Study(NamedTuple):
 
 def concurrent_trials(assignment: Assignment) -> int:
     """How many trials the cluster can hold at once as it is now, at least 1."""
-    have: dict[str, float] = ray.cluster_resources()
-    needs = {"CPU": assignment.cpus_per_worker, "GPU": assignment.gpus_per_worker}
-    return max(
-        1,
-        min(
-            math.floor(have.get(name, 0) / (need * assignment.num_workers) + 1e-9)
-            for name, need in needs.items()
-            if need > 0
-        ),
-    )
+    needs = worker_needs(assignment.cpus_per_worker, assignment.gpus_per_worker)
+    return trials_at_once(cluster_nodes(), needs, assignment.num_workers)
 
 
 def search_category(

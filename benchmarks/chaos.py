@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,7 +96,7 @@ def below(pid: int, among: dict[int, Process]) -> list[Process]:
     return [*children, *(each for child in children for each in below(child.pid, among))]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -105,8 +105,9 @@ def _free_port() -> int:
 class Cluster:
     """A token-protected Ray head without CPUs, and nodes that can be killed."""
 
-    def __init__(self, folder: Path, env: dict[str, str]) -> None:
-        self.address = f"127.0.0.1:{_free_port()}"
+    def __init__(self, folder: Path, env: dict[str, str], head_words: Sequence[str] = (), port: int = 0) -> None:
+        """`head_words` of `ray start` for the head alone; without a `port`, it listens on a free one."""
+        self.address = f"127.0.0.1:{port or free_port()}"
         # Ray Train's cleaner looks for the cluster by itself, and this machine may run others.
         self.env, self._folder = env | {"RAY_ADDRESS": self.address}, folder
         # Ray keeps sockets below this folder, whose paths may have 107 bytes.
@@ -116,14 +117,16 @@ class Cluster:
         self.nodes: list[subprocess.Popen[bytes]] = []
         self._num_started = 0
         self._head = self._start(
-            "--head", f"--port={self.address.partition(':')[2]}", f"--dashboard-port={_free_port()}", "--num-cpus=0",
-            f"--ray-client-server-port={_free_port()}", f"--temp-dir={self._temporary}",
+            "--head", f"--port={self.address.partition(':')[2]}", f"--dashboard-port={free_port()}", "--num-cpus=0",
+            f"--ray-client-server-port={free_port()}", f"--temp-dir={self._temporary}",
+            *head_words,
         )  # fmt: skip
 
-    def add(self, cpus: int) -> None:
-        self.nodes.append(self._start(f"--address={self.address}", f"--num-cpus={cpus}"))
+    def add(self, cpus: int, env: Mapping[str, str] | None = None) -> None:
+        """A node more, with what `env` adds to the cluster's environment."""
+        self.nodes.append(self._start(f"--address={self.address}", f"--num-cpus={cpus}", env=env))
 
-    def _start(self, *words: str) -> subprocess.Popen[bytes]:
+    def _start(self, *words: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
         # One after the other: nodes that start at once on one machine choose the same names for their sockets.
         self._num_started += 1
         path = self._folder / f"node-{self._num_started}.log"
@@ -131,7 +134,7 @@ class Cluster:
         with path.open("wb") as log:
             process = subprocess.Popen(
                 ["ray", "start", "--block", "--disable-usage-stats", *ports, *words],
-                env=self.env, stdout=log, stderr=log, start_new_session=True,
+                env=self.env | dict(env or {}), stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
         wait_for(lambda: "Ray runtime started" in path.read_text() or process.poll() is not None, "a node")
         if process.poll() is not None:
@@ -145,6 +148,14 @@ class Cluster:
         self.seen.update(mine)
         return [each for each in mine if each.title.startswith(TARGETS[kind])]
 
+    def raylets(self) -> set[int]:
+        """The process of each node below the head: its own, and those of nodes that its autoscaler started."""
+        found = [
+            each for each in below(self._head.pid, processes()) if each.title.partition(" ")[0].endswith("/raylet")
+        ]
+        self.seen.update(found)
+        return {each.pid for each in found}
+
     def kill_node(self, node: subprocess.Popen[bytes]) -> None:
         """Kill a node's raylet with SIGKILL, and what started it; its workers find out by themselves."""
         for each in processes().values():
@@ -157,7 +168,7 @@ class Cluster:
     def announce(self, seconds: int) -> None:
         """Tell the cluster that its first node will go in so many seconds, as a cloud does before it takes it."""
         words = ("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "reclaimed")
-        first = next(node["NodeID"] for node in _held(self)["alive"] if node["Resources"].get("CPU"))
+        first = next(node["NodeID"] for node in census(self)["alive"] if node["Resources"].get("CPU"))
         done = subprocess.run(
             ["ray", "drain-node", "--address", self.address, "--node-id", first, *words,
              "--deadline-remaining-seconds", str(seconds)],
@@ -201,7 +212,7 @@ def cluster(folder: Path, env: dict[str, str], nodes: int, cpus: int) -> Iterato
     try:
         for _ in range(nodes):
             made.add(cpus)
-        wait_for(lambda: _held(made)["nodes"] == nodes + 1, "the cluster")
+        wait_for(lambda: census(made)["nodes"] == nodes + 1, "the cluster")
         yield made
     finally:
         made.stop()
@@ -221,7 +232,7 @@ print(json.dumps({"nodes": len(nodes), "alive": nodes, "held": held, "groups": l
 """
 
 
-def _held(made: Cluster) -> dict[str, Any]:
+def census(made: Cluster) -> dict[str, Any]:
     """What the cluster has and what is taken of it; `nodes` is 0 where it does not answer yet."""
     done = subprocess.run(
         [sys.executable, "-c", _WHAT_IS_HELD], env=made.env, capture_output=True, text=True, check=False
@@ -443,7 +454,7 @@ def run(options: Options, folder: Path) -> bool:
         found = account(env, search.name, category, options.trials)
         # Ray's own cleaners look every few seconds.
         deadline = time.monotonic() + 60
-        while (held := _held(made)) and time.monotonic() < deadline:
+        while (held := census(made)) and time.monotonic() < deadline:
             if not (held["held"] or held["groups"] or held["actors"] or made.zombies()):
                 break
             time.sleep(2)

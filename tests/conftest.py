@@ -1,8 +1,12 @@
-"""What several test files share: a small data set, a small network, and one detector trained with them."""
+"""What several test files share: a small data set, a small network, one detector trained with them, and clusters."""
 
+import importlib.util
 import os
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -101,3 +105,25 @@ def detector_folder(tiny: RunConfig, materials: Materials, tmp_path_factory: pyt
     folder = tmp_path_factory.mktemp("detectors") / "tile"
     write_detector(folder, *run.detector())
     return folder
+
+
+@pytest.fixture(scope="session")
+def chaos() -> ModuleType:
+    """`benchmarks/chaos.py`, which starts clusters and searches on them."""
+    path = Path(__file__).resolve().parents[1] / "benchmarks" / "chaos.py"
+    spec = importlib.util.spec_from_file_location("benchmarks_chaos", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Short, for Ray's sockets; and no server of the user's."""
+    for name in list(os.environ):
+        if name.startswith(("RAY_", "MLFLOW_", "DSKD_", "AWS_")):
+            monkeypatch.delenv(name)
+    with tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as short:
+        yield Path(short)

@@ -1,15 +1,12 @@
 """Faults that a search must outlive, for real: processes and nodes killed, announced to go, and joining."""
 
-import importlib.util
 import json
-import os
 import secrets
 import shutil
 import socket
 import socketserver
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -24,28 +21,8 @@ import services
 
 from tune.storage import Storage
 
-CHAOS = Path(__file__).resolve().parents[1] / "benchmarks" / "chaos.py"
+ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--teacher-weights", "random", "--image-size", "32", "--batch-size", "4", "--preset", "stfpm"]
-
-
-@pytest.fixture(scope="module")
-def chaos() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmarks_chaos", CHAOS)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Short, for Ray's sockets; and no server of the user's."""
-    for name in list(os.environ):
-        if name.startswith(("RAY_", "MLFLOW_", "DSKD_", "AWS_")):
-            monkeypatch.delenv(name)
-    with tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as short:
-        yield Path(short)
 
 
 @pytest.mark.cluster
@@ -127,7 +104,7 @@ def test_a_category_of_which_every_trial_fails_is_reported_and_the_other_is_sear
             sys.executable, "tune/search.py", "--data", str(folder / "data"), "--name", "spoilt", "--trials", "2",
             "--epochs", "2", "--storage", env["DSKD_STORAGE"], "--json", *TINY,
         ],
-        cwd=CHAOS.parents[1], env=env, capture_output=True, text=True, timeout=400, check=False,
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     spoilt, sound = json.loads(done.stdout)["categories"]

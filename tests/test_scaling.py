@@ -15,7 +15,8 @@ def zero_to_two(port: int) -> dict[str, object]:
     """As `cluster/aws.yaml`, with nodes that are processes of this machine.
 
     Ray's class for it, `ray.cluster_utils.AutoscalingCluster`, would stop every Ray of the machine first. It and the
-    provider's short name, `fake_multinode`, need a file that is not in Ray's wheel; an external provider needs none, but every list below that is empty.
+    provider's short name, `fake_multinode`, need a file that is not in Ray's wheel; an external provider needs none,
+    but every field below.
     """
     provider = {
         "type": "external", "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",

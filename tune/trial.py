@@ -86,7 +86,11 @@ def _train_with_workers(assignment: Assignment, trial_id: str) -> None:
             callbacks=[TuneReportCallback()],  # type: ignore[list-item]
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
             # Tune counts the failures, and forgives those before an epoch that was news.
-            failure_config=ray.train.FailureConfig(max_failures=0),
+            failure_config=ray.train.FailureConfig(
+                max_failures=0,
+                # Workers that die before they train are another matter to Ray Train, which would start them for ever.
+                controller_failure_limit=MAX_FAILURES,  # type: ignore[call-arg]
+            ),
         ),
     )
     trainer.fit()

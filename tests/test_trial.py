@@ -1,15 +1,21 @@
-"""What a trial reserves, as far as it can be seen without a cluster."""
+"""What a trial reserves and gives back, mostly as far as it can be seen without a cluster."""
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
+import ray.train
+import ray.train.torch
+import ray.util
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.tune.experiment import Experiment
 
 from dskd.config import RunConfig
 from dskd.presets import PRESETS
 from tune.space import build_space
-from tune.trial import driver_resources, trainable, trial_resources
+from tune.trial import _Reservation, driver_resources, trainable, trial_resources
 from tune.worker import Assignment
 
 ALONE = Assignment(
@@ -42,3 +48,31 @@ def test_trainables_of_different_categories_never_share_a_name_in_the_table_of_t
     ]
     assert len(set(names)) == 3 and names[0] == names[3], "a continued search finds its own"
     assert all(name.isascii() for name in names)
+
+
+@pytest.mark.cluster
+def test_workers_that_are_lost_as_they_begin_to_train_hold_no_place_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Lost(WorkerGroupCallback):  # a kill at this moment cannot be timed
+        def after_worker_group_training_start(self, worker_group: Any) -> None:
+            raise RuntimeError("a worker is gone")
+
+    def train() -> None: ...
+
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    (tmp_path / "token").write_text("0" * 32)
+    (tmp_path / "token").chmod(0o600)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        trainer = ray.train.torch.TorchTrainer(
+            train,
+            scaling_config=ray.train.ScalingConfig(num_workers=2),
+            run_config=ray.train.RunConfig(storage_path=str(tmp_path), callbacks=[_Reservation(), Lost()]),
+        )
+        with pytest.raises(ray.train.ControllerError, match="a worker is gone"):
+            trainer.fit()
+        assert {group["state"] for group in ray.util.placement_group_table().values()} == {"REMOVED"}
+    finally:
+        ray.shutdown()

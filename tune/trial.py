@@ -11,8 +11,11 @@ import ray
 import ray.train
 import ray.train.torch
 import ray.tune
+import ray.util
 import torch
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.tune.integration.ray_train import TuneReportCallback
+from ray.util.placement_group import PlacementGroup
 
 from dskd.train import Shard
 from tune.space import Space
@@ -83,7 +86,7 @@ def _train_with_workers(assignment: Assignment, trial_id: str) -> None:
         run_config=ray.train.RunConfig(
             name=trial_id,
             storage_path=assignment.workers_uri,
-            callbacks=[TuneReportCallback()],  # type: ignore[list-item]
+            callbacks=[TuneReportCallback(), _Reservation()],  # type: ignore[list-item]
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
             # Tune counts the failures, and forgives those before an epoch that was news.
             failure_config=ray.train.FailureConfig(
@@ -94,6 +97,32 @@ def _train_with_workers(assignment: Assignment, trial_id: str) -> None:
         ),
     )
     trainer.fit()
+
+
+class _Reservation(WorkerGroupCallback, ControllerCallback):
+    """Takes back what workers had reserved that died between their process group's making and their first step.
+
+    Ray Train forgets it then (2.60: `WorkerGroup._start` takes them for started), and all that comes after waits for
+    ever for their places. Runs in the controller of the Ray Train job.
+    """
+
+    def __init__(self) -> None:
+        self._reserved: PlacementGroup | None = None
+
+    def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
+        self._reserved = ray.get(workers[0].execute_async(ray.util.get_current_placement_group))
+        return {}
+
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
+        self._take_back()
+
+    async def before_controller_shutdown(self) -> None:
+        self._take_back()
+
+    def _take_back(self) -> None:
+        if self._reserved is not None:
+            ray.util.remove_placement_group(self._reserved)  # twice changes nothing
+            self._reserved = None
 
 
 def trial_resources(assignment: Assignment) -> ray.tune.PlacementGroupFactory:

@@ -101,7 +101,7 @@ def below(pid: int, among: dict[int, Process]) -> list[Process]:
     return [*children, *(each for child in children for each in below(child.pid, among))]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -110,9 +110,10 @@ def _free_port() -> int:
 class Cluster:
     """A token-protected Ray head without CPUs, and nodes that can be killed."""
 
-    def __init__(self, folder: Path, env: dict[str, str]) -> None:
-        self.address = f"127.0.0.1:{_free_port()}"
-        dashboard_port = _free_port()
+    def __init__(self, folder: Path, env: dict[str, str], head_words: Sequence[str] = (), port: int = 0) -> None:
+        """`head_words` of `ray start` for the head alone; without a `port`, it listens on a free one."""
+        self.address = f"127.0.0.1:{port or free_port()}"
+        dashboard_port = free_port()
         self.dashboard = f"http://127.0.0.1:{dashboard_port}"
         # Ray Train's cleaner looks for the cluster by itself, and this machine may run others.
         self.env, self._folder = env | {"RAY_ADDRESS": self.address}, folder
@@ -123,10 +124,10 @@ class Cluster:
         self._num_started = 0
         self._head = self._start(
             "--head", f"--port={self.address.partition(':')[2]}", f"--dashboard-port={dashboard_port}", "--num-cpus=0",
-            f"--ray-client-server-port={_free_port()}",
+            f"--ray-client-server-port={free_port()}", *head_words,
         )  # fmt: skip
 
-    def add(self, cpus: int, prefix: Sequence[str] = (), env: Mapping[str, str] = MappingProxyType({})) -> None:
+    def add(self, cpus: int, *, prefix: Sequence[str] = (), env: Mapping[str, str] = MappingProxyType({})) -> None:
         """Start a node, by a command that `prefix` begins and with more in its environment where given."""
         self.nodes.append(self._start(f"--address={self.address}", f"--num-cpus={cpus}", prefix=prefix, env=env))
 
@@ -162,6 +163,14 @@ class Cluster:
         """Processes of a kind on the head and the nodes."""
         return [each for each in self.all() if each.title.startswith(TARGETS[kind])]
 
+    def raylets(self) -> set[int]:
+        """The process of each node below the head: its own, and those of nodes that its autoscaler started."""
+        found = [
+            each for each in below(self._head.pid, processes()) if each.title.partition(" ")[0].endswith("/raylet")
+        ]
+        self.seen.update(found)
+        return {each.pid for each in found}
+
     def kill_node(self, node: subprocess.Popen[bytes]) -> None:
         """Kill a node's raylet with SIGKILL, and what started it; its workers find out by themselves."""
         for each in processes().values():
@@ -177,7 +186,7 @@ class Cluster:
         titles = [each.title for each in below(leaving.pid, processes())]
         (node_id,) = (
             node["NodeID"]
-            for node in _held(self)["alive"]
+            for node in census(self)["alive"]
             if any(f"--raylet_socket_name={node['RayletSocketName']} " in title for title in titles)
         )
         done = subprocess.run(
@@ -226,7 +235,7 @@ def cluster(folder: Path, env: dict[str, str], nodes: int, cpus: int) -> Iterato
     try:
         for _ in range(nodes):
             made.add(cpus)
-        wait_for(lambda: _held(made)["nodes"] == nodes + 1, "the cluster")
+        wait_for(lambda: census(made)["nodes"] == nodes + 1, "the cluster")
         yield made
     finally:
         made.stop()
@@ -246,7 +255,7 @@ print(json.dumps({"nodes": len(nodes), "alive": nodes, "held": held, "groups": l
 """
 
 
-def _held(made: Cluster) -> dict[str, Any]:
+def census(made: Cluster) -> dict[str, Any]:
     """What the cluster has and what is taken of it; `nodes` is 0 where it does not answer yet."""
     done = subprocess.run(
         [sys.executable, "-c", _WHAT_IS_HELD], env=made.env, capture_output=True, text=True, check=False
@@ -520,7 +529,7 @@ def run(options: Options, folder: Path) -> bool:
         found = account(env, search.name, category, options.trials)
         # Ray's own cleaners look every few seconds.
         deadline = time.monotonic() + 60
-        while (held := _held(made)) and time.monotonic() < deadline:
+        while (held := census(made)) and time.monotonic() < deadline:
             if not (held["held"] or held["groups"] or held["actors"] or made.zombies()):
                 break
             time.sleep(2)

@@ -1,4 +1,4 @@
-"""What several test files share: a small data set, a small network, and one detector trained with them."""
+"""What several test files share: a small data set, a small network, one detector trained with them, and clusters."""
 
 import importlib.util
 import os

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import optuna
 import pytest
 import services
+from mlflow.tracking import MlflowClient
 
 from tune.storage import Storage
 
@@ -120,6 +121,44 @@ def test_a_category_of_which_every_trial_fails_is_reported_and_the_other_is_sear
     assert "tile: no champion: " in done.stderr
     study = optuna.load_study(study_name="spoilt/tile", storage=env["DSKD_STUDY_STORAGE"])
     assert [(trial.state.name, trial.value) for trial in study.trials] == [("COMPLETE", 0.0)] * 2
+
+
+@pytest.mark.cluster
+def test_a_trial_without_enough_memory_says_so_counts_as_bad_and_the_next_one_is_trained(
+    chaos: ModuleType, mvtec_root: Path, cluster_folder: Path
+) -> None:
+    env = chaos.environment(cluster_folder)
+    made = chaos.Cluster(
+        cluster_folder, env, ['--resources={"dskd_driver": 1}']
+    )  # the study stays where memory suffices
+    try:
+        made.add(1, env={"RAY_memory_usage_threshold": "0.01"})  # the machine's use is always above that
+        words = [
+            "--data", str(mvtec_root), "--categories", "tile", "--address", made.address, "--trials", "2",
+            "--epochs", "2", "--max-concurrent", "1", "--storage", env["DSKD_STORAGE"], "--json", *TINY,
+        ]  # fmt: skip
+        search = chaos.Search("starves", words, env, cluster_folder).start()
+        log = cluster_folder / "starves.log"
+        try:
+            chaos.wait_for(lambda: "trial 1/2" in log.read_text() or search.has_ended, "a trial's end")
+            made.add(1)
+            made.kill_node(made.nodes[0])
+            outcome = search.outcome(200)
+        finally:
+            search.end()
+    finally:
+        made.stop()
+    assert (outcome["num_failed"], outcome["num_trials"]) == (1, 2) and outcome["champion"], log.read_text()
+    client = MlflowClient(tracking_uri=env["MLFLOW_TRACKING_URI"])
+    experiment = client.get_experiment_by_name("starves")
+    assert experiment is not None
+    (lost,) = client.search_runs([experiment.experiment_id], "tags.`dskd.status` = 'failed'")
+    reason = lost.data.tags["dskd.error"]
+    assert reason.startswith("out of memory: ") and "--batch-size" in reason and "\n" not in reason
+    study = optuna.load_study(study_name="starves/tile", storage=env["DSKD_STUDY_STORAGE"])
+    first, second = study.get_trials()
+    assert first.value == 0 and second.value == outcome["champion"]["metrics"]["val/objective"]
+    assert "trial 1/2 failed after 0 epochs: out of memory: " in log.read_text()
 
 
 class FaultyLink:

@@ -79,7 +79,7 @@ def test_a_node_whose_disk_fills_up_loses_no_trial(
         # A little stays free: Python looks for another place where it can write no temporary file at all.
         ballast = f"{disk}/ballast"
         fill = ["sh", "-c", f'cat /dev/zero > {ballast} 2> /dev/null; truncate -s -400K {ballast}; exec "$@"', "sh"]
-        made.add(1, [*on_a_disk_of("300m"), *fill], {"XDG_CACHE_HOME": str(disk), "TMPDIR": str(disk)})
+        made.add(1, prefix=[*on_a_disk_of("300m"), *fill], env={"XDG_CACHE_HOME": str(disk), "TMPDIR": str(disk)})
         words = [
             "--data", str(mvtec_root), "--categories", "tile", "--address", made.address, "--trials", "2",
             "--epochs", "4", "--storage", env["DSKD_STORAGE"], "--image-size", "128", "--json", *TINY,

@@ -2,13 +2,17 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
+import ray.train
+import ray.train.torch
 import ray.util
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from tune.reservations import free, free_abandoned
+from tune.reservations import Reservation, free, free_abandoned
 
 
 @pytest.fixture
@@ -65,3 +69,21 @@ def test_what_a_trial_reserved_is_freed_when_it_ends_and_when_it_is_killed(clust
     own = ray.util.placement_group([{"CPU": 1}])
     assert ray.get(own.ready(), timeout=60) is not None and free_abandoned() == [], "the driver's own is no actor's"
     assert ray.available_resources().get("CPU", 0) == 1, "a controller that lives keeps its own"
+
+
+@pytest.mark.cluster
+def test_workers_that_are_lost_as_they_begin_to_train_hold_no_place_afterwards(cluster: None, tmp_path: Path) -> None:
+    class Lost(WorkerGroupCallback):  # a kill at this moment cannot be timed
+        def after_worker_group_training_start(self, worker_group: Any) -> None:
+            raise RuntimeError("a worker is gone")
+
+    def train() -> None: ...
+
+    trainer = ray.train.torch.TorchTrainer(
+        train,
+        scaling_config=ray.train.ScalingConfig(num_workers=2),
+        run_config=ray.train.RunConfig(storage_path=str(tmp_path), callbacks=[Reservation(), Lost()]),
+    )
+    with pytest.raises(ray.train.ControllerError, match="a worker is gone"):
+        trainer.fit()
+    assert {group["state"] for group in ray.util.placement_group_table().values()} == {"REMOVED"}

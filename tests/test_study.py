@@ -50,7 +50,14 @@ def searcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> _Searcher:
     monkeypatch.setattr(
         study,
         "_revived",
-        {"study_url": url, "assignment": None, "max_concurrent": 100, "share": Fixed(1), "running": set()},
+        {
+            "study_url": url,
+            "assignment": None,
+            "max_concurrent": 100,
+            "share": Fixed(1),
+            "running": set(),
+            "starved": set(),
+        },
     )
     return search_algorithm(url)
 
@@ -88,6 +95,30 @@ def test_a_kill_between_two_snapshots_neither_loses_nor_repeats_a_suggestion(
     assert states(revived).count("COMPLETE") == 1
 
 
+def test_a_trial_that_memory_did_not_suffice_for_counts_as_bad_and_another_lost_one_as_nothing(
+    searcher: _Searcher, tmp_path: Path
+) -> None:
+    tune_file = tmp_path / "error.txt"
+    trial = cast(Any, SimpleNamespace(trial_id="a", error_file=str(tune_file)))
+    halving = _Halving(time_attr="epoch", metric="objective", mode="max", max_t=10, grace_period=1, reduction_factor=3)
+    for name, failures in (
+        ("a", ["ValueError", "due to the node running low on memory"]),
+        ("b", ["due to the node running low on memory", "ValueError"]),
+    ):
+        searcher.suggest(name)
+        trial.trial_id = name
+        for number in range(len(failures)):  # Tune adds each failure to the file, and then tells of it
+            heads = (
+                f"Failure # {n + 1} (occurred at today)\n{text}\n" for n, text in enumerate(failures[: number + 1])
+            )
+            tune_file.write_text("".join(heads))
+            halving.on_trial_error(cast(Any, None), trial)
+        searcher.on_trial_complete(name, error=True)
+    assert searcher._ot_study is not None
+    ended = [trial for trial in searcher._ot_study.get_trials() if trial.state.is_finished()]
+    assert [(trial.state.name, trial.value) for trial in ended] == [("COMPLETE", 0.0), ("FAIL", None)]
+
+
 def test_the_last_categories_share_what_the_others_leave() -> None:
     shares = Shares(num_categories=5, side_by_side=3)
     for expected in (3, 3, 3, 2, 1, 1):
@@ -122,13 +153,13 @@ def test_what_a_killed_driver_may_not_have_handed_on_is_said_once_more(
     space = build_space({"dskd": RunConfig().with_values({"epochs": 4})})
     sink = SimpleNamespace(put=said.append)
     revived = {"assignment": assignment, "events": sink, "space": space, "running": set(), "search_uri": "/s"}
-    monkeypatch.setattr(study, "_revived", revived)
+    monkeypatch.setattr(study, "_revived", revived | {"reasons": {}})
 
     def trial(name: str, status: str, epoch: int) -> Any:
         return SimpleNamespace(
-            trial_id=name, status=status, config={}, is_finished=lambda: status != "RUNNING", get_error=lambda: "gone",
+            trial_id=name, status=status, config={}, is_finished=lambda: status != "RUNNING",
+            get_error=lambda: "gone", error_file=None, checkpoint=None, run_metadata=SimpleNamespace(num_failures=2),
             last_result={"epoch": epoch, "objective": 0.5, "timestamp": 1000 + epoch},
-            run_metadata=SimpleNamespace(num_failures=2), checkpoint=None,
         )  # fmt: skip
 
     trials = [trial("a", "TERMINATED", 4), trial("b", "ERROR", 2), trial("c", "RUNNING", 1)]

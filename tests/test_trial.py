@@ -4,6 +4,9 @@ import dataclasses
 
 import pytest
 import ray
+import ray.train
+import ray.train.torch
+import ray.util
 from ray.tune.experiment import Experiment
 
 from dskd.config import RunConfig

@@ -1,10 +1,13 @@
 """Resources that nobody will use any more: what an actor reserved for its workers and left reserved when it died."""
 
+from typing import Any
+
 import ray
 import ray.util
 from ray import PlacementGroupID
 from ray._private.state import state
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.util.placement_group import PlacementGroup
 
 
@@ -35,3 +38,29 @@ def free_abandoned() -> list[str]:
     for each in abandoned:
         free(each)
     return abandoned
+
+
+class Reservation(WorkerGroupCallback, ControllerCallback):
+    """Takes back what workers had reserved that died between their process group's making and their first step.
+
+    Ray Train forgets it then (2.60: `WorkerGroup._start` takes them for started), and all that comes after waits for
+    ever for their places. Runs in the controller of the Ray Train job.
+    """
+
+    def __init__(self) -> None:
+        self._reserved: PlacementGroup | None = None
+
+    def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
+        self._reserved = ray.get(workers[0].execute_async(ray.util.get_current_placement_group))
+        return {}
+
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
+        self._take_back()
+
+    async def before_controller_shutdown(self) -> None:
+        self._take_back()
+
+    def _take_back(self) -> None:
+        if self._reserved is not None:
+            ray.util.remove_placement_group(self._reserved)  # twice changes nothing
+            self._reserved = None

@@ -28,6 +28,7 @@ from ray.util.queue import Queue
 from tune import reservations
 from tune.capacity import cluster_nodes, trials_at_once, worker_needs
 from tune.events import DataUsed, EpochDone, Remarked, Status, TrialEnded, TrialStarted
+from tune.failures import want_of_memory
 from tune.machine import PREFIX as MACHINE
 from tune.pruning import REDUCTION, RUNG, grace_period
 from tune.settings import SearchSettings
@@ -99,6 +100,8 @@ def search_category(
         share=share,
         running=set(),
         cut=set(),
+        starved=set(),
+        reasons={},
         is_cut=False,
     )
     runs = trainable(assignment, space)
@@ -148,7 +151,7 @@ def search_category(
                 verbose=0,
             ),
         )
-    return _summarise(tuner.fit(), settings.epochs, _revived["cut"])
+    return _summarise(tuner.fit(), settings.epochs, _revived["cut"], _revived["reasons"])
 
 
 def _sampler(settings: SearchSettings, category: str, num_presets: int) -> optuna.samplers.BaseSampler:
@@ -188,15 +191,18 @@ def _close_abandoned(study: optuna.Study, known: Set[int]) -> None:
                 study.enqueue_trial(told)
 
 
-def _summarise(results: ray.tune.ResultGrid, epochs: int, cut: Collection[str] = ()) -> Study:
+def _summarise(results: ray.tune.ResultGrid, epochs: int, cut: Collection[str], reasons: Mapping[str, str]) -> Study:
+    """`reasons` why trials failed, by trial id: Tune's own may be those of an earlier attempt."""
     finished, num_pruned, num_cut, errors = [], 0, 0, []
     for result in (results[index] for index in range(len(results))):
         metrics = result.metrics or {}
         detector = _detector_uri(metrics, result.checkpoint)
-        if Path(result.path).name in cut:
+        trial_id = Path(result.path).name
+        if trial_id in cut:
             num_cut += 1
         elif result.error or metrics.get("error"):
-            errors.append(str(metrics.get("error") or result.error).strip().splitlines()[-1])
+            reason = reasons.get(trial_id) or str(metrics.get("error") or result.error)
+            errors.append(reason.strip().splitlines()[-1])
         elif metrics.get("epoch", 0) < epochs or detector is None:
             num_pruned += 1
         else:
@@ -256,6 +262,12 @@ class _Searcher(OptunaSearch):
         with suppress(optuna.exceptions.UpdateFinishedTrialError):
             super().on_trial_result(trial_id, result)
 
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """What needs more memory than there is counts as bad; other failures say nothing about the values tried."""
+        if error and trial_id in _revived["starved"]:
+            result = {"objective": 0.0}
+        super().on_trial_complete(trial_id, result, error)
+
 
 class _Halving(ASHAScheduler):
     """ASHA that lets the untuned presets train to their end, so that no search is worse than they are.
@@ -276,6 +288,12 @@ class _Halving(ASHAScheduler):
         decision: str = super().on_trial_result(tune_controller, trial, result)
         space: Space = _revived["space"]
         return self.CONTINUE if space.is_untuned(trial.config) else decision
+
+    def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
+        """Tune tells the scheduler of every failure, and then the searcher of the last, by the trial's name only."""
+        super().on_trial_error(tune_controller, trial)
+        starved: set[str] = _revived["starved"]
+        (starved.add if want_of_memory(_failures(trial)) else starved.discard)(trial.trial_id)
 
 
 class _Suggestions(SearchGenerator):
@@ -405,12 +423,21 @@ def _tell_end(trial: Trial, is_lost: bool) -> None:
     """`is_lost`: it failed too often for Tune to go on."""
     _revived["running"].discard(trial.trial_id)
     last, assignment = trial.last_result or {}, _revived["assignment"]
-    error = str(trial.get_error() or "unknown error") if is_lost else str(last.get("error") or "")
+    error = str(last.get("error") or "")
+    if is_lost:
+        failures = _failures(trial)
+        error = _revived["reasons"][trial.trial_id] = want_of_memory(failures) or failures
     is_last = last.get("epoch", 0) >= assignment.config["train"]["epochs"]
     status: Status = "failed" if error else "finished" if is_last else "pruned"
     detector = _detector_uri(last, trial.checkpoint) if status == "finished" else None
     objective = float(last.get("objective", 0.0))
     _revived["events"].put(TrialEnded(assignment.category, trial.trial_id, status, error, objective, detector or ""))
+
+
+def _failures(trial: Trial) -> str:
+    """What Tune wrote about every failure of a trial: here at once, in the storage with its next snapshot."""
+    here = Path(trial.error_file) if trial.error_file else None
+    return here.read_text() if here and here.is_file() else str(trial.get_error() or "unknown error")
 
 
 def _free_workers(trial: Trial) -> None:

@@ -15,6 +15,7 @@ import torch
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from dskd.train import Shard
+from tune.reservations import Reservation
 from tune.space import Space
 from tune.storage import insistently
 from tune.worker import Assignment, HopelessTrial, node_is_leaving, run_worker, train
@@ -83,10 +84,14 @@ def _train_with_workers(assignment: Assignment, trial_id: str) -> None:
         run_config=ray.train.RunConfig(
             name=trial_id,
             storage_path=assignment.workers_uri,
-            callbacks=[TuneReportCallback()],  # type: ignore[list-item]
+            callbacks=[TuneReportCallback(), Reservation()],  # type: ignore[list-item]
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
             # Tune counts the failures, and forgives those before an epoch that was news.
-            failure_config=ray.train.FailureConfig(max_failures=0),
+            failure_config=ray.train.FailureConfig(
+                max_failures=0,
+                # Workers that die before they train are another matter to Ray Train, which would start them for ever.
+                controller_failure_limit=MAX_FAILURES,  # type: ignore[call-arg]
+            ),
         ),
     )
     trainer.fit()

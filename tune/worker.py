@@ -24,6 +24,7 @@ from dskd.materials import Materials, prepare
 from dskd.show.overlays import preview_of
 from dskd.show.validation import write_figures
 from dskd.train import NonFiniteLoss, Shard
+from tune.failures import OUT_OF_MEMORY
 from tune.machine import machine_usage
 from tune.pruning import RUNG, rungs
 from tune.staging import local_copy
@@ -149,7 +150,7 @@ def _hopeless(error: Exception) -> str | None:
     line = (str(error).strip().splitlines() or [""])[0]
     # torch has a class for the memory of a GPU only.
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in line:
-        return f"out of memory: {line}"
+        return f"{OUT_OF_MEMORY}{line}"
     return line if isinstance(error, ValueError) else None
 
 

@@ -1,0 +1,54 @@
+"""Reasons of failed trials: texts are as Ray 2.60 writes them, shortened where "…" stands."""
+
+import pytest
+
+from tune.failures import want_of_memory
+
+MONITOR = """\
+1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.0.0.7, ID: 8bf27c4d) was \
+12.04GB used / 23.54GB limit (0.511370)
+OOM kill reason: Memory usage 13410930688B exceeded threshold of 252765008B (1.0% of 25276502016B limit)
+…
+Refer to the documentation on how to address the out of memory issue: https://docs.ray.io/…"""
+KILLED = """\
+The actor died unexpectedly before finishing this task.
+	class_name: ImplicitFunc
+	pid: 601
+The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker \
+unexpectedly exits with a connection error code 2. End of file. Some common causes include: (1) the process was killed \
+by the OOM killer due to high memory usage, (2) ray stop --force was called, or (3) …"""
+NODE_LOST = """\
+The actor died unexpectedly before finishing this task.
+The actor died because its node has died. Node Id: 8bf27c4d
+	the actor's node was terminated unexpectedly: …"""
+OF_WORKERS = """\
+ray::ImplicitFunc.train() (pid=7063, ip=10.0.0.7, actor_id=8be5821e, repr=run_trial_ac31c284)
+…
+ray.train.WorkerGroupError: Training failed due to worker errors:
+[Rank 0 Error Snippet]:
+{}
+[Rank 1 Error Snippet]:
+RuntimeError: Connection closed by peer [10.0.0.8]:4711"""
+
+
+def failures(*texts: str) -> str:
+    return "".join(f"Failure # {n} (occurred at 2026-11-21_18-37-42)\n{text}\n" for n, text in enumerate(texts, 1))
+
+
+@pytest.mark.parametrize("form", ["{}", OF_WORKERS])
+def test_what_rays_memory_monitor_killed_says_how_full_which_node_was_and_what_to_do(form: str) -> None:
+    reason = want_of_memory(failures(KILLED, form.format(MONITOR)))
+    assert reason is not None and reason.startswith("out of memory: 12.04 of 23.54 GB in use on node 10.0.0.7")
+    assert "--batch-size" in reason and "\n" not in reason and "https" not in reason
+
+
+@pytest.mark.parametrize("form", ["{}", OF_WORKERS])
+def test_what_something_else_killed_was_probably_short_of_memory(form: str) -> None:
+    reason = want_of_memory(failures(MONITOR, form.format(KILLED)))
+    assert reason is not None and reason.startswith("its process was killed (SIGKILL)")
+    assert "--batch-size" in reason and "\n" not in reason
+
+
+@pytest.mark.parametrize("last", [NODE_LOST, OF_WORKERS.format("ValueError: no image"), "unknown error"])
+def test_other_failures_are_not_laid_to_memory_whatever_came_before(last: str) -> None:
+    assert want_of_memory(failures(MONITOR, KILLED, last)) is None

@@ -546,8 +546,7 @@ def run(options: Options, folder: Path) -> bool:
         (f"trials doubled     {found.doubled}", found.doubled == 0),
         (f"epochs redone      {found.redone}", found.redone <= total * options.max_concurrent),
         (f"epochs untracked   {found.untracked}", True),
-        (f"champion           {'the same' if is_same else f'{found.champion} instead of {reference.champion}'}",
-         is_same),
+        (f"champion           {'the same' if is_same else _difference(found.champion, reference.champion)}", is_same),
         (f"zombie processes   {len(zombies)} {[each.title for each in zombies]}", not zombies),
         (f"still held         {held['held'] or '-'} groups {held['groups']} actors {held['actors'] or '-'}",
          not held["held"] and not held["groups"] and not held["actors"]),
@@ -556,6 +555,11 @@ def run(options: Options, folder: Path) -> bool:
     for line, is_right in judged:
         print(line if is_right else f"{line}   WRONG")
     return all(is_right for _, is_right in judged)
+
+
+def _difference(found: Sequence[tuple[str, str]], reference: Sequence[tuple[str, str]]) -> str:
+    pairs = zip(found, reference, strict=True)
+    return ", ".join(f"{name} {mine} instead of {other}" for (name, mine), (_, other) in pairs if mine != other)
 
 
 def main() -> None:

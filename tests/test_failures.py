@@ -2,7 +2,7 @@
 
 import pytest
 
-from tune.failures import want_of_memory
+from tune.failures import PATIENCE, cost, want_of_memory
 
 MONITOR = """\
 1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.0.0.7, ID: 8bf27c4d) was \
@@ -21,6 +21,9 @@ NODE_LOST = """\
 The actor died unexpectedly before finishing this task.
 The actor died because its node has died. Node Id: 8bf27c4d
 	the actor's node was terminated unexpectedly: …"""
+UNREACHABLE = """\
+The actor 46982d320563f740f530cd0604000000 is unavailable: The actor is temporarily unavailable: RpcError: RPC error: \
+Socket closed rpc_code: 14. The task may or may not have been executed on the actor."""
 OF_WORKERS = """\
 ray::ImplicitFunc.train() (pid=7063, ip=10.0.0.7, actor_id=8be5821e, repr=run_trial_ac31c284)
 …
@@ -52,3 +55,21 @@ def test_what_something_else_killed_was_probably_short_of_memory(form: str) -> N
 @pytest.mark.parametrize("last", [NODE_LOST, OF_WORKERS.format("ValueError: no image"), "unknown error"])
 def test_other_failures_are_not_laid_to_memory_whatever_came_before(last: str) -> None:
     assert want_of_memory(failures(MONITOR, KILLED, last)) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "survived"),
+    [
+        (NODE_LOST, 99),
+        (UNREACHABLE, 99),
+        (OF_WORKERS.format(NODE_LOST), 99),
+        (KILLED, 9),
+        (OF_WORKERS.format(KILLED), 9),
+        (MONITOR, 3),
+        (OF_WORKERS.format(MONITOR) + UNREACHABLE, 3),
+        ("RuntimeError: cuDNN error", 3),
+    ],
+)
+def test_a_trial_outlives_more_losses_of_nodes_than_failures_of_its_own(text: str, survived: int) -> None:
+    assert cost(failures("RuntimeError: cuDNN error", text)) == cost(failures(text)), "the last one is weighed"
+    assert survived * cost(text) <= PATIENCE < (survived + 1) * cost(text)

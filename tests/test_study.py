@@ -14,6 +14,7 @@ from dskd.config import RunConfig
 from dskd.presets import PRESETS
 from tune import study
 from tune.events import EpochDone, Event, TrialEnded, TrialStarted
+from tune.failures import PATIENCE
 from tune.pruning import RUNG
 from tune.settings import SearchSettings
 from tune.sharing import Share, Shares
@@ -99,7 +100,8 @@ def test_a_trial_that_memory_did_not_suffice_for_counts_as_bad_and_another_lost_
     searcher: _Searcher, tmp_path: Path
 ) -> None:
     tune_file = tmp_path / "error.txt"
-    trial = cast(Any, SimpleNamespace(trial_id="a", error_file=str(tune_file)))
+    counted = SimpleNamespace(num_failures=0)
+    trial = cast(Any, SimpleNamespace(trial_id="a", error_file=str(tune_file), run_metadata=counted))
     halving = _Halving(time_attr="epoch", metric="objective", mode="max", max_t=10, grace_period=1, reduction_factor=3)
     for name, failures in (
         ("a", ["ValueError", "due to the node running low on memory"]),
@@ -112,11 +114,13 @@ def test_a_trial_that_memory_did_not_suffice_for_counts_as_bad_and_another_lost_
                 f"Failure # {n + 1} (occurred at today)\n{text}\n" for n, text in enumerate(failures[: number + 1])
             )
             tune_file.write_text("".join(heads))
+            counted.num_failures += 1
             halving.on_trial_error(cast(Any, None), trial)
         searcher.on_trial_complete(name, error=True)
     assert searcher._ot_study is not None
     ended = [trial for trial in searcher._ot_study.get_trials() if trial.state.is_finished()]
     assert [(trial.state.name, trial.value) for trial in ended] == [("COMPLETE", 0.0), ("FAIL", None)]
+    assert counted.num_failures == 4 * 33 > PATIENCE >= 3 * 33
 
 
 def test_the_last_categories_share_what_the_others_leave() -> None:

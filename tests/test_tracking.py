@@ -139,12 +139,13 @@ def test_a_continued_search_writes_to_the_same_runs(uri: str, tmp_path: Path) ->
         for event in one_trial("tile", "a", *objectives):
             writer.put(event)
         for _ in end:
+            writer.put(TrialEnded("tile", "a", "failed", "its node is gone"))
             writer.put(TrialEnded("tile", "a", "finished", ""))
         assert writer.close(60) == 0
         found = runs(uri, "summer")
         assert set(found) == {"tile", "tile-a"}
         assert found["tile-a"].data.metrics["objective"] == objectives[-1]
-        assert found["tile-a"].info.status == status
+        assert found["tile-a"].info.status == status and "dskd.error" not in found["tile-a"].data.tags
 
 
 def test_an_event_that_mlflow_refuses_does_not_stop_the_others(

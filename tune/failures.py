@@ -1,4 +1,4 @@
-"""Why a trial failed, in one line, from the pages that Ray writes about it."""
+"""Why a trial failed, in one line, and how much of its patience that costs, from the pages that Ray writes."""
 
 import re
 
@@ -13,8 +13,28 @@ _MONITOR = "due to the node running low on memory"
 _SEEN = re.compile(r"Memory on the node \(IP: ([^,]+),[^)]*\) was ([\d.]+)GB used / ([\d.]+)GB limit")
 # A process that ended without a word to its raylet; its node lives on.
 _VANISHED = "Worker unexpectedly exits with a connection error"
+# Its node went, and it with it: Ray notices the broken connection first.
+_LOST = re.compile(r"The actor [0-9a-f]+ is unavailable|its node has died|its owner has died")
 # Tune heads every failure of a trial so, in one file.
 _HEAD = re.compile(r"^Failure # \d+ \(occurred at [^)]*\)$", re.MULTILINE)
+
+
+PATIENCE = 99
+"""A trial starts again until its failures since its last new epoch have cost more than this."""
+
+
+def cost(text: str) -> int:
+    """What the last failure costs a trial: a lost node is no fault of its own, which a spot cluster has many of.
+
+    So it outlives 99 lost nodes in a row, 9 killed processes (a person, a crash, or want of memory: nobody
+    can tell), or 3 failures of any other kind.
+    """
+    last = last_failure(text)
+    if _MONITOR in last:
+        return 33
+    if _LOST.search(last):
+        return 1
+    return 10 if _VANISHED in last else 33
 
 
 def last_failure(text: str) -> str:

@@ -28,13 +28,13 @@ from ray.util.queue import Queue
 from tune import reservations
 from tune.capacity import cluster_nodes, trials_at_once, worker_needs
 from tune.events import DataUsed, EpochDone, Remarked, Status, TrialEnded, TrialStarted
-from tune.failures import want_of_memory
+from tune.failures import PATIENCE, cost, want_of_memory
 from tune.machine import PREFIX as MACHINE
 from tune.pruning import REDUCTION, RUNG, grace_period
 from tune.settings import SearchSettings
 from tune.sharing import Share
 from tune.space import Space
-from tune.trial import MAX_FAILURES, trainable
+from tune.trial import trainable
 from tune.worker import CATEGORY, DATA_SHA256, DETECTOR_FOLDER, PLACEMENT_GROUP, REMARK, Assignment
 
 _AWS_KEYS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"}
@@ -144,7 +144,7 @@ def search_category(
             run_config=ray.tune.RunConfig(
                 name=name,
                 storage_path=folder,
-                failure_config=ray.tune.FailureConfig(max_failures=MAX_FAILURES),
+                failure_config=ray.tune.FailureConfig(max_failures=PATIENCE),
                 checkpoint_config=ray.tune.CheckpointConfig(num_to_keep=1),
                 callbacks=[_Observe(), _Sweep()],
                 stop=_Deadline(),
@@ -292,8 +292,10 @@ class _Halving(ASHAScheduler):
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
         """Tune tells the scheduler of every failure, and then the searcher of the last, by the trial's name only."""
         super().on_trial_error(tune_controller, trial)
+        text = _failures(trial)
+        trial.run_metadata.num_failures += cost(text) - 1  # Tune has counted it as one
         starved: set[str] = _revived["starved"]
-        (starved.add if want_of_memory(_failures(trial)) else starved.discard)(trial.trial_id)
+        (starved.add if want_of_memory(text) else starved.discard)(trial.trial_id)
 
 
 class _Suggestions(SearchGenerator):

@@ -305,6 +305,8 @@ class Tracker:
             self._client.set_tag(run, "dskd.status", event.status)
             if event.error:
                 self._client.set_tag(run, "dskd.error", event.error[:_MAX_VALUE])
+            elif "dskd.error" in self._client.get_run(run).data.tags:  # of an end that a killed driver saw last
+                self._client.delete_tag(run, "dskd.error")
             self._client.set_terminated(run, _RUN_STATUS[event.status])
 
     def _end_lost_trials(self, parent: str) -> None:

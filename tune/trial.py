@@ -21,7 +21,7 @@ from tune.storage import insistently
 from tune.worker import Assignment, HopelessTrial, node_is_leaving, run_worker, train
 
 MAX_FAILURES = 3
-"""Times that a trial starts again from its last checkpoint, without an epoch beyond it, after a failure."""
+"""Times that the workers of one Ray Train job start again."""
 DRIVER_RESOURCE = "dskd_driver"
 """Custom resource of nodes that stay: whatever waits for others asks for a bit of it, so that no spot node holds it."""
 _DRIVER_MEMORY = 512 * 2**20
@@ -86,7 +86,7 @@ def _train_with_workers(assignment: Assignment, trial_id: str) -> None:
             storage_path=assignment.workers_uri,
             callbacks=[TuneReportCallback(), Reservation()],  # type: ignore[list-item]
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
-            # Tune counts the failures, and forgives those before an epoch that was news.
+            # Tune weighs the failures, and forgives those before an epoch that was news.
             failure_config=ray.train.FailureConfig(
                 max_failures=0,
                 # Workers that die before they train are another matter to Ray Train, which would start them for ever.

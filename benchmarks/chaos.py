@@ -7,6 +7,7 @@ folder, or those of the environment (`python tests/services.py DIR &  . DIR/env`
 the seed. Linux only: it finds its processes in /proc.
 """
 
+import itertools
 import json
 import os
 import random
@@ -20,6 +21,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,7 +123,7 @@ class Cluster:
         self.seen: set[Process] = set()
         """What has run here; a process that outlives its node is a zombie."""
         self.nodes: list[subprocess.Popen[bytes]] = []
-        self._num_started = 0
+        self._numbers = itertools.count(1)
         self._head = self._start(
             "--head", f"--port={self.address.partition(':')[2]}", f"--dashboard-port={dashboard_port}", "--num-cpus=0",
             f"--ray-client-server-port={free_port()}", *head_words,
@@ -134,16 +136,15 @@ class Cluster:
     def _start(
         self, *words: str, prefix: Sequence[str] = (), env: Mapping[str, str] = MappingProxyType({})
     ) -> subprocess.Popen[bytes]:
-        # One after the other: nodes that start at once on one machine choose the same names for their sockets.
-        self._num_started += 1
-        path = self._folder / f"node-{self._num_started}.log"
+        path = self._folder / f"node-{next(self._numbers)}.log"
         # Sockets are in there too, whose paths may have 107 bytes. A folder for each node, as on machines of their
         # own: in a common one a node removes the code of a job that others run.
-        self._temporary.append(tempfile.mkdtemp(prefix="ray-"))
+        temporary = tempfile.mkdtemp(prefix="ray-")
+        self._temporary.append(temporary)
         ports = ("--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0")
         with path.open("wb") as log:
             process = subprocess.Popen(
-                [*prefix, "ray", "start", "--block", "--disable-usage-stats", f"--temp-dir={self._temporary[-1]}",
+                [*prefix, "ray", "start", "--block", "--disable-usage-stats", f"--temp-dir={temporary}",
                  *ports, *words],
                 env=self.env | dict(env), stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
@@ -224,7 +225,7 @@ class Cluster:
                 os.kill(each.pid, signal.SIGKILL)
         for number, temporary in enumerate(map(Path, self._temporary), 1):
             for logs in temporary.glob("session_2*/logs"):
-                shutil.copytree(logs, self._folder / f"node-{number}", symlinks=True, dirs_exist_ok=True)
+                shutil.copytree(logs, self._folder / f"logs-{number}", symlinks=True, dirs_exist_ok=True)
             shutil.rmtree(temporary, ignore_errors=True)
 
 
@@ -233,8 +234,8 @@ def cluster(folder: Path, env: dict[str, str], nodes: int, cpus: int) -> Iterato
     """A head and `nodes` nodes of `cpus` CPUs each."""
     made = Cluster(folder, env)
     try:
-        for _ in range(nodes):
-            made.add(cpus)
+        with ThreadPoolExecutor(max(1, nodes)) as pool:
+            list(pool.map(made.add, [cpus] * nodes))
         wait_for(lambda: census(made)["nodes"] == nodes + 1, "the cluster")
         yield made
     finally:
@@ -394,18 +395,20 @@ def _strike(kind: str, made: Cluster, search: Search, rng: random.Random, cpus: 
         made.kill_node(rng.choice(made.nodes))
         made.add(cpus)
         return True
-    targets = made.find("trial" if kind == "trial's node" else kind)
+    if kind == "trial's node":
+        # Where several workers compute, the process that waits for them may be on the head, which is not killed.
+        found = {made.node_of(each) for each in (*made.find("trial"), *made.find("worker"))}
+        nodes = [node for node in made.nodes if node in found]
+        if nodes:
+            made.kill_node(rng.choice(nodes))
+            made.add(cpus)
+        return bool(nodes)
+    targets = made.find(kind)
     if not targets:
         time.sleep(0.2)
         return False
-    target = rng.choice(targets)
-    if kind == "trial's node":
-        if node := made.node_of(target):
-            made.kill_node(node)
-            made.add(cpus)
-        return node is not None
     try:
-        os.kill(target.pid, signal.SIGKILL)
+        os.kill(rng.choice(targets).pid, signal.SIGKILL)
     except ProcessLookupError:  # ended meanwhile
         return False
     return True

@@ -47,7 +47,7 @@ def test_five_kills_cost_a_search_neither_a_trial_nor_its_champion(
     assert is_whole, capsys.readouterr().out
 
     canaries["RAY_AUTH_TOKEN"] = used["RAY_AUTH_TOKEN"]
-    assert list(cluster_folder.glob("node-*/runtime_env_agent.log")), "Ray's logs of every node are among them"
+    assert list(cluster_folder.glob("logs-*/runtime_env_agent.log")), "Ray's logs of every node are among them"
     for file in (path for path in cluster_folder.rglob("*") if path.is_file()):  # logs, databases, snapshots, detectors
         content = file.read_bytes()
         assert not [name for name, canary in canaries.items() if canary.encode() in content], file

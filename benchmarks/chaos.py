@@ -399,10 +399,12 @@ def _strike(kind: str, made: Cluster, search: Search, rng: random.Random, cpus: 
         # Where several workers compute, the process that waits for them may be on the head, which is not killed.
         found = {made.node_of(each) for each in (*made.find("trial"), *made.find("worker"))}
         nodes = [node for node in made.nodes if node in found]
-        if nodes:
-            made.kill_node(rng.choice(nodes))
-            made.add(cpus)
-        return bool(nodes)
+        if not nodes:
+            time.sleep(0.2)
+            return False
+        made.kill_node(rng.choice(nodes))
+        made.add(cpus)
+        return True
     targets = made.find(kind)
     if not targets:
         time.sleep(0.2)

@@ -60,11 +60,12 @@ def test_a_search_outlives_a_node_that_was_announced_to_go_and_uses_those_that_j
 ) -> None:
     """The only node of all, or one of the two on which a trial's two workers are."""
     env = chaos.environment(cluster_folder) | {"DSKD_CHECKPOINT_SECONDS": "3600"}
-    trials, kind = (4, "trial") if workers == 1 else (1, "worker")
+    trials, epochs, kind = (4, 40, "trial") if workers == 1 else (1, 24, "worker")
     with chaos.cluster(cluster_folder, env, workers, 1) as made:
         words = [
             "--data", str(mvtec_root), "--categories", "tile", "--address", made.address, "--trials", str(trials),
-            "--epochs", "40", "--storage", env["DSKD_STORAGE"], "--workers-per-trial", str(workers), "--json", *TINY,
+            "--epochs", str(epochs), "--storage", env["DSKD_STORAGE"], "--workers-per-trial", str(workers), "--json",
+            *TINY,
         ]  # fmt: skip
         search = chaos.Search("shrinks", words, env, cluster_folder).start()
         try:

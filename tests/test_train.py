@@ -128,11 +128,12 @@ def test_a_failed_save_leaves_the_older_state(
     run.save(tmp_path)
     before = (tmp_path / STATE_FILE).read_bytes()
 
-    def full_disk(_: object, file: Path) -> None:
-        file.write_bytes(b"half a st")
+    def full_disk(file: Path, content: memoryview) -> None:
+        with file.open("wb") as opened:
+            opened.write(content[:9])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full_disk)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(OSError, match="No space left"):
         run.save(tmp_path)
     assert (tmp_path / STATE_FILE).read_bytes() == before and len(list(tmp_path.iterdir())) == 1

@@ -149,6 +149,9 @@ def test_the_share_of_training_is_taken_over_the_trials_own_time(clock: Clock) -
         clock.now += 4.0
         progress.show(TrialEnded("tile", trial, "finished", ""))
         clock.now += 100.0  # nobody's time
+    for event in (TrialStarted("tile", "c", {}), epoch("tile", "c", 2, 0.5, **measured)):
+        progress.show(event)  # ended before this search was continued, and told once more
+    progress.show(TrialEnded("tile", "c", "finished", ""))
     share = progress.time_share()
     assert share is not None and tuple(share) == (16.0, 4.0, 20.0)
     assert share.sentence.startswith("80% of the trials' time was training, 20% validation, 0% the rest")

@@ -149,11 +149,13 @@ class Progress:
         category.ended[event.status] = category.ended.get(event.status, 0) + 1
         if trial := category.running.pop(event.trial_id, None):
             duration = self._clock() - trial.started
-            category.durations.append(duration)
-            spent = self._spent
-            self._spent = TimeShare(
-                spent.training + trial.training, spent.validation + trial.validation, spent.total + duration
-            )
+            # One that ended before this search was continued is told once more, its last epoch in no time.
+            if trial.training + trial.validation <= duration:
+                category.durations.append(duration)
+                spent = self._spent
+                self._spent = TimeShare(
+                    spent.training + trial.training, spent.validation + trial.validation, spent.total + duration
+                )
         reason = f": {event.error.strip().splitlines()[-1]}" if event.error.strip() else ""
         self.say(
             f"{event.category}: trial {category.num_ended}/{self._trials} {event.status} after "

@@ -15,9 +15,10 @@ _SEEN = re.compile(r"Memory on the node \(IP: ([^,]+),[^)]*\) was ([\d.]+)GB use
 _VANISHED = "Worker unexpectedly exits with a connection error"
 # Its node went, and it with it: Ray notices the broken connection first.
 _LOST = re.compile(r"The actor [0-9a-f]+ is unavailable|its node has died|its owner has died")
+# What the other workers meet where one has vanished, often before Ray knows that it has.
+_PEER = re.compile(r"Connection (closed|reset) by peer|ncclRemoteError|remote process exited")
 # Tune heads every failure of a trial so, in one file.
 _HEAD = re.compile(r"^Failure # \d+ \(occurred at [^)]*\)$", re.MULTILINE)
-
 
 PATIENCE = 99
 """A trial starts again until its failures since its last new epoch have cost more than this."""
@@ -26,15 +27,15 @@ PATIENCE = 99
 def cost(text: str) -> int:
     """What the last failure costs a trial: a lost node is no fault of its own, which a spot cluster has many of.
 
-    So it outlives 99 lost nodes in a row, 9 killed processes (a person, a crash, or want of memory: nobody
-    can tell), or 3 failures of any other kind.
+    So it outlives 99 lost nodes in a row, 9 killed processes of its own or of a worker's peer (by a person, a
+    crash, or for want of memory: nobody can tell), or 3 failures of any other kind.
     """
     last = last_failure(text)
     if _MONITOR in last:
         return 33
     if _LOST.search(last):
         return 1
-    return 10 if _VANISHED in last else 33
+    return 10 if _VANISHED in last or _PEER.search(last) else 33
 
 
 def last_failure(text: str) -> str:

@@ -15,7 +15,7 @@ _CONNECT_SECONDS = 5.0
 
 
 def connect(address: str | None) -> None:
-    """Join the cluster at `address`, or start one on this machine, dashboard included for the State API.
+    """Join the cluster at `address`, or start one on this machine, dashboard included for Ray Train's cleaner.
 
     For the main thread: what Ray starts here ends with the thread that started it. Raises ConnectionError or
     ValueError, in one line, where that is impossible.

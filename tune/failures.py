@@ -35,7 +35,7 @@ def cost(text: str) -> int:
         return 33
     if _LOST.search(last):
         return 1
-    return 10 if _VANISHED in last or _PEER.search(last) else 33
+    return 11 if _VANISHED in last or _PEER.search(last) else 33
 
 
 def last_failure(text: str) -> str:

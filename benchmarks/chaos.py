@@ -212,11 +212,12 @@ class Cluster:
         return computing + left
 
     def stop(self) -> None:
+        self.all()
         for process in (*self.nodes, self._head):
             process.send_signal(signal.SIGTERM)
         for process in (*self.nodes, self._head):
             try:
-                process.wait(30)
+                process.wait(5)  # a head that ran a search would take half a minute
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

@@ -1,8 +1,8 @@
 """What a search costs beside training: `python benchmarks/search_share.py --data DIR --category C --storage NEW_DIR`.
 
-One search, one trial at a time on one worker. Two figures: how long a place of the cluster lies idle between a
-trial's last report and the first optimiser step of the next, and what share of the time went into training.
-All times are read from the search's own MLflow file: an epoch's time of arrival, and the seconds that its
+One search, one trial at a time, on one worker unless told otherwise. Two figures: how long a place of the cluster lies
+idle between a trial's last report and the first optimiser step of the next, and what share of the time went into
+training. All times are read from the search's own MLflow file: an epoch's time of arrival, and the seconds that its
 worker measured for training and for validation.
 """
 
@@ -33,6 +33,7 @@ class Options:
     epochs: int = 30
     image_size: int = 128
     batch_size: int = 8
+    workers_per_trial: int = 1
 
 
 class TrialTimes(NamedTuple):
@@ -81,6 +82,7 @@ def main() -> None:
         batch_size=options.batch_size,
         teacher_weights=options.teacher_weights,
         storage=options.storage,
+        workers_per_trial=options.workers_per_trial,
         max_concurrent=1,
     )
     started = time.time()

@@ -5,6 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from ray.train.v2._internal.constants import (
+    DEFAULT_HEALTH_CHECK_INTERVAL_S,
+    ENV_VARS_TO_PROPAGATE,
+    HEALTH_CHECK_INTERVAL_S_ENV_VAR,
+    WORKER_GROUP_START_TIMEOUT_S_ENV_VAR,
+)
 
 from dskd import materials as stage
 from dskd.checkpoint import read_record
@@ -30,6 +36,17 @@ def assignment(config: RunConfig, data: Path, **more: Any) -> Assignment:
         config=config.to_dict(), data=str(data), category="tile", teacher_weights="random", cache_gb=1.0,
         num_workers=1, cpus_per_worker=1.0, gpus_per_worker=0.0, workers_uri="", revision="", **more,
     )  # fmt: skip
+
+
+def test_ray_train_reads_what_is_set_for_it_and_the_users_own_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    for before in ({}, {HEALTH_CHECK_INTERVAL_S_ENV_VAR: "7"}):
+        environment = dict(before)
+        monkeypatch.setattr(worker.os, "environ", environment)
+        worker.set_up_ray_train()
+        assert environment.keys() == {WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, HEALTH_CHECK_INTERVAL_S_ENV_VAR}
+        assert environment.keys() <= ENV_VARS_TO_PROPAGATE, "the process that controls the workers knows them too"
+        seconds = float(environment[HEALTH_CHECK_INTERVAL_S_ENV_VAR])
+        assert seconds == 7 if before else seconds < DEFAULT_HEALTH_CHECK_INTERVAL_S
 
 
 def test_trials_that_differ_in_their_students_share_one_stage_one(

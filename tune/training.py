@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 import sys
 import threading
 import time
@@ -33,7 +32,7 @@ from tune.storage import Storage
 from tune.tracking import Tracker, TrackingAway, TrackingRefused, check_server, run_link
 from tune.training_settings import TrainingSettings
 from tune.trial import MAX_FAILURES
-from tune.worker import DETECTOR_FOLDER, REMARK, Assignment, run_worker
+from tune.worker import DETECTOR_FOLDER, REMARK, Assignment, run_worker, set_up_ray_train
 
 _TRACKING_PATIENCE = 600.0
 """Seconds that a finished training waits for a tracking server that is away."""
@@ -239,8 +238,7 @@ def _fit(settings: TrainingSettings, key: str, assignment: Assignment, tracker: 
 
     Raises TrainingFailed where it diverges or its workers fail again and again.
     """
-    # A cluster may have to grow or to finish other work first; Ray's default takes a minute of that for a failure.
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "86400")
+    set_up_ray_train()
     resources = {"CPU": assignment.cpus_per_worker}
     if assignment.gpus_per_worker > 0:
         resources["GPU"] = assignment.gpus_per_worker

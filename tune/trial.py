@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +17,7 @@ from dskd.train import Shard
 from tune.reservations import Reservation
 from tune.space import Space
 from tune.storage import insistently
-from tune.worker import Assignment, HopelessTrial, node_is_leaving, run_worker, train
+from tune.worker import Assignment, HopelessTrial, node_is_leaving, run_worker, set_up_ray_train, train
 
 MAX_FAILURES = 3
 """Times that the workers of one Ray Train job start again."""
@@ -65,8 +64,7 @@ def run_trial(suggested: Mapping[str, Any], assignment: Assignment, space: Space
 
 
 def _train_with_workers(assignment: Assignment, trial_id: str) -> None:
-    # On a full cluster the workers wait for their turn; Ray's default takes a minute of that for a failure.
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "86400")
+    set_up_ray_train()
     resources = {"CPU": assignment.cpus_per_worker}
     if assignment.gpus_per_worker > 0:
         resources["GPU"] = assignment.gpus_per_worker

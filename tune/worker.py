@@ -80,6 +80,15 @@ class Report(NamedTuple):
     checkpoint: Path | None
 
 
+def set_up_ray_train() -> None:
+    """Set what Ray Train reads from the environment, wherever it was not set before. Call it ahead of `fit`."""
+    # A cluster may have to grow or to finish other work first; Ray's default takes a minute of that for a failure.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "86400")
+    # One report of each worker is taken per look at them, and the next one waits: Ray's default of 2 s would be
+    # the least that an epoch takes.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
+
+
 def run_worker(values: Mapping[str, Any]) -> None:
     """One DDP worker of a trial; Ray Train calls it with `Assignment`'s fields on every worker."""
     assignment = Assignment(**values)

@@ -56,8 +56,9 @@ class Options:
     kills: int = 21
     seed: int = 0
     """Of the schedule of kills."""
-    trials: int = 5
-    epochs: int = 40
+    trials: int = 4
+    epochs: int = 160
+    """Enough that the search does not end before the last kill."""
     workers_per_trial: int = 2
     max_concurrent: int = 1
     """Trials at once; with several, which of them is pruned depends on their speed, and so may the champion."""
@@ -66,7 +67,7 @@ class Options:
     image_size: int = 32
     data: Path | None = None
     """Folder of categories, of which the first is searched; drawn unless given."""
-    preset: str = "dskd"
+    preset: str = "stfpm"
     longest_pause: float = 8.0
     """Seconds at most between a target's appearance and its kill."""
     submit: bool = False
@@ -212,7 +213,7 @@ class Cluster:
         return computing + left
 
     def stop(self) -> None:
-        self.all()
+        self.all()  # what outlives its node is killed below
         for process in (*self.nodes, self._head):
             process.send_signal(signal.SIGTERM)
         for process in (*self.nodes, self._head):

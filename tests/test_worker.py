@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray.train
 import torch
 from ray.train.v2._internal.constants import (
     DEFAULT_HEALTH_CHECK_INTERVAL_S,
@@ -38,11 +39,13 @@ def assignment(config: RunConfig, data: Path, **more: Any) -> Assignment:
     )  # fmt: skip
 
 
-def test_ray_train_reads_what_is_set_for_it_and_the_users_own_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_train_reads_what_is_set_for_it_and_the_users_own_comes_first(
+    tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for before in ({}, {HEALTH_CHECK_INTERVAL_S_ENV_VAR: "7"}):
         environment = dict(before)
         monkeypatch.setattr(worker.os, "environ", environment)
-        worker.set_up_ray_train()
+        worker.ray_train_job(assignment(tiny, tmp_path), ray.train.RunConfig(storage_path=str(tmp_path)))
         assert environment.keys() == {WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, HEALTH_CHECK_INTERVAL_S_ENV_VAR}
         assert environment.keys() <= ENV_VARS_TO_PROPAGATE, "the process that controls the workers knows them too"
         seconds = float(environment[HEALTH_CHECK_INTERVAL_S_ENV_VAR])

@@ -1,6 +1,5 @@
 """One training on the cluster, without a search: Ray Train's workers, MLflow's run, the detector at the end."""
 
-import dataclasses
 import hashlib
 import json
 import sys
@@ -15,7 +14,6 @@ from typing import Any, NamedTuple
 import pyarrow.fs
 import ray
 import ray.train
-import ray.train.torch
 from ray.util.queue import Empty, Queue
 
 from dskd.atomic import check_can_be_made
@@ -32,7 +30,7 @@ from tune.storage import Storage
 from tune.tracking import Tracker, TrackingAway, TrackingRefused, check_server, run_link
 from tune.training_settings import TrainingSettings
 from tune.trial import MAX_FAILURES
-from tune.worker import DETECTOR_FOLDER, REMARK, Assignment, run_worker, set_up_ray_train
+from tune.worker import DETECTOR_FOLDER, REMARK, Assignment, ray_train_job
 
 _TRACKING_PATIENCE = 600.0
 """Seconds that a finished training waits for a tracking server that is away."""
@@ -238,20 +236,10 @@ def _fit(settings: TrainingSettings, key: str, assignment: Assignment, tracker: 
 
     Raises TrainingFailed where it diverges or its workers fail again and again.
     """
-    set_up_ray_train()
-    resources = {"CPU": assignment.cpus_per_worker}
-    if assignment.gpus_per_worker > 0:
-        resources["GPU"] = assignment.gpus_per_worker
     with _reported_epochs(settings, key, assignment, tracker) as events:
-        trainer = ray.train.torch.TorchTrainer(
-            run_worker,
-            train_loop_config=dataclasses.asdict(assignment),
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=assignment.num_workers,
-                use_gpu=assignment.gpus_per_worker > 0,
-                resources_per_worker=resources,
-            ),
-            run_config=ray.train.RunConfig(
+        job = ray_train_job(
+            assignment,
+            ray.train.RunConfig(
                 name="workers",
                 storage_path=assignment.workers_uri,
                 callbacks=[_Relay(events)],  # type: ignore[list-item]
@@ -260,7 +248,7 @@ def _fit(settings: TrainingSettings, key: str, assignment: Assignment, tracker: 
             ),
         )
         try:
-            result = trainer.fit()
+            result = job.fit()
         except ray.train.WorkerGroupError as error:
             reasons = [str(failure).strip().splitlines()[-1] for failure in error.worker_failures.values()]
             raise TrainingFailed(reasons[0] if reasons else str(error).strip().splitlines()[-1]) from None

@@ -8,7 +8,6 @@ from typing import Any
 
 import ray
 import ray.train
-import ray.train.torch
 import ray.tune
 import torch
 from ray.tune.integration.ray_train import TuneReportCallback
@@ -17,7 +16,7 @@ from dskd.train import Shard
 from tune.reservations import Reservation
 from tune.space import Space
 from tune.storage import insistently
-from tune.worker import Assignment, HopelessTrial, node_is_leaving, run_worker, set_up_ray_train, train
+from tune.worker import Assignment, HopelessTrial, node_is_leaving, ray_train_job, train
 
 MAX_FAILURES = 3
 """Times that the workers of one Ray Train job start again."""
@@ -64,22 +63,9 @@ def run_trial(suggested: Mapping[str, Any], assignment: Assignment, space: Space
 
 
 def _train_with_workers(assignment: Assignment, trial_id: str) -> None:
-    set_up_ray_train()
-    resources = {"CPU": assignment.cpus_per_worker}
-    if assignment.gpus_per_worker > 0:
-        resources["GPU"] = assignment.gpus_per_worker
-    num_workers: int | tuple[int, int] = assignment.num_workers
-    if assignment.min_workers is not None:
-        num_workers = (assignment.min_workers, assignment.num_workers)
-    trainer = ray.train.torch.TorchTrainer(
-        run_worker,
-        train_loop_config=dataclasses.asdict(assignment),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=num_workers,  # type: ignore[arg-type]
-            use_gpu=assignment.gpus_per_worker > 0,
-            resources_per_worker=resources,
-        ),
-        run_config=ray.train.RunConfig(
+    job = ray_train_job(
+        assignment,
+        ray.train.RunConfig(
             name=trial_id,
             storage_path=assignment.workers_uri,
             callbacks=[TuneReportCallback(), Reservation()],  # type: ignore[list-item]
@@ -92,7 +78,7 @@ def _train_with_workers(assignment: Assignment, trial_id: str) -> None:
             ),
         ),
     )
-    trainer.fit()
+    job.fit()
 
 
 def trial_resources(assignment: Assignment) -> ray.tune.PlacementGroupFactory:

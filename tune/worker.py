@@ -80,13 +80,32 @@ class Report(NamedTuple):
     checkpoint: Path | None
 
 
-def set_up_ray_train() -> None:
-    """Set what Ray Train reads from the environment, wherever it was not set before. Call it ahead of `fit`."""
+def ray_train_job(assignment: Assignment, run_config: ray.train.RunConfig) -> ray.train.torch.TorchTrainer:
+    """The DDP training of `assignment.num_workers` workers, or of as few as `assignment.min_workers`.
+
+    Two of Ray Train's defaults are replaced, wherever the environment does not set them.
+    """
     # A cluster may have to grow or to finish other work first; Ray's default takes a minute of that for a failure.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "86400")
     # One report of each worker is taken per look at them, and the next one waits: Ray's default of 2 s would be
     # the least that an epoch takes.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
+    resources = {"CPU": assignment.cpus_per_worker}
+    if assignment.gpus_per_worker > 0:
+        resources["GPU"] = assignment.gpus_per_worker
+    num_workers: int | tuple[int, int] = assignment.num_workers
+    if assignment.min_workers is not None:
+        num_workers = (assignment.min_workers, assignment.num_workers)
+    return ray.train.torch.TorchTrainer(
+        run_worker,
+        train_loop_config=dataclasses.asdict(assignment),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=num_workers,  # type: ignore[arg-type]
+            use_gpu=assignment.gpus_per_worker > 0,
+            resources_per_worker=resources,
+        ),
+        run_config=run_config,
+    )
 
 
 def run_worker(values: Mapping[str, Any]) -> None:

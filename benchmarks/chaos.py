@@ -33,7 +33,7 @@ import tyro
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
-from dskd.demo import draw_dataset
+from dskd.demo.dataset import draw_dataset
 from dskd.detector import Detector
 
 ROOT = Path(__file__).resolve().parents[1]

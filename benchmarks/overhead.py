@@ -19,12 +19,12 @@ import torch
 import tyro
 from torch import Tensor
 
-from dskd.device import rows_on
+from dskd.device import to_device
 from dskd.losses import distillation_loss
 from dskd.model import Teacher, build_students, build_teacher, normalize
+from dskd.model.features import FeatureTable, feature_table
 from dskd.presets import PRESETS
-from dskd.pyramids import FeatureTable, feature_table
-from dskd.train import build_optimizer, fit
+from dskd.training.loop import build_optimizer, fit
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +43,7 @@ class _Uncached:
         self.teacher, self.images = teacher, images
 
     def pyramid(self, indices: npt.NDArray[np.int64], device: torch.device) -> tuple[Tensor, ...]:
-        pyramid: tuple[Tensor, ...] = self.teacher(normalize(rows_on(device, self.images, indices)))
+        pyramid: tuple[Tensor, ...] = self.teacher(normalize(to_device(device, self.images, indices)))
         return pyramid
 
 

@@ -33,11 +33,11 @@ from dskd import metrics
 from dskd.config import RunConfig
 from dskd.data.cache import ArrayCache, default_folder
 from dskd.data.datasets import find_categories
-from dskd.distillation import Distillation
-from dskd.evaluate import inspect, labelled_test_split, measure
-from dskd.materials import Materials, prepare
+from dskd.evaluate import compute_metrics, labelled_test_split, score_images
+from dskd.model.features import feature_table
 from dskd.presets import PRESETS
-from dskd.pyramids import feature_table
+from dskd.training.inputs import TrainingData, prepare
+from dskd.training.run import TrainingRun
 
 PARTS: dict[str, dict[str, Any]] = {
     "dskd: encoder trained alone": {"student_decoder": False},
@@ -111,30 +111,30 @@ def methods(options: Options) -> dict[str, RunConfig]:
 
 
 def run(
-    name: str, config: RunConfig, materials: Materials, data: Path, device: torch.device, cache: ArrayCache | None
+    name: str, config: RunConfig, inputs: TrainingData, data: Path, device: torch.device, cache: ArrayCache | None
 ) -> dict[str, Any]:
     """Train one method and measure it; `figures` holds the best epoch's and the last epoch's, by each map."""
     started = time.perf_counter()
-    distillation = Distillation.begin(config, materials, device)
+    distillation = TrainingRun.begin(config, inputs, device)
     seconds = []
     for progress in distillation.epochs():
         seconds.append(progress.epoch.seconds)
         print(
-            f"{materials.category}  {name}  seed {config.train.seed}  epoch {len(seconds)}/{config.train.epochs}  "
+            f"{inputs.category}  {name}  seed {config.train.seed}  epoch {len(seconds)}/{config.train.epochs}  "
             f"loss {progress.epoch.loss:.4f}  validation {progress.objective:.4f}  {seconds[-1]:.1f} s",
             file=sys.stderr,
             flush=True,
         )
     last = {name: tensor.detach().clone() for name, tensor in distillation.students.state_dict().items()}
-    truth = labelled_test_split(data, materials.category, config.data.image_size)
-    table = feature_table(materials.teacher, truth.images, device, cache=cache)
+    truth = labelled_test_split(data, inputs.category, config.data.image_size)
+    table = feature_table(inputs.teacher, truth.images, device, cache=cache)
     is_pair = config.model.student_encoder and config.model.student_decoder
     figures = []
     for epoch, weights in (("best", distillation.best_weights), ("last", last)):
         distillation.students.load_state_dict(weights)
         for scored_by, values in SCORED_BY.items() if is_pair else [("its own map", {})]:
-            seen = inspect(table, distillation.students, truth.images, config.with_values(values), device)
-            scores = measure(seen, truth)._asdict()
+            seen = score_images(table, distillation.students, truth.images, config.with_values(values), device)
+            scores = compute_metrics(seen, truth)._asdict()
             scores["aupro_rd"] = (
                 metrics.aupro_rd(seen.maps[truth.has_mask], truth.masks[truth.has_mask])
                 if truth.masks.any()
@@ -143,17 +143,17 @@ def run(
             known = {figure: value if math.isfinite(value) else None for figure, value in scores.items()}
             figures.append({"epoch": epoch, "scored_by": scored_by, **known})
     return {
-        "category": materials.category,
+        "category": inputs.category,
         "method": name,
         "best_epoch": distillation.best_epoch,
         "validation": distillation.best_objective,
         "seconds_per_epoch": median(seconds),
         "seconds": time.perf_counter() - started,
-        "num_train": len(materials.train_images),
+        "num_train": len(inputs.train_images),
         "num_test": len(truth.images),
         "figures": figures,
         "config": config.to_dict(),
-        "teacher": materials.teacher_source,
+        "teacher": inputs.teacher_source,
         "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
@@ -175,9 +175,9 @@ def finished_runs(path: Path) -> dict[str, dict[str, Any]]:
     return {record["key"]: record for record in map(json.loads, whole.splitlines())}
 
 
-def key_of(name: str, config: RunConfig, materials: Materials) -> str:
+def key_of(name: str, config: RunConfig, inputs: TrainingData) -> str:
     """What a run's figures depend on: configuration, images and teacher."""
-    content = [materials.category, materials.data_sha256, materials.teacher_sha256, materials.textures_sha256]
+    content = [inputs.category, inputs.data_sha256, inputs.teacher_sha256, inputs.textures_sha256]
     parts = [name, config.to_dict(), *content]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -189,13 +189,13 @@ def missing_and_known(options: Options) -> Iterator[dict[str, Any]]:
     known = finished_runs(options.results)
     wanted = methods(options)
     for category in options.categories or tuple(find_categories(options.data)):
-        materials: dict[Any, Materials] = {}
+        inputs: dict[Any, TrainingData] = {}
         for seed in options.seeds:
             for name, unseeded in wanted.items():
                 config = unseeded.with_values({"seed": seed})
                 needs = (config.data, config.model.backbone, config.model.levels, config.amplification)
-                if needs not in materials:
-                    materials[needs] = prepare(
+                if needs not in inputs:
+                    inputs[needs] = prepare(
                         *needs[:3],
                         data=options.data,
                         category=category,
@@ -208,9 +208,9 @@ def missing_and_known(options: Options) -> Iterator[dict[str, Any]]:
                             f"stage I epoch {epoch.number + 1}  {epoch.seconds:.1f} s", file=sys.stderr, flush=True
                         ),
                     )
-                key = key_of(name, config, materials[needs])
+                key = key_of(name, config, inputs[needs])
                 if key not in known:
-                    record = {"key": key, **run(name, config, materials[needs], options.data, device, cache)}
+                    record = {"key": key, **run(name, config, inputs[needs], options.data, device, cache)}
                     with options.results.open("a") as file:
                         file.write(json.dumps(record, allow_nan=False) + "\n")
                         file.flush()

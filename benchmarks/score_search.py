@@ -21,11 +21,11 @@ import tyro
 from dskd.config import ScoreConfig
 from dskd.data.cache import ArrayCache, default_folder
 from dskd.data.datasets import find_categories
-from dskd.distillation import Distillation, objective
-from dskd.evaluate import disagreements, inspect, labelled_test_split, measure
-from dskd.materials import prepare
+from dskd.evaluate import compute_metrics, disagreements, labelled_test_split, score_images
 from dskd.presets import PRESETS
-from dskd.score_search import search_scores
+from dskd.training.inputs import prepare
+from dskd.training.run import TrainingRun, objective
+from dskd.training.score_search import search_scores
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +53,7 @@ def row(options: Options, category: str) -> str:
     config = PRESETS[options.preset].with_values(
         {"image_size": options.image_size, "epochs": options.epochs, "batch_size": options.batch_size}
     )
-    materials = prepare(
+    inputs = prepare(
         config.data,
         config.model.backbone,
         config.model.levels,
@@ -64,12 +64,12 @@ def row(options: Options, category: str) -> str:
         cache=ArrayCache(default_folder(), int(20e9)),
         amplification=config.amplification,
     )
-    run = Distillation.begin(config, materials, device)
+    run = TrainingRun.begin(config, inputs, device)
     for progress in run.epochs():
         print(f"{category}  epoch {run.next_epoch}  validation {progress.objective:.4f}", file=sys.stderr, flush=True)
     run.students.load_state_dict(run.best_weights)
-    validation = materials.validation
-    found = disagreements(materials.validation_features, run.students, validation.images, device)
+    validation = inputs.validation
+    found = disagreements(inputs.validation_features, run.students, validation.images, device)
     searches = [
         search_scores(found, *validation[1:], config.score, num_candidates=options.num_candidates, seed=seed)
         for seed in range(options.seeds)
@@ -78,9 +78,9 @@ def row(options: Options, category: str) -> str:
 
     def figures(score: ScoreConfig) -> tuple[float, float]:
         scored = dataclasses.replace(config, score=score)
-        on_validation = inspect(materials.validation_features, run.students, validation.images, scored, device)
-        on_test = inspect(materials.teacher, run.students, test.images, scored, device)
-        return objective(measure(on_validation, validation)), objective(measure(on_test, test))
+        on_validation = score_images(inputs.validation_features, run.students, validation.images, scored, device)
+        on_test = score_images(inputs.teacher, run.students, test.images, scored, device)
+        return objective(compute_metrics(on_validation, validation)), objective(compute_metrics(on_test, test))
 
     before, after = figures(config.score), [figures(search.best) for search in searches]
     adopted = sum(search.is_adopted for search in searches)

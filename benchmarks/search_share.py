@@ -18,8 +18,8 @@ from typing import NamedTuple
 import tyro
 from mlflow.tracking import MlflowClient
 
-from tune.launch import launch
-from tune.settings import SearchSettings
+from tune.jobs.search import launch
+from tune.settings.search import SearchSettings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

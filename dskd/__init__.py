@@ -10,15 +10,15 @@ from dskd.config import DataConfig, LossConfig, ModelConfig, RunConfig, ScoreCon
 from dskd.presets import PRESETS
 
 if TYPE_CHECKING:
-    from dskd.checkpoint import BrokenDetector as BrokenDetector
+    from dskd.checkpoint import BrokenDetectorError as BrokenDetectorError
     from dskd.detector import Detector as Detector
     from dskd.detector import Prediction as Prediction
 
-_LAZY = {"BrokenDetector": "dskd.checkpoint", "Detector": "dskd.detector", "Prediction": "dskd.detector"}
+_LAZY = {"BrokenDetectorError": "dskd.checkpoint", "Detector": "dskd.detector", "Prediction": "dskd.detector"}
 
 __all__ = [
     "PRESETS",
-    "BrokenDetector",
+    "BrokenDetectorError",
     "DataConfig",
     "Detector",
     "LossConfig",

@@ -29,7 +29,7 @@ PREVIEW_FILE = "preview.png"
 _LIBRARIES = ("torch", "timm", "numpy", "pillow")
 
 
-class BrokenDetector(ValueError):
+class BrokenDetectorError(ValueError):
     """A detector folder that must not be used; the message names the file and what is wrong with it."""
 
 
@@ -165,30 +165,32 @@ def rewrite_record(folder: Path, record: DetectorRecord) -> None:
 def read_record(folder: Path) -> DetectorRecord:
     """The verified record of a detector folder; the weights' hash is checked too.
 
-    Raises BrokenDetector naming the file that is missing, damaged, changed, or too new.
+    Raises BrokenDetectorError naming the file that is missing, damaged, changed, or too new.
     """
     path = folder / RECORD_FILE
     for name in (RECORD_FILE, WEIGHTS_FILE):
         if (folder / name).is_symlink():
-            raise BrokenDetector(f"{folder / name} is a symbolic link; a detector folder holds plain files.")
+            raise BrokenDetectorError(f"{folder / name} is a symbolic link; a detector folder holds plain files.")
         if not (folder / name).is_file():
-            raise BrokenDetector(f"{folder} is not a detector folder: it has no {name}.")
+            raise BrokenDetectorError(f"{folder} is not a detector folder: it has no {name}.")
     try:
         document = json.loads(path.read_text())
         schema = document["schema"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BrokenDetector(f"{path} is damaged ({error!r}); fetch the detector again.") from None
+        raise BrokenDetectorError(f"{path} is damaged ({error!r}); fetch the detector again.") from None
     if not isinstance(schema, int) or schema > SCHEMA_VERSION:
-        raise BrokenDetector(f"{path} has schema {schema!r}, this dskd reads up to {SCHEMA_VERSION}; upgrade dskd.")
+        raise BrokenDetectorError(
+            f"{path} has schema {schema!r}, this dskd reads up to {SCHEMA_VERSION}; upgrade dskd."
+        )
     try:
         record = DetectorRecord.from_document(document)
         if not record.thresholds:
             raise ValueError("no threshold")
         expected = document["weights"]["sha256"]
     except (KeyError, TypeError, ValueError) as error:
-        raise BrokenDetector(f"{path} is damaged ({error!r}); fetch the detector again.") from None
+        raise BrokenDetectorError(f"{path} is damaged ({error!r}); fetch the detector again.") from None
     if (found := sha256_of(folder / WEIGHTS_FILE)) != expected:
-        raise BrokenDetector(
+        raise BrokenDetectorError(
             f"{folder / WEIGHTS_FILE} was changed or cut short: sha256 {found[:12]}…, expected {expected[:12]}…; "
             "fetch the detector again."
         )
@@ -198,13 +200,13 @@ def read_record(folder: Path) -> DetectorRecord:
 def read_detector(folder: Path) -> tuple[DetectorRecord, dict[str, Tensor]]:
     """Record and weights of a verified detector folder, on the CPU.
 
-    Raises BrokenDetector as `read_record`, and where the weights cannot be parsed.
+    Raises BrokenDetectorError as `read_record`, and where the weights cannot be parsed.
     """
     record = read_record(folder)
     try:
         return record, safetensors.torch.load_file(folder / WEIGHTS_FILE)
     except (SafetensorError, OSError) as error:
-        raise BrokenDetector(f"{folder / WEIGHTS_FILE} cannot be read ({error}).") from None
+        raise BrokenDetectorError(f"{folder / WEIGHTS_FILE} cannot be read ({error}).") from None
 
 
 def sha256_of(path: Path) -> str:

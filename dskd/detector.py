@@ -11,9 +11,9 @@ from scipy import ndimage
 from torch import nn
 
 from dskd.calibration import Threshold
-from dskd.checkpoint import BrokenDetector, DetectorRecord, read_detector, threshold_for
+from dskd.checkpoint import BrokenDetectorError, DetectorRecord, read_detector, threshold_for
 from dskd.data.images import load_images
-from dskd.evaluate import Inspection, inspect, labelled_test_split, measure
+from dskd.evaluate import AnomalyScores, compute_metrics, labelled_test_split, score_images
 from dskd.metrics import Scores
 from dskd.model.amplification import AmplifiedTeacher, build_amplifier
 from dskd.model.network import build_students
@@ -64,7 +64,7 @@ class Detector:
     def load(cls, folder: Path, device: str = "cpu") -> Self:
         """Read and verify a detector folder; needs neither the network nor the training images.
 
-        Raises BrokenDetector where the folder is damaged, changed, or too new.
+        Raises BrokenDetectorError where the folder is damaged, changed, or too new.
         """
         record, weights = read_detector(folder)
         model = record.config.model
@@ -78,7 +78,7 @@ class Detector:
                 module.load_state_dict(part)
             except RuntimeError as error:
                 reason = str(error).splitlines()[-1].strip()
-                raise BrokenDetector(f"the weights in {folder} do not fit its configuration: {reason}") from None
+                raise BrokenDetectorError(f"the weights in {folder} do not fit its configuration: {reason}") from None
         place = torch.device(device)
         return cls(record, teacher.to(place), students.to(place).eval(), place)
 
@@ -90,9 +90,9 @@ class Detector:
     def students(self) -> nn.Module:
         return self._students
 
-    def inspect(self, images: npt.NDArray[np.uint8]) -> Inspection:
+    def score_images(self, images: npt.NDArray[np.uint8]) -> AnomalyScores:
         """Anomaly maps and scores of RGB images (N, S, S, 3), S as in training."""
-        return inspect(self._teacher, self._students, images, self.record.config, self._device)
+        return score_images(self._teacher, self._students, images, self.record.config, self._device)
 
     def threshold(self, false_alarm_rate: float) -> Threshold:
         """The stored threshold nearest to the wanted share of false alarms, never a stricter one."""
@@ -107,7 +107,7 @@ class Detector:
         for start in range(0, len(paths), _CHUNK):
             chunk = paths[start : start + _CHUNK]
             images = load_images(chunk, size)
-            seen = self.inspect(images)
+            seen = self.score_images(images)
             for path, image, heat, score in zip(chunk, images, seen.maps, seen.scores.tolist(), strict=True):
                 regions = find_regions(heat, threshold)
                 yield Prediction(path, score, threshold, score > threshold, regions, image, heat)
@@ -115,7 +115,7 @@ class Detector:
     def evaluate(self, data: Path, category: str) -> Scores:
         """All metrics on the labelled test split of a category."""
         truth = labelled_test_split(data, category, self.record.config.data.image_size)
-        return measure(self.inspect(truth.images), truth)
+        return compute_metrics(self.score_images(truth.images), truth)
 
 
 def find_regions(heat: npt.NDArray[np.float32], threshold: float) -> tuple[Region, ...]:
@@ -127,3 +127,28 @@ def find_regions(heat: npt.NDArray[np.float32], threshold: float) -> tuple[Regio
         for (rows, columns), peak in zip(ndimage.find_objects(labels), peaks, strict=True)
     ]
     return tuple(sorted(regions, key=lambda region: -region.peak))
+
+
+UNTRAINED_TEACHER = "UNTRAINED TEACHER: fit to see the machinery, not for inspection"
+APPROXIMATE = "approximate: the images behind it also selected the model"
+
+
+def chosen_limit(detector: "Detector", false_alarm_rate: float, threshold: float | None) -> tuple[float, str]:
+    """The score above which an image is anomalous, and what is to be said of it; `threshold` stands as it is.
+
+    Raises ValueError on a rate outside (0, 1).
+    """
+    if threshold is not None:
+        return threshold, f"threshold {threshold:g} as given"
+    if not 0 < false_alarm_rate < 1:
+        raise ValueError(f"--false-alarm-rate must lie in (0, 1), got {false_alarm_rate}.")
+    found = detector.threshold(false_alarm_rate)
+    note = f"threshold {found.value:.4g} for at most {found.false_alarm_rate:.1%} false alarms"
+    if found.false_alarm_rate > false_alarm_rate:
+        note += (
+            f" ({found.num_normals} held-out normals cannot vouch for {false_alarm_rate:.1%}: "
+            f"that takes {round(1 / false_alarm_rate) - 1})"
+        )
+    if detector.record.is_approximate:
+        note += f" ({APPROXIMATE})"
+    return found.value, note

@@ -1,11 +1,12 @@
 """Where tensors are computed: the choice of a device, its precision, and the way of images to it."""
 
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -28,7 +29,7 @@ def computing_device(wanted: str) -> torch.device:
     return torch.device(("cuda" if num_gpus else "cpu") if wanted == "auto" else wanted)
 
 
-def rows_on(device: torch.device, array: npt.NDArray[Any], indices: npt.NDArray[np.int64] | slice) -> Tensor:
+def to_device(device: torch.device, array: npt.NDArray[Any], indices: npt.NDArray[np.int64] | slice) -> Tensor:
     """`array[indices]`, copied to `device`.
 
     A GPU reads them from page-locked memory while the host goes on to the next batch.
@@ -37,3 +38,18 @@ def rows_on(device: torch.device, array: npt.NDArray[Any], indices: npt.NDArray[
     # A slice of a read-only file is no memory that torch may own.
     rows = torch.from_numpy(chosen if chosen.flags.writeable else chosen.copy())
     return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows
+
+
+class WorkerRank(NamedTuple):
+    """This process's place among the `world_size` processes that train together."""
+
+    rank: int = 0
+    world_size: int = 1
+
+
+def mean_over_workers(losses: Tensor) -> Tensor:
+    if dist.is_available() and dist.is_initialized():
+        total = losses.clone()
+        dist.all_reduce(total)
+        return total / dist.get_world_size()
+    return losses

@@ -17,10 +17,10 @@ from dskd.data.datasets import read_category
 from dskd.data.defects import add_defects
 from dskd.data.images import load_images, load_masks
 from dskd.data.samples import Sample
-from dskd.device import rows_on
+from dskd.device import to_device
 from dskd.metrics import MetricState, Scores
+from dskd.model.features import FeatureTable
 from dskd.model.teacher import Teacher, normalize
-from dskd.pyramids import FeatureTable
 
 _BATCH = 16
 
@@ -41,7 +41,7 @@ class LabelledImages(NamedTuple):
     """(N,), the same number for a normal image and for its copies with synthetic defects, another for every other."""
 
 
-class Inspection(NamedTuple):
+class AnomalyScores(NamedTuple):
     """What a detector sees in some images."""
 
     maps: npt.NDArray[np.float32]
@@ -104,14 +104,14 @@ def labelled_test_split(data: Path, category: str, image_size: int) -> LabelledI
 
 
 @torch.inference_mode()
-def inspect(
+def score_images(
     teacher: Teacher | FeatureTable,
     students: nn.Module,
     images: npt.NDArray[np.uint8],
     config: RunConfig,
     device: torch.device,
     indices: Sequence[int] | None = None,
-) -> Inspection:
+) -> AnomalyScores:
     """Anomaly maps and scores of images (N, S, S, 3), or of those at `indices`, in that order.
 
     `teacher` is the network, or the table of its pyramids of the same images.
@@ -127,7 +127,7 @@ def inspect(
         pooled = image_scores(batch, config.score.score_top_fraction)
         scores[start : start + len(batch)] = pooled.float().cpu().numpy()
         start += len(batch)
-    return Inspection(maps, scores)
+    return AnomalyScores(maps, scores)
 
 
 @torch.inference_mode()
@@ -154,18 +154,18 @@ def _compared(
     students.eval()
     for start in range(0, len(order), _BATCH):
         chosen = order[start : start + _BATCH]
-        pixels = normalize(rows_on(device, images, chosen))
+        pixels = normalize(to_device(device, images, chosen))
         targets = teacher.pyramid(chosen, device) if isinstance(teacher, FeatureTable) else teacher(pixels)
         outputs = students(pixels, targets)
         yield discrepancies(targets, outputs.encoder, outputs.decoder)
 
 
-def measure(inspection: Inspection, truth: LabelledImages) -> Scores:
+def compute_metrics(inspection: AnomalyScores, truth: LabelledImages) -> Scores:
     """All metrics of one inspection of `truth.images`."""
     return metrics.score_maps(inspection.maps, truth.masks, inspection.scores, truth.labels, truth.has_mask)
 
 
-def measure_shared(
+def compute_metrics_shared(
     table: FeatureTable,
     students: nn.Module,
     truth: LabelledImages,
@@ -180,7 +180,7 @@ def measure_shared(
     its last bits on the size of its batch, and this way the figures are exactly those of one worker.
     """
     mine = np.flatnonzero(np.arange(len(truth.images)) // _BATCH % world_size == rank)
-    seen = inspect(table, students, truth.images, config, device, mine.tolist())
+    seen = score_images(table, students, truth.images, config, device, mine.tolist())
     known = truth.has_mask[mine]
     state = metrics.update(MetricState(), seen.maps, truth.masks[mine], seen.scores, truth.labels[mine], known)
     if dist.is_available() and dist.is_initialized():

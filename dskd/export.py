@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dskd.anomaly import anomaly_maps, discrepancies, image_scores
 from dskd.atomic import check_can_be_made, file_in_making
 from dskd.detector import Detector
-from dskd.evaluate import Inspection
+from dskd.evaluate import AnomalyScores
 from dskd.model.teacher import normalize
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ _PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 _PREFIX = "dskd."
 
 
-class ParityFailure(RuntimeError):
+class ParityError(RuntimeError):
     """The exported graph does not say what the detector says; the message tells by how much."""
 
 
@@ -91,7 +91,7 @@ class DetectorGraph(nn.Module):
 def export_onnx(detector: Detector, path: Path, images: npt.NDArray[np.uint8], opset: int = DEFAULT_OPSET) -> Parity:
     """Write the detector to `path` once it has agreed with it on RGB images (N, S, S, 3), S as in training.
 
-    The file appears complete or not at all, and replaces an older export. Raises ParityFailure where the
+    The file appears complete or not at all, and replaces an older export. Raises ParityError where the
     graph disagrees; ValueError on a path of something else, a missing package, an opset outside `OPSETS`.
     """
     check_exportable(path, opset)
@@ -153,10 +153,10 @@ def build_model(detector: Detector, opset: int = DEFAULT_OPSET) -> "onnx.ModelPr
 def compare(detector: Detector, model: bytes, images: npt.NDArray[np.uint8]) -> Parity:
     """Run both on RGB images (N, S, S, 3), the graph in batches of each of `BATCH_SIZES`.
 
-    Raises ParityFailure beyond `TOLERANCE`, on unequal verdicts at a stored threshold, and where onnxruntime
+    Raises ParityError beyond `TOLERANCE`, on unequal verdicts at a stored threshold, and where onnxruntime
     cannot run the graph.
     """
-    expected = detector.inspect(images)
+    expected = detector.score_images(images)
     found = [_run(model, images, size) for size in BATCH_SIZES]
     peaks, scores = np.abs(expected.maps).max(axis=(1, 2)), np.abs(expected.scores)
     map_error = max(_share(np.abs(seen.maps - expected.maps).max(axis=(1, 2)), peaks) for seen in found)
@@ -168,7 +168,7 @@ def compare(detector: Detector, model: bytes, images: npt.NDArray[np.uint8]) -> 
         num_unequal += sum(int(((seen.scores > threshold) != anomalous)[decided].sum()) for seen in found)
         verdicts.append(Verdicts(rate, threshold, int(anomalous.sum()), int((~decided).sum())))
     if num_unequal or not max(map_error, score_error) < TOLERANCE:
-        raise ParityFailure(
+        raise ParityError(
             f"on {len(images)} images onnxruntime differs from torch by {map_error:.2g} of the maps' and "
             f"{score_error:.2g} of the scores' values (at most {TOLERANCE:g} is allowed), and in {num_unequal} "
             f"of {len(images) * len(found) * len(verdicts)} verdicts."
@@ -187,7 +187,7 @@ def generated_images(image_size: int) -> npt.NDArray[np.uint8]:
     return np.stack(drawn).round().astype(np.uint8)
 
 
-def _run(model: bytes, images: npt.NDArray[np.uint8], batch_size: int) -> Inspection:
+def _run(model: bytes, images: npt.NDArray[np.uint8], batch_size: int) -> AnomalyScores:
     """The graph's own inspection, in full batches: the last is filled up with the first images."""
     import onnxruntime
 
@@ -197,9 +197,9 @@ def _run(model: bytes, images: npt.NDArray[np.uint8], batch_size: int) -> Inspec
         session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
         seen = [session.run(list(OUTPUTS), {INPUT: images[indices]}) for indices in batches]
     except Exception as error:  # the errors of onnxruntime have no other base class
-        raise ParityFailure(f"onnxruntime cannot run the graph: {str(error).splitlines()[0]}") from error
+        raise ParityError(f"onnxruntime cannot run the graph: {str(error).splitlines()[0]}") from error
     maps, scores = (np.concatenate(parts)[: len(images)] for parts in zip(*seen, strict=True))
-    return Inspection(maps, scores)
+    return AnomalyScores(maps, scores)
 
 
 def _share(errors: npt.NDArray[np.float32], scales: npt.NDArray[np.float32]) -> float:

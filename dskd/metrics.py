@@ -31,7 +31,7 @@ class Scores(NamedTuple):
 
     image_auroc: float
     image_ap: float
-    image_f1max: float
+    image_f1_max: float
     pixel_auroc: float
     pixel_ap: float
     pixel_f1max: float

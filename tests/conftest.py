@@ -16,8 +16,8 @@ from PIL import Image
 
 from dskd.checkpoint import write_detector
 from dskd.config import DataConfig, LossConfig, ModelConfig, RunConfig, ScoreConfig, TrainConfig
-from dskd.distillation import Distillation
-from dskd.materials import Materials, prepare
+from dskd.training.inputs import TrainingData, prepare
+from dskd.training.run import TrainingRun
 
 SIZE = 64
 
@@ -83,7 +83,7 @@ def tiny() -> RunConfig:
 
 
 @pytest.fixture(scope="session")
-def materials(mvtec_root: Path, tiny: RunConfig) -> Materials:
+def inputs(mvtec_root: Path, tiny: RunConfig) -> TrainingData:
     return prepare(
         tiny.data,
         tiny.model.backbone,
@@ -97,9 +97,9 @@ def materials(mvtec_root: Path, tiny: RunConfig) -> Materials:
 
 
 @pytest.fixture(scope="session")
-def detector_folder(tiny: RunConfig, materials: Materials, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def detector_folder(tiny: RunConfig, inputs: TrainingData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished detector of `tile`; copy it before changing it."""
-    run = Distillation.begin(tiny, materials, torch.device("cpu"))
+    run = TrainingRun.begin(tiny, inputs, torch.device("cpu"))
     for _ in run.epochs():
         pass
     folder = tmp_path_factory.mktemp("detectors") / "tile"

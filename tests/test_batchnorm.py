@@ -13,11 +13,12 @@ import torch.multiprocessing as multiprocessing
 from torch import nn
 
 from dskd.config import DataConfig, LossConfig, ModelConfig, RunConfig, TrainConfig
+from dskd.device import WorkerRank
 from dskd.model.batchnorm import SharedBatchNorm2d, share_batchnorm
+from dskd.model.features import feature_table
 from dskd.model.network import build_students
 from dskd.model.teacher import build_teacher
-from dskd.pyramids import feature_table
-from dskd.train import Shard, build_optimizer, fit
+from dskd.training.loop import build_optimizer, fit
 
 CPU = torch.device("cpu")
 RUN = RunConfig(
@@ -45,17 +46,17 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return 3 + 2 * torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
 
 
-def losses(shard: Shard) -> list[float]:
+def losses(worker: WorkerRank) -> list[float]:
     teacher = build_teacher(RUN.model.backbone, RUN.model.levels, "random")
     images = np.random.default_rng(0).integers(0, 255, (8, 64, 64, 3), dtype=np.uint8)
     students: nn.Module = build_students(RUN.model, teacher, seed=0)
     optimizer_of = students
-    if shard.world_size > 1:
+    if worker.world_size > 1:
         share_batchnorm(students, CPU)
         students = nn.parallel.DistributedDataParallel(students)
     optimizer = build_optimizer(optimizer_of, RUN.train)
     table = feature_table(teacher, images, CPU)
-    return [epoch.loss for epoch in fit(students, optimizer, images, table, RUN, device=CPU, shard=shard)]
+    return [epoch.loss for epoch in fit(students, optimizer, images, table, RUN, device=CPU, worker=worker)]
 
 
 def work(rank: int, port: int, folder: Path) -> None:
@@ -63,7 +64,7 @@ def work(rank: int, port: int, folder: Path) -> None:
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2, timeout=timedelta(seconds=60))
     images, weights = batch()
     layer = normalised(SharedBatchNorm2d(3), images[rank::2], weights[rank::2])
-    torch.save({"layer": layer, "losses": losses(Shard(rank, 2))}, folder / f"{rank}.pt")
+    torch.save({"layer": layer, "losses": losses(WorkerRank(rank, 2))}, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -92,7 +93,7 @@ def test_shares_are_normalised_as_the_whole_batch_is(pair: list[dict[str, Any]])
 
 
 def test_two_workers_train_the_students_of_one(pair: list[dict[str, Any]]) -> None:
-    alone = losses(Shard())
+    alone = losses(WorkerRank())
     assert alone[1] < 0.99 * alone[0], "a loss that stands still would show nothing"
     for result in pair:
         # float32 sums in another order, through four steps of some forty normalisations each

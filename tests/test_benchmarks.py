@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from dskd.distillation import Distillation
+from dskd.training.run import TrainingRun
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -52,8 +52,8 @@ def test_a_killed_benchmark_of_the_presets_continues(
     assert table.count("| tile | ") == 1 + 3 + 1 + 1 + 3
 
     started: list[str] = []
-    begin = Distillation.begin
-    monkeypatch.setattr(Distillation, "begin", lambda config, *rest: started.append(config) or begin(config, *rest))
+    begin = TrainingRun.begin
+    monkeypatch.setattr(TrainingRun, "begin", lambda config, *rest: started.append(config) or begin(config, *rest))
     results.write_text("\n".join([*lines[:-1], lines[-1][:100]]))
     presets.main([str(word) for word in words])
     assert len(started) == 1, "only the run whose line was cut short is repeated"

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from dskd.data.cache import ArrayCache, NoRoom, default_folder
+from dskd.data.cache import ArrayCache, NoRoomError, default_folder
 
 MANY = 10**9
 
@@ -158,7 +158,7 @@ def test_a_full_disk_is_said_before_anything_is_computed(tmp_path: Path, monkeyp
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(NoRoom, match=r"no room for 2 GB in the cache folder .*--cache-dir.*--cache-gb") as raised:
+    with pytest.raises(NoRoomError, match=r"no room for 2 GB in the cache folder .*--cache-dir.*--cache-gb") as raised:
         ArrayCache(tmp_path, 3 * 10**9).get("key", (2 * 10**9,), np.uint8, never)
     assert "\n" not in str(raised.value) and "[Errno" not in str(raised.value)
     assert entries(tmp_path) == []

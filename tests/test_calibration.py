@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dskd.calibration import FALSE_ALARM_RATES, Threshold, calibrate, conformal_threshold
 from dskd.checkpoint import threshold_for
-from dskd.data.datasets import Sample, set_apart
+from dskd.data.datasets import Sample, split_calibration
 
 
 def by_search(scores: list[float], rate: Fraction) -> float | None:
@@ -50,7 +50,7 @@ def test_the_rate_holds_for_a_selected_model_where_other_images_set_its_threshol
     """Many models whose scores are chance: the choice takes the one to which its images look most harmless."""
     rng = np.random.default_rng(1)
     held = [Sample(Path(f"{index}.png"), "good", None) for index in range(38)]
-    selecting, calibrating = ([held.index(sample) for sample in part] for part in set_apart(held, fraction, 0))
+    selecting, calibrating = ([held.index(sample) for sample in part] for part in split_calibration(held, fraction, 0))
     rounds, rate = 4000, 0.1
     alarms = 0
     for _ in range(rounds):

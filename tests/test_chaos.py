@@ -1,4 +1,4 @@
-"""Faults that a search must outlive, for real: processes and nodes killed, announced to go, and joining."""
+"""PreflightError that a search must outlive, for real: processes and nodes killed, announced to go, and joining."""
 
 import json
 import os
@@ -24,7 +24,7 @@ import pytest
 import services
 from mlflow.tracking import MlflowClient
 
-from tune.storage import Storage
+from tune.storage.files import Storage
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--teacher-weights", "random", "--image-size", "32", "--batch-size", "4", "--preset", "stfpm"]

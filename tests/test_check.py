@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dskd import materials
 from dskd.config import RunConfig
 from dskd.data.check import Problem, check_data
-from dskd.materials import prepare
+from dskd.training import inputs as inputs
+from dskd.training.inputs import prepare
 
 SIZE = 32
 
@@ -171,7 +171,7 @@ def test_a_sound_folder_is_counted_and_nothing_is_said(nut: Path) -> None:
 def test_every_problem_is_named_and_stops_training_where_it_says_so(
     kind: str, nut: Path, tiny: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(materials, "NUM_VALIDATION_DEFECTS", 1)
+    monkeypatch.setattr(inputs, "NUM_VALIDATION_DEFECTS", 1)
     act, *wanted = PROBLEMS[kind]
     act(nut)
     report = check_data(nut.parent, SIZE)

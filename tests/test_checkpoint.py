@@ -19,7 +19,7 @@ from dskd.checkpoint import (
     RECORD_FILE,
     SCHEMA_VERSION,
     WEIGHTS_FILE,
-    BrokenDetector,
+    BrokenDetectorError,
     DetectorRecord,
     check_replaceable,
     read_detector,
@@ -175,7 +175,7 @@ def test_a_damaged_detector_is_refused_in_one_line(copied: Path, damage: str) ->
     act, word = DAMAGES[damage]
     act(copied)
     for read in (read_record, Detector.load):
-        with pytest.raises(BrokenDetector, match=word) as raised:
+        with pytest.raises(BrokenDetectorError, match=word) as raised:
             read(copied)
         assert "\n" not in str(raised.value) and str(copied) in str(raised.value)
 
@@ -203,7 +203,7 @@ def test_forged_weights_are_refused_though_the_record_vouches_for_them(
     monkeypatch.chdir(copied.parent)
     (copied / WEIGHTS_FILE).write_bytes(forged)
     edit(copied, lambda record: record["weights"].update(sha256=sha256_of(copied / WEIGHTS_FILE)))
-    with pytest.raises(BrokenDetector, match=WEIGHTS_FILE) as raised:
+    with pytest.raises(BrokenDetectorError, match=WEIGHTS_FILE) as raised:
         Detector.load(copied)
     assert "\n" not in str(raised.value)
     assert not (copied.parent / "pickle-was-here").exists()
@@ -215,7 +215,7 @@ def test_weights_that_do_not_fit_the_configuration_are_refused(copied: Path) -> 
     safetensors.torch.save_file(weights, copied / WEIGHTS_FILE)
     edit(copied, lambda document: document["weights"].update(sha256=sha256_of(copied / WEIGHTS_FILE)))
     read_record(copied)
-    with pytest.raises(BrokenDetector, match="do not fit its configuration") as raised:
+    with pytest.raises(BrokenDetectorError, match="do not fit its configuration") as raised:
         Detector.load(copied)
     assert "\n" not in str(raised.value)
 
@@ -223,7 +223,7 @@ def test_weights_that_do_not_fit_the_configuration_are_refused(copied: Path) -> 
 def test_a_file_that_is_no_safetensors_is_refused_whatever_its_hash(copied: Path) -> None:
     torch.save({"teacher.a": torch.zeros(3)}, copied / WEIGHTS_FILE)
     edit(copied, lambda document: document["weights"].update(sha256=sha256_of(copied / WEIGHTS_FILE)))
-    with pytest.raises(BrokenDetector, match="cannot be read") as raised:
+    with pytest.raises(BrokenDetectorError, match="cannot be read") as raised:
         read_detector(copied)
     assert "\n" not in str(raised.value)
 
@@ -245,7 +245,7 @@ def test_a_detector_of_the_first_schema_loads_with_defaults_for_what_it_did_not_
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
     old, new = Detector.load(copied), Detector.load(detector_folder)
     assert old.record == new.record and not old.record.config.amplification.amplification
-    np.testing.assert_array_equal(old.inspect(images).maps, new.inspect(images).maps)
+    np.testing.assert_array_equal(old.score_images(images).maps, new.score_images(images).maps)
 
 
 def test_a_record_of_the_time_before_calibration_was_set_apart_says_that_its_rates_are_approximate(
@@ -269,7 +269,7 @@ def test_loading_never_unpickles(detector_folder: Path, monkeypatch: pytest.Monk
     for owner, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
         monkeypatch.setattr(owner, name, refuse)
     detector = Detector.load(detector_folder)
-    assert detector.inspect(np.zeros((1, 32, 32, 3), np.uint8)).maps.shape == (1, 32, 32)
+    assert detector.score_images(np.zeros((1, 32, 32, 3), np.uint8)).maps.shape == (1, 32, 32)
 
 
 def test_figures_can_be_added_beside_unchanged_weights(copied: Path) -> None:

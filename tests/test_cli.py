@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 
 from dskd.checkpoint import RECORD_FILE, WEIGHTS_FILE, read_record
-from dskd.cli import UNTRAINED_TEACHER, main
+from dskd.cli.main import main
 from dskd.data.datasets import fingerprint
 from dskd.data.images import IMAGE_SUFFIXES
+from dskd.detector import UNTRAINED_TEACHER
 
 TINY = [
     "--image-size", "32", "--backbone", "test_resnet", "--levels", "1", "2", "--level-weights", "1", "1",
@@ -24,29 +25,29 @@ TINY = [
 ]  # fmt: skip
 
 
-class Outcome(NamedTuple):
+class CategoryResult(NamedTuple):
     code: int
     out: str
     err: list[str]
 
 
-def dskd(*words: object) -> Outcome:
+def dskd(*words: object) -> CategoryResult:
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             main([str(word) for word in words])
         except SystemExit as end:
             code = int(end.code or 0)
-    return Outcome(code, out.getvalue(), err.getvalue().splitlines())
+    return CategoryResult(code, out.getvalue(), err.getvalue().splitlines())
 
 
 @pytest.fixture(scope="module")
-def trained(mvtec_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
+def trained(mvtec_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CategoryResult]:
     out = tmp_path_factory.mktemp("cli") / "detector"
     return out, dskd("train", "--data", mvtec_root, "--category", "wood", "--out", out, *TINY, "--json")
 
 
-def test_train_writes_a_detector_with_a_preview(trained: tuple[Path, Outcome]) -> None:
+def test_train_writes_a_detector_with_a_preview(trained: tuple[Path, CategoryResult]) -> None:
     folder, outcome = trained
     assert outcome.code == 0, outcome.err
     document = json.loads(outcome.out)
@@ -62,7 +63,7 @@ def test_train_writes_a_detector_with_a_preview(trained: tuple[Path, Outcome]) -
     assert any(line.startswith("epoch   1/1  loss ") for line in outcome.err)
 
 
-def test_evaluate_prints_one_json_document(trained: tuple[Path, Outcome], mvtec_root: Path) -> None:
+def test_evaluate_prints_one_json_document(trained: tuple[Path, CategoryResult], mvtec_root: Path) -> None:
     outcome = dskd("evaluate", trained[0], "--data", mvtec_root, "--json")
     assert outcome.code == 0
     document = json.loads(outcome.out)
@@ -76,7 +77,7 @@ def test_evaluate_prints_one_json_document(trained: tuple[Path, Outcome], mvtec_
 
 
 def test_figures_without_masks_are_null_and_not_nan(
-    trained: tuple[Path, Outcome], mvtec_root: Path, tmp_path: Path
+    trained: tuple[Path, CategoryResult], mvtec_root: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(mvtec_root / "wood", tmp_path / "wood")
     shutil.rmtree(tmp_path / "wood/ground_truth")
@@ -86,7 +87,7 @@ def test_figures_without_masks_are_null_and_not_nan(
 
 
 def test_predict_writes_a_verdict_and_a_picture_of_every_image(
-    trained: tuple[Path, Outcome], mvtec_root: Path, tmp_path: Path
+    trained: tuple[Path, CategoryResult], mvtec_root: Path, tmp_path: Path
 ) -> None:
     images = mvtec_root / "wood/test"
     outcome = dskd("predict", trained[0], images, "--out", tmp_path / "verdicts", "--json")
@@ -111,7 +112,7 @@ def test_predict_writes_a_verdict_and_a_picture_of_every_image(
 
 
 def test_a_given_threshold_stands_above_the_calibrated_one(
-    trained: tuple[Path, Outcome], mvtec_root: Path, tmp_path: Path
+    trained: tuple[Path, CategoryResult], mvtec_root: Path, tmp_path: Path
 ) -> None:
     image = mvtec_root / "wood/test/good/000.png"
     found = {
@@ -122,7 +123,7 @@ def test_a_given_threshold_stands_above_the_calibrated_one(
 
 
 def test_a_rate_that_the_images_cannot_vouch_for_is_said(
-    trained: tuple[Path, Outcome], mvtec_root: Path, tmp_path: Path
+    trained: tuple[Path, CategoryResult], mvtec_root: Path, tmp_path: Path
 ) -> None:
     images = mvtec_root / "wood/test/good"
     outcome = dskd("predict", trained[0], images, "--out", tmp_path / "out", "--false-alarm-rate", "0.01")
@@ -142,7 +143,7 @@ def test_rates_are_said_to_be_approximate_where_the_same_images_selected(mvtec_r
 
 
 def test_an_unreadable_image_amid_others_leaves_nothing_half_written(
-    trained: tuple[Path, Outcome], mvtec_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: tuple[Path, CategoryResult], mvtec_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dskd.detector._CHUNK", 1)  # the image before it is through when it is met
     shutil.copytree(mvtec_root / "wood/test/good", tmp_path / "in")
@@ -179,7 +180,7 @@ def test_the_aand_preset_amplifies_the_teacher_and_says_so(mvtec_root: Path, tmp
 
 def test_demo_data_can_be_trained_on_as_its_message_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Path, int]] = []
-    monkeypatch.setattr("dskd.demo.draw_dataset", lambda out, seed: asked.append((out, seed)))
+    monkeypatch.setattr("dskd.demo.dataset.draw_dataset", lambda out, seed: asked.append((out, seed)))
     outcome = dskd("demo-data", tmp_path / "demo", "--seed", "3")
     assert outcome.code == 0 and asked == [(tmp_path / "demo", 3)]
     assert f"dskd train --data {tmp_path / 'demo'}" in outcome.err[0]
@@ -215,7 +216,7 @@ def test_names_that_are_no_text_are_checked_trained_on_and_written_so(mvtec_root
         (tmp_path / f"tile/train/good/{index:03d}.png").rename(tmp_path / f"tile/train/good/f\udcfcr{index}.png")
     (tmp_path / "stray\udcfc.png").write_bytes(b"")
     checked = subprocess.run(
-        [sys.executable, "-m", "dskd.cli", "check-data", tmp_path], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "dskd", "check-data", tmp_path], capture_output=True, text=True, check=False
     )
     assert checked.returncode == 0 and "stray\\udcfc.png is not read" in checked.stdout, checked.stderr
     told = dskd("train", "--data", tmp_path, "--out", tmp_path / "detector", *TINY)
@@ -235,7 +236,7 @@ def test_textures_of_a_folder_are_recorded(mvtec_root: Path, tmp_path: Path) -> 
 
 
 def test_a_failed_export_ends_in_one_line_and_leaves_nothing(
-    trained: tuple[Path, Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: tuple[Path, CategoryResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export = importlib.import_module("dskd.export")
     monkeypatch.setattr(export, "build_model", lambda *_: importlib.import_module("onnx").ModelProto())
@@ -378,7 +379,7 @@ def test_a_bad_flag_is_refused_before_anything_is_read(flag: list[str], tmp_path
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help"]])
 def test_help_comes_without_torch(words: list[str]) -> None:
     body = (
-        "import sys\nfrom dskd.cli import main\n"
+        "import sys\nfrom dskd.cli.main import main\n"
         f"try:\n    main({words})\nexcept SystemExit as end:\n    assert not end.code\n"
         "print('loaded', *sorted({'torch', 'timm', 'numpy', 'scipy', 'PIL'} & set(sys.modules)), file=sys.stderr)"
     )

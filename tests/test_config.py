@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from dskd import cli, config
+from dskd import config
+from dskd.cli import main as cli
 from dskd.config import AmplificationConfig, DataConfig, LossConfig, ModelConfig, RunConfig, ScoreConfig, TrainConfig
 from dskd.presets import PRESETS
-from tune.settings import SearchSettings
+from tune.settings.search import SearchSettings
 
 SECTIONS = (DataConfig, ModelConfig, LossConfig, ScoreConfig, TrainConfig, AmplificationConfig)
 ALL_DIFFERENT = RunConfig(

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import services
 
-from tune.events import EpochDone, TrialEnded, TrialStarted
-from tune.preflight import input_faults
-from tune.settings import SearchSettings
-from tune.tracking import Tracker, check_server
+from tune.preflight.checks import input_errors
+from tune.settings.search import SearchSettings
+from tune.tracking.client import check_server
+from tune.tracking.events import EpochDone, TrialEnded, TrialStarted
+from tune.tracking.tracker import Tracker
 
 
 def settings(data: Path, storage: Path, **more: str) -> SearchSettings:
@@ -22,7 +23,7 @@ def test_a_server_that_is_away_is_named_without_its_password(mvtec_root: Path, t
     studies = f"postgresql+psycopg2://dskd:{canary}@127.0.0.1:1/optuna"
     mlflow = f"http://dskd:{canary}@127.0.0.1:1"
     studies_fault, tracking_fault = sorted(
-        input_faults(settings(mvtec_root, tmp_path, study_storage=studies, tracking_uri=mlflow))
+        input_errors(settings(mvtec_root, tmp_path, study_storage=studies, tracking_uri=mlflow))
     )
     assert studies_fault.startswith("--study-storage postgresql")
     assert tracking_fault.startswith("MLflow at http://127.0.0.1:1 does not answer")

@@ -10,7 +10,7 @@ from dskd.data.datasets import (
     fingerprint,
     hold_out,
     read_category,
-    set_apart,
+    split_calibration,
     split_normals,
 )
 from dskd.data.images import load_masks
@@ -178,13 +178,13 @@ def test_fingerprint_follows_content_and_order_and_not_the_place(mvtec_root: Pat
 @pytest.mark.parametrize(("count", "fraction", "calibrating"), [(10, 0.5, 5), (2, 0.01, 1), (2, 0.99, 1), (3, 0.5, 2)])
 def test_set_apart_leaves_both_parts_an_image(count: int, fraction: float, calibrating: int) -> None:
     held = samples("/a", [f"{index:02d}.png" for index in range(count)])
-    select, calibrate = set_apart(held, fraction, 0)
+    select, calibrate = split_calibration(held, fraction, 0)
     assert len(calibrate) == calibrating and sorted(select + calibrate) == sorted(held)
-    again = set_apart(samples("/b", [sample.path.name for sample in held][::-1]), fraction, 0)
+    again = split_calibration(samples("/b", [sample.path.name for sample in held][::-1]), fraction, 0)
     assert {sample.path.name for sample in again[1]} == {sample.path.name for sample in calibrate}
 
 
 @pytest.mark.parametrize(("count", "fraction"), [(1, 0.5), (4, 0.0)])
 def test_held_out_images_that_cannot_or_must_not_be_set_apart_serve_both(count: int, fraction: float) -> None:
     held = samples("/a", [f"{index}.png" for index in range(count)])
-    assert set_apart(held, fraction, 0) == (tuple(held), tuple(held))
+    assert split_calibration(held, fraction, 0) == (tuple(held), tuple(held))

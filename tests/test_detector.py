@@ -9,7 +9,7 @@ from PIL import Image
 from dskd import detector as module
 from dskd import metrics
 from dskd.detector import Detector, Region, find_regions
-from dskd.materials import Materials
+from dskd.training.inputs import TrainingData
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_regions_are_boxes_of_touching_pixels_above_the_threshold() -> None:
 
 
 def test_regions_of_a_prediction_hold_every_pixel_above_the_threshold(detector: Detector, photos: list[Path]) -> None:
-    maps = detector.inspect(np.stack([np.asarray(Image.open(path).resize((32, 32))) for path in photos])).maps
+    maps = detector.score_images(np.stack([np.asarray(Image.open(path).resize((32, 32))) for path in photos])).maps
     threshold = float(np.quantile(maps, 0.9))
     for seen in detector.predict(photos, threshold):
         boxed = np.zeros_like(seen.map, bool)
@@ -89,7 +89,7 @@ def test_evaluate_is_the_metrics_of_the_maps_of_the_test_split(detector: Detecto
             masks.append(np.asarray(Image.open(mask).resize((32, 32), Image.Resampling.NEAREST)) > 127 if there
                          else np.zeros((32, 32), bool))  # fmt: skip
             labels.append(folder != "good")
-    seen = detector.inspect(np.stack(images))
+    seen = detector.score_images(np.stack(images))
     expected = metrics.score_maps(seen.maps, np.stack(masks), seen.scores, np.array(labels))
     assert detector.evaluate(mvtec_root, "tile") == expected
     assert expected.pixel_auroc == pytest.approx(metrics.pixel_auroc(seen.maps, np.stack(masks)))
@@ -104,17 +104,17 @@ def test_evaluation_needs_good_and_defective_images(detector: Detector, mvtec_ro
         detector.evaluate(tmp_path, "tile")
 
 
-def test_a_loaded_detector_sees_what_its_training_saw(detector: Detector, materials: Materials) -> None:
-    scores = detector.inspect(materials.calibration_images).scores
+def test_a_loaded_detector_sees_what_its_training_saw(detector: Detector, inputs: TrainingData) -> None:
+    scores = detector.score_images(inputs.calibration_images).scores
     highest = detector.record.thresholds[0]
     assert highest.num_normals == len(scores) == 2
     assert highest.value == pytest.approx(float(scores.max()), rel=1e-4)
 
 
-def test_the_verdict_does_not_depend_on_its_neighbours(detector: Detector, materials: Materials) -> None:
-    images = materials.train_images[:5]
-    together = detector.inspect(images)
-    alone = [detector.inspect(image[None]) for image in images]
+def test_the_verdict_does_not_depend_on_its_neighbours(detector: Detector, inputs: TrainingData) -> None:
+    images = inputs.train_images[:5]
+    together = detector.score_images(images)
+    alone = [detector.score_images(image[None]) for image in images]
     np.testing.assert_allclose(np.concatenate([seen.maps for seen in alone]), together.maps, rtol=1e-4, atol=1e-6)
 
 

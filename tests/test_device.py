@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dskd.device import computing_device, rows_on
+from dskd.device import computing_device, to_device
 
 
 @pytest.mark.parametrize("wanted", ["tpu", "cuda:", "cuda0", "CPU", ""])
@@ -43,7 +43,7 @@ def test_rows_of_a_read_only_file_are_a_copy(tmp_path: Path, recwarn: pytest.War
     np.save(tmp_path / "table.npy", values)
     table = np.load(tmp_path / "table.npy", mmap_mode="r")
     cpu = torch.device("cpu")
-    np.testing.assert_array_equal(rows_on(cpu, table, np.array([2, 0])).numpy(), values[[2, 0]])
-    rows_on(cpu, table, slice(1, 3)).zero_()
+    np.testing.assert_array_equal(to_device(cpu, table, np.array([2, 0])).numpy(), values[[2, 0]])
+    to_device(cpu, table, slice(1, 3)).zero_()
     np.testing.assert_array_equal(table, values)
     assert not list(recwarn)

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from dskd import export as module
 from dskd.calibration import Threshold
 from dskd.checkpoint import DetectorRecord
-from dskd.cli import UNTRAINED_TEACHER, main
+from dskd.cli.main import main
 from dskd.config import RunConfig, ScoreConfig
-from dskd.detector import Detector
-from dskd.export import ParityFailure, build_model, check_exportable, compare, export_onnx, generated_images
+from dskd.detector import UNTRAINED_TEACHER, Detector
+from dskd.export import ParityError, build_model, check_exportable, compare, export_onnx, generated_images
 from dskd.model.amplification import AmplifiedTeacher, build_amplifier
 from dskd.model.network import StudentPyramids, build_students
 from dskd.model.teacher import Pyramid, build_teacher
@@ -46,7 +46,7 @@ def with_thresholds(config: RunConfig, teacher: Any, students: nn.Module) -> Det
         )  # fmt: skip
         return Detector(record, teacher, students.eval(), torch.device("cpu"))
 
-    scores = np.sort(detector().inspect(generated_images(32)).scores)
+    scores = np.sort(detector().score_images(generated_images(32)).scores)
     low, high = (float((scores[rank - 1] + scores[rank]) / 2) for rank in (3, 7))
     return detector(Threshold(0.05, low, 20), Threshold(0.01, high, 100))
 
@@ -58,7 +58,7 @@ def check_agreement(detector: Detector, model: bytes) -> None:
     for batch in (1, 2, 5):
         images = rng.integers(0, 256, (batch, 32, 32, 3), dtype=np.uint8)
         maps, scores = session.run(["maps", "scores"], {"images": images})
-        expected = detector.inspect(images)
+        expected = detector.score_images(images)
         assert maps.dtype == scores.dtype == np.float32 and maps.shape == (batch, 32, 32)
         np.testing.assert_allclose(maps, expected.maps, rtol=1e-4, atol=1e-5 * float(expected.maps.max()))
         np.testing.assert_allclose(scores, expected.scores, rtol=1e-5)
@@ -149,7 +149,7 @@ def test_the_command_says_how_near_the_graph_is_on_the_images_given(exported: Ex
 
 
 def test_verdicts_are_counted_at_every_threshold(detector: Detector, model: Any) -> None:
-    scores = np.sort(detector.inspect(generated_images(32)).scores).astype(float)
+    scores = np.sort(detector.score_images(generated_images(32)).scores).astype(float)
     limits = tuple(Threshold(rate, value, 20) for rate, value in ((0.1, scores[1:3].mean()), (0.05, scores[6])))
     stricter = Detector(
         dataclasses.replace(detector.record, thresholds=limits),
@@ -172,12 +172,12 @@ def tampered(model: Any) -> Any:
 
 
 def test_changed_weights_are_found_out(detector: Detector, model: Any) -> None:
-    with pytest.raises(ParityFailure, match=r"differs from torch by .* verdicts"):
+    with pytest.raises(ParityError, match=r"differs from torch by .* verdicts"):
         compare(detector, tampered(model).SerializeToString(), generated_images(32))
 
 
 def test_a_graph_that_cannot_run_is_found_out(detector: Detector) -> None:
-    with pytest.raises(ParityFailure, match="onnxruntime cannot run the graph"):
+    with pytest.raises(ParityError, match="onnxruntime cannot run the graph"):
         compare(detector, b"no graph", generated_images(32))
 
 
@@ -208,7 +208,7 @@ def test_only_an_older_export_is_replaced(
     export_onnx(detector, path, generated_images(32))
     first = path.read_bytes()
     monkeypatch.setattr(module, "build_model", lambda *_: tampered(model))
-    with pytest.raises(ParityFailure):
+    with pytest.raises(ParityError):
         export_onnx(detector, path, generated_images(32))
     assert [file.name for file in tmp_path.iterdir()] == ["tile.onnx"] and path.read_bytes() == first
     other = onnx.ModelProto()

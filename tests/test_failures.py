@@ -2,7 +2,7 @@
 
 import pytest
 
-from tune.failures import PATIENCE, cost, want_of_memory
+from tune.trial.failures import PATIENCE, cost, out_of_memory_reason
 
 MONITOR = """\
 1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.0.0.7, ID: 8bf27c4d) was \
@@ -40,21 +40,21 @@ def failures(*texts: str) -> str:
 
 @pytest.mark.parametrize("form", ["{}", OF_WORKERS])
 def test_what_rays_memory_monitor_killed_says_how_full_which_node_was_and_what_to_do(form: str) -> None:
-    reason = want_of_memory(failures(KILLED, form.format(MONITOR)))
+    reason = out_of_memory_reason(failures(KILLED, form.format(MONITOR)))
     assert reason is not None and reason.startswith("out of memory: 12.04 of 23.54 GB in use on node 10.0.0.7")
     assert "--batch-size" in reason and "\n" not in reason and "https" not in reason
 
 
 @pytest.mark.parametrize("form", ["{}", OF_WORKERS])
 def test_what_something_else_killed_was_probably_short_of_memory(form: str) -> None:
-    reason = want_of_memory(failures(MONITOR, form.format(KILLED)))
+    reason = out_of_memory_reason(failures(MONITOR, form.format(KILLED)))
     assert reason is not None and reason.startswith("its process was killed (SIGKILL)")
     assert "--batch-size" in reason and "\n" not in reason
 
 
 @pytest.mark.parametrize("last", [NODE_LOST, OF_WORKERS.format("ValueError: no image"), "unknown error"])
 def test_other_failures_are_not_laid_to_memory_whatever_came_before(last: str) -> None:
-    assert want_of_memory(failures(MONITOR, KILLED, last)) is None
+    assert out_of_memory_reason(failures(MONITOR, KILLED, last)) is None
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,10 @@ from ray.tune.schedulers.async_hyperband import _Bracket
 
 from dskd.config import AmplificationConfig, RunConfig
 from dskd.data.datasets import read_category
-from dskd.materials import Materials
-from tune.forecast import Slots, forecast, plan_categories, share_slots
-from tune.pruning import REDUCTION, expected_epochs, expected_survivors, grace_period, rungs
-from tune.settings import SearchSettings
-from tune.speed import Speed, SpeedTask, measure_speed
+from dskd.training.inputs import TrainingData
+from tune.preflight.forecast import Slots, Speed, SpeedTask, forecast, measure_speed, plan_categories, share_slots
+from tune.settings.search import SearchSettings
+from tune.trial.asha import REDUCTION, expected_epochs, expected_survivors, grace_period, rungs
 
 
 def epochs_of_asha(trials: int, epochs: int, rng: random.Random) -> int:
@@ -63,11 +62,11 @@ def settings(mvtec_root: Path) -> SearchSettings:
     return SearchSettings(data=str(mvtec_root), trials=6, epochs=10, image_size=32, batch_size=4)
 
 
-def test_a_plan_counts_the_images_that_training_uses(mvtec_root: Path, tiny: RunConfig, materials: Materials) -> None:
+def test_a_plan_counts_the_images_that_training_uses(mvtec_root: Path, tiny: RunConfig, inputs: TrainingData) -> None:
     (plan,) = plan_categories({"tile": read_category(mvtec_root, "tile")}, tiny)
-    assert plan.num_train == len(materials.train_images)
-    assert plan.num_validation == len(materials.validation.images)
-    assert plan.num_calibration == len(materials.calibration_images)
+    assert plan.num_train == len(inputs.train_images)
+    assert plan.num_validation == len(inputs.validation.images)
+    assert plan.num_calibration == len(inputs.calibration_images)
     assert plan.num_test == 8
 
 
@@ -131,8 +130,8 @@ def test_a_step_is_measured_on_as_much_of_a_batch_as_there_is_time_for(
         act()
         return 1.0
 
-    monkeypatch.setattr("tune.speed._seconds", a_second)
-    monkeypatch.setattr("tune.speed._LONG_ENOUGH", long_enough)
+    monkeypatch.setattr("tune.preflight.forecast._seconds", a_second)
+    monkeypatch.setattr("tune.preflight.forecast._LONG_ENOUGH", long_enough)
     speed = measure_speed(task(mvtec_root, tiny, num_workers=workers))
     assert (speed.images_measured, speed.step) == (measured, step)
     assert (speed.device, speed.amplification) == ("CPU", 0.0)

@@ -54,7 +54,7 @@ def test_a_training_whose_disk_is_full_says_so_and_leaves_nothing_half_written(
     """At its first checkpoint, or where it would write the detector."""
     disk = tmp_path / "disk"
     words = [
-        "-m", "dskd.cli", "train", "--data", str(mvtec_root), "--category", "tile", "--out", str(disk / "tile"),
+        "-m", "dskd", "train", "--data", str(mvtec_root), "--category", "tile", "--out", str(disk / "tile"),
         "--epochs", "2", "--cache-gb", "0", "--checkpoint-seconds", checkpoint_seconds, "--image-size", "32", *TINY,
     ]  # fmt: skip
     look = ["sh", "-c", f'"$@"; code=$?; find {disk} -type f; exit $code', "sh"]

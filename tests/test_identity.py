@@ -3,9 +3,9 @@ from typing import Any
 
 import pytest
 
-from tune.identity import check_continues, record
-from tune.settings import SearchSettings
-from tune.storage import Storage
+from tune.preflight.identity import check_continues, record
+from tune.settings.search import SearchSettings
+from tune.storage.files import Storage
 
 
 @pytest.fixture

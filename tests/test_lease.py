@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tune import lease as module
-from tune.lease import only_search
-from tune.storage import Storage
+from tune.storage import lease as module
+from tune.storage.files import Storage
+from tune.storage.lease import only_search
 
 
 @pytest.fixture
@@ -37,7 +37,8 @@ def test_the_lease_of_a_killed_search_on_this_machine_is_taken_at_once(
     store: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = (
-        "import os, sys; from tune import lease; from tune.storage import Storage; lease._SETTLING = 0.0\n"
+        "import os, sys; from tune.storage import lease; from tune.storage.files import Storage\n"
+        "lease._SETTLING = 0.0\n"
         "with lease.only_search(Storage(sys.argv[1]), 'spring', print): os.kill(os.getpid(), 9)"
     )
     root = Path(__file__).resolve().parents[1]

@@ -3,7 +3,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from tune.machine import machine_usage
+from tune.trial.worker import machine_usage
 
 
 def test_the_machine_is_reported_in_the_units_of_mlflows_tab(tmp_path: Path) -> None:

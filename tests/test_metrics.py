@@ -293,7 +293,7 @@ def test_score_maps_is_each_metric_alone(levels: int) -> None:
     assert found == Scores(
         image_auroc=metrics.auroc(scores, labels),
         image_ap=metrics.average_precision(scores, labels),
-        image_f1max=metrics.f1_max(scores, labels),
+        image_f1_max=metrics.f1_max(scores, labels),
         pixel_auroc=metrics.pixel_auroc(maps, masks),
         pixel_ap=metrics.average_precision(maps.ravel(), masks.ravel()),
         pixel_f1max=metrics.f1_max(maps.ravel(), masks.ravel()),

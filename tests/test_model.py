@@ -21,7 +21,7 @@ from dskd.model import (
     StudentEncoder,
     Students,
     Teacher,
-    TeacherUnavailable,
+    TeacherUnavailableError,
     build_students,
     build_teacher,
     normalize,
@@ -253,7 +253,7 @@ def unreachable_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_an_unreachable_hub_is_one_line_that_says_what_to_do(unreachable_hub: Path) -> None:
-    with pytest.raises(TeacherUnavailable, match=r"--teacher-weights FILE.*random") as caught:
+    with pytest.raises(TeacherUnavailableError, match=r"--teacher-weights FILE.*random") as caught:
         build_teacher(RESNET18, (1, 2, 3), "hub")
     assert "\n" not in str(caught.value)
 

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
-from tune import dry_run, search
-from tune.preflight import Faults, check_resources, input_faults, read_categories, trial_slots
-from tune.settings import SearchSettings
+from tune import search
+from tune.preflight import dry_run
+from tune.preflight.checks import PreflightError, check_resources, input_errors, read_categories
+from tune.runtime.cluster import trial_slots
+from tune.settings.search import SearchSettings
 
 
 @pytest.fixture
@@ -40,7 +42,7 @@ def test_every_bad_category_and_file_is_named(data: Path, tmp_path: Path) -> Non
         image.write_bytes(image.read_bytes()[:200])
     shutil.rmtree(data / "wood" / "train")
     (data / "wood" / "train" / "good").mkdir(parents=True)
-    with pytest.raises(Faults) as raised:
+    with pytest.raises(PreflightError) as raised:
         read_categories(settings(data, tmp_path / "results"), data)
     lines = str(raised.value).splitlines()
     assert len(lines) == 5
@@ -99,7 +101,7 @@ def test_a_dry_run_prints_plan_and_forecast_and_leaves_no_trace(
 
 def test_an_existing_study_file_that_is_none_is_a_fault(data: Path, tmp_path: Path) -> None:
     (tmp_path / "optuna.db").write_text("this is no database, whatever its name says" * 50)
-    (fault,) = input_faults(settings(data, tmp_path), leave_no_trace=True)
+    (fault,) = input_errors(settings(data, tmp_path), leave_no_trace=True)
     assert "--study-storage" in fault and "not a database" in fault
 
 
@@ -122,7 +124,7 @@ def test_a_trial_must_find_its_place(
     if expected is None:
         check_resources(asked, nodes)
         return
-    with pytest.raises(Faults) as raised:
+    with pytest.raises(PreflightError) as raised:
         check_resources(asked, nodes)
     assert expected in str(raised.value) and "\n" not in str(raised.value)
 

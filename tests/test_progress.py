@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tune.events import CategoryEnded, EpochDone, Event, TrialEnded, TrialStarted
-from tune.progress import Progress
+from tune.study.progress import SearchProgress
+from tune.tracking.events import CategoryEnded, EpochDone, Event, TrialEnded, TrialStarted
 
 
 class Clock:
@@ -31,7 +31,7 @@ def written(console: Console) -> str:
     return console.file.getvalue()
 
 
-def drawn(progress: Progress, width: int = 100) -> list[str]:
+def drawn(progress: SearchProgress, width: int = 100) -> list[str]:
     """The cells of every row of the table, and the line below it."""
     console = Console(file=io.StringIO(), width=width, color_system=None)
     console.print(progress.table())
@@ -50,7 +50,7 @@ def clock() -> Clock:
 
 
 def test_the_table_counts_trials_and_forecasts_from_their_durations(clock: Clock) -> None:
-    progress = Progress(4, 10, console=screen(), clock=clock)
+    progress = SearchProgress(4, 10, console=screen(), clock=clock)
     with progress.watching(["tile", "wood"]):
         assert drawn(progress) == ["tile 0/4 – 0 0 – –", "wood 0/4 – 0 0 – –", "0:00 so far, about – left"]
         for trial in ("a", "b"):
@@ -77,7 +77,7 @@ def test_the_table_counts_trials_and_forecasts_from_their_durations(clock: Clock
 
 def test_lines_warnings_and_logs_stand_above_the_table(clock: Clock) -> None:
     console = screen()
-    progress = Progress(1, 1, console=console, clock=clock)
+    progress = SearchProgress(1, 1, console=console, clock=clock)
     log = logging.getLogger("other")
     handler = logging.StreamHandler()  # keeps the sys.stderr of now
     log.addHandler(handler)
@@ -101,7 +101,7 @@ def test_lines_warnings_and_logs_stand_above_the_table(clock: Clock) -> None:
 
 def test_ctrl_c_leaves_the_terminal_as_it_was(clock: Clock) -> None:
     console = screen()
-    progress = Progress(1, 1, console=console, clock=clock)
+    progress = SearchProgress(1, 1, console=console, clock=clock)
     before = (sys.stdout, sys.stderr)
     with pytest.raises(KeyboardInterrupt), progress.watching(["tile"]):
         assert "\x1b[?25l" in written(console), "the cursor is hidden meanwhile"
@@ -115,7 +115,7 @@ def test_ctrl_c_leaves_the_terminal_as_it_was(clock: Clock) -> None:
 @pytest.mark.parametrize("width", [12, 24, 40])
 def test_a_narrow_terminal_gets_a_narrow_table(width: int, clock: Clock) -> None:
     console = screen(width)
-    progress = Progress(1000, 10, console=console, clock=clock)
+    progress = SearchProgress(1000, 10, console=console, clock=clock)
     with progress.watching(["a category of a rather long name", "tile"]):
         progress.show(epoch("tile", "a", 1, 0.5))
         assert len(drawn(progress, width)) >= 2
@@ -128,7 +128,7 @@ def events() -> Iterator[Event]:
 
 
 def test_elsewhere_there_are_plain_lines_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = Progress(2, 1)
+    progress = SearchProgress(2, 1)
     with progress.watching(["tile"]):
         for event in events():
             progress.show(event)
@@ -138,7 +138,7 @@ def test_elsewhere_there_are_plain_lines_and_nothing_else(capsys: pytest.Capture
 
 
 def test_the_share_of_training_is_taken_over_the_trials_own_time(clock: Clock) -> None:
-    progress = Progress(2, 2, console=Console(file=io.StringIO()), clock=clock)
+    progress = SearchProgress(2, 2, console=Console(file=io.StringIO()), clock=clock)
     assert progress.time_share() is None
     measured: dict[str, Any] = {"seconds": 4.0, "validation_seconds": 1.0}
     for trial in ("a", "b"):

@@ -17,10 +17,10 @@ from mlflow.tracking import MlflowClient
 
 from dskd.checkpoint import RECORD_FILE, WEIGHTS_FILE, read_record
 from dskd.detector import Detector
-from tune import registry
 from tune.pull import pull
-from tune.registry import find_registered, pack, registered_categories
-from tune.tracking import Tracker
+from tune.tracking import registry
+from tune.tracking.registry import find_registered, pack, registered_categories
+from tune.tracking.tracker import Tracker
 
 ROOT = Path(__file__).resolve().parents[1]
 

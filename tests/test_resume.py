@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from dskd.checkpoint import WEIGHTS_FILE, read_record, sha256_of
-from dskd.cli import main
-from dskd.distillation import STATE_FILE
-from dskd.resume import has_state, training_folder
+from dskd.cli.main import main
+from dskd.training.resume import has_state, training_folder
+from dskd.training.run import STATE_FILE
 
 EPOCHS = 14
 FIGURES = ("epoch", "loss", "encoder_loss", "decoder_loss", "hard_loss", "val/objective", "val/aupro")
@@ -56,7 +56,7 @@ def killed(mvtec_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where a detector would lie, had its training not been killed after some epochs."""
     out = tmp_path_factory.mktemp("killed") / "tile"
     child = subprocess.Popen(
-        [sys.executable, "-m", "dskd.cli", *words(mvtec_root, out)],
+        [sys.executable, "-m", "dskd", *words(mvtec_root, out)],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert child.stderr is not None

@@ -7,7 +7,7 @@ import torch
 from dskd import metrics
 from dskd.anomaly import Discrepancies, anomaly_maps, image_scores
 from dskd.config import ScoreConfig
-from dskd.score_search import search_scores
+from dskd.training.score_search import search_scores
 
 NUM_NORMALS = 12
 LABELS = np.arange(2 * NUM_NORMALS) >= NUM_NORMALS

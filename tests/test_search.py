@@ -19,9 +19,9 @@ import services
 from mlflow.tracking import MlflowClient
 
 from dskd.checkpoint import read_record
-from tune.events import EpochDone, TrialEnded, TrialStarted
-from tune.storage import Storage
-from tune.tracking import Tracker
+from tune.storage.files import Storage
+from tune.tracking.events import EpochDone, TrialEnded, TrialStarted
+from tune.tracking.tracker import Tracker
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--image-size", "32", "--batch-size", "4", "--teacher-weights", "random"]
@@ -142,7 +142,7 @@ def test_embedded_search_tracks_crowns_and_delivers(mvtec_root: Path, tmp_path: 
     assert record.metrics == outcomes[0]["champion"]["metrics"]
     images = mvtec_root / category / "test"
     verdicts = run(
-        sys.executable, "-m", "dskd.cli", "predict", tmp_path / "detectors" / category, images,
+        sys.executable, "-m", "dskd", "predict", tmp_path / "detectors" / category, images,
         "--out", tmp_path / "verdicts", env=env,
     )  # fmt: skip
     assert verdicts.returncode == 0, verdicts.stderr

@@ -8,7 +8,8 @@ import pytest
 
 from dskd.presets import PRESETS
 from tune import pull, search
-from tune.settings import LOCAL_RESULTS, SearchSettings
+from tune.settings.search import SearchSettings
+from tune.storage.uris import LOCAL_RESULTS
 
 
 def settings(**values: Any) -> SearchSettings:

@@ -9,8 +9,8 @@ import pytest
 
 from dskd.config import RunConfig
 from dskd.presets import PRESETS
-from tune.space import Choice, Dimension, Range, Space, build_space, with_suggestions
-from tune.space_file import read_space
+from tune.settings.space import Choice, Dimension, Range, Space, build_space, with_suggestions
+from tune.settings.space_file import read_space
 
 TWO_LEVELS = RunConfig().with_values({"levels": (1, 2), "level_weights": (1.0, 0.5), "score_level_weights": (1.0, 1.0)})
 BASES = {**PRESETS, "two levels": TWO_LEVELS}

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from dskd.data.datasets import find_categories, fingerprint, read_category
-from tune import staging
-from tune.settings import SearchSettings
-from tune.staging import absolute, local_copy, outline
-from tune.storage import Storage, StorageError
+from tune.settings.search import SearchSettings
+from tune.storage import staging
+from tune.storage.files import Storage, StorageError
+from tune.storage.staging import local_copy, outline
+from tune.storage.uris import absolute
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -136,7 +137,8 @@ def test_room_is_made_for_a_copy_but_never_from_one_in_use(
 
 def test_a_killed_process_keeps_no_copy_in_use(address: str, copies: Path) -> None:
     body = (
-        f"import os; from tune.staging import local_copy; local_copy({address!r}, 'tile', 1.0); os.kill(os.getpid(), 9)"
+        "import os\nfrom tune.storage.staging import local_copy\n"
+        f"local_copy({address!r}, 'tile', 1.0)\nos.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", body], cwd=ROOT, timeout=120, check=False)
     assert copied(copies) == ["tile"]

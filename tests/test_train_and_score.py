@@ -17,8 +17,8 @@ import services
 from mlflow.tracking import MlflowClient
 
 from dskd.checkpoint import read_record
-from dskd.cli import predict
-from tune.storage import Storage
+from dskd.cli.main import predict
+from tune.storage.files import Storage
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--image-size", "32", "--batch-size", "4", "--epochs", "2", "--teacher-weights", "random"]

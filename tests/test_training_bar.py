@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from dskd.config import RunConfig
-from dskd.distillation import Distillation
-from dskd.materials import Materials
 from dskd.show import training_bar
 from dskd.show.training_bar import TrainingBar
-from dskd.train import Step
+from dskd.training.inputs import TrainingData
+from dskd.training.loop import Step
+from dskd.training.run import TrainingRun
 
 CPU = torch.device("cpu")
 
@@ -20,7 +20,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def watched(run: Distillation) -> None:
+def watched(run: TrainingRun) -> None:
     with TrainingBar(run) as bar:
         for event in run.steps():
             if isinstance(event, Step):
@@ -30,12 +30,12 @@ def watched(run: Distillation) -> None:
 
 
 def test_a_terminal_shows_how_far_the_run_is(
-    tiny: RunConfig, materials: Materials, monkeypatch: pytest.MonkeyPatch
+    tiny: RunConfig, inputs: TrainingData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setattr(training_bar, "_SECONDS", 0.0)
-    watched(Distillation.begin(tiny, materials, CPU))
+    watched(TrainingRun.begin(tiny, inputs, CPU))
     shown = terminal.getvalue()
     assert "epoch 1 done\n" in shown and "epoch 2 done\n" in shown
     states = re.findall(
@@ -46,9 +46,9 @@ def test_a_terminal_shows_how_far_the_run_is(
 
 
 def test_a_continued_run_starts_where_it_was(
-    tiny: RunConfig, materials: Materials, monkeypatch: pytest.MonkeyPatch
+    tiny: RunConfig, inputs: TrainingData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Distillation.begin(tiny, materials, CPU)
+    run = TrainingRun.begin(tiny, inputs, CPU)
     next(run.epochs())
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
@@ -58,8 +58,8 @@ def test_a_continued_run_starts_where_it_was(
 
 
 def test_elsewhere_there_are_plain_lines_and_nothing_else(
-    tiny: RunConfig, materials: Materials, capsys: pytest.CaptureFixture[str]
+    tiny: RunConfig, inputs: TrainingData, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    watched(Distillation.begin(tiny, materials, CPU))
+    watched(TrainingRun.begin(tiny, inputs, CPU))
     said = capsys.readouterr()
     assert (said.out, said.err) == ("", "epoch 1 done\nepoch 2 done\n")

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 from dskd.config import RunConfig
-from dskd.distillation import Distillation
-from dskd.evaluate import Inspection, LabelledImages, inspect, measure
-from dskd.materials import Materials
+from dskd.evaluate import AnomalyScores, LabelledImages, compute_metrics, score_images
 from dskd.show.plots import draw_curves
 from dskd.show.validation import extremes, write_figures
+from dskd.training.inputs import TrainingData
+from dskd.training.run import TrainingRun
 
 
 def truth(labels: list[int], masks: np.ndarray | None = None) -> LabelledImages:
@@ -24,16 +24,16 @@ def truth(labels: list[int], masks: np.ndarray | None = None) -> LabelledImages:
 
 def test_the_extremes_are_the_most_and_the_least_convincing_of_each_kind() -> None:
     scores = np.array([5, 1, 3, 2, 9, 4, 7, 8], np.float32)
-    seen = Inspection(np.zeros((8, 8, 8), np.float32), scores)
+    seen = AnomalyScores(np.zeros((8, 8, 8), np.float32), scores)
     best, worst = extremes(seen, truth([0, 0, 0, 0, 1, 1, 1, 1]))
     assert (best, worst) == ([1, 3, 4, 7], [0, 2, 5, 6])
-    assert extremes(Inspection(seen.maps[:2], scores[:2]), truth([0, 1])) == ([0, 1], [0, 1])
+    assert extremes(AnomalyScores(seen.maps[:2], scores[:2]), truth([0, 1])) == ([0, 1], [0, 1])
 
 
 def test_a_run_leaves_readable_figures_whose_areas_are_its_metrics(
-    tiny: RunConfig, materials: Materials, tmp_path: Path
+    tiny: RunConfig, inputs: TrainingData, tmp_path: Path
 ) -> None:
-    run = Distillation.begin(tiny, materials, torch.device("cpu"))
+    run = TrainingRun.begin(tiny, inputs, torch.device("cpu"))
     for _ in run.epochs():
         pass
     record, _ = run.detector()
@@ -45,9 +45,9 @@ def test_a_run_leaves_readable_figures_whose_areas_are_its_metrics(
             picture.load()
             assert min(picture.size) > 300
         assert path.stat().st_size < 400_000
-    seen = inspect(materials.validation_features, run.students, materials.validation.images, tiny, run.device)
-    scores = measure(seen, materials.validation)
-    titles = [axes.get_title() for axes in draw_curves(seen, materials.validation, "t").axes]
+    seen = score_images(inputs.validation_features, run.students, inputs.validation.images, tiny, run.device)
+    scores = compute_metrics(seen, inputs.validation)
+    titles = [axes.get_title() for axes in draw_curves(seen, inputs.validation, "t").axes]
     assert titles == [
         f"images: ROC, area {scores.image_auroc:.4f}",
         f"pixels: ROC, area {scores.pixel_auroc:.4f}",
@@ -67,7 +67,7 @@ def test_curves_of_many_pixels_are_thinned_without_losing_their_shape() -> None:
         np.ones(4, np.bool_),
         np.arange(4),
     )
-    figure = draw_curves(Inspection(maps, maps.max((1, 2))), images, "t")
+    figure = draw_curves(AnomalyScores(maps, maps.max((1, 2))), images, "t")
     pixels = figure.axes[1]
     line = np.asarray(pixels.lines[0].get_xydata())
     assert 500 < len(line) <= 2001 and tuple(line[0]) == (0, 0) and tuple(line[-1]) == (1, 1)
@@ -76,5 +76,5 @@ def test_curves_of_many_pixels_are_thinned_without_losing_their_shape() -> None:
 
 
 def test_without_a_mask_only_images_have_a_curve() -> None:
-    seen = Inspection(np.zeros((2, 8, 8), np.float32), np.array([0.0, 1.0], np.float32))
+    seen = AnomalyScores(np.zeros((2, 8, 8), np.float32), np.array([0.0, 1.0], np.float32))
     assert len(draw_curves(seen, truth([0, 1]), "t").axes) == 1

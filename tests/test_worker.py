@@ -13,15 +13,17 @@ from ray.train.v2._internal.constants import (
     WORKER_GROUP_START_TIMEOUT_S_ENV_VAR,
 )
 
-from dskd import materials as stage
 from dskd.checkpoint import read_record
 from dskd.config import AmplificationConfig, RunConfig
 from dskd.detector import Detector
-from dskd.distillation import STATE_FILE, Distillation
-from dskd.materials import Materials
-from dskd.train import Shard
-from tune import worker
-from tune.worker import DETECTOR_FOLDER, Assignment, HopelessTrial, train
+from dskd.device import WorkerRank
+from dskd.training import inputs as stage
+from dskd.training.inputs import TrainingData
+from dskd.training.run import STATE_FILE, TrainingRun
+from tune.storage.uris import DETECTOR_FOLDER
+from tune.trial import groups, worker
+from tune.trial.spec import TrialSpec, UnrecoverableTrialError
+from tune.trial.worker import train
 
 CPU = torch.device("cpu")
 
@@ -32,8 +34,8 @@ def amplified(tiny: RunConfig) -> RunConfig:
     return dataclasses.replace(tiny, amplification=stage).with_values({"epochs": 1})
 
 
-def assignment(config: RunConfig, data: Path, **more: Any) -> Assignment:
-    return Assignment(
+def spec(config: RunConfig, data: Path, **more: Any) -> TrialSpec:
+    return TrialSpec(
         config=config.to_dict(), data=str(data), category="tile", teacher_weights="random", cache_gb=1.0,
         num_workers=1, cpus_per_worker=1.0, gpus_per_worker=0.0, workers_uri="", revision="", **more,
     )  # fmt: skip
@@ -44,8 +46,8 @@ def test_ray_train_reads_what_is_set_for_it_and_the_users_own_comes_first(
 ) -> None:
     for before in ({}, {HEALTH_CHECK_INTERVAL_S_ENV_VAR: "7"}):
         environment = dict(before)
-        monkeypatch.setattr(worker.os, "environ", environment)
-        worker.ray_train_job(assignment(tiny, tmp_path), ray.train.RunConfig(storage_path=str(tmp_path)))
+        monkeypatch.setattr(groups.os, "environ", environment)
+        groups.ray_train_job(spec(tiny, tmp_path), ray.train.RunConfig(storage_path=str(tmp_path)))
         assert environment.keys() == {WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, HEALTH_CHECK_INTERVAL_S_ENV_VAR}
         assert environment.keys() <= ENV_VARS_TO_PROPAGATE, "the process that controls the workers knows them too"
         seconds = float(environment[HEALTH_CHECK_INTERVAL_S_ENV_VAR])
@@ -60,7 +62,7 @@ def test_trials_that_differ_in_their_students_share_one_stage_one(
     monkeypatch.setattr(stage, "fit_amplifier", lambda *a, **k: (stages.append(1), original(*a, **k))[1])
     for learning_rate in (0.005, 0.001):
         config = amplified.with_values({"learning_rate": learning_rate})
-        for report in train(assignment(config, mvtec_root), Shard(), CPU, None):
+        for report in train(spec(config, mvtec_root), WorkerRank(), CPU, None):
             assert report.metrics["objective"] > 0 and report.checkpoint is not None
             assert read_record(report.checkpoint / DETECTOR_FOLDER).config == config
     assert len(stages) == 1
@@ -68,7 +70,7 @@ def test_trials_that_differ_in_their_students_share_one_stage_one(
 
 def test_a_diverging_stage_one_ends_the_trial_with_its_reason(amplified: RunConfig, mvtec_root: Path) -> None:
     config = amplified.with_values({"amplification_learning_rate": 1e30, "amplification_epochs": 3})
-    (report,) = train(assignment(config, mvtec_root), Shard(), CPU, None)
+    (report,) = train(spec(config, mvtec_root), WorkerRank(), CPU, None)
     assert report.metrics["objective"] == 0 and "stage I" in report.metrics["error"] and report.checkpoint is None
 
 
@@ -78,20 +80,22 @@ def test_what_cannot_fit_in_memory_or_be_read_ends_the_trial_with_its_reason(
     def too_large(*_: Any, **__: Any) -> None:
         torch.empty(10**15)
 
-    mine = dataclasses.replace(assignment(tiny, mvtec_root), cache_gb=0.0)
+    mine = dataclasses.replace(spec(tiny, mvtec_root), cache_gb=0.0)
     with monkeypatch.context() as patch:
-        patch.setattr("dskd.train.distillation_loss", too_large)
-        (report,) = train(mine, Shard(), CPU, None)
+        patch.setattr("dskd.training.loop.distillation_loss", too_large)
+        (report,) = train(mine, WorkerRank(), CPU, None)
         assert report.metrics["objective"] == 0 and report.metrics["error"].startswith("out of memory: ")
         # Alone among several workers it must not go on to report: the others wait for it in the middle of a step.
-        patch.setattr("tune.worker._materials", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("GPU full")))
-        with pytest.raises(HopelessTrial, match="out of memory: GPU full"):
-            list(train(mine, Shard(1, 2), CPU, None))
+        patch.setattr(
+            "tune.trial.worker._materials", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("GPU full"))
+        )
+        with pytest.raises(UnrecoverableTrialError, match="out of memory: GPU full"):
+            list(train(mine, WorkerRank(1, 2), CPU, None))
 
     shutil.copytree(mvtec_root / "tile", tmp_path / "tile")
     (tmp_path / "tile/train/good/000.png").write_bytes(b"no image")
     broken = dataclasses.replace(mine, data=str(tmp_path))
-    (report,) = train(broken, Shard(), CPU, None)
+    (report,) = train(broken, WorkerRank(), CPU, None)
     assert report.metrics["objective"] == 0 and "000.png" in report.metrics["error"]
 
 
@@ -101,9 +105,9 @@ def test_a_fault_that_may_pass_is_raised_so_that_the_trial_is_tried_again(
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED")
 
-    monkeypatch.setattr("dskd.train.distillation_loss", broken)
+    monkeypatch.setattr("dskd.training.loop.distillation_loss", broken)
     with pytest.raises(RuntimeError, match="CUDNN_STATUS"):
-        list(train(assignment(tiny, mvtec_root), Shard(), CPU, None))
+        list(train(spec(tiny, mvtec_root), WorkerRank(), CPU, None))
 
 
 def test_a_node_that_is_announced_to_go_leaves_its_state_behind_after_the_next_epoch(
@@ -112,7 +116,7 @@ def test_a_node_that_is_announced_to_go_leaves_its_state_behind_after_the_next_e
     config = tiny.with_values({"epochs": 4})
     announced = iter([False, True, True, False])
     kept = []
-    for report in train(assignment(config, mvtec_root), Shard(), CPU, None, lambda: next(announced)):
+    for report in train(spec(config, mvtec_root), WorkerRank(), CPU, None, lambda: next(announced)):
         kept.append(report.checkpoint is not None and (report.checkpoint / STATE_FILE).is_file())
     assert kept == [False, True, True, False], "the last report carries the detector instead"
 
@@ -124,7 +128,7 @@ def test_trials_with_and_without_stage_one_take_turns_at_the_cost_of_one_prepara
     monkeypatch.setattr(worker, "prepare", lambda *a, **k: (prepared.append(1), stage.prepare(*a, **k))[1])
     worker._materials.cache_clear()
     for config in (tiny.with_values({"epochs": 1}), amplified) * 2:
-        (report,) = train(assignment(config, mvtec_root), Shard(), CPU, None)
+        (report,) = train(spec(config, mvtec_root), WorkerRank(), CPU, None)
         assert report.metrics["objective"] > 0
     assert len(prepared) == 2
 
@@ -133,7 +137,7 @@ def test_an_oracle_selects_by_the_test_images_and_its_detector_says_so(
     tiny: RunConfig, mvtec_root: Path, tmp_path: Path
 ) -> None:
     config = tiny.with_values({"epochs": 1})
-    for report in train(assignment(config, mvtec_root, selection="oracle"), Shard(), CPU, None):
+    for report in train(spec(config, mvtec_root, selection="oracle"), WorkerRank(), CPU, None):
         assert report.checkpoint is not None  # it lives as long as the report is looked at
         record = read_record(report.checkpoint / DETECTOR_FOLDER)
         assert record.selection == "oracle" and record.validation_files == ()
@@ -142,29 +146,29 @@ def test_an_oracle_selects_by_the_test_images_and_its_detector_says_so(
         assert seen == pytest.approx(tested._asdict(), abs=1e-4)
     shutil.copytree(mvtec_root / "tile", tmp_path / "tile")
     shutil.rmtree(tmp_path / "tile" / "ground_truth")
-    (report,) = train(assignment(config, tmp_path, selection="oracle"), Shard(), CPU, None)
+    (report,) = train(spec(config, tmp_path, selection="oracle"), WorkerRank(), CPU, None)
     assert report.metrics["objective"] == 0 and "no masks of its test defects" in report.metrics["error"]
 
 
 def test_textures_reach_the_defects_of_a_trial(tiny: RunConfig, mvtec_root: Path) -> None:
     textures = mvtec_root / "wood/test/good"
-    told = assignment(tiny.with_values({"epochs": 1}), mvtec_root, textures=str(textures))
-    for report in train(told, Shard(), CPU, None):
+    told = spec(tiny.with_values({"epochs": 1}), mvtec_root, textures=str(textures))
+    for report in train(told, WorkerRank(), CPU, None):
         assert report.checkpoint is not None
         assert read_record(report.checkpoint / DETECTOR_FOLDER).num_textures == len(list(textures.iterdir()))
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (3, 2)])
 def test_a_training_goes_on_with_another_number_of_workers(
-    before: int, after: int, tiny: RunConfig, materials: Materials, tmp_path: Path
+    before: int, after: int, tiny: RunConfig, inputs: TrainingData, tmp_path: Path
 ) -> None:
     """What a worker saved is the same whatever their number: in one process alone all of them train alike."""
-    whole = Distillation.begin(tiny, materials, CPU)
+    whole = TrainingRun.begin(tiny, inputs, CPU)
     expected = [progress.epoch.loss for progress in whole.epochs()]
-    begun = Distillation.begin(tiny, materials, CPU, before)
+    begun = TrainingRun.begin(tiny, inputs, CPU, before)
     next(begun.epochs())
     begun.save(tmp_path)
-    resumed = Distillation.begin(tiny, materials, CPU, after)
+    resumed = TrainingRun.begin(tiny, inputs, CPU, after)
     resumed.restore(tmp_path)
     (last,) = resumed.epochs()
     assert last.epoch.loss == pytest.approx(expected[-1], rel=1e-6)

@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 
 from dskd.checkpoint import read_record
-from dskd.cli import predict
-from dskd.demo import CATEGORIES, draw_dataset
-from dskd.model.teacher import TeacherUnavailable, build_teacher
+from dskd.cli.main import predict
+from dskd.demo.dataset import CATEGORIES, draw_dataset
+from dskd.model.teacher import TeacherUnavailableError, build_teacher
 from dskd.presets import PRESETS
-from tune.launch import launch
+from tune.jobs.search import launch
 from tune.pull import pull
-from tune.settings import SearchSettings
+from tune.settings.search import SearchSettings
 
 _HOME = Path("dskd-demo")
 
@@ -27,7 +27,7 @@ def main() -> None:
     try:
         build_teacher(model.backbone, model.levels, "hub")
         weights = "hub"
-    except TeacherUnavailable as error:
+    except TeacherUnavailableError as error:
         _say(f"{error}\nGoing on with an untrained teacher: good for seeing the machinery, not for inspection.")
         weights = "random"
     _say(f"Drawing {', '.join(CATEGORIES)} in {_HOME / 'data'} …")

@@ -3,17 +3,13 @@
 import json as json_format
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
 from tyro.conf import Positional
 
-from dskd.usage import BadUsage, deferred, parse_into
-from tune.settings import LOCAL_RESULTS
-
-if TYPE_CHECKING:
-    from dskd.checkpoint import DetectorRecord
+from dskd.arguments import UsageError, deferred, parse_into
+from tune.jobs.pull import embedded_tracking, from_registry, from_storage
+from tune.storage.uris import LOCAL_RESULTS
 
 
 def pull(
@@ -66,9 +62,9 @@ def pull(
         table.add_column(column, overflow="fold")
     documents = []
     if alias is None:
-        pulled = _from_storage(wanted, to, name, storage, tracking)
+        pulled = from_storage(wanted, to, name, storage, tracking)
     else:
-        pulled = _from_registry(wanted, to, alias, tracking or _embedded_tracking(storage))
+        pulled = from_registry(wanted, to, alias, tracking or embedded_tracking(storage))
     for one in pulled:
         record, threshold = one.record, threshold_for(one.record.thresholds, 0.01)
         figures = ("val/objective", "test/image_auroc", "test/pixel_auroc", "test/aupro")
@@ -97,79 +93,11 @@ def pull(
         print(json_format.dumps({"name": name, "detectors": documents}, indent=2))  # noqa: T201
 
 
-class _Pulled(NamedTuple):
-    """A delivered detector and where it came from."""
-
-    category: str
-    folder: Path
-    record: "DetectorRecord"
-    trial_id: str
-    run_id: str
-    link: str
-    version: str
-    """Of the registered model; empty where it came from a search's storage."""
-    is_final: bool
-    """False for the best trial so far of a search that has not ended."""
-
-
-def _from_storage(
-    categories: tuple[str, ...], to: Path, name: str, storage: str, tracking: str | None
-) -> Iterator[_Pulled]:
-    from tune.champions import champion_categories, deliver, find_best
-    from tune.storage import open_search
-    from tune.tracking import run_link
-
-    search = open_search(storage, name)
-    known = champion_categories(search)
-    if not known:
-        raise ValueError(f"{search.uri} holds no champion; check --name and --storage, or wait for the first.")
-    found = [(category, find_best(search, category)) for category in categories or known]
-    if missing := [category for category, champion in found if champion is None]:
-        raise ValueError(f"no champion of {missing[0]!r} in {search.uri}; there are: {', '.join(known)}.")
-    for category, champion in found:
-        assert champion is not None
-        record = deliver(search, champion, to / category)
-        run_id = champion.run_id
-        link = run_link(tracking, run_id) if tracking else run_id[:8]
-        yield _Pulled(category, to / category, record, champion.trial_id, run_id, link, "", champion.is_final)
-
-
-def _from_registry(categories: tuple[str, ...], to: Path, alias: str, tracking: str) -> Iterator[_Pulled]:
-    from tune.champions import deliver_files
-    from tune.registry import fetch, find_registered, registered_categories
-    from tune.tracking import check_server, registry_client, run_link, without_password
-
-    check_server(tracking)
-    client = registry_client(tracking)
-    wanted = categories or registered_categories(client, alias)
-    if not wanted:
-        raise ValueError(f"no model of {without_password(tracking)} has the alias {alias!r}; check it and the address.")
-    for detector in [find_registered(client, category, alias) for category in wanted]:
-        folder = to / detector.category
-        record = deliver_files(
-            lambda file, path, detector=detector: fetch(client, detector, file, path),  # type: ignore[misc]
-            detector.files,
-            folder,
-        )
-        run_id, version = detector.run_id, detector.version
-        yield _Pulled(
-            detector.category, folder, record, detector.trial_id, run_id, run_link(tracking, run_id), version, True
-        )
-
-
-def _embedded_tracking(storage: str) -> str:
-    """The SQLite file that a search on one machine keeps in its storage folder."""
-    file = Path(storage).absolute() / "mlflow.db"
-    if "://" in storage or not file.is_file():
-        raise ValueError(f"--alias needs --tracking-uri or $MLFLOW_TRACKING_URI: there is no {file}.")
-    return f"sqlite:///{file}"
-
-
 def main() -> None:
     """Pull as the flags say; bad input ends with one line and exit code 2."""
     try:
         parse_into(deferred(pull), sys.argv[1:], prog="tune/pull.py")()
-    except BadUsage as error:
+    except UsageError as error:
         print(error, file=sys.stderr)  # noqa: T201
         sys.exit(2)
     except (ValueError, OSError) as error:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from dskd.usage import BadUsage, deferred, parse_into
+from dskd.arguments import UsageError, deferred, parse_into
 
 
 def score(
@@ -43,7 +43,7 @@ def score(
         gpus_per_worker: GPUs of a worker, fractions allowed; 1 where the cluster has GPUs, else 0, unless given.
         json: Print summary.json on stdout at the end.
     """
-    from tune.scoring_settings import ScoringSettings
+    from tune.settings.score import ScoringSettings
 
     request = ScoringSettings(
         detector=detector,
@@ -59,7 +59,7 @@ def score(
         gpus_per_worker=gpus_per_worker,
     )
     # Ray, MLflow and torch take seconds to import; --help and a mistyped flag need none of them.
-    from tune.scoring import launch_scoring
+    from tune.jobs.score import launch_scoring
 
     sys.exit(launch_scoring(request, as_json=json))
 
@@ -68,7 +68,7 @@ def main() -> None:
     """Score as the flags say; bad input ends with one line and exit code 2."""
     try:
         parse_into(deferred(score), sys.argv[1:], prog="tune/score.py")()
-    except BadUsage as error:
+    except UsageError as error:
         print(error, file=sys.stderr)  # noqa: T201
         sys.exit(2)
     except (ValueError, OSError) as error:

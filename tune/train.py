@@ -8,11 +8,12 @@ from typing import Annotated
 
 from tyro.conf import OmitArgPrefixes
 
-from dskd.cli import Preset, default_config, value_of
+from dskd.arguments import UsageError, default_config, deferred, parse_into, value_of
 from dskd.config import RunConfig
-from dskd.usage import BadUsage, deferred, parse_into
-from tune.repeat import TrackedRun, tracked_run, tracking_store
-from tune.settings import LOCAL_RESULTS
+from dskd.presets import Preset
+from tune.jobs.train import differences, teacher_weights_of
+from tune.storage.uris import LOCAL_RESULTS
+from tune.tracking.runs import tracked_run, tracking_store
 
 
 def train(
@@ -35,7 +36,7 @@ def train(
     cache_gb: float = 20.0,
     json: bool = False,
 ) -> None:
-    """Train a detector with a known configuration on a Ray cluster, tracked in MLflow, and deliver it.
+    """Train a detector with a known configuration on a Ray cluster, tracked in MLflow, and download_detector it.
 
     The same command again goes on where a killed one stopped, and delivers again what is finished. Exit code 1
     says that the training failed.
@@ -60,7 +61,7 @@ def train(
         cache_gb: Size in GB of a node's cache, and once more of its copies of data from s3://.
         json: Print one JSON document on stdout at the end.
     """
-    from tune.training_settings import TrainingSettings
+    from tune.settings.train import TrainingSettings
 
     repeated = tracked_run(tracking_store(tracking_uri, storage), from_run) if from_run else None
     request = TrainingSettings(
@@ -72,7 +73,7 @@ def train(
         workers=workers,
         gpus_per_worker=gpus_per_worker,
         cpus_per_worker=cpus_per_worker,
-        teacher_weights=_teacher_weights(teacher_weights, repeated),
+        teacher_weights=teacher_weights_of(teacher_weights, repeated),
         storage=storage,
         tracking_uri=tracking_uri,
         address=address,
@@ -81,43 +82,13 @@ def train(
         expected_data_sha256=repeated.data_sha256 if repeated else "",
     )
     # Ray, MLflow and torch take seconds to import; --help and a mistyped flag need none of them.
-    from tune.revision import code_revision
-    from tune.training import launch_training
+    from tune.jobs.train import launch_training
+    from tune.tracking.runs import code_revision
 
     if repeated:
-        for line in _differences(repeated, request.config, request.teacher_weights, code_revision()):
+        for line in differences(repeated, request.config, request.teacher_weights, code_revision()):
             print(line, file=sys.stderr)  # noqa: T201
     sys.exit(launch_training(request, as_json=json))
-
-
-def _teacher_weights(given: str | None, repeated: TrackedRun | None) -> str:
-    """The teacher that is asked for, or the repeated run's.
-
-    Raises ValueError where that run's came from a file, whose path no run knows.
-    """
-    if given is not None or repeated is None:
-        return given or "hub"
-    if repeated.teacher_weights not in ("hub", "random"):
-        raise ValueError(
-            f"run {repeated.run_id} had its teacher from the file {repeated.teacher_weights or '(not recorded)'}; "
-            "name its path with --teacher-weights."
-        )
-    return repeated.teacher_weights
-
-
-def _differences(repeated: TrackedRun, config: RunConfig, teacher_weights: str, revision: str) -> list[str]:
-    """A line for all in which this training is known to differ from the run that it repeats."""
-    lines = []
-    theirs, ours = repeated.config.flat(), config.flat()
-    if changed := [f"{name} {ours[name]} (there {theirs[name]})" for name in ours if ours[name] != theirs[name]]:
-        lines.append(f"changed from run {repeated.run_id}: {', '.join(changed)}")
-    if unknown := [name for name in repeated.unknown_fields if ours[name] == theirs[name]]:
-        lines.append(f"run {repeated.run_id} is older than these fields, their defaults stand: {', '.join(unknown)}")
-    if Path(teacher_weights).name != repeated.teacher_weights:
-        lines.append(f"another teacher than run {repeated.run_id}'s {repeated.teacher_weights}: {teacher_weights}")
-    if repeated.revision and revision and repeated.revision != revision:
-        lines.append(f"run {repeated.run_id} was trained by revision {repeated.revision[:12]}, this is {revision[:12]}")
-    return lines
 
 
 def _config_of(arguments: Sequence[str]) -> RunConfig:
@@ -137,7 +108,7 @@ def main() -> None:
     try:
         command = functools.partial(train, settings=_config_of(sys.argv[1:]))
         parse_into(deferred(command), sys.argv[1:], prog="tune/train.py")()
-    except BadUsage as error:
+    except UsageError as error:
         print(error, file=sys.stderr)  # noqa: T201
         sys.exit(2)
     except (ValueError, OSError) as error:

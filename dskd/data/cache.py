@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 
-class NoRoom(OSError):
+class NoRoomError(OSError):
     """The disk of a cache is full; the message says what to do."""
 
 
@@ -26,7 +26,7 @@ class ArrayCache:
     """Content-keyed arrays below `folder`, the least recently used removed beyond `max_bytes`.
 
     Where the disk has no room, `when_full` is told why and the array is computed in memory and not kept;
-    without it NoRoom is raised. Safe for any number of processes of one machine: a lock per key lets one of
+    without it NoRoomError is raised. Safe for any number of processes of one machine: a lock per key lets one of
     them compute while the others wait. Removing an entry that another process has open is harmless (POSIX
     unlink).
     """
@@ -47,7 +47,7 @@ class ArrayCache:
         """The read-only array of `key`; `fill` writes it into a zeroed array where it is not there yet.
 
         An error in `fill` leaves no entry. An array larger than the whole cache is computed in
-        memory and not kept. Raises NoRoom where the disk has none for it.
+        memory and not kept. Raises NoRoomError where the disk has none for it.
         """
         num_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
         if num_bytes > self._max_bytes:
@@ -62,7 +62,7 @@ class ArrayCache:
             self._make_room(name, num_bytes)
             try:
                 self._write(path, shape, dtype, fill)
-            except NoRoom as error:
+            except NoRoomError as error:
                 if self._when_full is None:
                     raise
                 self._when_full(str(error))
@@ -110,7 +110,7 @@ class ArrayCache:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
-            raise NoRoom(
+            raise NoRoomError(
                 f"no room for {num_bytes / 1e9:.3g} GB in the cache folder {self._folder} ({error.strerror}); free "
                 "some, choose a folder on another disk (--cache-dir), or keep less or nothing (--cache-gb, 0: off)."
             ) from None

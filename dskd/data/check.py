@@ -9,10 +9,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
 from dskd.data.datasets import CategoryFolder, scan, too_few
-from dskd.data.images import is_image, read_image, read_mask, resize_mask
+from dskd.data.images import is_image, progress_bar, read_image, read_mask, resize_mask
 from dskd.data.layouts import Listing
 from dskd.data.samples import Sample
-from dskd.progress import shown
 
 Split = Literal["train", "validation", "test"]
 _SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -142,7 +141,7 @@ def _check_category(place: CategoryFolder, image_size: int, progress: bool) -> t
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         label = f"checking {place.name}" if progress else None
-        looks = list(shown(pool.map(look, tasks), label, len(tasks), "image"))
+        looks = list(progress_bar(pool.map(look, tasks), label, len(tasks), "image"))
     problems += [problem for each in looks for problem in each.problems]
     problems += _repeats(place.name, looks)
     problems += _missing_sides(place, listing)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dskd.data.layouts import LAYOUTS, SPLIT_FOLDERS, Layout, recognised
-from dskd.data.samples import Sample, lot
+from dskd.data.samples import Sample, split_key
 
 NUM_VALIDATION_DEFECTS = 32
 """Synthetic defects that selection sees at least, on copies of the held-out normals."""
@@ -133,7 +133,7 @@ def hold_out(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[tup
     Both parts keep the given order and hold at least one sample.
     """
     num_held = min(max(1, round(len(samples) * fraction)), len(samples) - 1)
-    order = sorted(range(len(samples)), key=lambda i: lot(samples[i].path, seed))
+    order = sorted(range(len(samples)), key=lambda i: split_key(samples[i].path, seed))
     held = set(order[:num_held])
     return (
         tuple(sample for i, sample in enumerate(samples) if i not in held),
@@ -141,7 +141,9 @@ def hold_out(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[tup
     )
 
 
-def set_apart(held: Sequence[Sample], fraction: float, seed: int) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
+def split_calibration(
+    held: Sequence[Sample], fraction: float, seed: int
+) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
     """Split held-out normals into (for selection, for calibration), by file names and seed alone.
 
     Each part holds at least one sample; where that is impossible, or `fraction` is 0, both are all of them.

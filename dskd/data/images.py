@@ -2,16 +2,17 @@
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
 
 from dskd.data.samples import Sample
-from dskd.progress import shown
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
 _CLASS_NUMBER_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
@@ -98,7 +99,7 @@ def load_images(
         pixels[index] = load_image(paths[index], size)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in shown(pool.map(load, range(len(paths))), progress, len(paths), "image"):
+        for _ in progress_bar(pool.map(load, range(len(paths))), progress, len(paths), "image"):
             pass
     return pixels
 
@@ -137,3 +138,12 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     return image
+
+
+T = TypeVar("T")
+
+
+def progress_bar(steps: Iterable[T], label: str | None, total: int, unit: str) -> Iterable[T]:
+    """The same `steps`, counted by a bar on stderr that vanishes at the end; silent where `label` is None."""
+    # tqdm's disable=None: draw where stderr is a terminal
+    return tqdm(steps, desc=label, total=total, unit=unit, leave=False, disable=None if label else True)

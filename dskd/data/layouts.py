@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from dskd.data.images import list_images
-from dskd.data.samples import Sample, lot
+from dskd.data.samples import Sample, split_key
 
 SPLIT_FOLDERS = frozenset({"train", "validation", "test", "ground_truth", "validation_ground_truth"})
 """Folders inside of a category: never one themselves."""
@@ -188,7 +188,7 @@ def _read_mt(folder: Path) -> Listing:
     That is the share of DifferNet and its successors, whose lists differ. Exposures of one tile may fall on both sides.
     """
     free = [path for path in list_images(folder / "MT_Free" / "Imgs") if _is_mt_photograph(path)]
-    ranked = sorted(free, key=lambda path: lot(path, _MT_SEED))
+    ranked = sorted(free, key=lambda path: split_key(path, _MT_SEED))
     kept = set(ranked[: round(_MT_TEST_SHARE * len(ranked))])
     test = _normals(path for path in free if path in kept)
     faults: tuple[Fault, ...] = ()

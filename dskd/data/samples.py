@@ -1,4 +1,4 @@
-"""What layouts, decoding and data sets share: one image and what is known of it, and the lot that splits images."""
+"""One image and what is known of it, and the key by which images are split."""
 
 import hashlib
 from pathlib import Path
@@ -21,7 +21,7 @@ class Sample(NamedTuple):
         return self.defect != "good"
 
 
-def lot(path: Path, seed: int) -> bytes:
+def split_key(path: Path, seed: int) -> bytes:
     """A sort key that puts files in a random order; it depends on file name and seed alone, on every machine."""
     # the names of files need not be text
     return hashlib.sha256(f"{seed}/{path.name}".encode("utf-8", "surrogateescape")).digest()

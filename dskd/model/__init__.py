@@ -4,14 +4,7 @@ from dskd.model.amplification import AmplifiedTeacher, Amplifier, build_amplifie
 from dskd.model.embedding import DeepFeatureEmbedding
 from dskd.model.network import StudentPyramids, Students, build_students
 from dskd.model.students import StudentDecoder, StudentEncoder
-from dskd.model.teacher import (
-    Pyramid,
-    Teacher,
-    TeacherUnavailable,
-    build_teacher,
-    normalize,
-    weights_fingerprint,
-)
+from dskd.model.teacher import Pyramid, Teacher, TeacherUnavailableError, build_teacher, normalize, weights_fingerprint
 
 __all__ = [
     "AmplifiedTeacher",
@@ -23,7 +16,7 @@ __all__ = [
     "StudentPyramids",
     "Students",
     "Teacher",
-    "TeacherUnavailable",
+    "TeacherUnavailableError",
     "build_amplifier",
     "build_students",
     "build_teacher",

@@ -36,7 +36,7 @@ UNREADABLE = (
 )
 
 
-class TeacherUnavailable(ValueError):
+class TeacherUnavailableError(ValueError):
     """The teacher's pretrained weights cannot be fetched from the hub."""
 
 
@@ -85,7 +85,7 @@ def build_teacher(backbone: str, levels: tuple[int, ...], weights: str) -> Teach
     (seeded and untrained: good for wiring only), or a .safetensors or .pth state dict. A state dict may
     hold more than the pyramid needs, such as a classifier.
 
-    Raises TeacherUnavailable where the hub cannot be reached; ValueError on an unknown backbone or level
+    Raises TeacherUnavailableError where the hub cannot be reached; ValueError on an unknown backbone or level
     and on a file that is missing, unreadable or does not fit.
     """
     if weights == "hub":
@@ -152,7 +152,7 @@ def _hub_file(backbone: str) -> Path:
         huggingface_hub.get_hf_file_metadata(url, timeout=HUB_TIMEOUT)
         return Path(huggingface_hub.hf_hub_download(repository, name, etag_timeout=HUB_TIMEOUT))
     except Exception as error:  # "unreachable" has another type with each HTTP library of the hub's client
-        raise TeacherUnavailable(
+        raise TeacherUnavailableError(
             f"cannot fetch teacher weights {repository} from the hub ({_first_line(error)}); give a local file with "
             "--teacher-weights FILE, or --teacher-weights random for an untrained teacher to test the wiring."
         ) from error

@@ -9,8 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dskd.checkpoint import DetectorRecord, threshold_for
 from dskd.detector import Prediction, find_regions
-from dskd.distillation import Distillation
-from dskd.evaluate import inspect
+from dskd.evaluate import score_images
+from dskd.training.run import TrainingRun
 
 _PANEL = 384
 _CAPTION = 40
@@ -82,11 +82,11 @@ def contact_sheet(pictures: Sequence[Image.Image], columns: int = 2) -> Image.Im
     return sheet
 
 
-def preview_of(run: Distillation, record: DetectorRecord, count: int = 4) -> npt.NDArray[np.uint8]:
+def preview_of(run: TrainingRun, record: DetectorRecord, count: int = 4) -> npt.NDArray[np.uint8]:
     """A sheet (H, W, 3) of validation images with synthetic defects, as the best students see them."""
-    truth = run.materials.validation
+    truth = run.inputs.validation
     chosen = np.flatnonzero(truth.labels)[:count].tolist()
-    seen = inspect(run.materials.validation_features, run.students, truth.images, record.config, run.device, chosen)
+    seen = score_images(run.inputs.validation_features, run.students, truth.images, record.config, run.device, chosen)
     threshold = threshold_for(record.thresholds, 0.01).value
     note = "untrained teacher" if record.is_untrained_teacher else ""
     pictures = [

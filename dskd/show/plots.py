@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dskd import metrics
-from dskd.evaluate import Inspection, LabelledImages
+from dskd.evaluate import AnomalyScores, LabelledImages
 from dskd.metrics import Curve
 
 _CORNERS = 2000
@@ -20,7 +20,7 @@ class _Panel(NamedTuple):
     hits: str
 
 
-def draw_curves(seen: Inspection, truth: LabelledImages, title: str) -> Figure:
+def draw_curves(seen: AnomalyScores, truth: LabelledImages, title: str) -> Figure:
     """Image ROC, pixel ROC and PRO of one inspection of `truth.images`, with the areas that the metrics report.
 
     Without any defect pixel the image ROC stands alone. ValueError where normal or defective images are missing.

@@ -7,8 +7,9 @@ from typing import Self
 
 from tqdm import tqdm
 
-from dskd.distillation import Distillation
-from dskd.train import Shard, Step, epoch_batches
+from dskd.device import WorkerRank
+from dskd.training.loop import Step, epoch_batches
+from dskd.training.run import TrainingRun
 
 _SECONDS = 0.5
 """Between two looks at the loss: each makes the host wait for a GPU."""
@@ -17,9 +18,9 @@ _SECONDS = 0.5
 class TrainingBar:
     """Share of the run that is done, loss, images per second, time left; on stderr, if that is a terminal."""
 
-    def __init__(self, run: Distillation) -> None:
+    def __init__(self, run: TrainingRun) -> None:
         train = run.config.train
-        batches = epoch_batches(len(run.materials.train_images), train.batch_size, train.seed, 0, Shard())
+        batches = epoch_batches(len(run.inputs.train_images), train.batch_size, train.seed, 0, WorkerRank())
         per_epoch = sum(map(len, batches))
         self._bar = tqdm(
             total=train.epochs * per_epoch,

@@ -8,21 +8,21 @@ from PIL import Image
 
 from dskd.checkpoint import DetectorRecord, threshold_for
 from dskd.detector import Prediction, find_regions
-from dskd.distillation import Distillation
-from dskd.evaluate import Inspection, LabelledImages, inspect
+from dskd.evaluate import AnomalyScores, LabelledImages, score_images
 from dskd.show.overlays import contact_sheet, overlay
 from dskd.show.plots import draw_curves
+from dskd.training.run import TrainingRun
 
 _OF_EACH_KIND = 2
 
 
-def write_figures(folder: Path, run: Distillation, record: DetectorRecord) -> None:
+def write_figures(folder: Path, run: TrainingRun, record: DetectorRecord) -> None:
     """Write `curves.png`, `best.jpg` and `worst.jpg` of the validation images into `folder`, which is made.
 
-    `run` must hold the detector's students, as `Distillation.detector` leaves it; `record` is that detector's.
+    `run` must hold the detector's students, as `TrainingRun.detector` leaves it; `record` is that detector's.
     """
-    truth = run.materials.validation
-    seen = inspect(run.materials.validation_features, run.students, truth.images, record.config, run.device)
+    truth = run.inputs.validation
+    seen = score_images(run.inputs.validation_features, run.students, truth.images, record.config, run.device)
     folder.mkdir(parents=True, exist_ok=True)
     num_real = record.num_validation_defects
     num_synthetic = int(truth.labels.sum()) - num_real
@@ -37,7 +37,7 @@ def write_figures(folder: Path, run: Distillation, record: DetectorRecord) -> No
         contact_sheet(_overlays(seen, truth, chosen, record)).save(folder / f"{name}.jpg", quality=85)
 
 
-def extremes(seen: Inspection, truth: LabelledImages) -> tuple[list[int], list[int]]:
+def extremes(seen: AnomalyScores, truth: LabelledImages) -> tuple[list[int], list[int]]:
     """Indices of the best and of the worst inspected images, at most two normal and two defective ones of each.
 
     Best are the lowest scores of normals and the highest of defects; worst the reverse.
@@ -51,7 +51,7 @@ def extremes(seen: Inspection, truth: LabelledImages) -> tuple[list[int], list[i
 
 
 def _overlays(
-    seen: Inspection, truth: LabelledImages, chosen: Sequence[int], record: DetectorRecord
+    seen: AnomalyScores, truth: LabelledImages, chosen: Sequence[int], record: DetectorRecord
 ) -> list[Image.Image]:
     threshold = threshold_for(record.thresholds, 0.01).value
     note = "untrained teacher" if record.is_untrained_teacher else ""

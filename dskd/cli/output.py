@@ -1,0 +1,85 @@
+"""What the commands print: reports, figures and verdicts as text or as JSON."""
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dskd.checkpoint import DetectorRecord
+    from dskd.data.check import Report
+    from dskd.metrics import Scores
+    from dskd.training.run import EpochResult
+
+_MANY_NOTES = 5  # of one kind in one folder: more are counted, not printed
+
+
+def epoch_document(progress: "EpochResult") -> dict[str, float | None]:
+    figures = progress.epoch._asdict()
+    return {
+        "epoch": figures.pop("number"),
+        **figures,
+        "val/objective": progress.objective,
+        **{f"val/{name}": value if math.isfinite(value) else None for name, value in progress.scores._asdict().items()},
+    }
+
+
+def describe_thresholds(record: "DetectorRecord") -> str:
+    from dskd.detector import APPROXIMATE
+
+    said = ", ".join(f"threshold {t.value:.4g} at {t.false_alarm_rate:.1%} false alarms" for t in record.thresholds)
+    return f"{said} ({APPROXIMATE})" if record.is_approximate else said
+
+
+def print_report(report: "Report") -> None:
+    for category in report.categories:
+        print(f"{category.name}  ({category.layout}, {category.folder})")
+        for split, counts in category.counts.items():
+            print(f"  {split:11} {_counted(counts)}")
+        if category.extent:
+            print(f"  {'size':11} {_span(category.extent.width)} x {_span(category.extent.height)} pixels")
+    errors = [problem for problem in report.problems if problem.severity == "error"]
+    for problem in errors:
+        print(f"error: {problem.message}")
+    notes: dict[tuple[str, Path], list[str]] = {}
+    for problem in report.problems[len(errors) :]:
+        notes.setdefault((problem.kind, problem.path.parent), []).append(problem.message)
+    for (kind, folder), messages in notes.items():
+        for message in messages if len(messages) <= _MANY_NOTES else messages[:1]:
+            print(f"note: {message}")
+        if len(messages) > _MANY_NOTES:
+            print(f"note: {len(messages) - 1} more of this kind ({kind}) in {folder}; --json names them.")
+    verdict = "can be trained on" if report.is_trainable else "cannot be trained on as it is"
+    say(f"{len(errors)} errors, {len(report.problems) - len(errors)} notes: {report.root} {verdict}")
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    defects = {name: count for name, count in counts.items() if name != "good"}
+    parts = [f"{counts['good']} good"] if "good" in counts else []
+    if defects:
+        parts.append(f"{sum(defects.values())} defective")
+    names = f" ({', '.join(f'{count} {name}' for name, count in defects.items())})" if defects else ""
+    return (", ".join(parts) or "none") + names
+
+
+def _span(sides: tuple[int, int]) -> str:
+    return str(sides[0]) if sides[0] == sides[1] else f"{sides[0]}–{sides[1]}"
+
+
+def print_scores(scores: "Scores") -> None:
+    for name, value in scores._asdict().items():
+        print(f"{name:14} {value:.4f}")
+
+
+def to_json_line(document: dict[str, Any]) -> str:
+    return json.dumps(document, allow_nan=True)
+
+
+def print_json(document: dict[str, Any]) -> None:
+    print(json.dumps(document, indent=2))
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

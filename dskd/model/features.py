@@ -1,0 +1,71 @@
+"""Teacher pyramids of many images as one table, so that a frozen teacher runs once per image."""
+
+import hashlib
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dskd.data.cache import ArrayCache
+from dskd.data.images import progress_bar
+from dskd.device import to_device
+from dskd.model.teacher import Teacher, normalize, weights_fingerprint
+
+_CHUNK = 16
+
+
+class FeatureTable(NamedTuple):
+    """Pyramids of N images, one float32 row each, the levels one after the other."""
+
+    rows: npt.NDArray[np.float32]
+    shapes: tuple[tuple[int, int, int], ...]
+    """(channels, height, width) of each level, shallowest first."""
+
+    def pyramid(self, indices: npt.NDArray[np.int64] | slice, device: torch.device) -> tuple[Tensor, ...]:
+        """The pyramids of some images: per level a tensor (B, C, H, W) on `device`."""
+        rows = to_device(device, self.rows, indices)
+        sizes = [int(np.prod(shape)) for shape in self.shapes]
+        return tuple(
+            part.unflatten(1, shape) for part, shape in zip(rows.split(sizes, dim=1), self.shapes, strict=True)
+        )
+
+
+def feature_table(
+    teacher: Teacher,
+    images: npt.NDArray[np.uint8],
+    device: torch.device,
+    *,
+    cache: ArrayCache | None = None,
+    progress: str | None = None,
+) -> FeatureTable:
+    """The teacher's pyramids of images (N, S, S, 3), from the cache where these images and weights are known.
+
+    With `progress` a bar of that name counts the batches that are computed on a terminal.
+    """
+    with torch.no_grad():
+        sample = teacher(normalize(to_device(device, images, slice(1))))
+    shapes = tuple((level.shape[1], level.shape[2], level.shape[3]) for level in sample)
+    size = (len(images), sum(int(np.prod(shape)) for shape in shapes))
+
+    def fill(rows: npt.NDArray[Any]) -> None:
+        starts = range(0, len(images), _CHUNK)
+        for start in progress_bar(starts, progress, len(starts), "batch"):
+            with torch.no_grad():
+                pyramid = teacher(normalize(to_device(device, images, slice(start, start + _CHUNK))))
+            rows[start : start + _CHUNK] = torch.cat([level.flatten(1) for level in pyramid], dim=1).float().cpu()
+
+    if cache is None:
+        rows = np.empty(size, np.float32)
+        fill(rows)
+    else:
+        # The teacher's text tells strides and activations, which no weight shows; devices round differently.
+        key = f"{content_sha256(images)}|{weights_fingerprint(teacher)}|{teacher}|{shapes}|{device.type}"
+        rows = cache.get(f"teacher features|{key}", size, np.float32, fill)
+    return FeatureTable(rows, shapes)
+
+
+def content_sha256(images: npt.NDArray[np.uint8]) -> str:
+    """Hex digest of the pixels."""
+    return hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()

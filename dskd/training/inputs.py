@@ -1,0 +1,199 @@
+"""What training needs of one category: pixels, the teacher and its features, and the images held out from it."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch.nn.utils import parameters_to_vector
+
+from dskd.config import AmplificationConfig, DataConfig, Selection
+from dskd.data.cache import ArrayCache
+from dskd.data.datasets import NUM_VALIDATION_DEFECTS, fingerprint, read_category, split_calibration, split_normals
+from dskd.data.defects import choose_textures, load_textures
+from dskd.data.images import load_images
+from dskd.data.samples import Sample
+from dskd.evaluate import LabelledImages, join, label, labelled_test_split, synthetic_validation
+from dskd.model.amplification import AmplifiedTeacher, build_amplifier
+from dskd.model.features import FeatureTable, content_sha256, feature_table
+from dskd.model.teacher import Teacher, build_teacher, weights_fingerprint
+from dskd.training.stage_one import AmplificationEpoch, amplifier_optimizer, fit_amplifier
+
+
+class TrainingData(NamedTuple):
+    """What training needs of one category and one teacher; the same for every trial that shares them."""
+
+    category: str
+    teacher: Teacher
+    """The amplified one where `amplification` asks for it."""
+    teacher_source: str
+    teacher_sha256: str
+    """Of the pretrained weights, without the amplifier's."""
+    train_images: npt.NDArray[np.uint8]
+    train_features: FeatureTable
+    validation: LabelledImages
+    """Held-out normals that select, then copies of them with synthetic defects, then real labelled defects where
+    there are some; with the selection "oracle" the labelled test images instead."""
+    validation_features: FeatureTable
+    validation_files: tuple[str, ...]
+    calibration_images: npt.NDArray[np.uint8]
+    """Held-out normals that the thresholds rest on; the same as select where none are set apart for it."""
+    calibration_features: FeatureTable
+    calibration_files: tuple[str, ...]
+    data_sha256: str
+    num_validation_defects: int
+    """Real ones."""
+    num_textures: int
+    textures_sha256: str
+    amplification: AmplificationConfig = AmplificationConfig()
+    selection: Selection = "val"
+
+
+def prepare(
+    config: DataConfig,
+    backbone: str,
+    levels: tuple[int, ...],
+    *,
+    data: Path,
+    category: str,
+    teacher_weights: str,
+    device: torch.device,
+    cache: ArrayCache | None,
+    textures: Path | None = None,
+    progress: bool = False,
+    amplification: AmplificationConfig = AmplificationConfig(),  # noqa: B008 - frozen
+    on_amplification: Callable[[AmplificationEpoch], object] = lambda epoch: None,
+    selection: Selection = "val",
+) -> TrainingData:
+    """Decode, split, amplify the teacher, draw the validation defects and run it, each at most once per machine.
+
+    `teacher_weights` is "hub", "random" or a file; `textures` a folder of images that feed the synthetic
+    defects, instead of drawn ones. `on_amplification` hears of every epoch of stage I that is computed here
+    and now, and of none that the cache knows. In a process group every process gets the amplifier of the
+    first. With `progress` a bar counts what takes long, on a terminal. The `selection` "oracle" puts the labelled
+    test images in the place of the validation images, to reproduce papers that select by them; the held-out normals
+    stay out of training all the same.
+    Raises ValueError on unusable data, textures or weights, NonFiniteLossError where stage I diverges.
+    """
+    teacher = build_teacher(backbone, levels, teacher_weights).to(device)
+    teacher_sha256 = weights_fingerprint(teacher)
+    texture_files = choose_textures(textures) if textures is not None else []
+    texture_images = load_textures(texture_files, config.image_size) if texture_files else None
+    samples = read_category(data, category)
+    train, held, held_names = split_normals(samples, config.validation_fraction, config.split_seed)
+    defects = [sample for sample in samples.validation if sample.is_defective]
+
+    def pixels(chosen: Sequence[Sample], what: str) -> tuple[npt.NDArray[np.uint8], str]:
+        return _pixels([sample.path for sample in chosen], config, cache, f"reading {what}" if progress else None)
+
+    train_images, train_sha256 = pixels(train, "training images")
+    held_images, held_sha256 = pixels(held, "held-out images")
+    content = train_sha256 + held_sha256
+    textures_sha256 = fingerprint(texture_files) if texture_files else ""
+    if amplification.amplification:
+        teacher = _amplified(
+            teacher,
+            train_images,
+            texture_images,
+            amplification,
+            device,
+            cache,
+            f"{content_sha256(train_images)}|{textures_sha256}|{teacher_sha256}|{backbone}|{levels}|{device.type}",
+            on_amplification,
+        )
+    names = dict(zip(held, held_names, strict=True))
+    selecting, calibrating = split_calibration(held, config.calibration_fraction, config.split_seed)
+    selection_images = held_images[[held.index(sample) for sample in selecting]]
+    calibration_images = held_images[[held.index(sample) for sample in calibrating]]
+    if selection == "oracle":
+        defects = []
+        validation = labelled_test_split(data, category, config.image_size)
+        if not validation.masks.any():
+            raise ValueError(
+                f"category {category} in {data} has no masks of its test defects: AUPRO, a half of the objective of "
+                "selection 'oracle', cannot be computed."
+            )
+    else:
+        validation = synthetic_validation(
+            selection_images, seed=config.split_seed, num_defective=NUM_VALIDATION_DEFECTS, textures=texture_images
+        )
+    if defects:
+        defect_images, defect_sha256 = pixels(defects, "validation defects")
+        validation = join(validation, label(defects, defect_images))
+        masks_sha256 = fingerprint(sample.mask for sample in defects if sample.mask is not None)
+        content += defect_sha256 + masks_sha256
+
+    def features(images: npt.NDArray[np.uint8], what: str) -> FeatureTable:
+        return feature_table(teacher, images, device, cache=cache, progress=f"teacher on {what}" if progress else None)
+
+    return TrainingData(
+        category=category,
+        teacher=teacher,
+        teacher_source=teacher_weights if teacher_weights in ("hub", "random") else Path(teacher_weights).name,
+        teacher_sha256=teacher_sha256,
+        train_images=train_images,
+        train_features=features(train_images, "training images"),
+        validation=validation,
+        validation_features=features(validation.images, "validation images"),
+        validation_files=() if selection == "oracle" else tuple(names[sample] for sample in selecting),
+        calibration_images=calibration_images,
+        calibration_features=features(calibration_images, "calibration images"),
+        calibration_files=tuple(names[sample] for sample in calibrating),
+        data_sha256=hashlib.sha256(content.encode()).hexdigest(),
+        num_validation_defects=len(defects),
+        num_textures=len(texture_files),
+        textures_sha256=textures_sha256,
+        amplification=amplification,
+        selection=selection,
+    )
+
+
+def _amplified(
+    teacher: Teacher,
+    images: npt.NDArray[np.uint8],
+    textures: npt.NDArray[np.uint8] | None,
+    config: AmplificationConfig,
+    device: torch.device,
+    cache: ArrayCache | None,
+    key: str,
+    on_epoch: Callable[[AmplificationEpoch], object],
+) -> AmplifiedTeacher:
+    """The teacher after stage I; its weights come from the cache where `key` and `config` are known."""
+    amplifier = build_amplifier(teacher, config.memory_size, config.amplification_seed).to(device)
+    parameters = list(amplifier.parameters())
+    sizes = [parameter.numel() for parameter in parameters]
+
+    def fill(out: npt.NDArray[np.float32]) -> None:
+        optimizer = amplifier_optimizer(amplifier, config)
+        for epoch in fit_amplifier(amplifier, optimizer, teacher, images, config, device=device, textures=textures):
+            on_epoch(epoch)
+        out[:] = parameters_to_vector(parameters).detach().cpu().numpy()
+
+    found = np.empty(sum(sizes), np.float32)
+    if cache is None:
+        fill(found)
+    else:
+        found = cache.get(f"amplifier|{key}|{config}", found.shape, np.float32, fill)
+    weights = torch.from_numpy(np.array(found)).to(device)
+    if dist.is_available() and dist.is_initialized():
+        # Stage I ran on every machine, and not every device rounds alike: the students need one teacher.
+        dist.broadcast(weights, 0)
+    with torch.no_grad():
+        for parameter, values in zip(parameters, weights.split(sizes), strict=True):
+            parameter.copy_(values.view_as(parameter))
+    return AmplifiedTeacher(teacher, amplifier)
+
+
+def _pixels(
+    paths: list[Path], config: DataConfig, cache: ArrayCache | None, progress: str | None
+) -> tuple[npt.NDArray[np.uint8], str]:
+    content = fingerprint(paths)
+    if cache is None:
+        return load_images(paths, config.image_size, progress=progress), content
+    shape = (len(paths), config.image_size, config.image_size, 3)
+    fill = lambda out: load_images(paths, config.image_size, out, progress=progress)  # noqa: E731
+    return cache.get(f"bilinear pixels|{content}", shape, np.uint8, fill), content

@@ -1,0 +1,180 @@
+"""TrainingRun on normal images: `fit` yields one `Epoch` at a time, and the caller decides what follows."""
+
+import math
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from dskd.config import RunConfig, TrainConfig
+from dskd.device import WorkerRank, mean_over_workers, to_device
+from dskd.losses import distillation_loss
+from dskd.model.features import FeatureTable
+from dskd.model.teacher import normalize
+
+
+class NonFiniteLossError(FloatingPointError):
+    """Training diverged; the message names step and epoch, student and level, and what to try."""
+
+
+class Step(NamedTuple):
+    """One optimiser step taken."""
+
+    num_images: int
+    """Images of the batch, over all workers."""
+    loss: Tensor
+    """Scalar on the training device, this worker's; to read it waits for the device."""
+
+
+class Epoch(NamedTuple):
+    """What one pass over the training images gave; losses are means over all workers' steps."""
+
+    number: int
+    """Counted from 0."""
+    loss: float
+    encoder_loss: float
+    decoder_loss: float
+    hard_loss: float
+    images_per_second: float
+    seconds: float
+
+
+def build_optimizer(students: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimiser of RD4AD (arXiv 2201.10703) or STFPM (arXiv 2103.04257) over the students' parameters."""
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(students.parameters(), lr=config.learning_rate, momentum=0.9, weight_decay=1e-4)
+    # One kernel for all parameters on a GPU; the same update up to rounding.
+    fused = True if next(students.parameters()).is_cuda else None
+    return torch.optim.Adam(students.parameters(), lr=config.learning_rate, betas=(0.5, 0.999), fused=fused)
+
+
+def learning_rate(config: TrainConfig, progress: float) -> float:
+    """Step size after the share `progress` in [0, 1) of all optimiser steps."""
+    if config.schedule == "cosine":
+        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+    if config.schedule == "multistep":
+        return config.learning_rate * 0.2 ** ((progress >= 0.8) + (progress >= 0.9))
+    return config.learning_rate
+
+
+def epoch_batches(
+    num_images: int, batch_size: int, seed: int, epoch: int, worker: WorkerRank
+) -> list[npt.NDArray[np.int64]]:
+    """Indices of this process's share of every global batch of an epoch.
+
+    The order depends on seed and epoch alone, and a global batch holds the same images for any
+    number of processes, so N workers see what one worker sees. The last batch is left out when it
+    is not full, unless it is the only one; every share has the same size, as DDP's mean over
+    gradients requires, so up to world_size - 1 images of a batch may be left out.
+    """
+    order = np.random.default_rng((seed, epoch)).permutation(num_images)
+    size = min(batch_size, num_images)
+    share = size // worker.world_size
+    if share == 0:
+        raise ValueError(
+            f"a batch of {size} images cannot be shared by {worker.world_size} workers; "
+            "lower --workers-per-trial or raise the batch size."
+        )
+    return [
+        order[start : start + share * worker.world_size][worker.rank :: worker.world_size]
+        for start in range(0, num_images - size + 1, size)
+    ]
+
+
+def fit(
+    students: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: npt.NDArray[np.uint8],
+    teacher_features: FeatureTable,
+    config: RunConfig,
+    *,
+    device: torch.device,
+    worker: WorkerRank = WorkerRank(),  # noqa: B008 - an immutable tuple
+    first_epoch: int = 0,
+) -> Iterator[Epoch]:
+    """Train `students` in place on normal images (N, S, S, 3), yielding after every epoch.
+
+    `students` maps (images, teacher pyramid) to student pyramids and may be wrapped for DDP. All
+    state lies in `students` and `optimizer`: save both after an epoch, restore them and pass the
+    next index as `first_epoch`, and the remaining epochs are those of an uninterrupted run.
+
+    Raises NonFiniteLossError at the end of the epoch in which a loss is not a finite number.
+    """
+    taken = fit_steps(
+        students, optimizer, images, teacher_features, config, device=device, worker=worker, first_epoch=first_epoch
+    )
+    return (each for each in taken if isinstance(each, Epoch))
+
+
+def fit_steps(
+    students: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: npt.NDArray[np.uint8],
+    teacher_features: FeatureTable,
+    config: RunConfig,
+    *,
+    device: torch.device,
+    worker: WorkerRank = WorkerRank(),  # noqa: B008 - an immutable tuple
+    first_epoch: int = 0,
+) -> Iterator[Step | Epoch]:
+    """`fit` for those who watch: every step is yielded as well, before the epoch that it belongs to."""
+    on_gpu = device.type == "cuda"
+    for epoch in range(first_epoch, config.train.epochs):
+        started = time.perf_counter()
+        students.train()
+        batches = epoch_batches(len(images), config.train.batch_size, config.train.seed, epoch, worker)
+        losses = []
+        for step, indices in enumerate(batches):
+            progress = (epoch + step / len(batches)) / config.train.epochs
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config.train, progress)
+            pixels = normalize(to_device(device, images, indices))
+            targets = teacher_features.pyramid(indices, device)
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=on_gpu):
+                outputs = students(pixels, targets)
+            terms = distillation_loss(targets, outputs.encoder, outputs.decoder, config.loss)
+            optimizer.zero_grad(set_to_none=True)
+            terms.total.backward()
+            optimizer.step()
+            scalars = torch.stack([terms.total, terms.encoder, terms.decoder, terms.hard]).detach()
+            losses.append(torch.cat([scalars, terms.levels.flatten()]))
+            yield Step(len(indices) * worker.world_size, scalars[0])
+        # Read once an epoch: to look at every step would make the host wait for the GPU.
+        table = mean_over_workers(torch.stack(losses).double()).cpu()  # (steps, 4 + 2 * levels)
+        loss, encoder, decoder, hard = table[:, :4].mean(dim=0).tolist()
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(_divergence(epoch, table, batches, teacher_features, config))
+        seconds = time.perf_counter() - started
+        num_seen = sum(map(len, batches)) * worker.world_size
+        yield Epoch(epoch, loss, encoder, decoder, hard, num_seen / seconds, seconds)
+
+
+def _divergence(
+    epoch: int,
+    losses: Tensor,
+    batches: list[npt.NDArray[np.int64]],
+    teacher_features: FeatureTable,
+    config: RunConfig,
+) -> str:
+    """What to tell of `losses` (steps, 4 + 2 * levels) that are not all finite: the first step of them counts."""
+    step = int(losses[:, 0].isfinite().logical_not().nonzero()[0])
+    levels = config.model.levels
+    wrong = losses[step, 4:].isfinite().logical_not().unflatten(0, (2, len(levels)))  # (2, levels)
+    culprits = [
+        f"student {student} at level {', '.join(str(levels[position]) for position in row.nonzero().flatten())}"
+        for student, row in zip(("encoder", "decoder"), wrong, strict=True)
+        if row.any()
+    ]
+    where = f"loss of the {' and the '.join(culprits) or 'student pair'} is not finite"
+    at = f"in epoch {epoch + 1}, step {step + 1} of {len(batches)}"
+    targets = teacher_features.pyramid(batches[step], torch.device("cpu"))
+    if broken := [level for level, target in zip(levels, targets, strict=True) if not target.isfinite().all()]:
+        return (
+            f"{where} {at}; the teacher's own features at level {', '.join(map(str, broken))} are not: "
+            "its weights are damaged, give others with --teacher-weights."
+        )
+    return f"{where} {at}; learning_rate {config.train.learning_rate:g} is probably too high, try a tenth of it."

@@ -1,0 +1,261 @@
+"""One category's run: train the students on prepared inputs, keep those of the best epoch."""
+
+import dataclasses
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dskd.atomic import file_in_making
+from dskd.calibration import calibrate
+from dskd.checkpoint import DetectorRecord
+from dskd.config import RunConfig
+from dskd.device import WorkerRank
+from dskd.evaluate import compute_metrics, compute_metrics_shared, disagreements, score_images
+from dskd.metrics import Scores
+from dskd.model.batchnorm import share_batchnorm
+from dskd.model.network import build_students
+from dskd.model.teacher import UNREADABLE
+from dskd.training.inputs import TrainingData
+from dskd.training.loop import Epoch, NonFiniteLossError, Step, build_optimizer, fit_steps
+from dskd.training.score_search import search_scores
+
+STATE_FILE = "training.pt"
+_START_AFRESH = "start afresh (dskd train --restart), or in another folder"
+
+
+class EpochResult(NamedTuple):
+    """One epoch with its validation."""
+
+    epoch: Epoch
+    scores: Scores
+    """On held-out normals, synthetic defects, and real labelled ones where there are some."""
+    objective: float
+    best_objective: float
+    """Highest objective of the epochs so far: what a search compares, as it is what a run keeps."""
+
+
+def objective(scores: Scores) -> float:
+    """The one honest figure that selects: mean of image AUROC and AUPRO on the validation images."""
+    return (scores.image_auroc + scores.aupro) / 2
+
+
+@dataclasses.dataclass
+class TrainingRun:
+    """The students of one run, their optimiser, and the best of them so far."""
+
+    config: RunConfig
+    inputs: TrainingData
+    device: torch.device
+    students: nn.Module
+    optimizer: torch.optim.Optimizer
+    next_epoch: int = 0
+    best_epoch: int = -1
+    best_objective: float = -1.0
+    best_scores: Scores | None = None
+    best_weights: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    history: list[EpochResult] = dataclasses.field(default_factory=list)
+    """Every epoch so far, those before an interruption included."""
+
+    @classmethod
+    def begin(
+        cls, config: RunConfig, inputs: TrainingData, device: torch.device, num_workers: int = 1
+    ) -> "TrainingRun":
+        """Untrained students, initialised from the configuration's seed alike on every worker.
+
+        Several workers share their BatchNorm statistics. Raises ValueError where `inputs` were prepared
+        for another stage I.
+        """
+        if config.amplification != inputs.amplification:
+            raise ValueError(
+                "inputs and run must have the same amplification, got "
+                f"{inputs.amplification} and {config.amplification}; prepare with the run's."
+            )
+        students: nn.Module = build_students(config.model, inputs.teacher, config.train.seed).to(device)
+        if num_workers > 1:
+            students = share_batchnorm(students, device)
+        return cls(config, inputs, device, students, build_optimizer(students, config.train))
+
+    def epochs(self, trained: nn.Module | None = None, worker: WorkerRank = WorkerRank()) -> Iterator[EpochResult]:  # noqa: B008
+        """Train to the configured last epoch, validating after each.
+
+        `trained` is `students` wrapped for DDP where several workers train together; every worker
+        then yields the same figures.
+        """
+        return (each for each in self.steps(trained, worker) if isinstance(each, EpochResult))
+
+    def steps(
+        self,
+        trained: nn.Module | None = None,
+        worker: WorkerRank = WorkerRank(),  # noqa: B008 - an immutable tuple
+    ) -> Iterator[Step | EpochResult]:
+        """`epochs` for those who watch: every optimiser step is yielded as well."""
+        inputs = self.inputs
+        training = fit_steps(
+            trained or self.students,
+            self.optimizer,
+            inputs.train_images,
+            inputs.train_features,
+            self.config,
+            device=self.device,
+            worker=worker,
+            first_epoch=self.next_epoch,
+        )
+        for each in training:
+            if isinstance(each, Step):
+                yield each
+                continue
+            scores = self._validate(each, worker)
+            value = objective(scores)
+            if value > self.best_objective:
+                self.best_epoch, self.best_objective, self.best_scores = each.number, value, scores
+                self.best_weights = {
+                    name: tensor.detach().cpu().clone() for name, tensor in self.students.state_dict().items()
+                }
+            self.next_epoch = each.number + 1
+            self.history.append(EpochResult(each, scores, value, self.best_objective))
+            yield self.history[-1]
+
+    def _validate(self, epoch: Epoch, worker: WorkerRank) -> Scores:
+        inputs = self.inputs
+        try:
+            return compute_metrics_shared(
+                inputs.validation_features,
+                self.students,
+                inputs.validation,
+                self.config,
+                self.device,
+                worker.rank,
+                worker.world_size,
+            )
+        except ValueError as error:
+            # Images and labels are sound: only maps of the epoch's last update can be refused.
+            raise NonFiniteLossError(
+                f"the students of epoch {epoch.number + 1} give no finite anomaly maps; "
+                f"learning_rate {self.config.train.learning_rate:g} is probably too high, try a tenth of it."
+            ) from error
+
+    def save(self, folder: Path) -> None:
+        """Write all that is needed to go on training exactly as if never interrupted; whole or not at all.
+
+        Raises OSError where it cannot be written.
+        """
+        state = {
+            "identity": self._identity(),
+            "students": self.students.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "next_epoch": self.next_epoch,
+            "best_epoch": self.best_epoch,
+            "best_objective": self.best_objective,
+            "best_scores": tuple(self.best_scores) if self.best_scores else None,
+            "best_weights": self.best_weights,
+            "history": [(tuple(each.epoch), tuple(each.scores), *each[2:]) for each in self.history],
+        }
+        content = io.BytesIO()  # torch's own writer raises a RuntimeError on a full disk, of positions in a file
+        torch.save(state, content)
+        with file_in_making(folder / STATE_FILE) as partial:
+            partial.write_bytes(content.getbuffer())
+
+    def restore(self, folder: Path) -> None:
+        """Go on from what `save` wrote.
+
+        Raises ValueError when it is damaged or belongs to another configuration, data or teacher.
+        """
+        path = folder / STATE_FILE
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            there = state["identity"]
+        except UNREADABLE as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ValueError(f"{path} is no readable training state ({reason}); {_START_AFRESH}.") from None
+        here = self._identity()
+        if differing := sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name)):
+            name = differing[0]
+            raise ValueError(
+                f"{folder} holds the training state of another run: {name} is {there.get(name)} there and "
+                f"{here.get(name)} here; {_START_AFRESH}."
+            )
+        self.students.load_state_dict(state["students"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.next_epoch, self.best_epoch = state["next_epoch"], state["best_epoch"]
+        self.best_objective = state["best_objective"]
+        self.best_scores = Scores(*state["best_scores"]) if state["best_scores"] else None
+        self.best_weights = {name: tensor.cpu() for name, tensor in state["best_weights"].items()}
+        self.history = [EpochResult(Epoch(*epoch), Scores(*scores), *rest) for epoch, scores, *rest in state["history"]]
+
+    def _identity(self) -> dict[str, Any]:
+        """By name, all that decides what this training gives: two runs alike in it go the same way."""
+        inputs = self.inputs
+        return self.config.flat() | {
+            "category": inputs.category,
+            "data": f"sha256 {inputs.data_sha256[:12]}…",
+            "teacher": f"sha256 {inputs.teacher_sha256[:12]}…",
+            "textures": f"sha256 {inputs.textures_sha256[:12]}…" if inputs.num_textures else "drawn",
+            **({} if inputs.selection == "val" else {"selection": inputs.selection}),
+        }
+
+    def detector(self, revision: str = "") -> tuple[DetectorRecord, dict[str, Tensor]]:
+        """Record and weights (teacher and best students) of the finished detector.
+
+        With `score_candidates` its score configuration is the one that `search_scores` found, and the record's
+        `val/` figures are those of that configuration. Leaves `students` with the weights of the best epoch.
+        """
+        assert self.best_scores is not None, "no epoch has been trained"
+        self.students.load_state_dict(self.best_weights)
+        inputs = self.inputs
+        config, scores, searched = self._with_best_score()
+        seen = score_images(inputs.calibration_features, self.students, inputs.calibration_images, config, self.device)
+        record = DetectorRecord(
+            category=inputs.category,
+            config=config,
+            teacher=inputs.teacher_source,
+            teacher_sha256=inputs.teacher_sha256,
+            data_sha256=inputs.data_sha256,
+            validation_files=inputs.validation_files,
+            num_validation_defects=inputs.num_validation_defects,
+            num_textures=inputs.num_textures,
+            textures_sha256=inputs.textures_sha256,
+            selection=inputs.selection,
+            calibration_files=inputs.calibration_files,
+            epoch=self.best_epoch,
+            thresholds=calibrate(seen.scores.tolist()),
+            metrics={
+                "val/objective": objective(scores),
+                **{f"val/{name}": value for name, value in scores._asdict().items()},
+                **searched,
+            },
+            revision=revision,
+        )
+        weights = {f"teacher.{name}": value.cpu() for name, value in inputs.teacher.state_dict().items()}
+        weights |= {f"students.{name}": value for name, value in self.best_weights.items()}
+        return record, weights
+
+    def _with_best_score(self) -> tuple[RunConfig, Scores, dict[str, float]]:
+        """The configuration with the best score parameters known for `students`, its figures, and what it gained."""
+        assert self.best_scores is not None
+        if not self.config.score.score_candidates:
+            return self.config, self.best_scores, {}
+        inputs, truth = self.inputs, self.inputs.validation
+        found = search_scores(
+            disagreements(inputs.validation_features, self.students, truth.images, self.device),
+            truth.masks,
+            truth.labels,
+            truth.has_mask,
+            truth.sources,
+            self.config.score,
+            num_candidates=self.config.score.score_candidates,
+            seed=self.config.train.seed,
+        )
+        searched = {"val/score_candidates": float(found.num_candidates)}
+        if found.num_candidates:
+            searched |= {"val/score_gain": found.gain, "val/score_gain_error": found.standard_error}
+        config = dataclasses.replace(self.config, score=found.best)
+        seen = score_images(inputs.validation_features, self.students, truth.images, config, self.device)
+        scores = compute_metrics(seen, truth)
+        # The candidates were compared on a coarse grid; at full size the given configuration may still be ahead.
+        if objective(scores) < objective(self.best_scores):
+            return self.config, self.best_scores, searched | {"val/score_adopted": 0.0}
+        return config, scores, searched | {"val/score_adopted": float(found.is_adopted)}

@@ -1,0 +1,215 @@
+"""Stage I of AAND: an amplifier learns on synthetic defects what the frozen teacher should tell apart.
+
+`fit_amplifier` yields one epoch at a time, as `dskd.train.fit` does for the students, which come after it
+and see good images only (Tang et al., arXiv 2405.02068).
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from dskd.config import AmplificationConfig, TrainConfig
+from dskd.data.defects import add_defects, find_foreground
+from dskd.device import WorkerRank, to_device
+from dskd.losses import amplification_loss, focal_loss
+from dskd.model.amplification import Amplifier, LevelAmplifier
+from dskd.model.teacher import Pyramid, Teacher, normalize
+from dskd.training.loop import NonFiniteLossError, build_optimizer, epoch_batches, learning_rate
+
+CLEAN_SHARE = 0.2
+"""Probability that an image is shown without a defect."""
+PATCH_SHARE = 0.3
+"""A position is a defect's, or the object's, when more than this share of its pixels is."""
+MAX_NORMAL, MAX_ABNORMAL = 5000, 1000
+"""Most positions of a batch and level that the amplification loss pairs with each other."""
+
+# Last element of a seed, which keeps the streams of defects and of positions apart; not 0, which numpy
+# could not tell from a shorter seed.
+_DEFECTS, _POSITIONS = 1, 2
+
+
+class AmplificationEpoch(NamedTuple):
+    """What one pass of stage I gave; losses are means over the steps."""
+
+    number: int
+    """Counted from 0."""
+    loss: float
+    """gate_loss + amplification_weight · residual_loss."""
+    gate_loss: float
+    """Focal loss, summed over the levels."""
+    residual_loss: float
+    """Amplification loss, summed over the levels."""
+    seconds: float
+
+
+def amplifier_optimizer(amplifier: Amplifier, config: AmplificationConfig) -> torch.optim.Optimizer:
+    """AAND's: Adam with betas (0.5, 0.999)."""
+    return build_optimizer(amplifier, _schedule(config))
+
+
+def fit_amplifier(
+    amplifier: Amplifier,
+    optimizer: torch.optim.Optimizer,
+    teacher: Teacher,
+    images: npt.NDArray[np.uint8],
+    config: AmplificationConfig,
+    *,
+    device: torch.device,
+    first_epoch: int = 0,
+    textures: npt.NDArray[np.uint8] | None = None,
+) -> Iterator[AmplificationEpoch]:
+    """Train `amplifier` in place on good images (N, S, S, 3), yielding after every epoch.
+
+    Each epoch gives four images of five a new synthetic defect (`textures` as in `add_defects`). The gate
+    learns to find the defects (focal loss); the residual learns to make their features less similar to
+    normal ones (amplification loss) with the true positions in the gate's place, so that each is trained
+    by its own loss alone. The amplifier of the last epoch is the result: the released code selects by the
+    test set, and a schedule that ends at a 25th of the step needs no selection.
+
+    The released code takes the object from grey thresholds chosen per category; ours is `find_foreground`.
+    A position is normal where no defect is but the object.
+
+    As in `fit`, all state lies in `amplifier` and `optimizer`, and `first_epoch` goes on exactly where an
+    interrupted run stopped. Images are drawn by torch.get_num_threads() threads; what is drawn depends on
+    the seed, the epoch and the image's index alone.
+
+    Raises NonFiniteLossError as soon as an epoch's loss is not a finite number.
+    """
+    schedule = _schedule(config)
+    with torch.no_grad():
+        sizes = [(level.shape[2], level.shape[3]) for level in teacher(_pixels(images[:1], device))]
+    objects = _object_patches(images, sizes)
+    for epoch in range(first_epoch, schedule.epochs):
+        started = time.perf_counter()
+        batches = epoch_batches(len(images), schedule.batch_size, schedule.seed, epoch, WorkerRank())
+        sums = torch.zeros(3, dtype=torch.float64, device=device)
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            drawn = _draw_ahead(threads, images, batches, schedule.seed, epoch, textures)
+            for step, (indices, (pictures, masks)) in enumerate(zip(batches, drawn, strict=True)):
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(schedule, (epoch + step / len(batches)) / schedule.epochs)
+                with torch.no_grad():
+                    pyramid = teacher(_pixels(pictures, device))
+                defects = patch_masks(masks, sizes)
+                normals = [~defect & of_object[indices] for defect, of_object in zip(defects, objects, strict=True)]
+                rng = np.random.default_rng((schedule.seed, epoch, step, _POSITIONS))
+                gate, residual = stage_losses(amplifier, pyramid, defects, normals, config.amplification_margin, rng)
+                loss = gate + config.amplification_weight * residual
+                optimizer.zero_grad(set_to_none=True)
+                torch.autograd.backward(loss)
+                optimizer.step()
+                sums += torch.stack([loss, gate, residual]).detach()
+        loss_mean, gate_mean, residual_mean = (sums / len(batches)).tolist()
+        if not math.isfinite(loss_mean):
+            raise NonFiniteLossError(
+                f"loss of the amplifier (stage I) is not finite in epoch {epoch + 1}; amplification_learning_rate "
+                f"{config.amplification_learning_rate:g} is probably too high, try a tenth of it."
+            )
+        yield AmplificationEpoch(epoch, loss_mean, gate_mean, residual_mean, time.perf_counter() - started)
+
+
+def stage_losses(
+    amplifier: Amplifier,
+    pyramid: Pyramid,
+    defects: Sequence[npt.NDArray[np.bool_]],
+    normals: Sequence[npt.NDArray[np.bool_]],
+    margin: float,
+    rng: np.random.Generator,
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Focal and amplification loss of one batch, each summed over the levels.
+
+    `defects` and `normals` say per level which positions (B, H, W) are taken for which; `rng` chooses among
+    them where there are more than MAX_ABNORMAL and MAX_NORMAL. The true positions stand in the gate's place
+    (teacher forcing): a normal one keeps its features and an abnormal one gets its whole residual, so
+    residuals are computed for the chosen abnormal positions alone.
+    """
+    gate_loss = residual_loss = torch.zeros((), device=pyramid[0].device)
+    for level, features, defect, normal in zip(amplifier.levels, pyramid, defects, normals, strict=True):
+        assert isinstance(level, LevelAmplifier)
+        gate_loss = gate_loss + focal_loss(level.gate(features), torch.from_numpy(defect).to(features.device))
+        unchanged = _features_at(features, normal, MAX_NORMAL, rng)
+        abnormal = _features_at(features, defect, MAX_ABNORMAL, rng)
+        amplified = abnormal + level.residual(abnormal[:, :, None, None])[:, :, 0, 0]
+        residual_loss = residual_loss + amplification_loss(unchanged, abnormal, amplified, margin=margin)
+    return gate_loss, residual_loss
+
+
+def patch_masks(masks: npt.NDArray[np.bool_], sizes: Sequence[tuple[int, int]]) -> tuple[npt.NDArray[np.bool_], ...]:
+    """Pixel masks (N, S, S) as masks (N, H, W) of feature positions, for each size (H, W)."""
+    pixels = torch.from_numpy(masks)[:, None].float()
+    return tuple((F.adaptive_avg_pool2d(pixels, size)[:, 0] > PATCH_SHARE).numpy() for size in sizes)
+
+
+def draw_example(
+    image: npt.NDArray[np.uint8],
+    index: int,
+    seed: int,
+    epoch: int,
+    textures: npt.NDArray[np.uint8] | None = None,
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
+    """What stage I shows of the `index`-th good image (S, S, 3) in an epoch, and the defect's mask (S, S)."""
+    rng = np.random.default_rng((seed, epoch, index, _DEFECTS))
+    if rng.random() < CLEAN_SHARE:
+        return image, np.zeros(image.shape[:2], np.bool_)
+    changed, masks = add_defects(image[None], seed=int(rng.integers(2**63)), textures=textures)
+    return changed[0], masks[0]
+
+
+def _schedule(config: AmplificationConfig) -> TrainConfig:
+    return TrainConfig(
+        epochs=config.amplification_epochs,
+        batch_size=config.amplification_batch_size,
+        learning_rate=config.amplification_learning_rate,
+        schedule="multistep",
+        seed=config.amplification_seed,
+    )
+
+
+def _object_patches(images: npt.NDArray[np.uint8], sizes: Sequence[tuple[int, int]]) -> list[npt.NDArray[np.bool_]]:
+    """Per level, which positions (N, H, W) lie on the object: all of them where it fills the image."""
+    of_images = [patch_masks(find_foreground(image)[None], sizes) for image in images]
+    return [np.concatenate(of_level) for of_level in zip(*of_images, strict=True)]
+
+
+def _draw_ahead(
+    threads: ThreadPoolExecutor,
+    images: npt.NDArray[np.uint8],
+    batches: Sequence[npt.NDArray[np.int64]],
+    seed: int,
+    epoch: int,
+    textures: npt.NDArray[np.uint8] | None,
+) -> Iterator[tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]]:
+    """Every batch's images and masks, the next one drawn while the caller works on this one."""
+
+    def start(batch: npt.NDArray[np.int64]) -> list[Future[tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]]]:
+        return [threads.submit(draw_example, images[index], index, seed, epoch, textures) for index in batch.tolist()]
+
+    ahead = start(batches[0])
+    for step in range(len(batches)):
+        drawn = ahead
+        ahead = start(batches[step + 1]) if step + 1 < len(batches) else []
+        pictures, masks = zip(*(example.result() for example in drawn), strict=True)
+        yield np.stack(pictures), np.stack(masks)
+
+
+def _features_at(
+    features: Float[Tensor, "b c h w"], where: npt.NDArray[np.bool_], limit: int, rng: np.random.Generator
+) -> Float[Tensor, "n c"]:
+    """The vectors of up to `limit` of the positions `where` (B, H, W), drawn without replacement."""
+    places = np.flatnonzero(where)
+    if len(places) > limit:
+        places = rng.choice(places, limit, replace=False)
+    return features.movedim(1, 3).flatten(0, 2)[torch.from_numpy(places).to(features.device)]
+
+
+def _pixels(images: npt.NDArray[np.uint8], device: torch.device) -> Tensor:
+    return normalize(to_device(device, images, slice(None)))

@@ -1,0 +1,70 @@
+import io
+import sys
+from pathlib import Path
+
+import pytest
+
+from dskd.cli.main import main
+
+BAD = {
+    "": "dskd: error: no command given; there are: demo-data, check-data, train, evaluate, predict, export",
+    "trian": "dskd: error: unknown command trian, did you mean train?; there are: ",
+    "--version": "dskd: error: unexpected --version; see dskd --help",
+    "train --data d --out o --epoch 3": (
+        "dskd train: error: unknown flag --epoch, did you mean --epochs?; see dskd train --help"
+    ),
+    "train --data d --out o --image_sise=64": "unknown flag --image-sise, did you mean --image-size?",
+    "train --data d --out o --nonsense": "dskd train: error: unknown flag --nonsense; see dskd train --help",
+    "train --data d": "dskd train: error: missing --out PATH; see dskd train --help",
+    "predict --threshold 2": "dskd predict: error: missing DETECTOR, --out PATH; see dskd predict --help",
+    "train --data d --out o --epochs many": "dskd train: error: --epochs: invalid literal for int()",
+    "train --data d --out o --levels one": "dskd train: error: --levels: ",
+    "train --data d --out o --epochs": "Missing value for argument '--epochs'",
+    "train --data d --out o --epochs 0": "dskd train: error: epochs must be at least 1, got 0",
+    "train --data d --out o --preset patchcore": "invalid choice 'patchcore' for argument '--preset'",
+    "train --data d --out o --schedule linear": "invalid choice 'linear' for argument '--schedule'",
+    "evaluate detector extra --data d": "dskd evaluate: error: unexpected extra; see dskd evaluate --help",
+    "train --data d --out o --levels 1 2": "level_weights (loss) must have one weight per level (2), got 3",
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+@pytest.mark.parametrize(("columns", "encoding"), [("40", "utf-8"), ("200", "utf-8"), ("80", "ascii")])
+def test_bad_usage_is_one_line_on_stderr(
+    line: str, columns: str, encoding: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the terminal: tyro draws its frames by its width and by what stdout can show."""
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr(sys, "stdout", printed := io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    with pytest.raises(SystemExit) as end:
+        main(line.split())
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and printed.tell() == 0
+    assert said.count("\n") == 1 and BAD[line] in said
+    assert "tyro" not in said and "--- " not in said and not set(said) & set("╭│─\x1b")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["predict", "-h"]])
+def test_help_is_whole(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    said = capsys.readouterr()
+    assert not end.value.code and said.err == ""
+    for text in {"train": ("--out PATH", "Passes over the normal"), "predict": ("DETECTOR",)}.get(
+        words[0], ("evaluate",)
+    ):
+        assert text in said.out
+
+
+def test_what_the_command_itself_says_comes_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the parser's words are held back."""
+
+    def draw(out: Path, seed: int) -> None:
+        sys.stderr.write("drawing\n")
+        assert capsys.readouterr().err == "drawing\n"
+
+    monkeypatch.setattr("dskd.demo.dataset.draw_dataset", draw)
+    main(["demo-data", str(tmp_path)])
+    assert capsys.readouterr().err.startswith(f"drew {tmp_path}")

@@ -1,0 +1,85 @@
+"""What `tune.studies` decides without Ray: shares of a time budget, and where a search starts from."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dskd.checkpoint import read_record, rewrite_record
+from tune.settings.search import SearchSettings
+from tune.settings.space import build_space
+from tune.storage.champions import Champion, find_champion, save_champion
+from tune.storage.files import Storage
+from tune.study import budget as budget_module
+from tune.study.budget import BudgetSpentError, TimeBudget
+from tune.study.categories import with_winners
+from tune.study.progress import SearchProgress
+
+
+def test_categories_that_wait_keep_their_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(budget_module.time, "time", lambda: now[0])
+    budget = TimeBudget(600.0, num_categories=4, side_by_side=2)
+    assert budget.begin_category() == budget.begin_category() == 1300.0
+    now[0] = 1100.0  # one has ended early: what it left over goes to those behind it
+    assert budget.begin_category() == 1600.0
+    now[0] = 1600.0
+    with pytest.raises(BudgetSpentError, match="ended before it could begin; the same command begins with it"):
+        budget.begin_category()
+
+
+def test_without_a_budget_nothing_ends() -> None:
+    assert TimeBudget(None, 1, 1).begin_category() is None
+
+
+@pytest.fixture
+def earlier(detector_folder: Path, tmp_path: Path) -> Storage:
+    """A finished search called spring, whose champion of tile is the tiny detector."""
+    storage = Storage(str(tmp_path / "results" / "spring"))
+    storage.upload(detector_folder, "tune/tile/one/detector")
+    save_champion(storage, "tile", "one", f"{storage.uri}/tune/tile/one/detector", {}, tmp_path / "local")
+    return storage
+
+
+def test_the_champion_of_an_earlier_search_is_tried_or_the_reason_is_told(
+    earlier: Storage, detector_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = read_record(detector_folder).config
+    settings = SearchSettings(data="data", storage=str(tmp_path / "results"), start_from="spring")
+    near = build_space({"dskd": config.with_values({"hkd_weight": 0.0, "epochs": 50})})
+
+    def found(space: Any, category: str) -> tuple[Any, str]:
+        winners = with_winners(settings, category, space, SearchProgress(1)).winners
+        return winners, capsys.readouterr().err
+
+    (winner,), said = found(near, "tile")
+    assert near.configuration(winner) == config.with_values({"epochs": 50}) and said == ""
+    winners, said = found(build_space({"dskd": config.with_values({"schedule": "cosine"})}), "tile")
+    assert winners == () and "the champion of spring is not tried: schedule is 'constant' there" in said
+    winners, said = found(near, "wood")
+    assert winners == () and "wood: search spring has no champion of it" in said
+
+
+def test_a_champion_says_what_chose_it_and_older_records_mean_validation(earlier: Storage) -> None:
+    document = earlier.read_json("champions/tile.json")
+    assert document is not None and document.pop("selection") == "val"
+    earlier.write_json("champions/tile.json", document)
+    assert champion(earlier).selection == "val"
+
+
+def champion(storage: Storage) -> Champion:
+    found = find_champion(storage, "tile")
+    assert found is not None
+    return found
+
+
+def test_an_oracles_champion_is_marked_in_its_record_and_in_the_storage(detector_folder: Path, tmp_path: Path) -> None:
+    marked = shutil.copytree(detector_folder, tmp_path / "marked")
+    rewrite_record(marked, dataclasses.replace(read_record(detector_folder), selection="oracle"))
+    assert read_record(marked).selection == "oracle"
+    storage = Storage(str(tmp_path / "search"))
+    storage.upload(marked, "detector")
+    save_champion(storage, "tile", "one", f"{storage.uri}/detector", {}, tmp_path / "local")
+    assert champion(storage).selection == "oracle"

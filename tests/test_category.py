@@ -1,0 +1,258 @@
+"""What the driver of a study does beside Tune: after kills, on a cluster that changes, and without a dashboard."""
+
+import math
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import optuna
+import pytest
+
+from dskd.config import RunConfig
+from dskd.presets import PRESETS
+from tune.settings.search import SearchSettings
+from tune.settings.space import build_space
+from tune.study import hooks
+from tune.study.budget import Share, Shares
+from tune.study.category import _not_yet_asked_for, _sampler
+from tune.study.hooks import Deadline, Halving, Observe, Searcher, StudyStorage
+from tune.tracking.events import EpochDone, Event, TrialEnded, TrialStarted
+from tune.trial.failures import PATIENCE
+from tune.trial.spec import CATEGORY, RUNG
+
+POINTS = [{"depth": 1}, {"depth": 2}]
+
+
+class Fixed(Share):
+    """A share that asks nobody."""
+
+    def __init__(self, side_by_side: int) -> None:
+        super().__init__(None)
+        self._side_by_side, self._asked = side_by_side, math.inf
+
+
+def depth(trial: Any) -> None:
+    trial.suggest_int("depth", 1, 100)
+
+
+@pytest.fixture
+def searcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Searcher:
+    url = f"sqlite:///{tmp_path}/optuna.db"
+    monkeypatch.setattr(
+        hooks,
+        "_revived",
+        {
+            "study_url": url,
+            "spec": None,
+            "max_concurrent": 100,
+            "share": Fixed(1),
+            "running": set(),
+            "starved": set(),
+        },
+    )
+    return search_algorithm(url)
+
+
+def search_algorithm(url: str) -> Searcher:
+    return Searcher(
+        depth, metric="objective", mode="max", sampler=optuna.samplers.TPESampler(seed=0), study_name="parts/bolt",
+        storage=StudyStorage(url), points_to_evaluate=_not_yet_asked_for(POINTS, url, "parts/bolt"),
+    )  # fmt: skip
+
+
+def states(searcher: Searcher) -> list[str]:
+    assert searcher._ot_study is not None
+    return [trial.state.name for trial in searcher._ot_study.get_trials()]
+
+
+def test_a_kill_before_the_first_snapshot_neither_loses_nor_repeats_a_known_point(searcher: Searcher) -> None:
+    assert searcher.suggest("a") == POINTS[0]
+    again = search_algorithm(hooks._revived["study_url"])
+    assert states(again) == ["FAIL", "WAITING", "WAITING"]
+    assert sorted([again.suggest("b"), again.suggest("c")], key=str) == POINTS
+    assert again.suggest("d") not in POINTS
+
+
+def test_a_kill_between_two_snapshots_neither_loses_nor_repeats_a_suggestion(
+    searcher: Searcher, tmp_path: Path
+) -> None:
+    searcher.suggest("a")
+    searcher.save(str(tmp_path / "snapshot"))
+    lost = [searcher.suggest("b"), searcher.suggest("c")]
+    revived = Searcher.__new__(Searcher)  # Tune unpickles it
+    revived.restore(str(tmp_path / "snapshot"))
+    assert [revived.suggest("d"), revived.suggest("e")] == lost, "the known point is put back, the other drawn again"
+    revived.on_trial_complete("a", {"objective": 0.5})
+    assert states(revived).count("COMPLETE") == 1
+
+
+def test_a_trial_that_memory_did_not_suffice_for_counts_as_bad_and_another_lost_one_as_nothing(
+    searcher: Searcher, tmp_path: Path
+) -> None:
+    tune_file = tmp_path / "error.txt"
+    counted = SimpleNamespace(num_failures=0)
+    trial = cast(Any, SimpleNamespace(trial_id="a", error_file=str(tune_file), run_metadata=counted))
+    halving = Halving(time_attr="epoch", metric="objective", mode="max", max_t=10, grace_period=1, reduction_factor=3)
+    for name, failures in (
+        ("a", ["ValueError", "due to the node running low on memory"]),
+        ("b", ["due to the node running low on memory", "ValueError"]),
+    ):
+        searcher.suggest(name)
+        trial.trial_id = name
+        for number in range(len(failures)):  # Tune adds each failure to the file, and then tells of it
+            heads = (
+                f"Failure # {n + 1} (occurred at today)\n{text}\n" for n, text in enumerate(failures[: number + 1])
+            )
+            tune_file.write_text("".join(heads))
+            counted.num_failures += 1
+            halving.on_trial_error(cast(Any, None), trial)
+        searcher.on_trial_complete(name, error=True)
+    assert searcher._ot_study is not None
+    ended = [trial for trial in searcher._ot_study.get_trials() if trial.state.is_finished()]
+    assert [(trial.state.name, trial.value) for trial in ended] == [("COMPLETE", 0.0), ("FAIL", None)]
+    assert counted.num_failures == 4 * 33 > PATIENCE >= 3 * 33
+
+
+def test_the_last_categories_share_what_the_others_leave() -> None:
+    shares = Shares(num_categories=5, side_by_side=3)
+    for expected in (3, 3, 3, 2, 1, 1):
+        assert shares.side_by_side() == expected
+        shares.end_category()
+    assert [Fixed(3).of(slots) for slots in (1, 3, 8)] == [1, 1, 3], "rounded up, so that no slot idles"
+    assert [Fixed(3).of(slots, is_limit=True) for slots in (1, 5, 8)] == [1, 1, 2]
+
+
+def test_a_search_follows_the_size_of_the_cluster(searcher: Searcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    hooks._revived.update(max_concurrent=None, share=Fixed(2))
+    for slots, expected in ((1, [True, False]), (6, [True, True, False]), (0, [False])):
+        monkeypatch.setattr(hooks, "concurrent_trials", lambda _, slots=slots: slots)
+        taken = [searcher.suggest(f"{slots}-{number}") is not None for number in range(len(expected))]
+        assert taken == expected
+    searcher.on_trial_complete("1-0", {"objective": 0.5})
+    monkeypatch.setattr(hooks, "concurrent_trials", lambda _: 6)
+    assert searcher.suggest("next") is not None
+
+
+def test_what_a_killed_driver_may_not_have_handed_on_is_said_once_more(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    said: list[Event] = []
+    spec = SimpleNamespace(
+        category="bolt",
+        teacher_weights="random",
+        num_workers=1,
+        config=RunConfig().with_values({"epochs": 4}).to_dict(),
+    )
+    spec.textures = ""
+    space = build_space({"dskd": RunConfig().with_values({"epochs": 4})})
+    sink = SimpleNamespace(put=said.append)
+    revived = {"spec": spec, "events": sink, "space": space, "running": set(), "search_uri": "/s"}
+    monkeypatch.setattr(hooks, "_revived", revived | {"reasons": {}})
+
+    def trial(name: str, status: str, epoch: int) -> Any:
+        return SimpleNamespace(
+            trial_id=name, status=status, config={}, is_finished=lambda: status != "RUNNING",
+            get_error=lambda: "gone", error_file=None, checkpoint=None, run_metadata=SimpleNamespace(num_failures=2),
+            last_result={"epoch": epoch, "objective": 0.5, "timestamp": 1000 + epoch},
+        )  # fmt: skip
+
+    trials = [trial("a", "TERMINATED", 4), trial("b", "ERROR", 2), trial("c", "RUNNING", 1)]
+    observe = Observe()
+    observe.on_step_begin(0, trials)
+    observe.on_step_begin(1, trials)
+    assert [(type(event), getattr(event, "trial_id", "")) for event in said] == [
+        (kind, name) for name in "ab" for kind in (TrialStarted, EpochDone, TrialEnded)
+    ]
+    assert [event.status for event in said if isinstance(event, TrialEnded)] == ["finished", "failed"]
+    assert [event.time_ms for event in said if isinstance(event, EpochDone)] == [1004000, 1002000]
+
+    for epoch, forgiven in ((1, True), (1, False), (2, True)):
+        trials[2].run_metadata.num_failures = 2
+        observe.on_trial_result(0, trials, trials[2], {"epoch": epoch, "timestamp": 1})
+        assert (trials[2].run_metadata.num_failures == 0) is forgiven
+    with pytest.raises(RuntimeError, match="a trial of bolt trained on nut"):
+        observe.on_trial_result(0, trials, trials[2], {"epoch": 3, "timestamp": 1, CATEGORY: "nut"})
+
+
+def test_the_untuned_presets_are_never_pruned_and_others_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    space = build_space({"dskd": PRESETS["dskd"], "stfpm": PRESETS["stfpm"]})
+    monkeypatch.setitem(hooks._revived, "space", space)
+    untuned, _, hard, *_ = space.starting_points()
+    halving = Halving(time_attr="epoch", metric="objective", mode="max", max_t=10, grace_period=1, reduction_factor=3)
+    decisions = {}
+    for name, objective, point in (
+        ("good", 0.9, hard), ("better", 0.95, hard), ("bad", 0.1, hard), ("untuned and worse", 0.05, untuned)
+    ):  # fmt: skip
+        trial = cast(Any, SimpleNamespace(trial_id=name, config=point, last_result=None))
+        halving.on_trial_add(cast(Any, None), trial)
+        decisions[name] = halving.on_trial_result(None, trial, {"epoch": 1, "objective": objective})
+    assert decisions["bad"] == "STOP"
+    assert decisions["untuned and worse"] == decisions["better"] == "CONTINUE"
+
+
+def test_a_continued_search_compares_trials_at_the_epochs_that_the_undisturbed_one_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    space = build_space({"stfpm": PRESETS["stfpm"]})
+    monkeypatch.setitem(hooks._revived, "space", space)
+    _, hard, *_ = space.starting_points()
+
+    def decide(killed: bool) -> list[str]:
+        halving = Halving(
+            time_attr="epoch", metric="objective", mode="max", max_t=10, grace_period=1, reduction_factor=3
+        )
+        good = cast(Any, SimpleNamespace(trial_id="good", config=hard, last_result={}))
+        halving.on_trial_add(cast(Any, None), good)
+        halving.on_trial_result(None, good, {"epoch": 1, "objective": 0.4})
+        if killed:  # at epoch 5: Tune makes a new scheduler and adds the trials that it knows
+            halving = Halving(
+                time_attr="epoch", metric="objective", mode="max", max_t=10, grace_period=1, reduction_factor=3
+            )
+            good.last_result = {"epoch": 5, "objective": 0.9, f"{RUNG}1": 0.4, f"{RUNG}3": 0.7}
+            halving.on_trial_add(cast(Any, None), good)
+        else:
+            halving.on_trial_result(None, good, {"epoch": 3, "objective": 0.7})
+        for epoch in (6, 7):
+            halving.on_trial_result(None, good, {"epoch": epoch, "objective": 0.9})
+        decisions = []
+        for name, objectives in (("slow", {1: 0.5, 3: 0.6}), ("late", {1: 0.48, 3: 0.8}), ("bad", {1: 0.3})):
+            other = cast(Any, SimpleNamespace(trial_id=name, config=hard, last_result=None))
+            halving.on_trial_add(cast(Any, None), other)
+            decisions += [
+                halving.on_trial_result(None, other, {"epoch": epoch, "objective": objective})
+                for epoch, objective in objectives.items()
+            ]
+        return decisions
+
+    assert decide(killed=True) == decide(killed=False) == ["CONTINUE", "STOP", "CONTINUE", "CONTINUE", "STOP"]
+
+
+def test_the_deadline_interrupts_tune_once_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setitem(hooks._revived, "is_cut", False)
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
+    try:
+        for deadline, expected in ((None, 0), (time.time() + 600, 0), (time.time() - 1, 1)):
+            monkeypatch.setitem(hooks._revived, "deadline", deadline)
+            assert not Deadline().stop_all(), "to stop the trials would end them for good"
+            assert len(seen) == expected == hooks._revived.get("is_cut", False)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "cmaes", "qmc", "random"])
+def test_every_sampler_draws_from_the_space_and_each_category_its_own(sampler: Any) -> None:
+    space = build_space({"dskd": PRESETS["dskd"]})
+    settings = SearchSettings(data="data", sampler=sampler)
+    drawn = []
+    for category in ("bolt", "bolt", "screw"):
+        asked = optuna.create_study(direction="maximize", sampler=_sampler(settings, category, 1))
+        for value in (0.3, 0.5, 0.4):
+            trial = asked.ask()
+            space.ask(trial)
+            asked.tell(trial, value)
+        drawn.append([space.configuration(trial.params) for trial in asked.trials])
+    assert drawn[0] == drawn[1] != drawn[2]

@@ -1,0 +1,89 @@
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import ray.train
+import ray.train.torch
+import ray.util
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from tune.runtime.ray_internals import Reservation, free, free_abandoned
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Three CPUs, and no dashboard that Ray's own cleaner could ask."""
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    (tmp_path / "token").write_text("0" * 32)
+    (tmp_path / "token").chmod(0o600)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def wait_until_free(cpus: float, pids: list[int]) -> None:
+    deadline = time.monotonic() + 60
+    while ray.available_resources().get("CPU", 0) < cpus or any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline, ray.util.placement_group_table()
+        time.sleep(0.1)
+
+
+@pytest.mark.cluster
+def test_what_a_trial_reserved_is_freed_when_it_ends_and_when_it_is_killed(cluster: None) -> None:
+    class Worker:  # in here, or Ray's processes would look for this file by its name
+        def pid(self) -> int:
+            return os.getpid()
+
+    class Controller:
+        def reserve(self) -> tuple[str, int]:
+            self.group = ray.util.placement_group([{"CPU": 1}])
+            placed = PlacementGroupSchedulingStrategy(placement_group=self.group)
+            self.worker = ray.remote(Worker).options(num_cpus=1, scheduling_strategy=placed).remote()
+            return self.group.id.hex(), ray.get(self.worker.pid.remote())
+
+    ended, killed, living = (ray.remote(Controller).options(num_cpus=0).remote() for _ in range(3))
+    group, pid = ray.get(ended.reserve.remote())
+    lost, _ = ray.get(killed.reserve.remote())
+    ray.get(living.reserve.remote())
+    assert ray.available_resources().get("CPU", 0) == 0
+    for _ in range(2):  # a trial that ended by itself has given its workers back already
+        free(group)
+    wait_until_free(1, [pid])
+
+    assert free_abandoned() == []
+    ray.kill(killed)
+    deadline = time.monotonic() + 60
+    while not (taken := free_abandoned()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert taken == [lost]
+    wait_until_free(2, [])
+    own = ray.util.placement_group([{"CPU": 1}])
+    assert ray.get(own.ready(), timeout=60) is not None and free_abandoned() == [], "the driver's own is no actor's"
+    assert ray.available_resources().get("CPU", 0) == 1, "a controller that lives keeps its own"
+
+
+@pytest.mark.cluster
+def test_workers_that_are_lost_as_they_begin_to_train_hold_no_place_afterwards(cluster: None, tmp_path: Path) -> None:
+    class Lost(WorkerGroupCallback):  # a kill at this moment cannot be timed
+        def after_worker_group_training_start(self, worker_group: Any) -> None:
+            raise RuntimeError("a worker is gone")
+
+    def train() -> None: ...
+
+    trainer = ray.train.torch.TorchTrainer(
+        train,
+        scaling_config=ray.train.ScalingConfig(num_workers=2),
+        run_config=ray.train.RunConfig(storage_path=str(tmp_path), callbacks=[Reservation(), Lost()]),
+    )
+    with pytest.raises(ray.train.ControllerError, match="a worker is gone"):
+        trainer.fit()
+    assert {group["state"] for group in ray.util.placement_group_table().values()} == {"REMOVED"}

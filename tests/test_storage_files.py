@@ -1,0 +1,350 @@
+import dataclasses
+import json
+import os
+import pickle
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs
+import pytest
+
+from dskd.checkpoint import PREVIEW_FILE, RECORD_FILE, WEIGHTS_FILE, BrokenDetectorError, read_record, rewrite_record
+from tune.pull import pull
+from tune.storage import files as module
+from tune.storage.champions import (
+    Champion,
+    champion_categories,
+    download_detector,
+    download_detector_files,
+    find_best,
+    find_champion,
+    note_best,
+    note_run,
+    save_champion,
+)
+from tune.storage.files import Storage, StorageError, open_search
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PAUSES", (0.0, 0.0))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Storage:
+    return Storage(str(tmp_path / "store"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_comes_back_as_it_went(store: Storage, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "deep/er").mkdir(parents=True)
+    (source / "a.bin").write_bytes(bytes(range(256)) * 100)
+    (source / "deep/er/empty").write_bytes(b"")
+    (source / "deep/with space ü.txt").write_text("x")
+    store.upload(source, "trials/one")
+    store.download("trials/one", tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(source)
+    assert store.names("trials") == ["one"]
+    assert sorted(store.names("trials/one")) == ["a.bin", "deep"]
+    assert store.names("nothing/here") == []
+
+
+def test_an_address_may_hold_spaces(tmp_path: Path) -> None:
+    spaced = Storage(str(tmp_path / "my results"))
+    spaced.probe()
+    spaced.write_json("a.json", {"x": 1})
+    assert json.loads((tmp_path / "my results/a.json").read_text()) == {"x": 1}
+
+
+def test_documents_are_replaced_whole(store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert store.read_json("deep/a.json") is None
+    store.write_json("deep/a.json", {"x": 1})
+    store.write_json("deep/a.json", {"x": [2, "ü"]})
+    assert store.read_json("deep/a.json") == {"x": [2, "ü"]}
+    assert store.names("deep") == ["a.json"]
+
+    def cut(self: Path, data: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(data[:3])
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "write_bytes", cut)
+    with pytest.raises(StorageError, match=r"writing deep/a\.json .* failed 3 times: disk full"):
+        store.write_json("deep/a.json", {"x": 3})
+    assert store.read_json("deep/a.json") == {"x": [2, "ü"]}
+
+
+def test_what_fails_now_and_then_is_tried_again(store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.write_json("a.json", {"x": 1})
+    outages = [OSError("away"), OSError("still away")]
+    replace = os.replace
+
+    def unsteady(source: Any, target: Any) -> None:
+        if outages:
+            raise outages.pop()
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", unsteady)
+    store.write_json("a.json", {"x": 2})
+    assert outages == [] and store.read_json("a.json") == {"x": 2}
+
+
+def test_nothing_to_download_is_an_error(store: Storage, tmp_path: Path) -> None:
+    (tmp_path / "store/empty").mkdir()
+    for name, message in (("empty", "empty is empty"), ("absent", "downloading absent")):
+        with pytest.raises(StorageError, match=message):
+            store.download(name, tmp_path / "back")
+
+
+class Hostile:
+    """A file system that lists a name which leads out of the folder asked for."""
+
+    def get_file_info(self, selector: pyarrow.fs.FileSelector) -> list[pyarrow.fs.FileInfo]:
+        return [pyarrow.fs.FileInfo(f"{selector.base_dir}/../../stolen", pyarrow.fs.FileType.File, size=4)]
+
+    def open_input_stream(self, path: str) -> Any:
+        raise AssertionError(f"{path} must not be opened")
+
+
+def test_a_name_that_leaves_the_folder_is_refused(
+    store: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "_files", Hostile())
+    with pytest.raises(StorageError, match=r"unsafe name \.\./\.\./stolen"):
+        store.download("trials/one", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_usable_storage_is_probed_without_a_trace(store: Storage, tmp_path: Path) -> None:
+    store.probe()
+    assert list((tmp_path / "store").iterdir()) == []
+
+
+def test_an_unusable_storage_is_one_line(store: Storage, tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / "store")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="store is not usable: ") as gone:
+        store.probe()
+    with pytest.raises(StorageError, match="--storage nope://bucket cannot be opened: ") as foreign:
+        Storage("nope://bucket")
+    with pytest.raises(StorageError, match="file cannot be opened: ") as occupied:
+        Storage(str(tmp_path / "file"))
+    for raised in (gone, foreign, occupied):
+        assert "\n" not in str(raised.value)
+
+
+def test_only_an_existing_search_is_opened(store: Storage, tmp_path: Path) -> None:
+    store.write_json("spring/a.json", {})
+    assert open_search(str(tmp_path / "store"), "spring").names(".") == ["a.json"]
+    with pytest.raises(StorageError, match=r"no search 'sprnig' in .*; check --name and --storage"):
+        open_search(str(tmp_path / "store"), "sprnig")
+    assert store.names(".") == ["spring"]
+
+
+@pytest.fixture
+def crowned(store: Storage, detector_folder: Path, tmp_path: Path) -> Champion:
+    """The champion of `tile`, from a trial's folder as Ray would leave it."""
+    store.upload(detector_folder, "trials/t7/checkpoint/detector")
+    champion, record = save_champion(
+        store, "tile", "t7", f"{store.uri}/trials/t7/checkpoint/detector", {"test/aupro": 0.25}, tmp_path / "local"
+    )
+    assert record == read_record(tmp_path / "local")
+    return champion
+
+
+def test_a_champion_is_kept_with_its_test_figures_and_delivered(
+    store: Storage, crowned: Champion, detector_folder: Path, tmp_path: Path
+) -> None:
+    assert find_champion(store, "tile") == crowned
+    assert find_champion(store, "wood") is None
+    assert champion_categories(store) == ("tile",)
+    note_run(store, crowned._replace(run_id="run1"))
+    found = find_champion(store, "tile")
+    assert found is not None and found.run_id == "run1"
+    record = download_detector(store, found, tmp_path / "out/tile")
+    assert record == read_record(tmp_path / "out/tile")
+    assert record.metrics == {**read_record(detector_folder).metrics, "test/aupro": 0.25} == dict(crowned.metrics)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["tile"]
+
+
+def damage_weights(folder: Path) -> None:
+    content = bytearray((folder / WEIGHTS_FILE).read_bytes())
+    content[-5] ^= 255
+    (folder / WEIGHTS_FILE).write_bytes(content)
+
+
+def cut_record(folder: Path) -> None:
+    (folder / RECORD_FILE).write_bytes((folder / RECORD_FILE).read_bytes()[:100])
+
+
+@pytest.mark.parametrize(
+    ("damage", "error"),
+    [
+        (damage_weights, BrokenDetectorError),
+        (cut_record, BrokenDetectorError),
+        (lambda folder: (folder / WEIGHTS_FILE).unlink(), BrokenDetectorError),
+        (shutil.rmtree, StorageError),
+    ],
+)
+@pytest.mark.parametrize("has_older", [False, True])
+def test_a_damaged_champion_is_refused_and_leaves_what_was_there(
+    store: Storage, crowned: Champion, detector_folder: Path, tmp_path: Path, damage: Any, error: Any, has_older: bool
+) -> None:
+    damage(tmp_path / "store" / crowned.folder)
+    target = tmp_path / "out/tile"
+    if has_older:
+        shutil.copytree(detector_folder, target)
+    with pytest.raises(error):
+        download_detector(store, crowned, target)
+    assert [path.name for path in target.parent.glob("*")] == (["tile"] if has_older else [])
+    assert not has_older or contents(target) == contents(detector_folder)
+
+
+def test_delivery_replaces_an_older_detector_and_nothing_else(
+    store: Storage, crowned: Champion, detector_folder: Path, tmp_path: Path
+) -> None:
+    older = tmp_path / "out/tile"
+    shutil.copytree(detector_folder, older)
+    rewrite_record(older, dataclasses.replace(read_record(older), epoch=99))
+    assert download_detector(store, crowned, older).epoch != 99
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/holiday.png").write_text("precious")
+    with pytest.raises(ValueError, match="photos"):
+        download_detector(store, crowned, tmp_path / "photos")
+    assert (tmp_path / "photos/holiday.png").read_text() == "precious"
+
+
+@pytest.mark.parametrize("folder", ["champions/../../etc", "/etc", "elsewhere/tile"])
+def test_a_champion_that_points_elsewhere_is_refused(store: Storage, crowned: Champion, folder: str) -> None:
+    store.write_json("champions/tile.json", {**crowned._asdict(), "folder": folder})
+    with pytest.raises(StorageError, match="unsafe folder"):
+        find_champion(store, "tile")
+
+
+def test_a_champion_record_that_lacks_a_field_is_refused(store: Storage, crowned: Champion) -> None:
+    store.write_json("champions/tile.json", {"category": "tile"})
+    with pytest.raises(StorageError, match=r"tile\.json lacks 'trial_id'"):
+        find_champion(store, "tile")
+
+
+def test_the_best_trial_so_far_can_be_pulled_before_the_search_ends(
+    store: Storage, detector_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    search = Storage(f"{store.uri}/spring")
+    assert find_best(search, "tile") is None
+    for trial, objective, is_best in (("a", 0.5, True), ("b", 0.4, False), ("c", 0.7, True), ("d", 0.7, False)):
+        place = f"tune/tile/{trial}/checkpoint_000001/detector"
+        search.upload(detector_folder, place)
+        assert note_best(search, "tile", trial, objective, f"{search.uri}/{place}") is is_best
+    found = find_best(search, "tile")
+    assert found is not None and found.trial_id == "c" and not found.is_final
+    assert find_champion(search, "tile") is None and champion_categories(search) == ("tile",)
+    pull(("all",), to=tmp_path / "out", name="spring", storage=store.uri, json=True)
+    shown = capsys.readouterr()
+    document = json.loads(shown.out)["detectors"][0]
+    assert (document["trial"], document["is_final"]) == ("c", False) and "best so far" in shown.err
+    assert contents(tmp_path / "out/tile") == contents(detector_folder)
+
+    search.upload(detector_folder, "champions/tile/c")
+    final = Champion("tile", "c", "champions/tile/c", {"val/objective": 0.7}, "run")
+    note_run(search, final)
+    assert find_best(search, "tile") == final
+    assert note_best(search, "tile", "e", 0.8, f"{search.uri}/tune/tile/a/checkpoint_000001/detector")
+    later = find_best(search, "tile")
+    assert later is not None and later.trial_id == "e"
+
+
+def test_a_broken_download_is_gone_on_with(
+    store: Storage, crowned: Champion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "out/tile"
+    weights = tmp_path / "store" / crowned.folder / WEIGHTS_FILE
+    whole = weights.stat().st_size
+    copy, copied = shutil.copyfileobj, []
+
+    def breaking(source: Any, sink: Any, length: int = 0) -> None:
+        if sink.name.endswith(WEIGHTS_FILE):
+            sink.write(source.read(whole // 3))
+            sink.flush()
+            raise OSError("connection reset")
+        copy(source, sink, length)
+
+    def counting(source: Any, sink: Any, length: int = 0) -> None:
+        before = sink.tell()
+        copy(source, sink, length)
+        if sink.name.endswith(WEIGHTS_FILE):
+            copied.append(sink.tell() - before)
+
+    monkeypatch.setattr(module, "_PAUSES", ())
+    monkeypatch.setattr(shutil, "copyfileobj", breaking)
+    with pytest.raises(StorageError, match="connection reset"):
+        download_detector(store, crowned, target)
+    assert [path.name for path in target.parent.iterdir()] == [".tile.partial"], "nothing incomplete under its name"
+    monkeypatch.setattr(shutil, "copyfileobj", counting)
+    download_detector(store, crowned, target)
+    assert copied == [whole - whole // 3]
+    assert [path.name for path in target.parent.iterdir()] == ["tile"] and read_record(target)
+
+    stale = target.with_name(".tile.partial")
+    stale.mkdir()
+    (stale / WEIGHTS_FILE).write_bytes(b"part of another detector")
+    (stale / "left over").mkdir()
+    shutil.rmtree(target)
+    download_detector(store, crowned, target)
+    assert read_record(target) and copied[1:] == [whole - len(b"part of another detector"), whole]
+
+
+def test_only_what_makes_a_detector_is_fetched(store: Storage, crowned: Champion, tmp_path: Path) -> None:
+    source = tmp_path / "store" / crowned.folder
+    (source / "evil.pkl").write_bytes(b"\x80\x04.")
+    (source / "deeper").mkdir()
+    download_detector(store, crowned, tmp_path / "out/tile")
+    names = {path.name for path in (tmp_path / "out/tile").iterdir()}
+    assert {RECORD_FILE, WEIGHTS_FILE} <= names <= {RECORD_FILE, WEIGHTS_FILE, PREVIEW_FILE}
+
+
+@pytest.mark.parametrize(
+    ("plant", "message"),
+    [
+        (lambda folder: (folder / RECORD_FILE).write_text("[" * 100_000), "damaged"),
+        (lambda folder: (folder / RECORD_FILE).write_bytes(b" " * (65 * 2**20)), "more than the"),
+        (lambda folder: plant_weights(folder, struct.pack("<Q", 2**40) + b"{}"), "cannot be read"),
+        (lambda folder: plant_weights(folder, pickle.dumps({"a": 1})), "cannot be read"),
+    ],
+    ids=["nested too deeply", "oversized record", "oversized header", "a pickle"],
+)
+def test_a_hostile_champion_is_refused_in_one_line(
+    store: Storage, crowned: Champion, tmp_path: Path, plant: Any, message: str
+) -> None:
+    plant(tmp_path / "store" / crowned.folder)
+    with pytest.raises((BrokenDetectorError, StorageError), match=message) as raised:
+        download_detector(store, crowned, tmp_path / "out/tile")
+    assert "\n" not in str(raised.value) and list((tmp_path / "out").glob("*")) == []
+
+
+def plant_weights(folder: Path, content: bytes) -> None:
+    """Weights whose hash the record vouches for."""
+    record = read_record(folder)
+    (folder / WEIGHTS_FILE).write_bytes(content)
+    rewrite_record(folder, record)
+
+
+@pytest.mark.parametrize("name", ["..", ".", "../tile", "/etc", ""])
+def test_a_category_that_leads_out_of_the_folder_is_refused(store: Storage, crowned: Champion, name: str) -> None:
+    with pytest.raises(ValueError, match="no name of a category"):
+        find_best(store, name)
+
+
+def test_two_pulls_to_one_folder_do_not_mix(store: Storage, crowned: Champion, tmp_path: Path) -> None:
+    def fetch(name: str, path: Path) -> None:
+        with pytest.raises(OSError, match="another process is fetching"):
+            download_detector(store, crowned, tmp_path / "out/tile")
+        store.resume(f"{crowned.folder}/{name}", path)
+
+    assert download_detector_files(fetch, store.names(crowned.folder), tmp_path / "out/tile")

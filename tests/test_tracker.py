@@ -1,0 +1,387 @@
+import json
+import logging
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow.data
+import pytest
+import requests
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
+
+from tune.study.progress import SearchProgress
+from tune.tracking import tracker as tracking
+from tune.tracking.client import check_server, run_link, tracking_ui_command, without_password
+from tune.tracking.events import CategoryEnded, DataUsed, EpochDone, Event, TrialEnded, TrialStarted
+from tune.tracking.outbox import Journal
+from tune.tracking.registry import Registration, check_category
+from tune.tracking.tracker import Tracker, TrackingRefusedError, TrackingUnavailableError
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One SQLite store for all: making one takes seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
+@pytest.fixture(scope="module")
+def away() -> Iterator[str]:
+    """The address of a server that does not answer: the port is taken, and nobody listens."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}"
+
+
+def tracker(uri: str, search: str, folder: Path) -> Tracker:
+    return Tracker(
+        uri, search, artifact_location=f"file://{folder}/artifacts", tags={"dskd.selection": "val"},
+        unsent=folder / "unsent.jsonl",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def light(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registers an empty model: packing a real one takes a second."""
+    monkeypatch.setattr(tracking, "pack", lambda detector, folder: folder.mkdir())
+
+
+def runs(uri: str, search: str) -> dict[str, Run]:
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name(search)
+    assert experiment is not None
+    found = client.search_runs([experiment.experiment_id])
+    assert len({run.info.run_name for run in found}) == len(found)
+    return {run.info.run_name: run for run in found}
+
+
+def one_trial(category: str, trial: str, *objectives: float) -> list[Event]:
+    return [
+        TrialStarted(category, trial, {"learning_rate": 0.1, "levels": (1, 2), "teacher_weights": "x" * 9000}),
+        *(
+            EpochDone(category, trial, number, {"objective": value}, 1000 * number)
+            for number, value in enumerate(objectives, 1)
+        ),
+    ]
+
+
+def test_a_search_becomes_an_experiment_with_a_parent_per_category_and_a_child_per_trial(
+    uri: str, tmp_path: Path
+) -> None:
+    first = tracker(uri, "spring", tmp_path)
+    events: list[Event] = [
+        *one_trial("tile", "a", 0.5, 0.7),
+        *one_trial("wood", "a", 0.4),
+        *one_trial("tile", "b", 0.3),
+        TrialEnded("tile", "a", "finished", ""),
+        TrialEnded("tile", "b", "pruned", ""),
+        TrialEnded("wood", "a", "failed", "Traceback\nValueError: too hot"),
+        CategoryEnded("tile", "finished", {"num_trials": 2}, {"dskd.note": "done"}),
+        CategoryEnded("wood", "failed", {}, {}),
+    ]
+    for event in events:
+        first.put(event)
+    assert first.close(60) == 0
+    assert not (tmp_path / "unsent.jsonl").exists()
+
+    found = runs(uri, "spring")
+    assert set(found) == {"tile", "wood", "tile-a", "tile-b", "wood-a"}
+    parents = {name: found[name].info.run_id for name in ("tile", "wood")}
+    for name in ("tile-a", "tile-b", "wood-a"):
+        run = found[name]
+        assert run.data.tags["mlflow.parentRunId"] == parents[name.split("-")[0]]
+        assert run.data.params["learning_rate"] == "0.1" and run.data.params["levels"] == "(1, 2)"
+        assert run.data.tags["dskd.selection"] == "val"
+    assert {name: run.info.status for name, run in found.items()} == {
+        "tile": "FINISHED", "wood": "FAILED", "tile-a": "FINISHED", "tile-b": "KILLED", "wood-a": "FAILED",
+    }  # fmt: skip
+    assert {name: found[name].data.tags["dskd.status"] for name in ("tile-a", "tile-b", "wood-a")} == {
+        "tile-a": "finished", "tile-b": "pruned", "wood-a": "failed",
+    }  # fmt: skip
+    assert found["wood-a"].data.tags["dskd.error"].endswith("too hot")
+    assert found["tile"].data.metrics == {"num_trials": 2} and found["tile"].data.tags["dskd.note"] == "done"
+    history = MlflowClient(tracking_uri=uri).get_metric_history(found["tile-a"].info.run_id, "objective")
+    assert [(each.step, each.value, each.timestamp) for each in history] == [(1, 0.5, 1000), (2, 0.7, 2000)]
+
+
+def test_a_trial_that_a_killed_search_left_ends_with_its_category(uri: str, tmp_path: Path) -> None:
+    killed = tracker(uri, "recovery", tmp_path)
+    for event in (*one_trial("tile", "a", 0.5), *one_trial("wood", "a", 0.5)):
+        killed.put(event)
+    assert killed.close(60) == 0
+    continued = tracker(uri, "recovery", tmp_path)
+    for event in (
+        *one_trial("tile", "b", 0.5),
+        TrialEnded("tile", "b", "finished", ""),
+        CategoryEnded("tile", "finished", {}, {}),
+    ):
+        continued.put(event)
+    assert continued.close(60) == 0
+    found = runs(uri, "recovery")
+    assert {name: run.info.status for name, run in found.items()} == {
+        "tile": "FINISHED", "tile-a": "KILLED", "tile-b": "FINISHED", "wood": "RUNNING", "wood-a": "RUNNING",
+    }  # fmt: skip
+    assert found["tile-a"].data.tags["dskd.status"] == "lost"
+
+
+def test_a_continued_search_writes_to_the_same_runs(uri: str, tmp_path: Path) -> None:
+    for objectives, end, status in (((0.5,), ["finished"], "FINISHED"), ((0.6, 0.8), [], "RUNNING")):
+        writer = tracker(uri, "summer", tmp_path)
+        for event in one_trial("tile", "a", *objectives):
+            writer.put(event)
+        for _ in end:
+            writer.put(TrialEnded("tile", "a", "failed", "its node is gone"))
+            writer.put(TrialEnded("tile", "a", "finished", ""))
+        assert writer.close(60) == 0
+        found = runs(uri, "summer")
+        assert set(found) == {"tile", "tile-a"}
+        assert found["tile-a"].data.metrics["objective"] == objectives[-1]
+        assert found["tile-a"].info.status == status and "dskd.error" not in found["tile-a"].data.tags
+
+
+def test_an_event_that_mlflow_refuses_does_not_stop_the_others(
+    uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer = tracker(uri, "autumn", tmp_path)
+    with caplog.at_level(logging.ERROR, "tune.tracking.tracker"):
+        writer.put(TrialStarted("tile", "a", {"epochs": 3}))
+        writer.put(TrialStarted("tile", "a", {"epochs": 4}))  # MLflow's parameters cannot change
+        writer.put(EpochDone("tile", "a", 1, {"objective": 0.5}, 1))
+        assert writer.close(60) == 0
+    faults = [record.getMessage() for record in caplog.records if record.name == "tune.tracking.tracker"]
+    (fault,) = faults
+    assert fault.startswith("could not track TrialStarted of tile: MlflowException: ") and "\n" not in fault
+    data = runs(uri, "autumn")["tile-a"].data
+    assert data.params == {"epochs": "3"} and data.metrics == {"objective": 0.5}
+
+
+def test_the_alias_champion_moves_only_to_a_better_detector_of_the_same_images(uri: str, tmp_path: Path) -> None:
+    (tmp_path / "detector").mkdir()
+    (tmp_path / "detector/detector.json").write_text("{}")
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures/curves.png").write_text("")
+    writer = tracker(uri, "winter", tmp_path)
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+    def register(trial: str, objective: float, data: str = "images") -> Registration:
+        figures = {"val/objective": objective, "test/aupro": 0.5}
+        return writer.register_champion(
+            "tile", trial, tmp_path / "detector", figures, data, 60, figures=tmp_path / "figures"
+        )
+
+    def champion() -> str:
+        return str(client.get_model_version_by_alias("dskd-tile", "champion").run_id)
+
+    first = register("a", 0.8)
+    assert first.is_champion and first.model == "dskd-tile" and champion() == first.run_id
+    worse = register("b", 0.7)
+    assert not worse.is_champion and champion() == first.run_id
+    again = register("a", 0.8)
+    assert again == first and champion() == first.run_id
+    better = register("c", 0.9)
+    assert better.is_champion and champion() == better.run_id
+    elsewhere = register("d", 0.1, "other images")
+    assert elsewhere.is_champion and champion() == elsewhere.run_id, "objectives on other images do not compare"
+    assert len({each.version for each in (first, worse, better, elsewhere)}) == 4
+    writer.close(60)
+
+    found = runs(uri, "winter")
+    assert found["tile"].data.tags["dskd.champion_run"] == elsewhere.run_id
+    assert found["tile-c"].info.run_id == better.run_id and found["tile-c"].data.metrics["test/aupro"] == 0.5
+    assert {each.path for each in client.list_artifacts(better.run_id)} == {"model", "validation"}
+    packed = client.list_artifacts(better.run_id, "model/artifacts/detector")
+    assert [each.path for each in packed] == ["model/artifacts/detector/detector.json"]
+
+
+@pytest.mark.parametrize("name", ["it's", 'a"b', "100 % of %_", "a b", "übung", "a;b--c", "a\\b", "& # x"])
+def test_categories_of_any_name_keep_runs_of_their_own(uri: str, tmp_path: Path, name: str) -> None:
+    check_category(name)
+    for _ in range(2):
+        writer = tracker(uri, "names", tmp_path)
+        for event in (*one_trial(name, "a", 0.5), TrialEnded(name, "a", "finished", "")):
+            writer.put(event)
+        assert writer.close(60) == 0
+    assert [run.info.status for known, run in runs(uri, "names").items() if known == f"{name}-a"] == ["FINISHED"]
+
+
+@pytest.mark.parametrize("name", ['it\'s "so"', "a:b", "a/b", "a\nb"])
+def test_categories_that_mlflow_cannot_name_are_refused_in_one_line(name: str) -> None:
+    with pytest.raises(ValueError, match="rename its folder") as raised:
+        check_category(name)
+    assert "\n" not in str(raised.value)
+
+
+def test_the_images_of_a_trial_are_an_input_of_its_run_and_its_parent(uri: str, tmp_path: Path) -> None:
+    for trial in ("a", "b"):
+        writer = tracker(uri, "inputs", tmp_path)
+        for event in (*one_trial("tile", trial, 0.5), DataUsed("tile", trial, "/data/tile", "ab" * 32)):
+            writer.put(event)
+        assert writer.close(60) == 0
+    found = runs(uri, "inputs")
+    for name in ("tile", "tile-a", "tile-b"):
+        (used,) = found[name].inputs.dataset_inputs
+        assert (used.dataset.name, used.dataset.digest) == ("tile", "ab" * 18)
+        assert [tag.value for tag in used.tags] == ["training"]
+        assert found[name].data.tags.get("dskd.data_sha256") == (None if name == "tile" else "ab" * 32)
+        source = mlflow.data.get_source(used.dataset)
+        assert str(getattr(source, "uri", "")) == "/data/tile"
+
+
+def test_a_search_that_selects_on_the_test_set_never_crowns(uri: str, tmp_path: Path, light: None) -> None:
+    (tmp_path / "detector").mkdir()
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    for selection, objective in (("val", 0.5), ("oracle", 0.9), ("oracle", 0.95), ("oracle", 0.92)):
+        writer = Tracker(
+            uri, "cheat", artifact_location=f"file://{tmp_path}/artifacts", tags={"dskd.selection": selection},
+            unsent=tmp_path / "unsent.jsonl",
+        )  # fmt: skip
+        done = writer.register_champion(
+            "cheated", f"{objective}", tmp_path / "detector", {"val/objective": objective}, "images", 60
+        )
+        writer.close(60)
+        expected = {0.5: "champion", 0.9: "oracle", 0.95: "oracle", 0.92: ""}[objective]
+        assert done.alias == expected
+    aliases = client.get_registered_model("dskd-cheated").aliases
+    assert {name: str(version) for name, version in aliases.items()} == {"champion": "1", "oracle": "3"}
+
+
+def test_a_version_can_be_registered_without_promoting_it(uri: str, tmp_path: Path, light: None) -> None:
+    (tmp_path / "detector").mkdir()
+    writer = tracker(uri, "shy", tmp_path)
+    done = writer.register_champion(
+        "shy", "a", tmp_path / "detector", {"val/objective": 0.5}, "images", 60, promote=False
+    )
+    writer.close(60)
+    assert done.alias == "" and not done.is_champion and done.version == "1"
+    assert MlflowClient(tracking_uri=uri, registry_uri=uri).get_registered_model("dskd-shy").aliases == {}
+
+
+def test_uploads_are_tried_again_while_artifacts_have_no_home(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, light: None
+) -> None:
+    (tmp_path / "detector").mkdir()
+    unwell = requests.Response()
+    unwell.status_code = 503
+    outages = [requests.HTTPError(response=unwell), requests.ConnectionError("reset"), ConnectionResetError()]
+    send = MlflowClient.log_artifacts
+
+    def unsteady(*words: object) -> None:
+        if outages:
+            raise outages.pop()
+        send(*words)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(MlflowClient, "log_artifacts", unsteady)
+    monkeypatch.setattr(tracking, "_FIRST_PAUSE", 0.01)
+    writer = tracker(uri, "outage", tmp_path)
+    assert writer.register_champion("home", "a", tmp_path / "detector", {"val/objective": 1.0}, "i", 60).is_champion
+    assert outages == []
+    refused = requests.Response()
+    refused.status_code = 403
+    outages.append(requests.HTTPError(response=refused))
+    with pytest.raises(TrackingRefusedError, match="MLflow refused"):
+        writer.register_champion("home", "b", tmp_path / "detector", {"val/objective": 1.0}, "i", 60)
+    assert writer.close(60) == 0
+
+
+def test_events_that_an_absent_server_never_took_are_kept_and_written_by_the_next_search(
+    away: str, uri: str, tmp_path: Path
+) -> None:
+    events = [*one_trial("tile", "a", 0.5, 0.7), TrialEnded("tile", "a", "pruned", "")]
+    writer = tracker(away, "lost", tmp_path)
+    for event in events:
+        writer.put(event)
+    assert writer.close(1) == len(events)
+    kept = [json.loads(line) for line in (tmp_path / "unsent.jsonl").read_text().splitlines()]
+    assert kept == [json.loads(json.dumps({"event": type(event).__name__, **event._asdict()})) for event in events]
+
+    still_away = tracker(away, "lost", tmp_path)
+    still_away.put(CategoryEnded("tile", "finished", {}, {}))
+    assert still_away.close(0) == len(events) + 1
+
+    assert tracker(uri, "lost", tmp_path).close(60) == 0
+    assert not (tmp_path / "unsent.jsonl").exists()
+    found = runs(uri, "lost")
+    assert found["tile-a"].data.params["learning_rate"] == "0.1"
+    assert found["tile-a"].data.metrics["objective"] == 0.7 and found["tile-a"].info.status == "KILLED"
+    assert found["tile"].info.status == "FINISHED"
+
+
+def test_events_of_an_outage_are_on_disk_before_the_search_is_killed(
+    away: str, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tracking, "_FIRST_PAUSE", 0.01)
+    killed = tracker(away, "night", tmp_path)
+    events = [*one_trial("tile", "a", 0.5, 0.7), TrialEnded("tile", "a", "finished", "")]
+    unsent = tmp_path / "unsent.jsonl"
+    killed.put(events[0])
+    deadline = time.monotonic() + 60
+    while not unsent.is_file():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for event in events[1:]:
+        killed.put(event)
+        assert type(event).__name__ in unsent.read_text().splitlines()[-1]
+    left = tmp_path / "left"
+    left.mkdir()
+    shutil.copy(unsent, left)  # as the kill leaves it: this one's thread cannot be killed
+    with (left / "unsent.jsonl").open("a") as file:
+        file.write('{"event": "EpochDone", "categ')
+
+    continued = tracker(uri, "night", left)
+    continued.put(CategoryEnded("tile", "finished", {}, {}))
+    assert continued.close(60) == 0 and not (left / "unsent.jsonl").exists()
+    assert "holds a line that is no event" in caplog.text
+    found = runs(uri, "night")
+    assert {name: run.info.status for name, run in found.items()} == {"tile": "FINISHED", "tile-a": "FINISHED"}
+    history = MlflowClient(tracking_uri=uri).get_metric_history(found["tile-a"].info.run_id, "objective")
+    assert [(each.step, each.value) for each in history] == [(1, 0.5), (2, 0.7)]
+    killed.close(0)
+
+
+def test_an_outage_on_a_full_disk_keeps_its_events_in_memory(caplog: pytest.LogCaptureFixture) -> None:
+    Journal(Path("/dev/full")).add(one_trial("tile", "a", 0.5))
+    assert "2 events for MLflow are in memory alone: [Errno 28]" in caplog.text
+
+
+def test_registering_with_an_absent_server_ends_with_its_patience(away: str, tmp_path: Path) -> None:
+    writer = tracker(away, "lost", tmp_path)
+    with pytest.raises(TrackingUnavailableError):
+        writer.register_champion("tile", "a", tmp_path, {"val/objective": 0.5}, "images", 0.0)
+    assert writer.close(60) == 0
+
+
+def test_an_absent_server_is_found_before_the_search_starts(away: str, uri: str) -> None:
+    with pytest.raises(ConnectionError, match="does not answer: ") as raised:
+        check_server(away.replace("//", "//user:secret@"))
+    assert "\n" not in str(raised.value) and "user:secret@" not in str(raised.value).split(": ")[0]
+    check_server(uri)
+
+
+def test_addresses_are_shown_without_their_password() -> None:
+    assert without_password("postgresql://user:p@ss@host:5432/db") == "postgresql://host:5432/db"
+    assert without_password("sqlite:////tmp/mlflow.db") == "sqlite:////tmp/mlflow.db"
+    assert tracking_ui_command("http://me:secret@host:5000") == "open http://host:5000"
+    assert tracking_ui_command("sqlite:////tmp/m.db") == "mlflow ui --backend-store-uri sqlite:////tmp/m.db"
+    assert run_link("sqlite:////tmp/m.db", "run1") == "run1" and run_link("http://host", "") == ""
+
+
+def test_progress_counts_the_trials_of_each_category(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = SearchProgress(trials=4)
+    events: list[Event] = [
+        *one_trial("tile", "a", 0.5, 0.75),
+        *one_trial("wood", "b", 0.25),
+        TrialEnded("tile", "a", "finished", ""),
+        TrialEnded("wood", "b", "failed", "Traceback\nValueError: too hot\n"),
+        TrialEnded("tile", "c", "pruned", ""),
+    ]
+    for event in events:
+        progress.show(event)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert [line.split("] ")[1] for line in shown.err.splitlines()] == [
+        "tile: trial 1/4 finished after 2 epochs; best validation objective so far 0.7500",
+        "wood: trial 1/4 failed after 1 epochs: ValueError: too hot; best validation objective so far 0.2500",
+        "tile: trial 2/4 pruned after 0 epochs; best validation objective so far 0.7500",
+    ]

@@ -1,0 +1,400 @@
+import math
+import socket
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from numpy.random import default_rng
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
+from torch.nn.parallel import DistributedDataParallel
+
+from dskd.config import AmplificationConfig, RunConfig, TrainConfig
+from dskd.device import WorkerRank
+from dskd.evaluate import compute_metrics_shared
+from dskd.metrics import Scores
+from dskd.model.features import FeatureTable
+from dskd.model.network import StudentPyramids
+from dskd.training.inputs import TrainingData, prepare
+from dskd.training.loop import Epoch, NonFiniteLossError, Step, build_optimizer, epoch_batches, fit, learning_rate
+from dskd.training.run import STATE_FILE, EpochResult, TrainingRun
+
+CPU = torch.device("cpu")
+
+
+def figures(epochs: Sequence[Epoch]) -> list[tuple[float, ...]]:
+    """All but the speed."""
+    return [epoch[:5] for epoch in epochs]
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    mine, its = one.state_dict(), other.state_dict()
+    return mine.keys() == its.keys() and all(torch.equal(mine[name], its[name]) for name in mine)
+
+
+def changed(config: RunConfig, **values: Any) -> RunConfig:
+    return config.with_values(values)
+
+
+def test_two_runs_are_bit_identical(tiny: RunConfig, inputs: TrainingData) -> None:
+    runs = [TrainingRun.begin(tiny, inputs, CPU) for _ in range(2)]
+    first, second = ([progress for progress in run.epochs()] for run in runs)
+    assert figures([each.epoch for each in first]) == figures([each.epoch for each in second])
+    assert [each[1:] for each in first] == [each[1:] for each in second]
+    assert same_weights(runs[0].students, runs[1].students)
+    other = TrainingRun.begin(changed(tiny, seed=1), inputs, CPU)
+    assert not same_weights(TrainingRun.begin(tiny, inputs, CPU).students, other.students)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_an_interrupted_run_goes_on_exactly_as_if_never_interrupted(
+    tiny: RunConfig, inputs: TrainingData, tmp_path: Path, optimizer: str
+) -> None:
+    config = changed(tiny, epochs=4, optimizer=optimizer, learning_rate=0.01, schedule="cosine")
+    whole = TrainingRun.begin(config, inputs, CPU)
+    expected = list(whole.epochs())
+
+    before = TrainingRun.begin(config, inputs, CPU)
+    epochs = before.epochs()
+    started = [next(epochs), next(epochs)]
+    before.save(tmp_path)
+    after = TrainingRun.begin(config, inputs, CPU)
+    after.restore(tmp_path)
+    continued = list(after.epochs())
+
+    assert [each.epoch.number for each in continued] == [2, 3]
+    assert figures([each.epoch for each in started + continued]) == figures([each.epoch for each in expected])
+    assert [each[1:] for each in started + continued] == [each[1:] for each in expected]
+    assert same_weights(whole.students, after.students)
+    assert (after.best_epoch, after.best_objective, after.best_scores) == (
+        whole.best_epoch,
+        whole.best_objective,
+        whole.best_scores,
+    )
+    assert all(torch.equal(after.best_weights[name], value) for name, value in whole.best_weights.items())
+
+
+def test_a_finished_run_restored_has_nothing_left_to_train(
+    tiny: RunConfig, inputs: TrainingData, tmp_path: Path
+) -> None:
+    run = TrainingRun.begin(tiny, inputs, CPU)
+    assert len(list(run.epochs())) == tiny.train.epochs
+    run.save(tmp_path)
+    again = TrainingRun.begin(tiny, inputs, CPU)
+    again.restore(tmp_path)
+    assert list(again.epochs()) == []
+    assert again.history == run.history
+    assert again.detector()[0] == run.detector()[0]
+
+
+@pytest.mark.parametrize(
+    ("values", "other", "message"),
+    [
+        ({"epochs": 9}, {}, "epochs is 2 there and 9 here"),
+        ({}, {"category": "wood"}, "category is tile there and wood here"),
+        ({}, {"data_sha256": "0" * 64}, "data is sha256 .* there and sha256 000000000000… here"),
+        ({}, {"num_textures": 3, "textures_sha256": "2" * 64}, "textures is drawn there and sha256 222222222222… here"),
+        ({}, {"teacher_sha256": "1" * 64}, "teacher is sha256 .* there and sha256 111111111111… here"),
+    ],
+)
+def test_the_state_of_another_run_is_refused_naming_what_differs(
+    tiny: RunConfig, inputs: TrainingData, tmp_path: Path, values: dict[str, Any], other: dict[str, Any], message: str
+) -> None:
+    TrainingRun.begin(tiny, inputs, CPU).save(tmp_path)
+    with pytest.raises(ValueError, match=f"{message}; start afresh .*--restart") as raised:
+        TrainingRun.begin(changed(tiny, **values), inputs._replace(**other), CPU).restore(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_damaged_state_is_refused(tiny: RunConfig, inputs: TrainingData, tmp_path: Path) -> None:
+    run = TrainingRun.begin(tiny, inputs, CPU)
+    run.save(tmp_path)
+    path = tmp_path / STATE_FILE
+    for content in (path.read_bytes()[:5000], b"", b"no state at all"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"training\.pt is no readable training state .*--restart") as raised:
+            run.restore(tmp_path)
+        assert "\n" not in str(raised.value)
+
+
+def test_a_failed_save_leaves_the_older_state(
+    tiny: RunConfig, inputs: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = TrainingRun.begin(tiny, inputs, CPU)
+    run.save(tmp_path)
+    before = (tmp_path / STATE_FILE).read_bytes()
+
+    def full_disk(file: Path, content: memoryview) -> None:
+        with file.open("wb") as opened:
+            opened.write(content[:9])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        run.save(tmp_path)
+    assert (tmp_path / STATE_FILE).read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(("optimizer", "rate"), [("adam", 1e30), ("sgd", 1e30)])
+def test_divergence_names_epoch_student_and_learning_rate(
+    tiny: RunConfig, inputs: TrainingData, optimizer: str, rate: float
+) -> None:
+    run = TrainingRun.begin(changed(tiny, optimizer=optimizer, learning_rate=rate, epochs=5), inputs, CPU)
+    with pytest.raises(
+        NonFiniteLossError,
+        match=r"student .*coder at level .* in epoch \d, step \d of 2; learning_rate 1e\+30 is probably",
+    ):
+        list(run.epochs())
+
+
+class Poisoned(nn.Module):
+    """Two students whose decoder gives an infinite feature at the deeper level from the third step on."""
+
+    def __init__(self, shapes: tuple[tuple[int, int, int], ...]) -> None:
+        super().__init__()
+        self.levels = nn.ParameterList(torch.ones(shape) for shape in shapes)
+        self.steps = 0
+
+    def forward(self, images: Tensor, teacher: tuple[Tensor, ...]) -> StudentPyramids:
+        self.steps += 1
+        whole = tuple(level.expand(len(images), -1, -1, -1) for level in self.levels)
+        poison = torch.zeros_like(whole[1])
+        poison[0, 0, 0, 0] = torch.inf if self.steps == 3 else 0
+        return StudentPyramids(whole, (whole[0], whole[1] + poison))
+
+
+def test_a_loss_that_is_not_finite_is_traced_to_step_student_and_level(tiny: RunConfig) -> None:
+    table, config = random_table(), changed(tiny, batch_size=3, levels=(2, 3))
+    images = np.zeros((12, 32, 32, 3), np.uint8)
+    students = Poisoned(table.shapes)
+    expected = (
+        r"loss of the student decoder at level 3 is not finite in epoch 1, step 3 of 4; learning_rate 0.005 is "
+        "probably too high, try a tenth of it"
+    )
+    with pytest.raises(NonFiniteLossError, match=expected):
+        list(fit(students, build_optimizer(students, config.train), images, table, config, device=CPU))
+    table.rows[:, -1] = np.nan
+    sound = Linear(table.shapes)
+    config = changed(config, student_decoder=False)
+    with pytest.raises(NonFiniteLossError, match=r"encoder at level 3 .* teacher's own features at level 3 are not"):
+        list(fit(sound, build_optimizer(sound, config.train), images, table, config, device=CPU))
+
+
+def test_a_last_update_that_breaks_the_maps_is_a_divergence_too(tiny: RunConfig, inputs: TrainingData) -> None:
+    run = TrainingRun.begin(changed(tiny, learning_rate=1e38, batch_size=100, epochs=1), inputs, CPU)
+    with pytest.raises(NonFiniteLossError, match=r"epoch 1 give no finite anomaly maps; learning_rate 1e\+38"):
+        list(run.epochs())
+
+
+def test_steps_come_before_the_epoch_that_they_make(tiny: RunConfig, inputs: TrainingData) -> None:
+    seen = list(TrainingRun.begin(tiny, inputs, CPU).steps())
+    assert [type(each) for each in seen] == [Step, Step, EpochResult] * 2
+    first, second, epoch = seen[:3]
+    assert isinstance(first, Step) and isinstance(second, Step) and isinstance(epoch, EpochResult)
+    assert first.num_images == second.num_images == 4
+    assert epoch.epoch.loss == pytest.approx((first.loss.item() + second.loss.item()) / 2)
+
+
+def test_training_lowers_the_loss_and_leaves_the_teacher(tiny: RunConfig, inputs: TrainingData) -> None:
+    before = {name: value.clone() for name, value in inputs.teacher.state_dict().items()}
+    run = TrainingRun.begin(changed(tiny, epochs=8), inputs, CPU)
+    losses = [progress.epoch.loss for progress in run.epochs()]
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(torch.equal(value, before[name]) for name, value in inputs.teacher.state_dict().items())
+
+
+def test_the_loss_of_an_epoch_is_the_sum_of_its_terms(tiny: RunConfig, inputs: TrainingData) -> None:
+    config = changed(tiny, decoder_weight=0.5, hkd_weight=2.0, epochs=1)
+    (progress,) = TrainingRun.begin(config, inputs, CPU).epochs()
+    epoch = progress.epoch
+    assert min(epoch.encoder_loss, epoch.decoder_loss, epoch.hard_loss) > 0
+    only_encoder = changed(config, student_decoder=False)
+    (alone,) = TrainingRun.begin(only_encoder, inputs, CPU).epochs()
+    assert alone.epoch.decoder_loss == 0
+    assert alone.epoch.loss == pytest.approx(alone.epoch.encoder_loss + 2 * alone.epoch.hard_loss)
+
+
+def test_schedules() -> None:
+    def rates(schedule: str, *progress: float) -> list[float]:
+        config = TrainConfig(learning_rate=0.5, schedule=schedule)  # type: ignore[arg-type]
+        return [learning_rate(config, share) for share in progress]
+
+    assert rates("constant", 0, 0.5, 0.99) == [0.5] * 3
+    assert rates("multistep", 0, 0.79, 0.8, 0.89, 0.9, 0.99) == pytest.approx([0.5, 0.5, 0.1, 0.1, 0.02, 0.02])
+    assert rates("cosine", 0, 1 / 3, 0.5, 2 / 3, 1) == pytest.approx([0.5, 0.375, 0.25, 0.125, 0])
+
+
+def test_fit_sets_the_schedule_at_every_step(tiny: RunConfig, inputs: TrainingData) -> None:
+    config = changed(tiny, schedule="cosine", learning_rate=0.5, optimizer="sgd")
+    run = TrainingRun.begin(config, inputs, CPU)
+    steps = len(epoch_batches(len(inputs.train_images), config.train.batch_size, 0, 0, WorkerRank()))
+    assert steps == 2
+    seen = [(next(epochs := run.epochs()), run.optimizer.param_groups[0]["lr"])[1]]
+    seen += [run.optimizer.param_groups[0]["lr"] for _ in epochs]
+    # The last step of each epoch: one and three of the four steps are done before it.
+    assert seen == pytest.approx([0.25 * (1 + math.cos(math.pi / 4)), 0.25 * (1 + math.cos(3 * math.pi / 4))])
+
+
+def test_the_optimisers_are_the_papers() -> None:
+    layer = nn.Linear(2, 2)
+    adam = build_optimizer(layer, TrainConfig(optimizer="adam"))
+    sgd = build_optimizer(layer, TrainConfig(optimizer="sgd", learning_rate=0.4))
+    assert isinstance(adam, torch.optim.Adam) and adam.param_groups[0]["betas"] == (0.5, 0.999)
+    group = sgd.param_groups[0]
+    assert isinstance(sgd, torch.optim.SGD)
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.4, 0.9, 1e-4)
+
+
+@pytest.mark.parametrize(("count", "size"), [(10, 4), (12, 4), (7, 8), (33, 1), (21, 6)])
+def test_an_epoch_shows_every_image_of_full_batches_once_in_a_new_order(count: int, size: int) -> None:
+    first, second = (epoch_batches(count, size, 0, epoch, WorkerRank()) for epoch in (0, 1))
+    for batches in (first, second):
+        seen = np.concatenate(batches)
+        assert len(set(seen.tolist())) == len(seen) and set(seen.tolist()) <= set(range(count))
+        assert {len(batch) for batch in batches} == {min(size, count)}
+        assert len(seen) == count // min(size, count) * min(size, count)
+    assert [batch.tolist() for batch in first] != [batch.tolist() for batch in second]
+    again = epoch_batches(count, size, 0, 0, WorkerRank())
+    assert [batch.tolist() for batch in again] == [batch.tolist() for batch in first]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize(("count", "size"), [(40, 6), (41, 7), (5, 12)])
+def test_any_number_of_workers_shares_the_batches_of_one(count: int, size: int, world_size: int) -> None:
+    whole = epoch_batches(count, size, 3, 2, WorkerRank())
+    shares = [epoch_batches(count, size, 3, 2, WorkerRank(rank, world_size)) for rank in range(world_size)]
+    assert {len(share) for share in shares} == {len(whole)}
+    for step, batch in enumerate(whole):
+        parts = [share[step].tolist() for share in shares]
+        together = [index for part in parts for index in part]
+        assert len({len(part) for part in parts}) == 1
+        assert len(set(together)) == len(together) and set(together) <= set(batch.tolist())
+        assert len(batch) - len(together) < world_size
+
+
+def test_more_workers_than_images_of_a_batch_are_refused() -> None:
+    with pytest.raises(ValueError, match="batch of 2 images cannot be shared by 3 workers"):
+        epoch_batches(10, 2, 0, 0, WorkerRank(0, 3))
+
+
+class Linear(nn.Module):
+    """A student without BatchNorm: what two workers share is `fit`'s doing alone."""
+
+    def __init__(self, shapes: tuple[tuple[int, int, int], ...]) -> None:
+        super().__init__()
+        self.levels = nn.ModuleList(nn.Conv2d(3, width, 32 // side, 32 // side) for width, side, _ in shapes)
+
+    def forward(self, images: Tensor, teacher: tuple[Tensor, ...]) -> StudentPyramids:
+        return StudentPyramids(tuple(level(images) for level in self.levels), None)
+
+
+def linear_run(config: RunConfig, worker: WorkerRank, table: FeatureTable) -> tuple[list[Epoch], nn.Module]:
+    torch.manual_seed(0)
+    network = Linear(table.shapes)
+    students: nn.Module = DistributedDataParallel(network) if worker.world_size > 1 else network
+    images = default_rng(0).integers(0, 256, (len(table.rows), 32, 32, 3), np.uint8)
+    optimizer = build_optimizer(students, config.train)
+    return list(fit(students, optimizer, images, table, config, device=CPU, worker=worker)), network
+
+
+def random_table() -> FeatureTable:
+    shapes = ((4, 8, 8), (6, 4, 4))
+    width = sum(math.prod(shape) for shape in shapes)
+    return FeatureTable(default_rng(1).normal(size=(12, width)).astype(np.float32), shapes)
+
+
+def linear_config(config: RunConfig) -> RunConfig:
+    return changed(config, student_decoder=False, optimizer="sgd", learning_rate=0.1, batch_size=6, hkd_hardest=3)
+
+
+def validate(config: RunConfig, inputs: TrainingData, worker: WorkerRank) -> Scores:
+    students = TrainingRun.begin(config, inputs, CPU).students
+    table, truth = inputs.validation_features, inputs.validation
+    return compute_metrics_shared(table, students, truth, config, CPU, worker.rank, worker.world_size)
+
+
+def one_of_two(rank: int, port: int, values: dict[str, Any], root: str, out: str) -> None:
+    """What each of the two processes does; the parent compares."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2, timeout=timedelta(minutes=3)
+    )
+    config, worker = RunConfig.from_dict(values), WorkerRank(rank, 2)
+    epochs, network = linear_run(linear_config(config), worker, random_table())
+    model = config.model
+    inputs = prepare(
+        config.data, model.backbone, model.levels, data=Path(root), category="tile", teacher_weights="random",
+        device=CPU, cache=None,
+    )  # fmt: skip
+    amplified = prepare(
+        config.data, model.backbone, model.levels, data=Path(root), category="tile", teacher_weights="random",
+        device=CPU, cache=None,
+        # As if the two machines had rounded differently in stage I.
+        amplification=AmplificationConfig(amplification=True, amplification_epochs=1, amplification_seed=rank),
+    )  # fmt: skip
+    scores = validate(config, inputs, worker)
+    run = TrainingRun.begin(config, inputs, CPU, num_workers=2)
+    progress = list(run.epochs(DistributedDataParallel(run.students), worker))
+    result = {
+        "epochs": figures(epochs),
+        "weights": network.state_dict(),
+        "scores": tuple(scores),
+        "progress": [(each.epoch[:5], tuple(each.scores), each.objective) for each in progress],
+        "best": run.best_weights,
+        "amplified": (amplified.teacher.state_dict(), torch.from_numpy(np.array(amplified.train_features.rows))),
+    }
+    torch.save(result, Path(out) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def pair(mvtec_root: Path, tiny: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What two processes found that trained together over gloo."""
+    out = tmp_path_factory.mktemp("pair")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    spawn(one_of_two, (port, tiny.to_dict(), str(mvtec_root), str(out)), nprocs=2)
+    return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_two_workers_learn_what_one_learns(pair: list[dict[str, Any]], tiny: RunConfig) -> None:
+    epochs, network = linear_run(linear_config(tiny), WorkerRank(), random_table())
+    for result in pair:
+        # float32 sums over other groupings, twice four steps of SGD with momentum
+        np.testing.assert_allclose(result["epochs"], figures(epochs), rtol=1e-5)
+        for name, value in network.state_dict().items():
+            torch.testing.assert_close(result["weights"][name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_two_workers_validate_to_the_very_figures_of_one(
+    pair: list[dict[str, Any]], tiny: RunConfig, inputs: TrainingData
+) -> None:
+    alone = validate(tiny, inputs, WorkerRank())
+    assert 0 < alone.pixel_auroc < 1, "a saturated figure would show nothing"
+    assert pair[0]["scores"] == pair[1]["scores"] == tuple(alone)
+
+
+def test_two_workers_of_the_real_students_stay_one_model_and_learn_as_one(
+    pair: list[dict[str, Any]], tiny: RunConfig, inputs: TrainingData
+) -> None:
+    first, second = pair
+    alone = next(TrainingRun.begin(tiny, inputs, CPU).epochs()).epoch
+    # Adam turns rounding into steps; normalising each share by itself would be off by far more.
+    np.testing.assert_allclose(first["progress"][0][0], alone[:5], rtol=1e-3)
+    assert len(first["progress"]) == tiny.train.epochs
+    assert first["progress"] == second["progress"]
+    assert first["best"].keys() == second["best"].keys()
+    assert all(torch.equal(first["best"][name], second["best"][name]) for name in first["best"])
+
+
+def test_two_workers_share_the_amplified_teacher_of_the_first(pair: list[dict[str, Any]]) -> None:
+    (first, rows), (second, its_rows) = (result["amplified"] for result in pair)
+    assert first.keys() == second.keys() and any(name.startswith("amplifier.") for name in first)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert torch.equal(rows, its_rows)

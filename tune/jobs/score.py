@@ -1,0 +1,338 @@
+"""Batch inspection on the cluster: Ray Data streams images through decoding tasks and the detector's actors."""
+
+import functools
+import io
+import json
+import logging
+import math
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset
+import ray
+import ray.data
+import ray.exceptions
+import torch
+
+from dskd.checkpoint import RECORD_FILE, WEIGHTS_FILE, read_record, sha256_of
+from dskd.data.images import IMAGE_SUFFIXES, load_image
+from dskd.detector import UNTRAINED_TEACHER, Detector, Prediction, chosen_limit, find_regions
+from dskd.device import computing_device
+from dskd.show.overlays import overlay
+from tune.runtime.cluster import connect
+from tune.settings.score import ScoringSettings
+from tune.storage.files import Storage, StorageError
+from tune.storage.uris import absolute, is_address
+from tune.tracking.client import download
+
+VERDICTS, OVERLAYS, SUMMARY = "verdicts", "overlays", "summary.json"
+SCHEMA = pa.schema(
+    [
+        ("path", pa.string()),
+        ("score", pa.float64()),
+        ("threshold", pa.float64()),
+        ("is_anomalous", pa.bool_()),
+        ("regions", pa.string()),  # JSON: a list of boxes in pixels of the resized image
+        ("map_size", pa.int32()),  # side of that image
+        ("overlay", pa.string()),  # below OUT
+        ("teacher", pa.string()),
+        ("error", pa.string()),
+    ]
+)
+"""A row per image. Where an image cannot be read `error` says why, and score, verdict and regions are null."""
+_DECODING_CPUS, _WRITING_CPUS = 0.5, 0.25
+"""What a decoding and a writing task reserve; the detectors leave room for one of each."""
+_ROWS_OF_A_TASK = 256
+_CONNECTIONS = 8
+
+
+class ScoringError(Exception):
+    """The inspection broke off; its output has no summary."""
+
+
+def launch_scoring(settings: ScoringSettings, *, as_json: bool) -> int:
+    """Inspect all images; the exit code: 0 all were read, 1 some were not or the job failed, 2 bad input."""
+    try:
+        summary = _scored(settings)
+    except ScoringError as error:
+        _say(f"score: failed: {error}; {settings.out} is unfinished, remove it before trying again")
+        return 1
+    except (ValueError, OSError) as error:
+        _say(f"score: error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        _say(f"score: interrupted; {settings.out} is unfinished")
+        return 130
+    finally:
+        if ray.is_initialized():
+            ray.shutdown()
+    _say(
+        f"{summary['num_anomalous']} of {summary['num_images']} anomalous, {summary['num_unreadable']} unreadable; "
+        f"{summary['note']}; verdicts in {settings.out}/{VERDICTS}"
+    )
+    if as_json:
+        print(json.dumps(summary, indent=2))  # noqa: T201
+    return 1 if summary["num_unreadable"] else 0
+
+
+def _scored(settings: ScoringSettings) -> dict[str, Any]:
+    out = Storage(absolute(settings.out), "--out")
+    if there := out.names(""):
+        finished = "the results of another inspection" if SUMMARY in there else "an unfinished output or other files"
+        raise ValueError(f"--out {settings.out} holds {finished}; choose another, results are never overwritten.")
+    names = image_names(settings.images)
+    out.probe()
+    with TemporaryDirectory(prefix="dskd-") as temporary:
+        folder = fetch_detector(settings, Path(temporary))
+        detector = Detector.load(folder)
+        limit, note = chosen_limit(detector, settings.false_alarm_rate, None)
+        if detector.record.is_untrained_teacher:
+            _say(UNTRAINED_TEACHER)
+        connect(settings.address)
+        files = ray.put({name: (folder / name).read_bytes() for name in (RECORD_FILE, WEIGHTS_FILE)})
+        weights_sha256 = sha256_of(folder / WEIGHTS_FILE)
+    workers = _workers(settings, len(names))
+    _say(f"inspecting {len(names)} images with {workers.number} workers")
+    try:
+        _stream(settings, names, detector.record.config.data.image_size, files, limit, workers)
+    except ray.exceptions.RayError as error:
+        raise ScoringError(str(error).strip().splitlines()[-1]) from None
+    counts = _counts(settings.out)
+    if counts["num_images"] != len(names):
+        raise ScoringError(f"{len(names)} images were given, {counts['num_images']} rows were written")
+    summary = {
+        "schema": 1,
+        "images": settings.images,
+        **counts,
+        "detector": settings.detector,
+        "category": detector.record.category,
+        "weights_sha256": weights_sha256,
+        "teacher": detector.record.teacher,
+        "threshold": limit,
+        "false_alarm_rate": settings.false_alarm_rate,
+        "false_alarm_rates": detector.record.guarantee,
+        "note": note,
+    }
+    out.write_json(SUMMARY, summary)
+    return summary
+
+
+def fetch_detector(settings: ScoringSettings, temporary: Path) -> Path:
+    """The verified folder of the detector, in `temporary` where it lies elsewhere.
+
+    Raises ValueError or OSError where there is none or not just one.
+    """
+    if not is_address(settings.detector) and not settings.is_tracked:
+        read_record(Path(settings.detector))
+        return Path(settings.detector)
+    place = temporary / "fetched"
+    if settings.is_tracked:
+        assert settings.tracking_uri is not None
+        download(settings.detector, settings.tracking_uri, place)
+    else:
+        root, _, name = settings.detector.rstrip("/").rpartition("/")
+        Storage(root, "DETECTOR").download(name, place)
+    # A registered model may keep the detector's folder somewhere inside of its own.
+    found = sorted(path.parent for path in place.rglob(RECORD_FILE))
+    if len(found) != 1:
+        raise ValueError(f"{settings.detector} holds {len(found) or 'no'} detectors ({RECORD_FILE}), expected one.")
+    read_record(found[0])
+    return found[0]
+
+
+def image_names(images: str) -> list[str]:
+    """Names of all image files below a folder or an address, in order.
+
+    Raises ValueError where there is none, or a name that is no text.
+    """
+    if is_address(images):
+        found = [file.name for file in Storage(images, "--images").files("")]
+    elif Path(images).is_dir():
+        found = [path.relative_to(images).as_posix() for path in Path(images).rglob("*") if not path.is_dir()]
+    else:
+        raise ValueError(f"--images {images} is no folder; give a folder or s3://bucket/path.")
+    names = sorted(name for name in found if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES)
+    if not names:
+        raise ValueError(f"--images {images} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"the file name {name!r} in {images} is no UTF-8; rename it.") from None
+    return names
+
+
+class Workers(NamedTuple):
+    """How many detectors run side by side, and what each reserves."""
+
+    number: int
+    cpus: float
+    gpus: float
+
+
+def _workers(settings: ScoringSettings, num_images: int) -> Workers:
+    """As asked for, or as many as the cluster holds and the images keep busy.
+
+    Raises ValueError where a cluster that was started for this cannot hold them.
+    """
+    have: dict[str, float] = ray.cluster_resources()
+    gpus = settings.gpus_per_worker if settings.gpus_per_worker is not None else float(have.get("GPU", 0) >= 1)
+    cpus_left = have.get("CPU", 0) - _DECODING_CPUS - _WRITING_CPUS
+    room = math.floor(cpus_left / settings.cpus_per_worker + 1e-9)
+    if gpus > 0:
+        room = min(room, math.floor(have.get("GPU", 0) / gpus + 1e-9))
+    number = settings.concurrency or max(1, min(room, math.ceil(num_images / settings.batch_size)))
+    if number > room:
+        lacks = (
+            f"{number} workers of {settings.cpus_per_worker:g} CPUs and {gpus:g} GPUs, and "
+            f"{_DECODING_CPUS + _WRITING_CPUS:g} CPUs to read and write, are more than the cluster's "
+            f"{have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs"
+        )
+        if settings.address is None:
+            raise ValueError(f"{lacks}; lower --concurrency, --cpus-per-worker or --gpus-per-worker.")
+        _say(f"{lacks}: waiting until it has grown")
+    return Workers(number, settings.cpus_per_worker, gpus)
+
+
+def _stream(
+    settings: ScoringSettings,
+    names: Sequence[str],
+    image_size: int,
+    detector: "ray.ObjectRef[dict[str, bytes]]",
+    limit: float,
+    workers: Workers,
+) -> None:
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = sys.stderr.isatty()
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    images, out = absolute(settings.images), absolute(settings.out)
+    files, root = Storage(f"{out}/{VERDICTS}", "--out").location()
+    num_blocks = max(math.ceil(len(names) / _ROWS_OF_A_TASK), min(len(names), 2 * workers.number))
+    rows = ray.data.from_items([{"name": name} for name in names], override_num_blocks=num_blocks)
+    rows.map_batches(
+        functools.partial(decode, images=images, image_size=image_size),
+        batch_size=settings.batch_size,
+        batch_format="numpy",
+        num_cpus=_DECODING_CPUS,
+    ).map_batches(
+        Inspector,
+        fn_constructor_kwargs={
+            "detector": detector,
+            "limit": limit,
+            "images": settings.images,
+            "out": out,
+            "overlays": settings.overlays,
+            "workers": workers,
+        },
+        compute=ray.data.ActorPoolStrategy(size=workers.number),
+        batch_size=settings.batch_size,
+        batch_format="numpy",
+        num_cpus=workers.cpus,
+        num_gpus=workers.gpus or None,
+    ).write_parquet(root, filesystem=files, ray_remote_args={"num_cpus": _WRITING_CPUS})
+
+
+def decode(batch: dict[str, np.ndarray], images: str, image_size: int) -> dict[str, np.ndarray]:
+    """Pixels (B, S, S, 3) of files called `name` below `images`, or the reason why there are none."""
+    storage = Storage(images, "--images") if is_address(images) else None
+    pixels = np.zeros((len(batch["name"]), image_size, image_size, 3), np.uint8)
+
+    def read(index: int) -> str:
+        name = str(batch["name"][index])
+        try:
+            if storage is None:
+                pixels[index] = load_image(Path(images) / name, image_size)
+                return ""
+            with TemporaryDirectory(prefix="dskd-") as temporary:
+                file = Path(temporary) / PurePosixPath(name).name
+                storage.fetch(name, file)
+                try:
+                    pixels[index] = load_image(file, image_size)
+                except ValueError as error:
+                    return str(error).replace(str(file), f"{images}/{name}")
+        except (ValueError, StorageError) as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(_CONNECTIONS if storage else 1) as pool:
+        errors = list(pool.map(read, range(len(pixels))))
+    return {"name": batch["name"], "error": np.array(errors, object), "pixels": pixels}
+
+
+class Inspector:
+    """A detector in a process of its own, on its GPU where it has one."""
+
+    def __init__(
+        self,
+        detector: "ray.ObjectRef[dict[str, bytes]]",
+        limit: float,
+        images: str,
+        out: str,
+        overlays: str,
+        workers: Workers,
+    ) -> None:
+        torch.set_num_threads(max(1, int(workers.cpus)))
+        with TemporaryDirectory(prefix="dskd-") as temporary:
+            for name, data in ray.get(detector).items():
+                (Path(temporary) / name).write_bytes(data)
+            self._detector = Detector.load(Path(temporary), str(computing_device("cuda" if workers.gpus else "cpu")))
+        self._limit, self._images, self._overlays = limit, images.rstrip("/"), overlays
+        self._out = Storage(out, "--out")
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
+        """A row of `SCHEMA` per image; the overlays are written meanwhile."""
+        record = self._detector.record
+        known = {"threshold": self._limit, "map_size": record.config.data.image_size, "teacher": record.teacher}
+        rows: list[dict[str, Any]] = [
+            {"path": f"{self._images}/{name}", "error": str(error) or None, **known}
+            for name, error in zip(batch["name"], batch["error"], strict=True)
+        ]
+        sound = [index for index, row in enumerate(rows) if row["error"] is None]
+        seen = self._detector.score_images(batch["pixels"][sound]) if sound else None
+        for position, index in enumerate(sound):
+            assert seen is not None
+            score = float(seen.scores[position])
+            is_anomalous = score > self._limit
+            regions = find_regions(seen.maps[position], self._limit) if is_anomalous else ()
+            rows[index] |= {
+                "score": score,
+                "is_anomalous": is_anomalous,
+                "regions": json.dumps([region._asdict() for region in regions]),
+            }
+            if self._overlays == "all" or (self._overlays == "anomalous" and is_anomalous):
+                image, heat = batch["pixels"][index], seen.maps[position]
+                name = str(batch["name"][index])
+                prediction = Prediction(Path(name), score, self._limit, is_anomalous, regions, image, heat)
+                rows[index]["overlay"] = self._draw(name, prediction)
+        return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+    def _draw(self, name: str, prediction: Prediction) -> str:
+        picture = io.BytesIO()
+        note = UNTRAINED_TEACHER if self._detector.record.is_untrained_teacher else ""
+        overlay(prediction, note).save(picture, "PNG")
+        target = f"{OVERLAYS}/{name}" if name.endswith(".png") else f"{OVERLAYS}/{name}.png"
+        self._out.write(target, picture.getvalue())
+        return target
+
+
+def _counts(out: str) -> dict[str, int]:
+    """What the written verdicts come to, read file by file."""
+    files, root = Storage(f"{absolute(out)}/{VERDICTS}", "--out").location()
+    rows = pyarrow.dataset.dataset(root, filesystem=files, format="parquet", schema=SCHEMA)
+    return {
+        "num_images": rows.count_rows(),
+        "num_anomalous": rows.count_rows(filter=pc.field("is_anomalous")),
+        "num_unreadable": rows.count_rows(filter=pc.field("error").is_valid()),
+    }
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)  # noqa: T201

@@ -1,0 +1,239 @@
+"""Files below a folder or an s3:// address, through pyarrow as Ray itself does it."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple, TypeVar
+
+import pyarrow.fs
+
+from tune.storage.uris import absolute_storage, is_remote
+
+_T = TypeVar("_T")
+_PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
+
+
+class StorageError(OSError):
+    """The storage refused or did not answer; the message says which address and why."""
+
+
+class StoredFile(NamedTuple):
+    """A file as its storage lists it."""
+
+    name: str
+    """Below the folder that was listed, its parts separated by slashes."""
+    num_bytes: int
+    modified_ns: int
+
+
+class Storage:
+    """One root address; every method takes names below it.
+
+    Each operation is tried again with growing pauses, about a minute in all. Messages call the address
+    by the flag that it was given with.
+    """
+
+    def __init__(self, uri: str, flag: str = "--storage") -> None:
+        self.uri = uri.rstrip("/")
+        # pyarrow adds checksums in trailers that many S3-compatible servers refuse with HTTP 411.
+        os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+        os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
+        try:
+            if "://" not in uri:
+                Path(uri).mkdir(parents=True, exist_ok=True)
+            self._files, self._root = pyarrow.fs.FileSystem.from_uri(self.uri)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise StorageError(f"{flag} {uri} cannot be opened: {_first_line(error)}") from None
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """The document called `name`, None where there is none."""
+
+        def read() -> dict[str, Any] | None:
+            if self._files.get_file_info(self._path(name)).type == pyarrow.fs.FileType.NotFound:
+                return None
+            with self._files.open_input_stream(self._path(name)) as file:
+                return json.loads(file.read())  # type: ignore[no-any-return]
+
+        return self._with_retries(read, f"reading {name}")
+
+    def write_json(self, name: str, document: dict[str, Any]) -> None:
+        """Write a document whole: a reader sees the old one or the new one."""
+        data = (json.dumps(document, indent=2) + "\n").encode()
+
+        def write() -> None:
+            path = self._path(name)
+            if isinstance(self._files, pyarrow.fs.LocalFileSystem):
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+                partial = Path(f"{path}.partial")
+                partial.write_bytes(data)
+                os.replace(partial, path)
+            else:  # an object appears when its upload is complete
+                with self._files.open_output_stream(path) as file:
+                    file.write(data)
+
+        self._with_retries(write, f"writing {name}")
+
+    def upload(self, folder: Path, name: str) -> None:
+        """Copy the files of a local folder to `name`."""
+        self._with_retries(
+            lambda: pyarrow.fs.copy_files(
+                str(folder),
+                self._path(name),
+                source_filesystem=pyarrow.fs.LocalFileSystem(),
+                destination_filesystem=self._prepared(name),
+            ),
+            f"uploading {name}",
+        )
+
+    def download(self, name: str, folder: Path) -> None:
+        """Copy the files below `name` into a local folder, which is made.
+
+        Raises StorageError where there is nothing, or where a name would leave the folder.
+        """
+
+        def copy() -> None:
+            found = self._files.get_file_info(pyarrow.fs.FileSelector(self._path(name), recursive=True))
+            for info in found:
+                relative = self._relative(info.path, name)
+                if info.is_file:
+                    target = folder / relative
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    with self._files.open_input_stream(info.path) as source, target.open("wb") as sink:
+                        shutil.copyfileobj(source, sink, 1 << 22)
+            if not found:
+                raise StorageError(f"{self.uri}/{name} is empty.")
+
+        self._with_retries(copy, f"downloading {name}")
+
+    def resume(self, name: str, path: Path, limit: int | None = None) -> None:
+        """Copy one file to `path`, going on where an earlier attempt broke off.
+
+        Raises StorageError where there is no such file, or one of more than `limit` bytes.
+        """
+
+        def copy() -> None:
+            info = self._files.get_file_info(self._path(name))
+            if not info.is_file:
+                raise StorageError(f"{self.uri} holds no file {name}.")
+            if limit is not None and info.size > limit:
+                raise StorageError(f"{self.uri}/{name} has {info.size} bytes, more than the {limit} it may have.")
+            have = path.stat().st_size if path.exists() else 0
+            if have > info.size:
+                path.unlink()
+                have = 0
+            with self._files.open_input_file(self._path(name)) as source, path.open("ab") as sink:
+                source.seek(have)
+                shutil.copyfileobj(source, sink, 1 << 22)
+
+        self._with_retries(copy, f"fetching {name}")
+
+    def names(self, folder: str) -> list[str]:
+        """Names directly below a folder; none where it does not exist."""
+        selector = pyarrow.fs.FileSelector(self._path(folder), allow_not_found=True)
+        found = self._with_retries(lambda: self._files.get_file_info(selector), f"listing {folder}")
+        return [info.base_name for info in found]
+
+    def files(self, folder: str) -> list[StoredFile]:
+        """Every file below a folder ("": the root), in the order of their names; none where it does not exist.
+
+        Raises StorageError where a name would leave the folder.
+        """
+        selector = pyarrow.fs.FileSelector(self._path(folder), allow_not_found=True, recursive=True)
+        found = self._with_retries(lambda: self._files.get_file_info(selector), f"listing {folder}")
+        files = [
+            StoredFile(self._relative(info.path, folder).as_posix(), info.size, info.mtime_ns)
+            for info in found
+            if info.is_file
+        ]
+        return sorted(files)
+
+    def fetch(self, name: str, path: Path) -> None:
+        """Copy one file to a local path, whose folder exists."""
+
+        def copy() -> None:
+            with self._files.open_input_stream(self._path(name)) as source, path.open("wb") as sink:
+                shutil.copyfileobj(source, sink, 1 << 22)
+
+        self._with_retries(copy, f"downloading {name}")
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write one file, whole only where the storage is no local folder."""
+
+        def send() -> None:
+            self._prepared(str(PurePosixPath(name).parent))
+            with self._files.open_output_stream(self._path(name)) as file:
+                file.write(data)
+
+        self._with_retries(send, f"writing {name}")
+
+    def location(self) -> tuple[pyarrow.fs.FileSystem, str]:
+        """File system and path of the root, for libraries that take them."""
+        return self._files, self._root
+
+    def probe(self) -> None:
+        """Write, read and delete a small object.
+
+        Raises StorageError where one of them fails.
+        """
+        name = f".probe-{os.getpid()}-{time.time_ns()}"
+        try:
+            with self._files.open_output_stream(self._path(name)) as file:
+                file.write(b"probe")
+            with self._files.open_input_stream(self._path(name)) as file:
+                content = file.read()
+            self._files.delete_file(self._path(name))
+        except (OSError, pyarrow.ArrowException) as error:
+            raise StorageError(f"--storage {self.uri} is not usable: {_first_line(error)}") from None
+        if content != b"probe":
+            raise StorageError(f"--storage {self.uri} gave back other bytes than were written.")
+
+    def _relative(self, path: str, folder: str) -> PurePosixPath:
+        """A listed path as a name below the folder; one that leads out of it is refused."""
+        relative = PurePosixPath(path).relative_to(self._path(folder))
+        if ".." in relative.parts or relative.is_absolute():
+            raise StorageError(f"{self.uri}/{folder} holds the unsafe name {relative}; refused.")
+        return relative
+
+    def _prepared(self, name: str) -> pyarrow.fs.FileSystem:
+        if isinstance(self._files, pyarrow.fs.LocalFileSystem):
+            Path(self._path(name)).mkdir(parents=True, exist_ok=True)
+        return self._files
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}" if name else self._root
+
+    def _with_retries(self, act: Callable[[], _T], what: str) -> _T:
+        return with_retries(act, f"{what} at {self.uri}")
+
+
+def with_retries(act: Callable[[], _T], what: str) -> _T:
+    """What `act` returns, tried again with growing pauses, for about a minute in all, while the storage is away.
+
+    Raises StorageError, naming `what`, where that did not help.
+    """
+    for pause in _PAUSES:
+        try:
+            return act()
+        except StorageError:
+            raise
+        except (OSError, pyarrow.ArrowException):
+            time.sleep(pause)
+    try:
+        return act()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise StorageError(f"{what} failed {len(_PAUSES) + 1} times: {_first_line(error)}") from None
+
+
+def open_search(storage: str, name: str) -> Storage:
+    """The storage of an existing search: `name` below the folder or s3:// address `storage`."""
+    root = absolute_storage(storage)
+    if not is_remote(storage) and not Path(root, name).is_dir():
+        raise StorageError(f"no search {name!r} in {root}; check --name and --storage.")
+    return Storage(f"{root}/{name}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,195 @@
+"""Data sets at an s3:// address: copied once to each node that trains on them, looked at without a copy.
+
+A copy holds one category (its folder, and what belongs to no category, as VisA's table of splits) and is
+named by the address and by names, sizes and times of the files in it: other data, another copy. It
+appears verified and complete, or not at all, and every process of the node shares it.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import IO
+
+from dskd.atomic import folder_in_making
+from dskd.data.cache import default_folder
+from dskd.data.datasets import find_categories
+from tune.storage.files import Storage, StorageError, StoredFile
+from tune.storage.uris import absolute, is_address
+
+_CONNECTIONS = 16
+_in_use: dict[Path, IO[str]] = {}
+"""Locks that keep the copies which this process reads from being removed, until it ends."""
+
+
+@contextmanager
+def outline(data: str) -> Iterator[Path]:
+    """A folder that names what `data` holds; the folder itself, or for an address a tree of empty images.
+
+    Layouts are told by names alone and by small tables, which are real. A ValueError of the block names
+    the address instead of the tree. Raises StorageError where the address cannot be listed.
+    """
+    if not is_address(data):
+        yield Path(data)
+        return
+    storage = Storage(data, "--data")
+    files = _listed(storage)
+    with _drawn(files, _name(storage)) as root:
+        _fetch(storage, [file for file in files if PurePosixPath(file.name).suffix.lower() == ".csv"], root)
+        try:
+            yield root
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(root), storage.uri)) from None
+
+
+def content(data: str, root: Path, file: Path) -> bytes:
+    """What is in the file that `outline` names as `file` below `root`."""
+    if not is_address(data):
+        return file.read_bytes()
+    with TemporaryDirectory(prefix="dskd-") as temporary:
+        fetched = Path(temporary) / file.name
+        Storage(data, "--data").fetch(file.relative_to(root).as_posix(), fetched)
+        return fetched.read_bytes()
+
+
+def local_copy(data: str, category: str, cache_gb: float) -> Path:
+    """The folder to read `category` of `data` from, on this node: `data` itself, or its copy.
+
+    The first process that asks copies, the others wait for it. Copies that no process reads make room,
+    the longest unused first. Raises ValueError where `cache_gb` cannot hold the category or has no room
+    for it beside what is in use, StorageError where it cannot be had.
+    """
+    if not is_address(data):
+        return Path(data)
+    storage = Storage(data, "--data")
+    files = _of_category(storage, category)
+    copies = default_folder() / "data"
+    copies.mkdir(parents=True, exist_ok=True)
+    folder = copies / f"{category}-{_key(storage, files)[:16]}"
+    while not _held(folder):
+        # One copy at a time on a node: each knows how much room there is.
+        with (copies / "copying.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                _make_room(copies, sum(file.num_bytes for file in files), int(cache_gb * 1e9), data)
+                with folder_in_making(folder) as temporary:
+                    for file in files:
+                        (temporary / _name(storage) / file.name).parent.mkdir(parents=True, exist_ok=True)
+                    _fetch(storage, files, temporary / _name(storage))
+    os.utime(folder)
+    return folder / _name(storage)
+
+
+def listing_key(data: str, category: str) -> str:
+    """Another one where the category's files, their sizes or times are others; nothing is read."""
+    storage = Storage(absolute(data), "--data")
+    return _key(storage, _of_category(storage, category))
+
+
+def _key(storage: Storage, files: Sequence[StoredFile]) -> str:
+    return hashlib.sha256(json.dumps([storage.uri, files]).encode()).hexdigest()
+
+
+def _name(storage: Storage) -> str:
+    """Of the folder at the address: a category that is the whole address is called by it."""
+    return PurePosixPath(storage.uri).name
+
+
+def _listed(storage: Storage) -> list[StoredFile]:
+    files = [file for file in storage.files("") if not PurePosixPath(file.name).name.startswith(".")]
+    if not files:
+        raise ValueError(f"--data {storage.uri} holds no file; it takes a folder of categories.")
+    return files
+
+
+@contextmanager
+def _drawn(files: Sequence[StoredFile], name: str) -> Iterator[Path]:
+    """A folder called `name` with an empty file for each of `files`."""
+    with TemporaryDirectory(prefix="dskd-") as temporary:
+        root = Path(temporary).resolve() / name
+        for file in files:
+            (root / file.name).parent.mkdir(parents=True, exist_ok=True)
+            (root / file.name).touch()
+        yield root
+
+
+def _of_category(storage: Storage, category: str) -> list[StoredFile]:
+    """The files of one category, and those that belong to none.
+
+    Raises ValueError where there is no such category.
+    """
+    files = _listed(storage)
+    with _drawn(files, _name(storage)) as root:
+        folders = {name: folder.relative_to(root).as_posix() for name, folder in find_categories(root).items()}
+    if category not in folders:
+        raise ValueError(f"no category {category!r} in {storage.uri}; it holds: {', '.join(folders)}.")
+    others = tuple(f"{folder}/" for name, folder in folders.items() if name != category)
+    return [file for file in files if not file.name.startswith(others)]
+
+
+def _fetch(storage: Storage, files: Sequence[StoredFile], root: Path) -> None:
+    def fetch(file: StoredFile) -> None:
+        storage.fetch(file.name, root / file.name)
+        if (found := (root / file.name).stat().st_size) != file.num_bytes:
+            raise StorageError(
+                f"{storage.uri}/{file.name} gave {found} bytes, its listing says {file.num_bytes}; it was changed "
+                "while it was copied: start again."
+            )
+
+    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+        try:
+            for _ in pool.map(fetch, files):
+                pass
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _held(folder: Path) -> bool:
+    """Whether the copy is complete, and from now on kept for as long as this process runs."""
+    if folder in _in_use:
+        return True
+    lock = _lock_file(folder)
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    if not folder.exists():
+        lock.close()
+        return False
+    _in_use[folder] = lock
+    return True
+
+
+def _lock_file(folder: Path) -> IO[str]:
+    return folder.with_name(f"{folder.name}.lock").open("a")
+
+
+def _make_room(copies: Path, num_bytes: int, max_bytes: int, data: str) -> None:
+    """Remove what killed processes left, then copies that no process reads, until `num_bytes` more fit."""
+    for leftover in copies.glob(".*"):
+        shutil.rmtree(leftover)
+    oldest_first = sorted((path for path in copies.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
+    sizes = {path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in oldest_first}
+    total = sum(sizes.values())
+    for path in oldest_first:
+        if total + num_bytes <= max_bytes:
+            break
+        with _lock_file(path) as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # a process reads it
+                continue
+            removed = path.with_name(f".{path.name}")
+            path.rename(removed)
+            shutil.rmtree(removed)
+            total -= sizes[path]
+    if total + num_bytes > max_bytes:
+        in_use = f" beside {total / 1e9:.3g} GB in use" if total else ""
+        raise ValueError(
+            f"a copy of {data} takes {num_bytes / 1e9:.3g} GB{in_use} in {copies}, --cache-gb allows "
+            f"{max_bytes / 1e9:g}; raise it."
+        )

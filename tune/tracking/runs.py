@@ -1,0 +1,92 @@
+"""A run as MLflow knows it, read back: what a training that repeats it must be given."""
+
+import ast
+import os
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from dskd.config import RunConfig
+from tune.storage.uris import LOCAL_RESULTS
+
+
+class TrackedRun(NamedTuple):
+    """What is known of a run in MLflow."""
+
+    run_id: str
+    config: RunConfig
+    unknown_fields: tuple[str, ...]
+    """Fields that the run does not know, as it is older than they are: their defaults stand for them."""
+    category: str
+    teacher_weights: str
+    """hub, random or a file's name."""
+    data_sha256: str
+    """Empty where it was not recorded."""
+    revision: str
+    """Of the code, empty where it was not recorded."""
+
+
+def tracked_run(uri: str, run_id: str) -> TrackedRun:
+    """Read a trial of a search, or a training, from the tracking server at `uri`.
+
+    Raises ValueError where there is no such run or where it is another kind of run.
+    """
+    from tune.tracking.client import params_and_tags
+
+    params, tags = params_and_tags(uri, run_id)
+    if not params or "dskd.category" not in tags:
+        raise ValueError(
+            f"run {run_id} is no training: it has no parameters or no category; name a trial of a search "
+            "(its champion is in the parent's tag dskd.champion_run) or a run of tune/train.py."
+        )
+    config = config_of(params)
+    return TrackedRun(
+        run_id=run_id,
+        config=config,
+        unknown_fields=tuple(name for name in config.flat() if name not in params),
+        category=tags["dskd.category"],
+        teacher_weights=params.get("teacher_weights", ""),
+        data_sha256=tags.get("dskd.data_sha256", ""),
+        revision=tags.get("mlflow.source.git.commit", ""),
+    )
+
+
+def config_of(params: Mapping[str, str]) -> RunConfig:
+    """The configuration whose fields were logged as texts, exactly; other parameters are left out.
+
+    Raises ValueError naming a field whose text is no value of it.
+    """
+    fields = RunConfig().flat()
+    values = {}
+    for name in (name for name in fields if name in params):
+        text = params[name]
+        try:
+            values[name] = text if isinstance(fields[name], str) else ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            raise ValueError(f"parameter {name} of the run is {text!r}, which is no value of that field.") from None
+    return RunConfig().with_values(values)
+
+
+def tracking_store(tracking_uri: str | None, storage: str | None) -> str:
+    """Where runs are read from: as given, else $MLFLOW_TRACKING_URI, else the file in the local storage folder.
+
+    Raises ValueError where that leaves none.
+    """
+    if found := tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"):
+        return found
+    file = Path(storage or LOCAL_RESULTS).absolute() / "mlflow.db"
+    if not file.is_file():
+        raise ValueError(f"--from-run needs --tracking-uri, the MLflow store of that run: there is no {file}.")
+    return f"sqlite:///{file}"
+
+
+def code_revision() -> str:
+    """Git commit of this checkout, empty where there is none, as in a Ray job's working_dir."""
+    found = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return found.stdout.strip()

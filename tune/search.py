@@ -2,28 +2,26 @@
 
 import sys
 
-from dskd.arguments import UsageError, parse_into
+from dskd.arguments import parse_into
+from tune.settings.entry import run_entry
 from tune.settings.search import SearchSettings
 
 
 def main() -> None:
-    """Search as the flags say; bad input ends with one line and exit code 2."""
-    try:
-        settings = parse_into(SearchSettings, sys.argv[1:], prog="tune/search.py")
-    except UsageError as error:
-        print(error, file=sys.stderr)  # noqa: T201
-        sys.exit(2)
-    except ValueError as error:
-        print(f"search: error: {error}", file=sys.stderr)  # noqa: T201
-        sys.exit(2)
+    """Search as the flags say; bad input ends with one line per fault and exit code 2."""
+    run_entry("search", _search, when_interrupted="the same command continues it")
+
+
+def _search() -> int:
+    settings = parse_into(SearchSettings, sys.argv[1:], prog="tune/search.py")
     # Ray, MLflow and torch take seconds to import; --help and a mistyped flag need none of them.
     if settings.dry_run:
         from tune.preflight.dry_run import dry_run
 
-        sys.exit(dry_run(settings))
-    from tune.jobs.search import launch
+        return dry_run(settings)
+    from tune.jobs.search import search
 
-    sys.exit(launch(settings))
+    return search(settings)
 
 
 if __name__ == "__main__":

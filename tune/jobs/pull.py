@@ -1,11 +1,26 @@
 """Download the best detector of each category from a search's storage or from MLflow's registry."""
 
+import json
+import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    from dskd.checkpoint import DetectorRecord
+from rich.console import Console
+from rich.table import Table
+
+from dskd.checkpoint import DetectorRecord, threshold_for
+from tune.settings.pull import PullSettings
+from tune.storage.champions import champion_categories, download_detector, download_detector_files, find_best
+from tune.storage.files import open_search
+from tune.tracking.client import check_server, registry_client, run_link, without_password
+from tune.tracking.registry import fetch, find_registered, registered_categories
+
+_COLUMNS = ("category", "validation", "image AUROC", "pixel AUROC", "AUPRO", "threshold", "folder", "run")
+_FIGURES = ("val/objective", "test/image_auroc", "test/pixel_auroc", "test/aupro")
+_RATE = 0.01
+"""False-alarm rate whose threshold is shown."""
 
 
 class PulledDetector(NamedTuple):
@@ -13,7 +28,7 @@ class PulledDetector(NamedTuple):
 
     category: str
     folder: Path
-    record: "DetectorRecord"
+    record: DetectorRecord
     trial_id: str
     run_id: str
     link: str
@@ -22,55 +37,95 @@ class PulledDetector(NamedTuple):
     is_final: bool
     """False for the best trial so far of a search that has not ended."""
 
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "category": self.category,
+            "folder": str(self.folder),
+            "trial": self.trial_id,
+            "run": self.run_id,
+            "is_final": self.is_final,
+            "version": self.version,
+            "teacher": self.record.teacher,
+            "metrics": dict(self.record.metrics),
+            "thresholds": [threshold._asdict() for threshold in self.record.thresholds],
+        }
 
-def from_storage(
-    categories: tuple[str, ...], to: Path, name: str, storage: str, tracking: str | None
-) -> Iterator[PulledDetector]:
-    from tune.storage.champions import champion_categories, download_detector, find_best
-    from tune.storage.files import open_search
-    from tune.tracking.client import run_link
 
-    search = open_search(storage, name)
+def pull(settings: PullSettings) -> int:
+    """Download, and show what was downloaded; the exit code, 0.
+
+    Raises ValueError or OSError, in one line, where something cannot be had.
+    """
+    pulled = list(_from_storage(settings) if settings.alias is None else _from_registry(settings))
+    _show(pulled, settings)
+    if settings.json:
+        detectors = [detector.to_dict() for detector in pulled]
+        print(json.dumps({"name": settings.name, "detectors": detectors}, indent=2))  # noqa: T201
+    return 0
+
+
+def _from_storage(settings: PullSettings) -> Iterator[PulledDetector]:
+    search = open_search(settings.storage, settings.name)
     known = champion_categories(search)
     if not known:
         raise ValueError(f"{search.uri} holds no champion; check --name and --storage, or wait for the first.")
-    found = [(category, find_best(search, category)) for category in categories or known]
+    found = [(category, find_best(search, category)) for category in settings.wanted or known]
     if missing := [category for category, champion in found if champion is None]:
         raise ValueError(f"no champion of {missing[0]!r} in {search.uri}; there are: {', '.join(known)}.")
     for category, champion in found:
         assert champion is not None
-        record = download_detector(search, champion, to / category)
+        record = download_detector(search, champion, settings.out / category)
         run_id = champion.run_id
-        link = run_link(tracking, run_id) if tracking else run_id[:8]
-        yield PulledDetector(category, to / category, record, champion.trial_id, run_id, link, "", champion.is_final)
+        link = run_link(settings.tracking_uri, run_id) if settings.tracking_uri else run_id[:8]
+        folder = settings.out / category
+        yield PulledDetector(category, folder, record, champion.trial_id, run_id, link, "", champion.is_final)
 
 
-def from_registry(categories: tuple[str, ...], to: Path, alias: str, tracking: str) -> Iterator[PulledDetector]:
-    from tune.storage.champions import download_detector_files
-    from tune.tracking.client import check_server, registry_client, run_link, without_password
-    from tune.tracking.registry import fetch, find_registered, registered_categories
-
+def _from_registry(settings: PullSettings) -> Iterator[PulledDetector]:
+    tracking, alias = settings.tracking_uri or _embedded_tracking(settings.storage), settings.alias
+    assert alias is not None
     check_server(tracking)
     client = registry_client(tracking)
-    wanted = categories or registered_categories(client, alias)
+    wanted = settings.wanted or registered_categories(client, alias)
     if not wanted:
         raise ValueError(f"no model of {without_password(tracking)} has the alias {alias!r}; check it and the address.")
     for detector in [find_registered(client, category, alias) for category in wanted]:
-        folder = to / detector.category
-        record = download_detector_files(
-            lambda file, path, detector=detector: fetch(client, detector, file, path),  # type: ignore[misc]
-            detector.files,
-            folder,
-        )
-        run_id, version = detector.run_id, detector.version
+        folder = settings.out / detector.category
+        record = download_detector_files(partial(fetch, client, detector), detector.files, folder)
+        link = run_link(tracking, detector.run_id)
         yield PulledDetector(
-            detector.category, folder, record, detector.trial_id, run_id, run_link(tracking, run_id), version, True
+            detector.category, folder, record, detector.trial_id, detector.run_id, link, detector.version, True
         )
 
 
-def embedded_tracking(storage: str) -> str:
+def _embedded_tracking(storage: str) -> str:
     """The SQLite file that a search on one machine keeps in its storage folder."""
     file = Path(storage).absolute() / "mlflow.db"
     if "://" in storage or not file.is_file():
         raise ValueError(f"--alias needs --tracking-uri or $MLFLOW_TRACKING_URI: there is no {file}.")
     return f"sqlite:///{file}"
+
+
+def _show(pulled: list[PulledDetector], settings: PullSettings) -> None:
+    named = f"Registered models with the alias {settings.alias}"
+    table = Table(title=named if settings.alias else f"Champions of {settings.name}")
+    for column in _COLUMNS:
+        table.add_column(column, overflow="fold")
+    for detector in pulled:
+        record = detector.record
+        threshold = threshold_for(record.thresholds, _RATE)
+        remarks = [
+            *([] if detector.is_final else ["best so far"]),
+            *(["chosen by the test images"] if record.selection == "oracle" else []),
+            *(["untrained teacher"] if record.is_untrained_teacher else []),
+        ]
+        table.add_row(
+            f"{detector.category} ({', '.join(remarks)})" if remarks else detector.category,
+            *(f"{record.metrics[figure]:.4f}" if figure in record.metrics else "–" for figure in _FIGURES),
+            f"{threshold.value:.4g} ({threshold.false_alarm_rate:.1%} false alarms)",
+            str(detector.folder),
+            detector.link,
+        )
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else 200)
+    console.print(table)
+    console.print(f"inspect images: dskd predict {pulled[0].folder} IMAGES --out verdicts", markup=False)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,8 +26,10 @@ from dskd.data.images import IMAGE_SUFFIXES, load_image
 from dskd.detector import UNTRAINED_TEACHER, Detector, Prediction, chosen_limit, find_regions
 from dskd.device import computing_device
 from dskd.show.overlays import overlay
-from tune.runtime.cluster import connect
+from tune.runtime.cluster import connect, count_workers, resolve_gpus
+from tune.settings.entry import say
 from tune.settings.score import ScoringSettings
+from tune.settings.workers import Workers
 from tune.storage.files import Storage, StorageError
 from tune.storage.uris import absolute, is_address
 from tune.tracking.client import download
@@ -57,27 +59,28 @@ class ScoringError(Exception):
     """The inspection broke off; its output has no summary."""
 
 
-def launch_scoring(settings: ScoringSettings, *, as_json: bool) -> int:
-    """Inspect all images; the exit code: 0 all were read, 1 some were not or the job failed, 2 bad input."""
+def score(settings: ScoringSettings) -> int:
+    """Inspect all images; the exit code: 0 all were read, 1 some were not or the job failed.
+
+    Raises ValueError or OSError on bad input, in one line.
+    """
+    unfinished = f"{settings.out} is unfinished"
     try:
         summary = _scored(settings)
     except ScoringError as error:
-        _say(f"score: failed: {error}; {settings.out} is unfinished, remove it before trying again")
+        say(f"score: failed: {error}; {unfinished}, remove it before trying again")
         return 1
-    except (ValueError, OSError) as error:
-        _say(f"score: error: {error}")
-        return 2
     except KeyboardInterrupt:
-        _say(f"score: interrupted; {settings.out} is unfinished")
-        return 130
+        say(f"score: {unfinished}")
+        raise
     finally:
         if ray.is_initialized():
             ray.shutdown()
-    _say(
+    say(
         f"{summary['num_anomalous']} of {summary['num_images']} anomalous, {summary['num_unreadable']} unreadable; "
         f"{summary['note']}; verdicts in {settings.out}/{VERDICTS}"
     )
-    if as_json:
+    if settings.json:
         print(json.dumps(summary, indent=2))  # noqa: T201
     return 1 if summary["num_unreadable"] else 0
 
@@ -94,12 +97,12 @@ def _scored(settings: ScoringSettings) -> dict[str, Any]:
         detector = Detector.load(folder)
         limit, note = chosen_limit(detector, settings.false_alarm_rate, None)
         if detector.record.is_untrained_teacher:
-            _say(UNTRAINED_TEACHER)
+            say(UNTRAINED_TEACHER)
         connect(settings.address)
         files = ray.put({name: (folder / name).read_bytes() for name in (RECORD_FILE, WEIGHTS_FILE)})
         weights_sha256 = sha256_of(folder / WEIGHTS_FILE)
     workers = _workers(settings, len(names))
-    _say(f"inspecting {len(names)} images with {workers.number} workers")
+    say(f"inspecting {len(names)} images with {workers.number} workers")
     try:
         _stream(settings, names, detector.record.config.data.image_size, files, limit, workers)
     except ray.exceptions.RayError as error:
@@ -169,36 +172,28 @@ def image_names(images: str) -> list[str]:
     return names
 
 
-class Workers(NamedTuple):
-    """How many detectors run side by side, and what each reserves."""
-
-    number: int
-    cpus: float
-    gpus: float
-
-
 def _workers(settings: ScoringSettings, num_images: int) -> Workers:
     """As asked for, or as many as the cluster holds and the images keep busy.
 
     Raises ValueError where a cluster that was started for this cannot hold them.
     """
     have: dict[str, float] = ray.cluster_resources()
-    gpus = settings.gpus_per_worker if settings.gpus_per_worker is not None else float(have.get("GPU", 0) >= 1)
-    cpus_left = have.get("CPU", 0) - _DECODING_CPUS - _WRITING_CPUS
-    room = math.floor(cpus_left / settings.cpus_per_worker + 1e-9)
-    if gpus > 0:
-        room = min(room, math.floor(have.get("GPU", 0) / gpus + 1e-9))
+    gpus = resolve_gpus(settings.gpus_per_worker, [have])
+    # Ray Data's tasks that read and write need a place beside them, on any node.
+    left = [have | {"CPU": have.get("CPU", 0) - _DECODING_CPUS - _WRITING_CPUS}]
+    room = count_workers(left, Workers(1, settings.cpus_per_worker, gpus))
     number = settings.concurrency or max(1, min(room, math.ceil(num_images / settings.batch_size)))
+    workers = Workers(number, settings.cpus_per_worker, gpus)
     if number > room:
         lacks = (
-            f"{number} workers of {settings.cpus_per_worker:g} CPUs and {gpus:g} GPUs, and "
+            f"{number} workers of {workers.cpus:g} CPUs and {gpus:g} GPUs, and "
             f"{_DECODING_CPUS + _WRITING_CPUS:g} CPUs to read and write, are more than the cluster's "
             f"{have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs"
         )
         if settings.address is None:
             raise ValueError(f"{lacks}; lower --concurrency, --cpus-per-worker or --gpus-per-worker.")
-        _say(f"{lacks}: waiting until it has grown")
-    return Workers(number, settings.cpus_per_worker, gpus)
+        say(f"{lacks}: waiting until it has grown")
+    return workers
 
 
 def _stream(
@@ -332,7 +327,3 @@ def _counts(out: str) -> dict[str, int]:
         "num_anomalous": rows.count_rows(filter=pc.field("is_anomalous")),
         "num_unreadable": rows.count_rows(filter=pc.field("error").is_valid()),
     }
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)  # noqa: T201

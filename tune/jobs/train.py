@@ -1,12 +1,9 @@
 """One training on the cluster, without a search: Ray Train's workers, MLflow's run, the detector at the end."""
 
+import dataclasses
 import hashlib
 import json
-import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -14,27 +11,32 @@ from typing import Any, NamedTuple
 import pyarrow.fs
 import ray
 import ray.train
-from ray.util.queue import Empty, Queue
+from ray.util.queue import Queue
 
 from dskd.atomic import check_can_be_made
 from dskd.checkpoint import DetectorRecord, read_record, sha256_of
-from dskd.config import RunConfig
-from dskd.data.datasets import find_categories, read_category
+from dskd.data.datasets import find_categories, fingerprint, read_category
+from dskd.data.defects import choose_textures
+from dskd.detector import UNTRAINED_TEACHER
 from dskd.model.teacher import build_teacher
-from tune.runtime.cluster import connect
+from tune.runtime.cluster import cluster_nodes, connect, describe_shortage, resolve_gpus
+from tune.runtime.relay import relayed
+from tune.settings.entry import say
 from tune.settings.train import TrainingSettings
-from tune.storage.champions import download_detector, find_champion, note_run, save_champion
+from tune.settings.workers import Workers
+from tune.storage.champions import download_detector, find_champion, note_run
 from tune.storage.files import Storage
 from tune.storage.staging import listing_key, outline
-from tune.storage.uris import DETECTOR_FOLDER, absolute, unsent_events
+from tune.storage.uris import DETECTOR_FOLDER
 from tune.tracking.client import check_server, run_link
 from tune.tracking.events import EpochDone, Remarked, TrialEnded, TrialStarted
-from tune.tracking.runs import TrackedRun, code_revision
-from tune.tracking.tracker import Tracker, TrackingRefusedError, TrackingUnavailableError
+from tune.tracking.outbox import TrackingRefusedError, TrackingUnavailableError
+from tune.tracking.runs import TrackedRun, code_revision, tracked_run
+from tune.tracking.tracker import Tracker
+from tune.trial.evaluation import save_evaluated_champion
 from tune.trial.groups import ray_train_job
-from tune.trial.spec import REMARK, TrialSpec
+from tune.trial.spec import EPOCH, ERROR, REMARK, TrialSpec, build_spec, tracked_figures
 from tune.trial.trainable import MAX_FAILURES
-from tune.trial.worker import evaluate_on_test
 
 _TRACKING_PATIENCE = 600.0
 """Seconds that a finished training waits for a tracking server that is away."""
@@ -68,77 +70,93 @@ class Trained(NamedTuple):
         }
 
 
-def launch_training(settings: TrainingSettings, *, as_json: bool) -> int:
-    """Train, track and download_detector; the exit code: 0 done, 1 the training failed, 2 bad input."""
+def train(settings: TrainingSettings) -> int:
+    """Train, track and deliver; the exit code: 0 done, 1 the training failed.
+
+    Raises ValueError or OSError on bad input, in one line.
+    """
+    run = tracked_run(settings.addresses.tracking, settings.from_run) if settings.from_run else None
+    if run is not None:
+        settings = repeat(settings, run)
+        for line in differences(settings, run, code_revision()):
+            say(line)
     try:
-        trained = _trained(settings)
+        trained = _trained(settings, run)
     except TrainingError as error:
-        _say(f"train: failed: {error}")
+        say(f"train: failed: {error}")
         return 1
-    except (ValueError, OSError) as error:
-        _say(f"train: error: {error}")
-        return 2
-    except KeyboardInterrupt:
-        _say("train: interrupted; the same command continues it")
-        return 130
     finally:
         if ray.is_initialized():
             ray.shutdown()
     metrics = trained.record.metrics
     figures = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("test/"))
-    _say(f"wrote {trained.folder}: epoch {trained.record.epoch + 1}, validation {metrics['val/objective']:.4f}")
-    _say(f"test images: {figures or 'no figures'}")
-    _say(f"MLflow: {run_link(settings.tracking, trained.run_id) or 'away'}")
-    if as_json:
+    say(f"wrote {trained.folder}: epoch {trained.record.epoch + 1}, validation {metrics['val/objective']:.4f}")
+    say(f"test images: {figures or 'no figures'}")
+    say(f"MLflow: {run_link(settings.addresses.tracking, trained.run_id) or 'away'}")
+    if settings.json:
         print(json.dumps(trained.to_document(), indent=2))  # noqa: T201
     return 0
 
 
-def _trained(settings: TrainingSettings) -> Trained:
+def _trained(settings: TrainingSettings, repeated: TrackedRun | None) -> Trained:
     category, key = _checked(settings)
     name = f"{category}-{key}"
-    storage = Storage(f"{settings.storage_uri}/{settings.name}/{name}")
+    addresses = settings.addresses
+    storage = Storage(f"{addresses.home}/{name}")
     storage.probe()
-    check_server(settings.tracking)
+    check_server(addresses.tracking)
     if (known := find_champion(storage, category)) is not None and known.run_id:
-        _say(f"{name} is trained already; delivering it again from {storage.uri}")
-        return Trained(key, settings.to, download_detector(storage, known, settings.to), known.run_id)
-    if settings.teacher_weights == "random":
-        _say("UNTRAINED TEACHER: fit to see the machinery, not for inspection")
+        say(f"{name} is trained already; delivering it again from {storage.uri}")
+        return Trained(key, settings.out, download_detector(storage, known, settings.out), known.run_id)
+    if settings.teacher.is_untrained:
+        say(UNTRAINED_TEACHER)
     connect(settings.address)
-    spec = _assignment(settings, category, storage.uri)
-    unsent = unsent_events(settings.storage, f"{settings.name}-{name}")
+    spec = build_spec(
+        settings.config,
+        data=settings.data,
+        category=category,
+        teacher=settings.teacher,
+        textures=str(settings.textures or ""),
+        selection=settings.selection or "val",
+        cache_gb=settings.cache_gb,
+        workers=_workers(settings),
+        min_workers=None,
+        workers_uri=storage.uri,
+    )
+    unsent = addresses.unsent_events(f"{settings.name}-{name}")
     tracker = Tracker(
-        settings.tracking,
+        addresses.tracking,
         settings.name,
-        artifact_location=settings.artifact_location,
+        artifact_location=addresses.artifacts,
         tags={
             "dskd.search": settings.name,
-            "dskd.selection": "val",
-            "dskd.teacher": "random (untrained)" if settings.teacher_weights == "random" else "pretrained",
+            "dskd.selection": spec.selection,
+            "dskd.teacher": "random (untrained)" if settings.teacher.is_untrained else "pretrained",
             "mlflow.source.name": "tune/train.py",
             "mlflow.source.git.commit": spec.revision,
         }
-        | ({"dskd.repeats": settings.repeats} if settings.repeats else {}),
+        | ({"dskd.repeats": repeated.run_id} if repeated else {}),
         unsent=unsent,
         has_parents=False,
     )
     try:
-        return _conclude(settings, storage, key, spec, tracker)
+        return _conclude(settings, storage, key, spec, tracker, repeated)
     finally:
         if num_unsent := tracker.close(_TRACKING_PATIENCE):
-            _say(f"MLflow is away: {num_unsent} events are in {unsent}; the same command writes them")
+            say(f"MLflow is away: {num_unsent} events are in {unsent}; the same command writes them")
 
 
-def _conclude(settings: TrainingSettings, storage: Storage, key: str, spec: TrialSpec, tracker: Tracker) -> Trained:
-    """Train unless that is done, evaluate once on the test images, keep, track and download_detector the detector."""
+def _conclude(
+    settings: TrainingSettings,
+    storage: Storage,
+    key: str,
+    spec: TrialSpec,
+    tracker: Tracker,
+    repeated: TrackedRun | None,
+) -> Trained:
+    """Train unless that is done, evaluate once on the test images, keep, track and deliver the detector."""
     category = spec.category
-    weights = spec.teacher_weights
-    params = settings.config.flat() | {
-        "teacher_weights": weights if weights in ("hub", "random") else Path(weights).name,
-        "num_workers": spec.num_workers,
-    }
-    tracker.put(TrialStarted(category, key, params))
+    tracker.put(TrialStarted(category, key, settings.config.flat() | spec.tracked_values()))
     champion = find_champion(storage, category)
     if champion is None:
         try:
@@ -146,28 +164,24 @@ def _conclude(settings: TrainingSettings, storage: Storage, key: str, spec: Tria
         except TrainingError as error:
             tracker.put(TrialEnded(category, key, "failed", str(error)))
             raise
-        _say("evaluating once on the test images")
-        resources = {"num_cpus": spec.cpus_per_worker, "num_gpus": spec.gpus_per_worker}
-        threads = max(1, int(spec.cpus_per_worker))
-        evaluation = evaluate_on_test.options(**resources)
-        tested = ray.get(evaluation.remote(detector, spec.data, category, threads, spec.cache_gb))
+        say("evaluating once on the test images")
         with TemporaryDirectory(prefix="dskd-") as temporary:
-            champion, _ = save_champion(storage, category, key, detector, tested, Path(temporary) / "detector")
+            champion, _ = save_evaluated_champion(storage, spec, key, detector, Path(temporary) / "detector")
     tracker.put(TrialEnded(category, key, "finished", ""))
-    record = download_detector(storage, champion, settings.to)
-    if settings.expected_data_sha256 not in ("", record.data_sha256):
-        _say(
-            f"the data are not those of run {settings.repeats}: sha256 {record.data_sha256[:12]}… here, "
-            f"{settings.expected_data_sha256[:12]}… there; the figures cannot be compared"
+    record = download_detector(storage, champion, settings.out)
+    if repeated is not None and repeated.data_sha256 not in ("", record.data_sha256):
+        say(
+            f"the data are not those of run {repeated.run_id}: sha256 {record.data_sha256[:12]}… here, "
+            f"{repeated.data_sha256[:12]}… there; the figures cannot be compared"
         )
     try:
         tags = {"dskd.data_sha256": record.data_sha256}
-        run_id = tracker.log_detector(category, key, settings.to, record.metrics, tags, _TRACKING_PATIENCE)
+        run_id = tracker.log_detector(category, key, settings.out, record.metrics, tags, _TRACKING_PATIENCE)
     except (TrackingUnavailableError, TrackingRefusedError) as error:
-        _say(f"{error}; the detector is in the storage, the same command tracks it")
-        return Trained(key, settings.to, record, "")
+        say(f"{error}; the detector is in the storage, the same command tracks it")
+        return Trained(key, settings.out, record, "")
     note_run(storage, champion._replace(run_id=run_id))
-    return Trained(key, settings.to, record, run_id)
+    return Trained(key, settings.out, record, run_id)
 
 
 def _checked(settings: TrainingSettings) -> tuple[str, str]:
@@ -175,11 +189,11 @@ def _checked(settings: TrainingSettings) -> tuple[str, str]:
 
     Raises ValueError or OSError with one line that says what to change.
     """
-    if settings.to.exists():
-        read_record(settings.to)
-    check_can_be_made(settings.to, "--to")
-    if "://" not in settings.storage:
-        Path(settings.storage_uri).mkdir(parents=True, exist_ok=True)
+    if settings.out.exists():
+        read_record(settings.out)
+    check_can_be_made(settings.out, "--out")
+    if not settings.addresses.is_remote:
+        Path(settings.addresses.storage).mkdir(parents=True, exist_ok=True)
     with outline(settings.data) as root:
         categories = list(find_categories(root))
         if settings.category is None and len(categories) > 1:
@@ -191,46 +205,31 @@ def _checked(settings: TrainingSettings) -> tuple[str, str]:
     share = min(settings.config.train.batch_size, num_normals) // settings.workers
     if share == 0:
         raise ValueError(f"{category} has {num_normals} images to train on, too few for --workers {settings.workers}.")
-    model = settings.config.model
-    build_teacher(model.backbone, model.levels, settings.teacher_weights)
-    weights = settings.teacher_weights
+    model, teacher = settings.config.model, settings.teacher
+    build_teacher(model.backbone, model.levels, teacher.weights)
     decisive = {
         "config": settings.config.to_dict(),
         "data": listing_key(settings.data, category),
-        "teacher": weights if weights in ("hub", "random") else sha256_of(Path(weights)),
+        "teacher": sha256_of(Path(teacher.weights)) if teacher.is_file else teacher.name,
+        "selection": settings.selection or "val",
+        "textures": fingerprint(choose_textures(settings.textures)) if settings.textures else "drawn",
     }
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
     return category, digest[:8]
 
 
-def _assignment(settings: TrainingSettings, category: str, storage_uri: str) -> TrialSpec:
-    """What the workers are told.
+def _workers(settings: TrainingSettings) -> Workers:
+    """What the training reserves.
 
-    Raises ValueError where a cluster that was started for this training cannot hold them.
+    Raises ValueError where a cluster that was started for this training cannot hold it.
     """
-    have: dict[str, float] = ray.cluster_resources()
-    gpus = settings.gpus_per_worker if settings.gpus_per_worker is not None else float(have.get("GPU", 0) >= 1)
-    for name, each in (("CPU", settings.cpus_per_worker), ("GPU", gpus)):
-        need = each * settings.workers
-        if need <= have.get(name, 0):
-            continue
-        lacks = f"{settings.workers} workers ask for {need:g} {name}s, the cluster has {have.get(name, 0):g}"
+    nodes = cluster_nodes()
+    workers = Workers(settings.workers, settings.cpus_per_worker, resolve_gpus(settings.gpus_per_worker, nodes))
+    for shortage in describe_shortage(nodes, workers):
         if settings.address is None:
-            raise ValueError(f"{lacks}; lower --workers or --{name.lower()}s-per-worker.")
-        _say(f"{lacks}: waiting until it has grown")
-    weights = settings.teacher_weights
-    return TrialSpec(
-        config=settings.config.to_dict(),
-        data=absolute(settings.data),
-        category=category,
-        teacher_weights=weights if weights in ("hub", "random") else str(Path(weights).absolute()),
-        cache_gb=settings.cache_gb,
-        num_workers=settings.workers,
-        cpus_per_worker=settings.cpus_per_worker,
-        gpus_per_worker=gpus,
-        workers_uri=storage_uri,
-        revision=code_revision(),
-    )
+            raise ValueError(f"{shortage}; lower --workers, --cpus-per-worker or --gpus-per-worker.")
+        say(f"{shortage}: waiting until it has grown")
+    return workers
 
 
 def _fit(settings: TrainingSettings, key: str, spec: TrialSpec, tracker: Tracker) -> str:
@@ -238,7 +237,7 @@ def _fit(settings: TrainingSettings, key: str, spec: TrialSpec, tracker: Tracker
 
     Raises TrainingError where it diverges or its workers fail again and again.
     """
-    with _reported_epochs(settings, key, spec, tracker) as events:
+    with relayed(_EpochTracking(settings, key, spec, tracker)) as events:
         job = ray_train_job(
             spec,
             ray.train.RunConfig(
@@ -256,7 +255,7 @@ def _fit(settings: TrainingSettings, key: str, spec: TrialSpec, tracker: Tracker
             raise TrainingError(reasons[0] if reasons else str(error).strip().splitlines()[-1]) from None
         except ray.train.TrainingFailedError as error:
             raise TrainingError(str(error).strip().splitlines()[-1]) from None
-    if reason := (result.metrics or {}).get("error"):
+    if reason := (result.metrics or {}).get(ERROR):
         raise TrainingError(str(reason))
     assert result.checkpoint is not None, "the last report of the first worker carries the detector"
     scheme = "s3://" if isinstance(result.checkpoint.filesystem, pyarrow.fs.S3FileSystem) else ""
@@ -273,83 +272,77 @@ class _Relay(ray.train.UserCallback):
         self._events.put(metrics[0])
 
 
-@contextmanager
-def _reported_epochs(settings: TrainingSettings, key: str, spec: TrialSpec, tracker: Tracker) -> Iterator[Queue]:
-    """A queue for the workers' reports, each of which is printed and tracked."""
-    events = Queue(actor_options={"num_cpus": 0})
-    is_done = threading.Event()
-    remarks: set[str] = set()
+class _EpochTracking:
+    """Prints and tracks the first worker's reports."""
 
-    def relay() -> None:
-        while True:
-            try:
-                report = events.get(timeout=1)
-            except Empty:
-                if is_done.is_set():
-                    return
-                continue
-            _say(_epoch_line(report, settings.config.train.epochs))
-            if (remark := str(report.get(REMARK, ""))) and remark not in remarks:
-                remarks.add(remark)
-                _say(remark)
-                tracker.put(Remarked(spec.category, key, remark))
-            figures = {
-                name: float(value)
-                for name, value in report.items()
-                if isinstance(value, int | float) and name != "epoch"
-            }
-            now = int(time.time() * 1000)
-            tracker.put(EpochDone(spec.category, key, int(report["epoch"]), figures, now))
+    def __init__(self, settings: TrainingSettings, key: str, spec: TrialSpec, tracker: Tracker) -> None:
+        self._epochs = settings.config.train.epochs
+        self._key, self._category, self._tracker = key, spec.category, tracker
+        self._remarks: set[str] = set()
 
-    relaying = threading.Thread(target=relay, name="epochs")
-    relaying.start()
-    try:
-        yield events
-    finally:
-        is_done.set()
-        relaying.join()
+    def __call__(self, report: dict[str, Any]) -> None:
+        say(_epoch_line(report, self._epochs))
+        if (remark := str(report.get(REMARK, ""))) and remark not in self._remarks:
+            self._remarks.add(remark)
+            say(remark)
+            self._tracker.put(Remarked(self._category, self._key, remark))
+        now = int(time.time() * 1000)
+        self._tracker.put(EpochDone(self._category, self._key, int(report[EPOCH]), tracked_figures(report), now))
 
 
 def _epoch_line(report: dict[str, Any], epochs: int) -> str:
-    if "error" in report:
-        return f"epoch {report['epoch']:3d}/{epochs}  {report['error']}"
-    if "loss" not in report:
-        return f"epoch {report['epoch']:3d}/{epochs}  was reached before"
+    at = f"epoch {report[EPOCH]:3d}/{epochs}"
+    if ERROR in report:
+        return f"{at}  {report[ERROR]}"
+    if "train/loss" not in report:
+        return f"{at}  was reached before"
     return (
-        f"epoch {report['epoch']:3d}/{epochs}  loss {report['loss']:.4f}  {report['images_per_second']:5.1f} images/s  "
+        f"{at}  loss {report['train/loss']:.4f}  {report['time/images_per_second']:5.1f} images/s  "
         f"val image AUROC {report['val/image_auroc']:.3f}  AUPRO {report['val/aupro']:.3f}"
     )
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)  # noqa: T201
+def repeat(settings: TrainingSettings, run: TrackedRun) -> TrainingSettings:
+    """The settings with all that is not given taken from the run that they repeat.
 
-
-def teacher_weights_of(given: str | None, repeated: TrackedRun | None) -> str:
-    """The teacher that is asked for, or the repeated run's.
-
-    Raises ValueError where that run's came from a file, whose path no run knows.
+    Raises ValueError where that run's teacher or textures came from a place whose path no run knows.
     """
-    if given is not None or repeated is None:
-        return given or "hub"
-    if repeated.teacher_weights not in ("hub", "random"):
+    if settings.textures is None and run.textures != "drawn":
         raise ValueError(
-            f"run {repeated.run_id} had its teacher from the file {repeated.teacher_weights or '(not recorded)'}; "
+            f"run {run.run_id} fed its synthetic defects from the folder {run.textures}; name its path with --textures."
+        )
+    return dataclasses.replace(
+        settings,
+        category=settings.category or run.category,
+        teacher_weights=settings.teacher_weights or _teacher_of(run),
+        selection=settings.selection or run.selection,
+    )
+
+
+def _teacher_of(run: TrackedRun) -> str:
+    if run.teacher_weights not in ("hub", "random"):
+        raise ValueError(
+            f"run {run.run_id} had its teacher from the file {run.teacher_weights or '(not recorded)'}; "
             "name its path with --teacher-weights."
         )
-    return repeated.teacher_weights
+    return run.teacher_weights
 
 
-def differences(repeated: TrackedRun, config: RunConfig, teacher_weights: str, revision: str) -> list[str]:
-    """A line for all in which this training is known to differ from the run that it repeats."""
+def differences(settings: TrainingSettings, run: TrackedRun, revision: str) -> list[str]:
+    """A line for all in which a training is known to differ from the run that it repeats."""
     lines = []
-    theirs, ours = repeated.config.flat(), config.flat()
+    theirs, ours = run.config.flat(), settings.config.flat()
     if changed := [f"{name} {ours[name]} (there {theirs[name]})" for name in ours if ours[name] != theirs[name]]:
-        lines.append(f"changed from run {repeated.run_id}: {', '.join(changed)}")
-    if unknown := [name for name in repeated.unknown_fields if ours[name] == theirs[name]]:
-        lines.append(f"run {repeated.run_id} is older than these fields, their defaults stand: {', '.join(unknown)}")
-    if Path(teacher_weights).name != repeated.teacher_weights:
-        lines.append(f"another teacher than run {repeated.run_id}'s {repeated.teacher_weights}: {teacher_weights}")
-    if repeated.revision and revision and repeated.revision != revision:
-        lines.append(f"run {repeated.run_id} was trained by revision {repeated.revision[:12]}, this is {revision[:12]}")
+        lines.append(f"changed from run {run.run_id}: {', '.join(changed)}")
+    if unknown := [name for name in run.unknown_fields if ours[name] == theirs[name]]:
+        lines.append(f"run {run.run_id} is older than these fields, their defaults stand: {', '.join(unknown)}")
+    if settings.teacher.name != run.teacher_weights:
+        lines.append(f"another teacher than run {run.run_id}'s {run.teacher_weights}: {settings.teacher}")
+    textures = settings.textures.name if settings.textures else "drawn"
+    if textures != run.textures:
+        lines.append(f"other textures than run {run.run_id}'s {run.textures}: {textures}")
+    if settings.selection != run.selection:
+        lines.append(f"another selection than run {run.run_id}'s {run.selection}: {settings.selection}")
+    if run.revision and revision and run.revision != revision:
+        lines.append(f"run {run.run_id} was trained by revision {run.revision[:12]}, this is {revision[:12]}")
     return lines

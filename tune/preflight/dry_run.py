@@ -3,17 +3,18 @@
 Leaves no trace. A process of its own imports torch and measures the speed while this one makes the other checks.
 """
 
+import dataclasses
 import json
 import multiprocessing
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dskd.config import RunConfig
+from dskd.config import RunConfig, TeacherSource
 from dskd.data.datasets import read_category
+from tune.preflight.draft import Draft, drafted
 from tune.preflight.forecast import (
     CategoryPlan,
     Forecast,
@@ -25,125 +26,123 @@ from tune.preflight.forecast import (
     plan_categories,
     share_slots,
 )
+from tune.settings.plan import SearchPlan
 from tune.settings.search import SearchSettings
 from tune.settings.space import Range, Space
-from tune.storage.staging import content, outline
+from tune.settings.workers import Workers
+from tune.storage.staging import content
+
+if TYPE_CHECKING:
+    from tune.preflight.checks import Inputs
 
 _NUM_IMAGES = 2
 _SLOT_SECONDS = 60.0
 """How long a busy cluster may take to free the place of one worker."""
 
 
-class _Plan(NamedTuple):
-    settings: SearchSettings
-    config: RunConfig
+class _DryRun(NamedTuple):
+    plan: SearchPlan
     categories: Sequence[CategoryPlan]
-    spaces: Mapping[str, Space]
     slots: Slots
-    gpus_per_worker: float
+    workers: Workers
     speed: Speed | None
     """None where a busy cluster had no place to measure it."""
     forecast: Forecast | None
 
 
 def dry_run(settings: SearchSettings) -> int:
-    """Print plan and forecast of a search without starting it; the exit code: 0 it could start, 2 it could not."""
-    try:
-        plan = _on_cluster(settings) if settings.ray_address else _on_this_machine(settings)
-    except (ValueError, OSError) as error:
-        from tune.preflight.checks import print_errors
+    """Print plan and forecast of a search without starting it; the exit code, 0: it could start.
 
-        print_errors(error)
-        return 2
-    except KeyboardInterrupt:
-        print("search: interrupted", file=sys.stderr)  # noqa: T201
-        return 130
-    _show(plan)
+    Raises PreflightError naming all that is wrong.
+    """
+    with drafted(settings) as draft:
+        found = _on_cluster(draft) if settings.address else _on_this_machine(draft)
+    _show(found, settings)
     if settings.json:
-        print(json.dumps(_document(plan), indent=2))  # noqa: T201
+        print(json.dumps(_document(found), indent=2))  # noqa: T201
     return 0
 
 
-def _on_this_machine(settings: SearchSettings) -> _Plan:
+def _on_this_machine(draft: Draft) -> _DryRun:
     # forked, it would share this process's threads
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        measuring = _submitted(pool, settings)
-        from tune.preflight import checks as preflight
+        measuring = _submitted(pool, draft)
+        from tune.preflight.checks import check_inputs
         from tune.runtime.ray_internals import cpus_of_this_machine
 
-        faults = preflight.input_errors(settings, leave_no_trace=True)
-        speed = None
+        inputs = check_inputs(draft, leave_no_trace=True)
+        errors, speed = inputs.errors, None
         if measuring is not None:
             try:
                 speed = measuring.result()
             except ValueError as error:
-                if str(error) not in " ".join(faults):
-                    faults.append(str(error))
+                if str(error) not in " ".join(errors):
+                    errors.append(str(error))
             except BrokenProcessPool:
-                faults.append("the process that measures a training step was killed; is there too little memory?")
+                errors.append("the process that measures a training step was killed; is there too little memory?")
     nodes = [{"CPU": cpus_of_this_machine(), "GPU": float(speed.num_gpus if speed else 0)}]
-    return _planned(
-        settings, faults + preflight.collect_errors(lambda: preflight.check_resources(settings, nodes)), nodes, speed
-    )
+    return _planned(draft, inputs, errors, nodes, speed)
 
 
-def _submitted(pool: ProcessPoolExecutor, settings: SearchSettings) -> "Future[Speed] | None":
+def _submitted(pool: ProcessPoolExecutor, draft: Draft) -> "Future[Speed] | None":
     try:
-        task = _task(settings)
-    except (ValueError, OSError):  # what is wrong with the data is said by preflight
+        return pool.submit(measure_speed, _task(draft))
+    except (ValueError, OSError):  # the checks say what is wrong with the data
         return None
-    return pool.submit(measure_speed, task)
 
 
-def _task(settings: SearchSettings) -> SpeedTask:
-    with outline(settings.data) as root:
-        category = read_category(root, settings.chosen_categories(root)[0])
-        images = tuple(content(settings.data, root, sample.path) for sample in category.train[:_NUM_IMAGES])
-    weights = settings.teacher_weights
+def _task(draft: Draft) -> SpeedTask:
+    """What to measure.
+
+    Raises ValueError where the data or the settings are unusable.
+    """
+    if draft.plan is None or draft.root is None:
+        raise ValueError("; ".join(draft.errors))
+    plan = draft.plan
+    category = read_category(draft.root, plan.categories[0])
     return SpeedTask(
-        config=settings.run_config().to_dict(),
-        teacher_weights=weights if weights in ("hub", "random") else str(Path(weights).absolute()),
-        images=images,
-        num_workers=settings.workers_per_trial,
-        cpus_per_worker=settings.cpus_per_worker,
-        gpus_per_worker=settings.gpus_per_worker,
+        config=plan.config.to_dict(),
+        teacher_weights=str(plan.teacher),
+        images=tuple(content(plan.data, draft.root, sample.path) for sample in category.train[:_NUM_IMAGES]),
+        num_workers=plan.num_workers,
+        cpus_per_worker=plan.cpus_per_worker,
+        gpus_per_worker=plan.gpus_per_worker,
     )
 
 
-def _on_cluster(settings: SearchSettings) -> _Plan:
+def _on_cluster(draft: Draft) -> _DryRun:
     import ray
 
-    from tune.preflight import checks as preflight
-    from tune.preflight.checks import join_cluster
-    from tune.runtime.cluster import cluster_nodes, gpus_per_worker
+    from tune.preflight.checks import check_inputs, collect_errors, join_cluster
+    from tune.runtime.cluster import cluster_nodes, resolve_gpus
 
-    faults = preflight.input_errors(settings, leave_no_trace=True)
-    faults += preflight.collect_errors(lambda: preflight.check_teacher_file(settings))
+    inputs = check_inputs(draft, leave_no_trace=True)
+    errors = inputs.errors
+    errors += collect_errors(TeacherSource(draft.settings.teacher_weights).check_exists)
     try:
-        faults += preflight.collect_errors(lambda: join_cluster(settings))
+        errors += collect_errors(lambda: join_cluster(draft.settings.address, draft.plan))
         nodes = cluster_nodes() if ray.is_initialized() else []
         speed = None
-        if not faults:
+        if not errors:
             try:
-                speed = _measured_there(settings, gpus_per_worker(settings, nodes))
+                task = _task(draft)
+                task = dataclasses.replace(task, gpus_per_worker=resolve_gpus(task.gpus_per_worker, nodes))
+                speed = _measured_there(task)
             except ValueError as error:
-                faults.append(f"on a node of the cluster: {error}")
-        return _planned(settings, faults, nodes, speed)
+                errors.append(f"on a node of the cluster: {error}")
+        return _planned(draft, inputs, errors, nodes, speed)
     finally:
         if ray.is_initialized():
             ray.shutdown()
 
 
-def _measured_there(settings: SearchSettings, gpus_per_worker: float) -> Speed | None:
+def _measured_there(task: SpeedTask) -> Speed | None:
     """Speed of a worker, measured where a trial of the search would get its place."""
-    import dataclasses
-
     import ray
     import ray.exceptions
 
-    task = dataclasses.replace(_task(settings), gpus_per_worker=gpus_per_worker)
     measure = ray.remote(max_retries=0)(measure_speed)
-    running = measure.options(num_cpus=settings.cpus_per_worker, num_gpus=gpus_per_worker).remote(task)
+    running = measure.options(num_cpus=task.cpus_per_worker, num_gpus=task.gpus_per_worker).remote(task)
     done, _ = ray.wait([running], timeout=_SLOT_SECONDS)
     if not done:
         ray.cancel(running, force=True)
@@ -158,22 +157,24 @@ def _measured_there(settings: SearchSettings, gpus_per_worker: float) -> Speed |
 
 
 def _planned(
-    settings: SearchSettings, faults: list[str], nodes: Sequence[Mapping[str, float]], speed: Speed | None
-) -> _Plan:
-    from tune.preflight import checks as preflight
-    from tune.runtime.cluster import gpus_per_worker, trial_slots
+    draft: Draft, inputs: "Inputs", errors: list[str], nodes: Sequence[Mapping[str, float]], speed: Speed | None
+) -> _DryRun:
+    from tune.preflight.checks import PreflightError, check_cluster, collect_errors
+    from tune.runtime.cluster import count_trials, resolve_gpus
 
-    if faults:
-        raise preflight.PreflightError(faults)
-    config = settings.run_config()
-    with outline(settings.data) as root:
-        found = {name: read_category(root, name) for name in settings.chosen_categories(root)}
-        spaces = settings.spaces(tuple(found), root)
-    categories = plan_categories(found, config)
-    gpus = gpus_per_worker(settings, nodes)
-    slots = share_slots(len(categories), trial_slots(settings, nodes))
-    expected = forecast(settings, config, categories, speed, slots, gpus) if speed else None
-    return _Plan(settings, config, categories, spaces, slots, gpus, speed, expected)
+    plan = draft.plan
+    if plan is not None and not draft.settings.address:  # a cluster was checked when it was joined
+        errors += collect_errors(lambda: check_cluster(plan, nodes))
+    if plan is None or errors:
+        raise PreflightError(errors)
+    categories = plan_categories(inputs.categories, plan.config)
+    gpus = resolve_gpus(plan.gpus_per_worker, nodes)
+    workers = Workers(plan.num_workers, plan.cpus_per_worker, gpus)
+    slots = share_slots(len(categories), plan.max_concurrent or count_trials(nodes, workers))
+    expected = (
+        forecast(categories, speed, slots, config=plan.config, trials=plan.trials, workers=workers) if speed else None
+    )
+    return _DryRun(plan, categories, slots, workers, speed, expected)
 
 
 def _varied(space: Space) -> dict[str, str]:
@@ -189,63 +190,63 @@ def _varied(space: Space) -> dict[str, str]:
     return found
 
 
-def _document(plan: _Plan) -> dict[str, Any]:
+def _document(found: _DryRun) -> dict[str, Any]:
     from tune.tracking.client import without_password
 
-    settings = plan.settings
+    plan = found.plan
     return {
-        "name": settings.name,
-        "trials": settings.trials,
-        "categories": [category._asdict() for category in plan.categories],
+        "name": plan.name,
+        "trials": plan.trials,
+        "categories": [category._asdict() for category in found.categories],
         "config": plan.config.to_dict(),
         "varied": {name: _varied(space) for name, space in plan.spaces.items()},
-        "slots": plan.slots._asdict(),
-        "workers_per_trial": settings.workers_per_trial,
-        "cpus_per_worker": settings.cpus_per_worker,
-        "gpus_per_worker": plan.gpus_per_worker,
-        "storage": settings.search_uri,
-        "tracking": without_password(settings.tracking),
-        "studies": without_password(settings.studies),
-        "speed": plan.speed._asdict() if plan.speed else None,
-        "forecast": plan.forecast._asdict() if plan.forecast else None,
+        "slots": found.slots._asdict(),
+        "workers_per_trial": plan.num_workers,
+        "cpus_per_worker": plan.cpus_per_worker,
+        "gpus_per_worker": found.workers.gpus,
+        "storage": plan.addresses.home,
+        "tracking": without_password(plan.addresses.tracking),
+        "studies": without_password(plan.studies),
+        "speed": found.speed._asdict() if found.speed else None,
+        "forecast": found.forecast._asdict() if found.forecast else None,
     }
 
 
-def _show(plan: _Plan) -> None:
+def _show(found: _DryRun, settings: SearchSettings) -> None:
     from rich.console import Console
     from rich.table import Table
 
     from tune.tracking.client import without_password
 
-    settings, config = plan.settings, plan.config
+    plan, config = found.plan, found.plan.config
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 110, highlight=False, markup=False)
-    table = Table(title=f"Plan of {settings.name}: {len(plan.categories)} categories × {settings.trials} trials × "
+    table = Table(title=f"Plan of {plan.name}: {len(plan.categories)} categories × {plan.trials} trials × "
                   f"{config.train.epochs} epochs")  # fmt: skip
     for column in ("category", "training images", "validation", "calibration", "test"):
         table.add_column(column, justify="left" if column == "category" else "right")
-    for each in plan.categories:
+    for each in found.categories:
         table.add_row(
             each.category, *map(str, (each.num_train, each.num_validation, each.num_calibration, each.num_test))
         )
     console.print(table)
-    if settings.teacher_weights == "random":
+    if plan.teacher.is_untrained:
         console.print("untrained teacher: these figures will say nothing about inspection", style="bold red")
     usual, *rest = plan.spaces.values()
     others = [space for space in rest if space.dimensions != usual.dimensions]
-    slots, workers = plan.slots, settings.workers_per_trial
+    slots, workers = found.slots, found.workers
     lines = {
         "trains": f"{settings.preset}, {config.data.image_size} pixels, batches of {config.train.batch_size}, "
         f"teacher {config.model.backbone} ({settings.teacher_weights})"
         + (f", stage I of {config.amplification.amplification_epochs} epochs" if _has_stage_one(config) else ""),
-        "at once": f"{slots.side_by_side} categories, {slots.concurrency} trials of each; a trial takes {workers} × "
-        f"({settings.cpus_per_worker:g} CPUs, {plan.gpus_per_worker:g} GPUs)",
+        "at once": f"{slots.side_by_side} categories, {slots.concurrency} trials of each; a trial takes "
+        f"{workers.number} × ({workers.cpus:g} CPUs, {workers.gpus:g} GPUs)",
         "varies": ", ".join(f"{name} {span}" for name, span in _varied(usual).items())
         + (f"; {len(others)} categories otherwise (--json)" if others else ""),
-        "state": settings.search_uri,
-        "studies": without_password(settings.studies),
-        "tracking": without_password(settings.tracking),
-        "measured": _speed_line(plan),
-        "forecast": _forecast_line(plan),
+        "state": plan.addresses.home,
+        "studies": without_password(plan.studies),
+        "tracking": without_password(plan.addresses.tracking),
+        "measured": _speed_line(found),
+        "forecast": _forecast_line(found),
     }
     for name, text in lines.items():
         console.print(f"{name + ':':10}{text}", soft_wrap=True)
@@ -255,10 +256,10 @@ def _has_stage_one(config: RunConfig) -> bool:
     return config.amplification.amplification
 
 
-def _speed_line(plan: _Plan) -> str:
-    if (speed := plan.speed) is None:
+def _speed_line(found: _DryRun) -> str:
+    if (speed := found.speed) is None:
         return f"nothing: the cluster had no place free for a worker within {_SLOT_SECONDS:.0f} s"
-    share = max(1, plan.config.train.batch_size // plan.settings.workers_per_trial)
+    share = max(1, found.plan.config.train.batch_size // found.workers.number)
     scaled = "" if speed.images_measured == share else f" (scaled up from {speed.images_measured})"
     return (
         f"{speed.device}: a step of {share} images{scaled} {speed.step:.3g} s, "
@@ -266,19 +267,21 @@ def _speed_line(plan: _Plan) -> str:
     )
 
 
-def _forecast_line(plan: _Plan) -> str:
-    if (found := plan.forecast) is None:
+def _forecast_line(found: _DryRun) -> str:
+    if (cost := found.forecast) is None:
         return "none"
-    if found.epochs_pruned == found.epochs_full:
-        span, cpu, gpu = duration(found.wall_seconds_full), f"{found.cpu_hours_full:.3g}", f"{found.gpu_hours_full:.3g}"
-    else:
-        span = (
-            f"{duration(found.wall_seconds_pruned)} with ASHA as expected, {duration(found.wall_seconds_full)} at most"
+    if cost.epochs_pruned == cost.epochs_full:
+        span, cpu, gpu = (
+            duration(cost.wall_seconds_full),
+            f"{cost.cpu_hours_full:.3g}",
+            f"{cost.gpu_hours_full:.3g}",
         )
-        cpu = f"{found.cpu_hours_pruned:.3g} … {found.cpu_hours_full:.3g}"
-        gpu = f"{found.gpu_hours_pruned:.3g} … {found.gpu_hours_full:.3g}"
-    hours = f"{cpu} CPU hours" + (f", {gpu} GPU hours" if found.gpu_hours_full > 0 else "")
-    return f"{span}; {hours}; a whole trial {duration(found.trial_seconds)}"
+    else:
+        span = f"{duration(cost.wall_seconds_pruned)} with ASHA as expected, {duration(cost.wall_seconds_full)} at most"
+        cpu = f"{cost.cpu_hours_pruned:.3g} … {cost.cpu_hours_full:.3g}"
+        gpu = f"{cost.gpu_hours_pruned:.3g} … {cost.gpu_hours_full:.3g}"
+    hours = f"{cpu} CPU hours" + (f", {gpu} GPU hours" if cost.gpu_hours_full > 0 else "")
+    return f"{span}; {hours}; a whole trial {duration(cost.trial_seconds)}"
 
 
 def duration(seconds: float) -> str:

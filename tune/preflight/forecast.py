@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from dskd.config import RunConfig
 from dskd.data.datasets import NUM_VALIDATION_DEFECTS, Category, split_calibration, split_normals
-from tune.settings.search import SearchSettings
+from tune.settings.workers import Workers
 from tune.trial.asha import expected_epochs
 
 _LONG_ENOUGH = 0.4
@@ -231,12 +231,13 @@ def share_slots(num_categories: int, slots: int) -> Slots:
 
 
 def forecast(
-    settings: SearchSettings,
-    config: RunConfig,
     plans: Sequence[CategoryPlan],
     speed: Speed,
     slots: Slots,
-    gpus_per_worker: float,
+    *,
+    config: RunConfig,
+    trials: int,
+    workers: Workers,
 ) -> Forecast:
     """A search of all `plans` on `slots`, every worker as fast as `speed` was measured.
 
@@ -245,13 +246,13 @@ def forecast(
     Left out: what a learnt sampler changes (embedding depth, hard loss), the exchange between workers, starting
     Ray and its processes, writing to the storage, and other load on the machines.
     """
-    workers, epochs, trials = settings.workers_per_trial, config.train.epochs, settings.trials
+    epochs = config.train.epochs
     compute_full = compute_pruned = 0.0
     walls_full, walls_pruned, longest = [], [], 0.0
     pruned_epochs = expected_epochs(trials, epochs)
     for plan in plans:
         steps = max(1, plan.num_train // config.train.batch_size)
-        epoch = steps * speed.step + plan.num_validation * speed.validation / workers
+        epoch = steps * speed.step + plan.num_validation * speed.validation / workers.number
         finish = plan.num_calibration * speed.validation
         preparation = _preparation(plan, config, speed)
         test = plan.num_test * (speed.decoding + speed.teacher + speed.validation)
@@ -263,15 +264,15 @@ def forecast(
         walls_pruned.append(preparation + max(trial, pruned / slots.concurrency) + test)
         compute_full += preparation + full + test
         compute_pruned += preparation + pruned + test
-    hours = workers / 3600
+    hours = workers.number / 3600
     return Forecast(
         trial_seconds=longest,
         wall_seconds_full=_makespan(walls_full, slots.side_by_side),
         wall_seconds_pruned=_makespan(walls_pruned, slots.side_by_side),
-        cpu_hours_full=compute_full * hours * settings.cpus_per_worker,
-        cpu_hours_pruned=compute_pruned * hours * settings.cpus_per_worker,
-        gpu_hours_full=compute_full * hours * gpus_per_worker,
-        gpu_hours_pruned=compute_pruned * hours * gpus_per_worker,
+        cpu_hours_full=compute_full * hours * workers.cpus,
+        cpu_hours_pruned=compute_pruned * hours * workers.cpus,
+        gpu_hours_full=compute_full * hours * workers.gpus,
+        gpu_hours_pruned=compute_pruned * hours * workers.gpus,
         epochs_full=trials * epochs * len(plans),
         epochs_pruned=pruned_epochs * len(plans),
     )

@@ -1,4 +1,4 @@
-"""How an entry of `tune` joins a Ray cluster, or starts one on this machine."""
+"""Joining a Ray cluster or starting one on this machine, and how many workers its nodes hold."""
 
 import logging
 import os
@@ -11,8 +11,7 @@ from urllib.parse import urlsplit
 import ray
 import ray.exceptions
 
-from tune.settings.search import SearchSettings
-from tune.trial.spec import TrialSpec
+from tune.settings.workers import Workers
 
 _CONNECT_SECONDS = 5.0
 
@@ -103,36 +102,38 @@ def cluster_nodes() -> list[Resources]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def worker_needs(cpus: float, gpus: float) -> dict[str, float]:
-    """What a worker asks for, under Ray's names."""
-    return {"CPU": cpus, "GPU": gpus}
+def resolve_gpus(asked: float | None, nodes: Sequence[Resources]) -> float:
+    """GPUs of a worker: as asked for; else one where any node has one."""
+    if asked is not None:
+        return asked
+    return 1.0 if any(node.get("GPU", 0) >= 1 for node in nodes) else 0.0
 
 
-def places(nodes: Sequence[Resources], needs: Resources) -> int:
-    """Workers that the nodes hold."""
-    asked = {name: need for name, need in needs.items() if need > 0}
+def count_workers(nodes: Sequence[Resources], workers: Workers) -> int:
+    """Workers of this kind that the nodes hold, each whole on one node; their `number` does not matter."""
+    asked = {name: need for name, need in workers.needs.items() if need > 0}
     return sum(min(int(node.get(name, 0) / need + 1e-9) for name, need in asked.items()) for node in nodes)
 
 
-def trials_at_once(nodes: Sequence[Resources], needs: Resources, num_workers: int) -> int:
-    """Trials of so many workers that the nodes hold, at least 1: a cluster may grow once something waits."""
-    return max(1, places(nodes, needs) // num_workers)
+def count_trials(nodes: Sequence[Resources], workers: Workers) -> int:
+    """Trials of `workers` that the nodes hold at once, at least 1: a cluster may grow once something waits."""
+    return max(1, count_workers(nodes, workers) // workers.number)
 
 
-def concurrent_trials(spec: TrialSpec) -> int:
-    """How many trials the cluster can hold at once as it is now, at least 1."""
-    needs = worker_needs(spec.cpus_per_worker, spec.gpus_per_worker)
-    return trials_at_once(cluster_nodes(), needs, spec.num_workers)
-
-
-def gpus_per_worker(settings: SearchSettings, nodes: Sequence[Resources] | None = None) -> float:
-    """As asked for; else one where the cluster has any."""
-    if settings.gpus_per_worker is not None:
-        return settings.gpus_per_worker
-    return 1.0 if any(node.get("GPU", 0) >= 1 for node in (cluster_nodes() if nodes is None else nodes)) else 0.0
-
-
-def trial_slots(settings: SearchSettings, nodes: Sequence[Resources]) -> int:
-    """Trials that run at once: as many as are asked for, else as the nodes hold, at least 1."""
-    needs = worker_needs(settings.cpus_per_worker, gpus_per_worker(settings, nodes))
-    return settings.max_concurrent or trials_at_once(nodes, needs, settings.workers_per_trial)
+def describe_shortage(nodes: Sequence[Resources], workers: Workers) -> list[str]:
+    """Why the nodes cannot hold all of `workers` at once, a clause each; empty where they can."""
+    lines = []
+    for name, need in workers.needs.items():
+        have = sum(node.get(name, 0) for node in nodes)
+        if need * workers.number > have:
+            total = f"{need * workers.number:g} {name}s ({workers.number} workers)"
+            lines.append(f"a trial asks for {total}, the cluster has {have:g}")
+    found = count_workers(nodes, workers)
+    if not lines and found < workers.number:
+        asked = " and ".join(f"{need:g} {name}s" for name, need in workers.needs.items() if need > 0)
+        largest = " and ".join(f"{max(node.get(name, 0) for node in nodes):g} {name}s" for name in workers.needs)
+        lines.append(
+            f"a worker asks for {asked} on one node, the largest has {largest}: {found} of a trial's {workers.number} "
+            "workers find a place"
+        )
+    return lines

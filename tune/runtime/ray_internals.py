@@ -1,16 +1,27 @@
-"""Every private door of Ray that this project uses, each with the version and the symptom that made it necessary."""
+"""Every private door of Ray that this project uses, tried with Ray 2.60, each with the symptom behind it.
 
-from typing import Any
+`ray` is pinned to that minor version in pyproject.toml; a newer one needs a look at each of these first.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import ray
-import ray.train
-import ray.train.torch
 import ray.util
 from ray import PlacementGroupID
 from ray._private.state import state
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.tune.execution import class_cache
 from ray.util.placement_group import PlacementGroup
+
+if TYPE_CHECKING:  # seconds of imports that the processes of trials can do without
+    import optuna
+    from ray.tune.experiment import Trial
+    from ray.tune.schedulers import ASHAScheduler
+    from ray.tune.search.optuna import OptunaSearch
+
+_AWS_KEYS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"}
 
 
 def free(placement_group: str) -> None:
@@ -79,3 +90,39 @@ def cpus_of_this_machine() -> float:
     from ray._private.utils import get_num_cpus
 
     return float(get_num_cpus(override_docker_cpu_warning=True))
+
+
+def keep_aws_keys_out_of_runtime_environments() -> None:
+    """Stop Tune from handing the driver's AWS keys to its trials.
+
+    They went into the trials' runtime environments, which every node logs and the dashboard shows. Nodes have
+    keys or roles of their own.
+    """
+    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(_AWS_KEYS)
+
+
+def num_open_suggestions(searcher: "OptunaSearch") -> int:
+    """Trials that Tune was given and that have not ended: `suggest` is asked without saying how many run."""
+    return len(searcher._ot_trials.keys() - searcher._completed_trials)
+
+
+def study_and_known_trials(searcher: "OptunaSearch") -> "tuple[optuna.Study, set[int]]":
+    """Optuna's study behind a restored searcher, and the numbers of the trials that Tune's snapshot knows.
+
+    The study may hold more: a driver killed between two snapshots asked for trials that nobody runs.
+    """
+    assert searcher._ot_study is not None
+    return searcher._ot_study, {trial.number for trial in searcher._ot_trials.values()}
+
+
+def fill_rungs(scheduler: "ASHAScheduler", trial: "Trial", reported: Mapping[int, float]) -> None:
+    """Enter into ASHA's rungs what a trial reported at these epochs: no snapshot of Tune holds the rungs."""
+    assert scheduler._metric_op is not None  # 1 or -1, by the study's mode
+    for milestone, recorded in scheduler._trial_info[trial.trial_id]._rungs:
+        if milestone in reported:
+            recorded[trial.trial_id] = scheduler._metric_op * reported[milestone]
+
+
+def causes_of(failures: Iterable[Exception]) -> list[BaseException]:
+    """What the workers of a Ray Train job raised: Ray wraps it, and gives no public name to the original."""
+    return [getattr(failure, "_base_exc", failure) for failure in failures]

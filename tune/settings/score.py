@@ -2,24 +2,43 @@
 
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoringSettings:
-    """The images of one folder and the detector that inspects them; the flags' own words are in `tune/score.py`."""
+    """Inspect every image below a folder, on as many machines as the cluster has.
 
-    detector: str
+    OUT receives verdicts/*.parquet, a row per image, overlays/, and last of all summary.json: without it the
+    output is unfinished. Exit code 1 says that there are images which could not be read; their rows say why.
+    """
+
+    detector: Positional[Annotated[str, arg(metavar="DETECTOR")]]
+    """Detector folder, s3://…, models:/NAME@ALIAS, models:/NAME/VERSION or runs:/RUN/detector."""
     images: str
+    """Folder at the same path on every node, or s3://bucket/path, searched for images."""
     out: str
+    """Folder reachable from every node, or s3://bucket/path."""
     false_alarm_rate: float = 0.01
+    """Share of good images that may be called anomalous, in (0, 1)."""
     overlays: Literal["anomalous", "all", "none"] = "anomalous"
+    """Which images are drawn with their heat map and regions."""
     tracking_uri: str | None = None
+    """MLflow server of models:/ and runs:/; $MLFLOW_TRACKING_URI unless given."""
     address: str | None = None
+    """Ray cluster, auto or ray://…; unless given, the job's cluster or one started for this."""
     batch_size: int = 64
+    """Images that a worker inspects at a time."""
     concurrency: int | None = None
+    """Workers; as many as the cluster holds unless given."""
     cpus_per_worker: float = 1.0
+    """CPUs of a worker."""
     gpus_per_worker: float | None = None
+    """GPUs of a worker, fractions allowed; 1 where the cluster has GPUs, else 0, unless given."""
+    json: bool = False
+    """Print summary.json on stdout at the end."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tracking_uri", self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or None)

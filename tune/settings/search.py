@@ -2,18 +2,15 @@
 
 import os
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from dskd.config import RunConfig, Selection
-from dskd.data.datasets import find_categories
 from dskd.presets import PRESETS
-from tune.settings.space import Space, build_space
-from tune.settings.space_file import SpaceFile, read_space
-from tune.storage import uris as places
-from tune.storage.uris import LOCAL_RESULTS
+from tune.storage.uris import LOCAL_RESULTS, is_address
+
+SamplerName = Literal["tpe", "gp", "cmaes", "qmc", "random"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +41,7 @@ class SearchSettings:
     all categories or below [category.NAME] or [preset.NAME]."""
     start_from: str = ""
     """Earlier searches in the same storage, separated by commas, whose champions are tried first too."""
-    sampler: Literal["tpe", "gp", "cmaes", "qmc", "random"] = "tpe"
+    sampler: SamplerName = "tpe"
     """Optuna's sampler: multivariate TPE, Gaussian process, CMA-ES, quasi-random or random; with several presets
     tpe or random."""
     selection: Selection = "val"
@@ -92,7 +89,11 @@ class SearchSettings:
 
     def __post_init__(self) -> None:
         # Read once, here: the processes on other nodes get these values and not their own environment's.
-        for name, variable in (("tracking_uri", "MLFLOW_TRACKING_URI"), ("study_storage", "DSKD_STUDY_STORAGE")):
+        for name, variable in (
+            ("tracking_uri", "MLFLOW_TRACKING_URI"),
+            ("study_storage", "DSKD_STUDY_STORAGE"),
+            ("address", "RAY_ADDRESS"),
+        ):
             object.__setattr__(self, name, getattr(self, name) or os.environ.get(variable) or None)
         if self.min_workers_per_trial is not None and not 1 <= self.min_workers_per_trial < self.workers_per_trial:
             raise ValueError(
@@ -110,63 +111,31 @@ class SearchSettings:
             raise ValueError(f"--gpus-per-worker must not be negative, got {self.gpus_per_worker}.")
         if not self.name or set(self.name) & set("/\\ ") or self.name.startswith("."):
             raise ValueError(f"--name becomes a folder name: no slash, no space, no leading dot, got {self.name!r}.")
-        if self.is_remote_storage and not (self.tracking_uri and self.study_storage):
+        if is_address(self.storage) and not (self.tracking_uri and self.study_storage):
             raise ValueError(
                 f"with --storage {self.storage} give --tracking-uri and --study-storage too: "
                 "their embedded defaults are files in a local storage folder."
             )
-        if self.trials < len(self.run_configs()):
+        presets = self.run_configs()
+        if self.trials < len(presets):
             raise ValueError(
-                f"--trials {self.trials} cannot hold the {len(self.run_configs())} presets untuned, which come first; "
-                f"give at least {len(self.run_configs())}."
+                f"--trials {self.trials} cannot hold the {len(presets)} presets untuned, which come first; "
+                f"give at least {len(presets)}."
             )
-        if len(self.run_configs()) > 1 and self.sampler not in ("tpe", "random"):
+        if len(presets) > 1 and self.sampler not in ("tpe", "random"):
             raise ValueError(
                 f"--sampler {self.sampler} cannot search several presets, whose parameters differ; use tpe or random."
             )
-        if self.name in self.earlier_searches:
+        if self.name in split_words(self.start_from):
             raise ValueError(f"--start-from names this search itself, {self.name!r}; it continues by its own name.")
-        self.budget_seconds  # noqa: B018 - refuses what it cannot read
-        self._space_file()
-
-    @property
-    def is_remote_storage(self) -> bool:
-        return places.is_remote(self.storage)
-
-    @property
-    def storage_uri(self) -> str:
-        return places.absolute_storage(self.storage)
-
-    @property
-    def tracking(self) -> str:
-        return places.tracking_address(self.tracking_uri, self.storage)
-
-    @property
-    def artifact_location(self) -> str | None:
-        return places.artifact_location(self.tracking, self.storage)
-
-    @property
-    def studies(self) -> str:
-        return self.study_storage or f"sqlite:///{self.storage_uri}/optuna.db"
-
-    @property
-    def search_uri(self) -> str:
-        """Where everything of this search lies."""
-        return f"{self.storage_uri}/{self.name}"
-
-    def run_config(self) -> RunConfig:
-        """The configuration that trials vary; of several presets the first one's.
-
-        Raises ValueError on values out of range.
-        """
-        return next(iter(self.run_configs().values()))
+        self.budget_seconds()
 
     def run_configs(self) -> dict[str, RunConfig]:
         """The configuration of each preset asked for, in their order: alike in epochs, image and batch size.
 
         Raises ValueError on an unknown preset, and on values out of range.
         """
-        names = tuple(PRESETS) if self.preset == "all" else _words(self.preset)
+        names = tuple(PRESETS) if self.preset == "all" else split_words(self.preset)
         if not names or (unknown := [name for name in names if name not in PRESETS]):
             got = unknown[0] if names else self.preset
             raise ValueError(f"--preset takes {', '.join(PRESETS)} or all, got {got!r}.")
@@ -178,31 +147,8 @@ class SearchSettings:
         }
         return {name: PRESETS[name].with_values(changes) for name in names}
 
-    def spaces(self, categories: Sequence[str], root: Path | None = None) -> dict[str, Space]:
-        """The search space of each category, without the points of earlier searches; `root` as below.
-
-        Raises ValueError naming file and entry where --space does not fit.
-        """
-        file = self._space_file()
-        if file is None:
-            return dict.fromkeys(categories, build_space(self.run_configs()))
-        file.check_names(tuple(self.run_configs()), tuple(find_categories(root or Path(self.data))))
-        general = file.space(self.run_configs(), "")
-        return {
-            category: file.space(self.run_configs(), category) if category in file.by_category else general
-            for category in categories
-        }
-
-    def _space_file(self) -> SpaceFile | None:
-        return read_space(self.space) if self.space is not None else None
-
-    @property
-    def earlier_searches(self) -> tuple[str, ...]:
-        return _words(self.start_from)
-
-    @property
     def budget_seconds(self) -> float | None:
-        """None where the search may take as long as it takes.
+        """Wall time of the whole search; None: no limit.
 
         Raises ValueError on a time that cannot be read.
         """
@@ -215,27 +161,7 @@ class SearchSettings:
             raise ValueError(f"--time-budget must be a time such as 2h, 1h30m or 90s, got {self.time_budget!r}.")
         return float(total)
 
-    def chosen_categories(self, root: Path | None = None) -> tuple[str, ...]:
-        """The categories to search, in the order asked for; `root` is where the data's names can be read.
 
-        Raises ValueError on an unknown one.
-        """
-        known = find_categories(root or Path(self.data))
-        if self.categories == "all":
-            return tuple(known)
-        wanted = _words(self.categories)
-        if unknown := [name for name in wanted if name not in known]:
-            raise ValueError(f"no category {unknown[0]!r} in {self.data}; it holds: {', '.join(known)}.")
-        if not wanted:
-            raise ValueError("--categories names none; give names separated by commas, or all.")
-        return wanted
-
-    @property
-    def ray_address(self) -> str | None:
-        """None means: start a cluster on this machine for this search alone."""
-        return self.address or os.environ.get("RAY_ADDRESS") or None
-
-
-def _words(text: str) -> tuple[str, ...]:
+def split_words(text: str) -> tuple[str, ...]:
     """What stands between commas, each once."""
     return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))

@@ -1,34 +1,38 @@
-"""What a single training is asked to do beside its configuration: the flags of `tune/train.py`, checked."""
+"""What a single training is asked to do: the flags of `tune/train.py`, checked."""
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from dskd.config import RunConfig
-from tune.storage import uris as places
+from tyro.conf import OmitArgPrefixes
+
+from dskd.config import RunConfig, Selection, TeacherSource
+from dskd.presets import Preset
+from tune.storage.uris import LOCAL_RESULTS, Addresses, is_address
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingSettings:
-    """One training of one category with a known configuration; the flags' own words are in `tune/train.py`."""
+    """One training of one category with a known configuration; `training_settings` describes the flags."""
 
     config: RunConfig
     data: str
-    category: str | None
-    to: Path
-    name: str
-    workers: int
-    gpus_per_worker: float | None
-    cpus_per_worker: float
-    teacher_weights: str
-    storage: str
-    tracking_uri: str | None
-    address: str | None
-    cache_gb: float
-    repeats: str = ""
-    """MLflow run that this one repeats."""
-    expected_data_sha256: str = ""
-    """Of the data of that run, where it is known."""
+    out: Path
+    category: str | None = None
+    name: str = "train"
+    from_run: str | None = None
+    workers: int = 1
+    gpus_per_worker: float | None = None
+    cpus_per_worker: float = 1.0
+    teacher_weights: str | None = None
+    textures: Path | None = None
+    selection: Selection | None = None
+    storage: str = LOCAL_RESULTS
+    tracking_uri: str | None = None
+    address: str | None = None
+    cache_gb: float = 20.0
+    json: bool = False
 
     def __post_init__(self) -> None:
         # Read once, here: the processes on other nodes get these values and not their own environment's.
@@ -47,20 +51,89 @@ class TrainingSettings:
             raise ValueError(f"--gpus-per-worker must not be negative, got {self.gpus_per_worker}.")
         if not self.name or set(self.name) & set("/\\ ") or self.name.startswith("."):
             raise ValueError(f"--name becomes a folder name: no slash, no space, no leading dot, got {self.name!r}.")
-        if "://" in self.storage and not self.tracking_uri:
+        if is_address(self.storage) and not self.tracking_uri:
             raise ValueError(
                 f"with --storage {self.storage} give --tracking-uri too: its embedded default is a file in a local "
                 "storage folder."
             )
 
     @property
-    def storage_uri(self) -> str:
-        return places.absolute_storage(self.storage)
+    def addresses(self) -> Addresses:
+        return Addresses.resolve(self.storage, self.name, self.tracking_uri)
 
     @property
-    def tracking(self) -> str:
-        return places.tracking_address(self.tracking_uri, self.storage)
+    def teacher(self) -> TeacherSource:
+        return TeacherSource(self.teacher_weights or "hub")
 
-    @property
-    def artifact_location(self) -> str | None:
-        return places.artifact_location(self.tracking, self.storage)
+
+def training_settings(
+    *,
+    data: str,
+    out: Path,
+    settings: Annotated[RunConfig, OmitArgPrefixes],
+    category: str | None = None,
+    name: str = "train",
+    config: Path | None = None,
+    preset: Preset = "dskd",
+    from_run: str | None = None,
+    workers: int = 1,
+    gpus_per_worker: float | None = None,
+    cpus_per_worker: float = 1.0,
+    teacher_weights: str | None = None,
+    textures: Path | None = None,
+    selection: Selection | None = None,
+    storage: str = LOCAL_RESULTS,
+    tracking_uri: str | None = None,
+    address: str | None = None,
+    cache_gb: float = 20.0,
+    json: bool = False,
+) -> TrainingSettings:
+    """Train a detector with a known configuration on a Ray cluster, tracked in MLflow, and deliver it.
+
+    The same command again continues where a killed one stopped, and delivers again what is finished. Exit code 1
+    says that the training failed.
+
+    Args:
+        data: Folder of categories at the same path on every node, or s3://bucket/path.
+        out: Folder that receives the detector.
+        settings: What the run is.
+        category: Which category; may be left out where the data hold one, or with --from-run.
+        name: Name of the MLflow experiment, and of a folder in the storage.
+        config: TOML file of the fields below, as dskd train --print-config writes it; flags stand above it.
+        preset: Method whose configuration the file and the other flags change.
+        from_run: MLflow run to repeat, a trial or a training: its configuration, category, teacher, textures and
+            selection.
+        workers: Processes that train together (DDP), on several nodes where needed.
+        gpus_per_worker: GPUs of a worker, fractions allowed; 1 where the cluster has GPUs, else 0, unless given.
+        cpus_per_worker: CPUs of a worker.
+        teacher_weights: hub, a .safetensors or .pth file at the same path on every node, or random (wiring tests);
+            hub, or as the repeated run, unless given.
+        textures: Folder of images, such as DTD, that feed the synthetic defects, at the same path on every node;
+            else textures are drawn.
+        selection: What chooses the epoch: val, images without test labels, or oracle, the labelled test images, to
+            reproduce papers; val, or as the repeated run, unless given.
+        storage: Folder or s3://bucket/path for checkpoints and detectors; reachable from every node.
+        tracking_uri: MLflow server; unless given, $MLFLOW_TRACKING_URI, or an SQLite file in a local storage folder.
+        address: Ray cluster, auto or ray://…; unless given, the job's cluster or one started for this training.
+        cache_gb: Size in GB of a node's cache, and once more of its copies of data from s3://.
+        json: Print one JSON document on stdout at the end.
+    """
+    return TrainingSettings(
+        config=settings,
+        data=data,
+        out=out,
+        category=category,
+        name=name,
+        from_run=from_run,
+        workers=workers,
+        gpus_per_worker=gpus_per_worker,
+        cpus_per_worker=cpus_per_worker,
+        teacher_weights=teacher_weights,
+        textures=textures,
+        selection=selection,
+        storage=storage,
+        tracking_uri=tracking_uri,
+        address=address,
+        cache_gb=cache_gb,
+        json=json,
+    )

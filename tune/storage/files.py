@@ -9,11 +9,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
 import pyarrow.fs
+import tenacity
 
-from tune.storage.uris import absolute_storage, is_remote
+from tune.storage.uris import absolute, is_address
 
 _T = TypeVar("_T")
-_PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
+RETRY_PAUSE = 0.5
+"""Seconds between the first attempt and the second; each pause is twice the one before, up to 30 s."""
+RETRY_ATTEMPTS = 8
 
 
 class StorageError(OSError):
@@ -214,23 +217,27 @@ def with_retries(act: Callable[[], _T], what: str) -> _T:
 
     Raises StorageError, naming `what`, where that did not help.
     """
-    for pause in _PAUSES:
-        try:
-            return act()
-        except StorageError:
-            raise
-        except (OSError, pyarrow.ArrowException):
-            time.sleep(pause)
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(_may_pass),
+        wait=tenacity.wait_exponential(multiplier=RETRY_PAUSE, max=30.0),
+        stop=tenacity.stop_after_attempt(RETRY_ATTEMPTS),
+    )
     try:
-        return act()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise StorageError(f"{what} failed {len(_PAUSES) + 1} times: {_first_line(error)}") from None
+        return retrying(act)
+    except tenacity.RetryError as error:
+        last = error.last_attempt.exception()
+        assert isinstance(last, Exception)
+        raise StorageError(f"{what} failed {RETRY_ATTEMPTS} times: {_first_line(last)}") from None
+
+
+def _may_pass(error: BaseException) -> bool:
+    return isinstance(error, OSError | pyarrow.ArrowException) and not isinstance(error, StorageError)
 
 
 def open_search(storage: str, name: str) -> Storage:
     """The storage of an existing search: `name` below the folder or s3:// address `storage`."""
-    root = absolute_storage(storage)
-    if not is_remote(storage) and not Path(root, name).is_dir():
+    root = absolute(storage)
+    if not is_address(storage) and not Path(root, name).is_dir():
         raise StorageError(f"no search {name!r} in {root}; check --name and --storage.")
     return Storage(f"{root}/{name}")
 

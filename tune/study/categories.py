@@ -1,34 +1,38 @@
 """All categories of a search: a process for each, one writer for what they report, the champions at the end."""
 
 import dataclasses
+import logging
 import shlex
-import threading
-from collections.abc import Mapping, Sequence
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import ray
-import ray.exceptions
-from ray.util.queue import Empty, Queue
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.queue import Queue
 
 from dskd.checkpoint import RECORD_FILE, DetectorRecord
-from tune.runtime.cluster import concurrent_trials
-from tune.settings.search import SearchSettings
+from tune.runtime.cluster import cluster_nodes, count_trials
+from tune.runtime.relay import relayed, this_node
+from tune.settings.plan import SearchPlan
 from tune.settings.space import Space
-from tune.storage.champions import Champion, fetch_figures, find_champion, note_best, note_run, save_champion
+from tune.settings.workers import Workers
+from tune.storage.champions import Champion, fetch_figures, find_champion, note_best, note_run
 from tune.storage.files import Storage, StorageError, open_search
 from tune.study.budget import BudgetSpentError, Share, Shares, TimeBudget
 from tune.study.category import StudyResult, search_category
 from tune.study.progress import SearchProgress
 from tune.tracking.category_page import category_note, draw_study
-from tune.tracking.events import CategoryEnded, TrialEnded
-from tune.tracking.tracker import Tracker, TrackingRefusedError, TrackingUnavailableError
-from tune.trial.spec import TrialSpec
+from tune.tracking.client import without_passwords
+from tune.tracking.events import CategoryEnded, Event, TrialEnded
+from tune.tracking.outbox import TrackingRefusedError, TrackingUnavailableError
+from tune.tracking.tracker import Tracker
+from tune.trial.evaluation import save_evaluated_champion
+from tune.trial.spec import TrialSpec, build_spec
 from tune.trial.trainable import driver_resources
-from tune.trial.worker import evaluate_on_test
+
+logger = logging.getLogger(__name__)
 
 # A decorated function would be pickled by value and lose its module's state; this one goes by reference.
 # A cluster that loses nodes for days may lose this one's again and again; it goes on from Tune's last snapshot.
@@ -44,93 +48,114 @@ class CategoryResult(NamedTuple):
     """How the search of one category ended."""
 
     category: str
-    num_trials: int
-    num_pruned: int
-    num_failed: int
-    champion: Champion | None
+    num_trials: int = 0
+    num_pruned: int = 0
+    num_failed: int = 0
+    champion: Champion | None = None
     """None where no trial finished."""
-    error: str
+    error: str = ""
     """Why there is no champion; empty where there is one."""
-    num_cut: int = 0
-    """Trials that the time budget ended; the same command goes on with them."""
+    num_interrupted: int = 0
+    """Trials that the time budget ended; the same command continues them."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for --json."""
+        return {**self._asdict(), "champion": self.champion._asdict() if self.champion else None}
 
 
 def run_search(
-    settings: SearchSettings,
-    spaces: Mapping[str, Space],
-    spec: TrialSpec,
-    tracker: Tracker,
-    progress: SearchProgress,
+    plan: SearchPlan, gpus_per_worker: float, tracker: Tracker, progress: SearchProgress
 ) -> list[CategoryResult]:
-    """Search every category of `spaces`, as many side by side as the cluster now holds trials; outcomes in their order.
+    """Search every category of the plan, as many side by side as the cluster now holds trials; results in their order.
 
-    An error in one category is its outcome and does not stop the others.
+    An error in one category is its result and does not stop the others.
     """
-    categories = tuple(spaces)
-    slots = settings.max_concurrent or concurrent_trials(spec)
-    side_by_side = min(len(categories), slots)
-    budget = TimeBudget(settings.budget_seconds, len(categories), side_by_side)
-    # On the driver's node: with another one, the events on their way and the search itself would be lost.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    events = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-    shares: Any = _Shares.options(scheduling_strategy=here).remote(len(categories), side_by_side)
-    all_done = threading.Event()
+    search = _Search(plan, Workers(plan.num_workers, plan.cpus_per_worker, gpus_per_worker), tracker, progress)
+    slots = plan.max_concurrent or count_trials(cluster_nodes(), search.workers)
+    side_by_side = min(len(plan.categories), slots)
+    budget = TimeBudget(plan.budget_seconds, len(plan.categories), side_by_side)
+    shares: Any = _Shares.options(scheduling_strategy=this_node()).remote(len(plan.categories), side_by_side)
     # One at a time and apart: a storage that is away must not hold up the events.
-    noting = ThreadPoolExecutor(1, thread_name_prefix="best so far")
+    with ThreadPoolExecutor(1, thread_name_prefix="best so far") as noting:
 
-    def relay() -> None:
-        while True:
-            try:
-                event = events.get(timeout=1)
-            except Empty:
-                if all_done.is_set():
-                    return
-                continue
+        def handle(event: Event) -> None:
             tracker.put(event)
             progress.show(event)
             if isinstance(event, TrialEnded) and event.detector:
-                noting.submit(_note_best, settings, event, progress)
+                noting.submit(_note_best, search, event)
 
-    def search(category: str) -> CategoryResult:
-        mine = dataclasses.replace(spec, category=category, workers_uri=f"{settings.search_uri}/workers/{category}")
-        try:
-            try:
-                deadline = budget.begin_category()
-                space = with_winners(settings, category, spaces[category], progress)
-                task = _search_category.options(resources=driver_resources())
-                study = ray.get(task.remote(settings, mine, Share(shares), events, space, deadline))
-            finally:
-                shares.end_category.remote()  # what comes after takes no trial's place
-            outcome, tags = _conclude(settings, mine, study, tracker, progress)
-        except BudgetSpentError as error:
-            known = find_champion(Storage(settings.search_uri), category)
-            outcome, tags = CategoryResult(category, 0, 0, 0, known, "" if known else str(error)), {}
-            progress.say(f"{category}: {error}")
-        except Exception as error:  # whatever it was, the other categories go on
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-            outcome, tags = CategoryResult(category, 0, 0, 0, None, reason), {}
-        if outcome.champion is None:
-            tags = {"dskd.error": outcome.error}
-        # Through the queue of the trials' events, which it must not overtake.
-        events.put(CategoryEnded(category, "finished" if outcome.champion else "failed", {}, tags))
-        return outcome
+        with (
+            relayed(handle) as events,
+            ThreadPoolExecutor(side_by_side, thread_name_prefix="category") as pool,
+        ):
+            return list(pool.map(lambda each: _search_one(search, each, budget, shares, events), plan.categories))
 
-    relaying = threading.Thread(target=relay, name="events")
-    relaying.start()
+
+class _Search(NamedTuple):
+    """What every category of a search shares in the driver."""
+
+    plan: SearchPlan
+    workers: Workers
+    tracker: Tracker
+    progress: SearchProgress
+
+    @property
+    def storage(self) -> Storage:
+        return Storage(self.plan.addresses.home)
+
+
+def _search_one(search: _Search, category: str, budget: TimeBudget, shares: Any, events: Queue) -> CategoryResult:
+    """Search one category, choose its champion, and close its run in MLflow."""
+    tags: dict[str, str] = {}
     try:
-        with ThreadPoolExecutor(side_by_side, thread_name_prefix="category") as pool:
-            return list(pool.map(search, categories))
-    finally:
-        all_done.set()
-        relaying.join()
-        noting.shutdown()
+        try:
+            deadline = budget.begin_category()
+            spec = _spec(search, category)
+            space = with_winners(search.plan, category, search.progress)
+            task = _search_category.options(resources=driver_resources())
+            running = task.remote(search.plan.of_category(category, space), spec, Share(shares), events, deadline)
+            study = ray.get(running)
+        finally:
+            shares.end_category.remote()  # what comes after takes no trial's place
+        result, tags = _conclude(search, spec, study)
+    except BudgetSpentError as error:
+        known = find_champion(search.storage, category)
+        result = CategoryResult(category, champion=known, error="" if known else str(error))
+        search.progress.say(f"{category}: {error}")
+    except Exception as error:  # whatever it was, the other categories go on
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        if not isinstance(error, ValueError | OSError):  # those are the user's; this is a fault of ours
+            logger.error("%s: %s", category, without_passwords("".join(traceback.format_exception(error))))
+        result = CategoryResult(category, error=reason)
+    if result.champion is None:
+        tags = {"dskd.error": result.error}
+    # Through the queue of the trials' events, which it must not overtake.
+    events.put(CategoryEnded(category, "finished" if result.champion else "failed", {}, tags))
+    return result
 
 
-def with_winners(settings: SearchSettings, category: str, space: Space, progress: SearchProgress) -> Space:
-    """The space with the champions that earlier searches found for the category; one line for each left out."""
+def _spec(search: _Search, category: str) -> TrialSpec:
+    plan = search.plan
+    return build_spec(
+        plan.config,
+        data=plan.data,
+        category=category,
+        teacher=plan.teacher,
+        textures=plan.textures,
+        selection=plan.selection,
+        cache_gb=plan.cache_gb,
+        workers=search.workers,
+        min_workers=plan.min_workers,
+        workers_uri=f"{plan.addresses.home}/workers/{category}",
+    )
+
+
+def with_winners(plan: SearchPlan, category: str, progress: SearchProgress) -> Space:
+    """The category's space with the champions that earlier searches found for it; one line for each left out."""
+    space = plan.spaces[category]
     winners = list(space.winners)
-    for name in settings.earlier_searches:
-        storage = open_search(settings.storage, name)
+    for name in plan.earlier_searches:
+        storage = open_search(plan.addresses.storage, name)
         champion = find_champion(storage, category)
         document = storage.read_json(f"{champion.folder}/{RECORD_FILE}") if champion else None
         if document is None:
@@ -143,95 +168,97 @@ def with_winners(settings: SearchSettings, category: str, space: Space, progress
     return dataclasses.replace(space, winners=tuple(winners))
 
 
-def _note_best(settings: SearchSettings, event: TrialEnded, progress: SearchProgress) -> None:
+def _note_best(search: _Search, event: TrialEnded) -> None:
     try:
-        storage = Storage(settings.search_uri)
-        note_best(storage, event.category, event.trial_id, event.objective, event.detector)
+        note_best(search.storage, event.category, event.trial_id, event.objective, event.detector)
     except StorageError as error:
-        progress.say(f"{event.category}: trial {event.trial_id} cannot be pulled before the search ends: {error}")
+        search.progress.say(
+            f"{event.category}: trial {event.trial_id} cannot be pulled before the search ends: {error}"
+        )
 
 
-def _conclude(
-    settings: SearchSettings, spec: TrialSpec, study: StudyResult, tracker: Tracker, progress: SearchProgress
-) -> tuple[CategoryResult, dict[str, str]]:
+def _conclude(search: _Search, spec: TrialSpec, study: StudyResult) -> tuple[CategoryResult, dict[str, str]]:
     """What a category's trials came to, and tags for its run in MLflow."""
-    category, counts = spec.category, (study.num_trials, study.num_pruned, len(study.errors))
-    if study.num_cut:
-        progress.say(f"{category}: {study.num_cut} trials cut by the time budget; the same command goes on with them")
+    category, progress = spec.category, search.progress
+    result = CategoryResult(
+        category, study.num_trials, study.num_pruned, len(study.errors), num_interrupted=study.num_interrupted
+    )
+    if study.num_interrupted:
+        progress.say(
+            f"{category}: the time budget interrupted {study.num_interrupted} trials; the same command continues them"
+        )
     if study.best is None:
         reason = study.errors[-1] if study.errors else "no trial reached its last epoch"
-        if study.num_cut:
-            reason += f" within the time budget, which cut {study.num_cut}; the same command goes on with them"
-        return CategoryResult(category, *counts, None, reason, study.num_cut), {}
+        if study.num_interrupted:
+            reason += (
+                f" within the time budget, which interrupted {study.num_interrupted}; the same command continues them"
+            )
+        return result._replace(error=reason), {}
     trial_id, detector = study.best
-    storage = Storage(settings.search_uri)
-    known = find_champion(storage, category)
+    known = find_champion(search.storage, category)
     if known is not None and known.trial_id == trial_id and known.run_id:
         progress.say(f"{category}: trial {trial_id} is the champion already")
-        _show_study(settings, category, tracker, progress)
-        return CategoryResult(category, *counts, known, "", study.num_cut), {}
+        _log_study(search, category)
+        return result._replace(champion=known), {}
     progress.say(f"{category}: trial {trial_id} is the best, evaluating it once on the test images")
-    resources = {"num_cpus": spec.cpus_per_worker, "num_gpus": spec.gpus_per_worker}
-    threads = max(1, int(spec.cpus_per_worker))
-    evaluation = evaluate_on_test.options(**resources)
-    tested = ray.get(evaluation.remote(detector, spec.data, category, threads, spec.cache_gb))
     with TemporaryDirectory(prefix="dskd-") as temporary:
         local = Path(temporary) / "detector"
-        champion, record = save_champion(storage, category, trial_id, detector, tested, local)
-        tags = {"dskd.champion_trial": trial_id}
+        champion, record = save_evaluated_champion(search.storage, spec, trial_id, detector, local)
         figures = fetch_figures(detector, Path(temporary) / "figures")
-        try:
-            registered = tracker.register_champion(
-                category,
-                trial_id,
-                local,
-                record.metrics,
-                record.data_sha256,
-                _TRACKING_PATIENCE,
-                figures=figures,
-                promote=settings.promote,
-            )
-        except (TrackingUnavailableError, TrackingRefusedError) as error:
-            progress.say(f"{category}: {error}; the champion is in the storage, the same command registers it")
-        else:
-            champion = champion._replace(run_id=registered.run_id)
-            note_run(storage, champion)
-            tags["dskd.champion_model"] = f"{registered.model}/{registered.version}"
-            if not registered.alias:
-                why = "by --no-promote" if not settings.promote else "a better one of the same images has it"
-                progress.say(f"{category}: {registered.model} version {registered.version} gets no alias, {why}")
-            tags["mlflow.note.content"] = category_note(
-                category=category,
-                trial_id=trial_id,
-                metrics=champion.metrics,
-                counts=counts,
-                registered=f"{registered.model} version {registered.version}"
-                + (f", alias {registered.alias}" if registered.alias else ", no alias"),
-                pull=f"python tune/pull.py {shlex.quote(category)} --name {settings.name} "
-                f"--storage {shlex.quote(settings.storage)} --to detectors",
-                remarks=[
-                    *_show_study(settings, category, tracker, progress),
-                    *([] if figures else ["validation: no pictures, an earlier version trained this trial"]),
-                    *(["The teacher is untrained: these figures say nothing."] if record.is_untrained_teacher else []),
-                ],
-            )
-    return CategoryResult(category, *counts, champion, "", study.num_cut), tags
+        champion, tags = _register(search, result._replace(champion=champion), record, local, figures)
+    return result._replace(champion=champion), {"dskd.champion_trial": trial_id, **tags}
 
 
-def _show_study(settings: SearchSettings, category: str, tracker: Tracker, progress: SearchProgress) -> tuple[str, ...]:
-    """Log pictures of the category's study; what cannot be shown, and why."""
+def _register(
+    search: _Search, result: CategoryResult, record: DetectorRecord, detector: Path, figures: Path | None
+) -> tuple[Champion, dict[str, str]]:
+    """The champion as it now stands in MLflow, and tags of its category's run; unchanged while MLflow is away."""
+    plan, progress, category, champion = search.plan, search.progress, result.category, result.champion
+    assert champion is not None
+    try:
+        registered = search.tracker.register_champion(
+            category,
+            champion.trial_id,
+            detector,
+            record.metrics,
+            record.data_sha256,
+            _TRACKING_PATIENCE,
+            figures=figures,
+            promote=plan.promote,
+        )
+    except (TrackingUnavailableError, TrackingRefusedError) as error:
+        progress.say(f"{category}: {error}; the champion is in the storage, the same command registers it")
+        return champion, {}
+    champion = champion._replace(run_id=registered.run_id)
+    note_run(search.storage, champion)
+    if not registered.alias:
+        why = "a better one of the same images has it" if plan.promote else "by --no-promote"
+        progress.say(f"{category}: {registered.model} version {registered.version} gets no alias, {why}")
+    alias = f"alias {registered.alias}" if registered.alias else "no alias"
+    note = category_note(
+        category=category,
+        trial_id=champion.trial_id,
+        metrics=champion.metrics,
+        counts=(result.num_trials, result.num_pruned, result.num_failed),
+        registered=f"{registered.model} version {registered.version}, {alias}",
+        pull=f"python tune/pull.py {shlex.quote(category)} --name {plan.name} "
+        f"--storage {shlex.quote(plan.addresses.storage)} --out detectors",
+        remarks=[
+            *_log_study(search, category),
+            *([] if figures else ["validation: no pictures, an earlier version trained this trial"]),
+            *(["The teacher is untrained: these figures say nothing."] if record.is_untrained_teacher else []),
+        ],
+    )
+    model = f"{registered.model}/{registered.version}"
+    return champion, {"dskd.champion_model": model, "mlflow.note.content": note}
+
+
+def _log_study(search: _Search, category: str) -> tuple[str, ...]:
+    """Log pictures of the category's study; a line for each that cannot be drawn, with the reason."""
     with TemporaryDirectory(prefix="dskd-") as temporary:
-        missing = draw_study(settings.studies, f"{settings.name}/{category}", Path(temporary))
+        missing = draw_study(search.plan.studies, f"{search.plan.name}/{category}", Path(temporary))
         try:
-            tracker.add_study(category, Path(temporary), _TRACKING_PATIENCE)
+            search.tracker.add_study(category, Path(temporary), _TRACKING_PATIENCE)
         except (TrackingUnavailableError, TrackingRefusedError) as error:
-            progress.say(f"{category}: {error}; the study's pictures are not logged, the same command does so")
+            search.progress.say(f"{category}: {error}; the study's pictures are not logged, the same command does so")
     return missing
-
-
-def summary(outcomes: Sequence[CategoryResult]) -> list[Mapping[str, Any]]:
-    """One plain document per category, for --json."""
-    return [
-        {**outcome._asdict(), "champion": outcome.champion._asdict() if outcome.champion else None}
-        for outcome in outcomes
-    ]

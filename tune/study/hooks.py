@@ -16,27 +16,26 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import SearchGenerator
 from ray.tune.search.optuna import OptunaSearch
 
-from tune.runtime import ray_internals as reservations
-from tune.runtime.cluster import concurrent_trials
-from tune.settings.space import Space
+from tune.runtime.cluster import cluster_nodes, count_trials
+from tune.runtime.ray_internals import fill_rungs, free, free_abandoned, num_open_suggestions, study_and_known_trials
 from tune.storage.uris import DETECTOR_FOLDER
+from tune.study.context import study_context
 from tune.tracking.events import DataUsed, EpochDone, Remarked, Status, TrialEnded, TrialStarted
 from tune.trial.failures import cost, out_of_memory_reason
-from tune.trial.spec import CATEGORY, DATA_SHA256, PLACEMENT_GROUP, REMARK, RUNG, TrialSpec
-from tune.trial.spec import PREFIX as MACHINE
+from tune.trial.spec import (
+    CATEGORY,
+    DATA_SHA256,
+    EPOCH,
+    ERROR,
+    OBJECTIVE,
+    PLACEMENT_GROUP,
+    REMARK,
+    RUNG,
+    tracked_figures,
+)
 
 _SWEEP_SECONDS = 2.0
 """Between two looks for what dead trials left reserved."""
-_EPOCH_METRICS = (
-    "loss",
-    "encoder_loss",
-    "decoder_loss",
-    "hard_loss",
-    "images_per_second",
-    "seconds",
-    "validation_seconds",
-    "objective",
-)
 
 
 def close_abandoned(study: optuna.Study, known: Set[int]) -> None:
@@ -56,13 +55,8 @@ def detector_uri(metrics: Mapping[str, Any], checkpoint: ray.tune.Checkpoint | N
     path = metrics.get("checkpoint_path") or (checkpoint.path if checkpoint else None)
     if path is None:
         return None
-    is_s3 = _revived["search_uri"].startswith("s3://")
+    is_s3 = study_context().plan.addresses.home.startswith("s3://")
     return f"{'s3://' if is_s3 and '://' not in path else ''}{path}/{DETECTOR_FOLDER}"
-
-
-# Tune pickles its callbacks and its searcher into the experiment's folder and revives them there when a
-# search is continued; what must not be pickled, a password or a handle, is found again here.
-_revived: dict[str, Any] = {}
 
 
 class StudyStorage(optuna.storages.RDBStorage):
@@ -85,18 +79,17 @@ class Searcher(OptunaSearch):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         """None, which means later, while as many trials run as should."""
-        slots = _revived["max_concurrent"] or concurrent_trials(_revived["spec"])
-        if len(self._ot_trials.keys() - self._completed_trials) >= _revived["share"].of(
-            slots, is_limit=_revived["max_concurrent"] is not None
-        ):
+        context = study_context()
+        limit = context.plan.max_concurrent
+        slots = limit or count_trials(cluster_nodes(), context.spec.workers)
+        if num_open_suggestions(self) >= context.share.of(slots, is_limit=limit is not None):
             return None
         suggested: dict[str, Any] | None = super().suggest(trial_id)
         return suggested
 
     def restore(self, checkpoint_path: str) -> None:
         super().restore(checkpoint_path)
-        assert self._ot_study is not None
-        close_abandoned(self._ot_study, {trial.number for trial in self._ot_trials.values()})
+        close_abandoned(*study_and_known_trials(self))
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         with suppress(optuna.exceptions.UpdateFinishedTrialError):
@@ -104,8 +97,8 @@ class Searcher(OptunaSearch):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """What needs more memory than there is counts as bad; other failures say nothing about the values tried."""
-        if error and trial_id in _revived["starved"]:
-            result = {"objective": 0.0}
+        if error and trial_id in study_context().out_of_memory:
+            result = {OBJECTIVE: 0.0}
         super().on_trial_complete(trial_id, result, error)
 
 
@@ -120,29 +113,27 @@ class Halving(ASHAScheduler):
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         super().on_trial_add(tune_controller, trial)
         last = trial.last_result or {}
-        for milestone, recorded in self._trial_info[trial.trial_id]._rungs:
-            if (value := last.get(f"{RUNG}{milestone}")) is not None:
-                recorded[trial.trial_id] = self._metric_op * value
+        reported = {int(name.removeprefix(RUNG)): value for name, value in last.items() if name.startswith(RUNG)}
+        fill_rungs(self, trial, reported)
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         decision: str = super().on_trial_result(tune_controller, trial, result)
-        space: Space = _revived["space"]
-        return self.CONTINUE if space.is_untuned(trial.config) else decision
+        return self.CONTINUE if study_context().space.is_untuned(trial.config) else decision
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
         """Tune tells the scheduler of every failure, and then the searcher of the last, by the trial's name only."""
         super().on_trial_error(tune_controller, trial)
         text = _failures(trial)
         trial.run_metadata.num_failures += cost(text) - 1  # Tune has counted it as one
-        starved: set[str] = _revived["starved"]
-        (starved.add if out_of_memory_reason(text) else starved.discard)(trial.trial_id)
+        without_memory = study_context().out_of_memory
+        (without_memory.add if out_of_memory_reason(text) else without_memory.discard)(trial.trial_id)
 
 
 class Suggestions(SearchGenerator):
     """Lets a study be continued with more trials than it was begun with; with fewer, it begins no more."""
 
     def set_state(self, state: dict[str, Any]) -> None:
-        super().set_state(state | {"total_samples": _revived["num_trials"]})
+        super().set_state(state | {"total_samples": study_context().plan.trials})
 
 
 class Deadline(ray.tune.Stopper):
@@ -155,16 +146,16 @@ class Deadline(ray.tune.Stopper):
         return False
 
     def stop_all(self) -> bool:
-        deadline: float | None = _revived["deadline"]
-        if deadline is not None and time.time() >= deadline:
+        context = study_context()
+        if context.deadline is not None and time.time() >= context.deadline:
             assert signal.getsignal(signal.SIGUSR1) is not signal.SIG_DFL, "Tune handles it where it runs a study"
             signal.raise_signal(signal.SIGUSR1)
-            _revived["is_cut"] = True
+            context.is_over = True
         return False
 
 
 def _revive_storage() -> StudyStorage:
-    return StudyStorage(_revived["study_url"])
+    return StudyStorage(study_context().plan.studies)
 
 
 class Observe(ray.tune.Callback):
@@ -188,42 +179,31 @@ class Observe(ray.tune.Callback):
                 _tell_end(trial, trial.status == Trial.ERROR)
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        spec: TrialSpec = _revived["spec"]
-        config = _revived["space"].configuration(trial.config)
-        weights = spec.teacher_weights
-        params = config.flat() | {
-            "preset": _revived["space"].preset_of(trial.config),
-            "textures": Path(spec.textures).name or "drawn",
-            "teacher_weights": weights if weights in ("hub", "random") else Path(weights).name,
-            "num_workers": spec.num_workers,
-        }
-        _revived["running"].add(trial.trial_id)
-        _revived["events"].put(TrialStarted(spec.category, trial.trial_id, params))
+        context = study_context()
+        params = context.space.configuration(trial.config).flat() | context.spec.tracked_values()
+        params |= {"preset": context.space.preset_of(trial.config)}
+        context.running.add(trial.trial_id)
+        context.events.put(TrialStarted(context.category, trial.trial_id, params))
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
-        metrics = {
-            name: float(value)
-            for name, value in result.items()
-            if (name in _EPOCH_METRICS or name.startswith(("val/", MACHINE))) and isinstance(value, int | float)
-        }
-        spec: TrialSpec = _revived["spec"]
-        category, epoch = spec.category, int(result["epoch"])
+        context = study_context()
+        category, epoch = context.category, int(result[EPOCH])
         if (trained := result.get(CATEGORY, category)) != category:
             raise RuntimeError(f"a trial of {category} trained on {trained}: its results must not count.")
         if result.get("training_iteration") == 1 and DATA_SHA256 in result:
-            source = f"{spec.data}/{category}"
-            _revived["events"].put(DataUsed(category, trial.trial_id, source, result[DATA_SHA256]))
+            source = f"{context.spec.data}/{category}"
+            context.events.put(DataUsed(category, trial.trial_id, source, result[DATA_SHA256]))
         if (remark := result.get(REMARK)) and self._remarks.get(trial.trial_id) != remark:
             self._remarks[trial.trial_id] = remark
-            _revived["events"].put(Remarked(category, trial.trial_id, remark))
+            context.events.put(Remarked(category, trial.trial_id, remark))
         if epoch > self._furthest.get(trial.trial_id, 0):
             # Failures before a new epoch are forgiven: a cluster that loses nodes for days ends no sound trial.
             self._furthest[trial.trial_id] = epoch
             trial.run_metadata.num_failures = 0
         when = int(result["timestamp"] * 1000)  # of the result, so that MLflow knows one that it is told twice
-        _revived["events"].put(EpochDone(category, trial.trial_id, epoch, metrics, when))
+        context.events.put(EpochDone(category, trial.trial_id, epoch, tracked_figures(result), when))
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         _free_workers(trial)
@@ -234,16 +214,18 @@ class Observe(ray.tune.Callback):
         _tell_end(trial, True)
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
-        if _revived["is_cut"]:  # this was the last step; afterwards Tune calls them all terminated
-            _revived["cut"].update(trial.trial_id for trial in trials if not trial.is_finished())
+        context = study_context()
+        if context.is_over:  # this was the last step; afterwards Tune calls them all terminated
+            context.interrupted.update(trial.trial_id for trial in trials if not trial.is_finished())
 
     def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
         self.on_step_begin(0, trials)  # where all had ended already, no step is taken
+        context = study_context()
         for trial in trials:
-            if trial.trial_id in _revived["running"]:
+            if trial.trial_id in context.running:
                 _free_workers(trial)
-                if _revived["is_cut"]:
-                    _revived["events"].put(TrialEnded(_revived["spec"].category, trial.trial_id, "cut", ""))
+                if context.is_over:
+                    context.events.put(TrialEnded(context.category, trial.trial_id, "interrupted", ""))
 
 
 class Sweep(ray.tune.Callback):
@@ -254,7 +236,7 @@ class Sweep(ray.tune.Callback):
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         if time.monotonic() > self._swept + _SWEEP_SECONDS:
-            reservations.free_abandoned()
+            free_abandoned()
             self._swept = time.monotonic()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -263,17 +245,18 @@ class Sweep(ray.tune.Callback):
 
 def _tell_end(trial: Trial, is_lost: bool) -> None:
     """`is_lost`: it failed too often for Tune to go on."""
-    _revived["running"].discard(trial.trial_id)
-    last, spec = trial.last_result or {}, _revived["spec"]
-    error = str(last.get("error") or "")
+    context = study_context()
+    context.running.discard(trial.trial_id)
+    last = trial.last_result or {}
+    error = str(last.get(ERROR) or "")
     if is_lost:
         failures = _failures(trial)
-        error = _revived["reasons"][trial.trial_id] = out_of_memory_reason(failures) or failures
-    is_last = last.get("epoch", 0) >= spec.config["train"]["epochs"]
+        error = context.failure_reasons[trial.trial_id] = out_of_memory_reason(failures) or failures
+    is_last = last.get(EPOCH, 0) >= context.plan.epochs
     status: Status = "failed" if error else "finished" if is_last else "pruned"
     detector = detector_uri(last, trial.checkpoint) if status == "finished" else None
-    objective = float(last.get("objective", 0.0))
-    _revived["events"].put(TrialEnded(spec.category, trial.trial_id, status, error, objective, detector or ""))
+    objective = float(last.get(OBJECTIVE, 0.0))
+    context.events.put(TrialEnded(context.category, trial.trial_id, status, error, objective, detector or ""))
 
 
 def _failures(trial: Trial) -> str:
@@ -285,4 +268,4 @@ def _failures(trial: Trial) -> str:
 def _free_workers(trial: Trial) -> None:
     """Take back at once what the workers of an ended trial had reserved: Ray takes seconds, or for ever."""
     if reserved := (trial.last_result or {}).get(PLACEMENT_GROUP):
-        reservations.free(reserved)
+        free(reserved)

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tune.tracking.events import CategoryEnded, EpochDone, Event, Remarked, TrialEnded, TrialStarted
+from tune.trial.spec import OBJECTIVE
 
 
 class TimeShare(NamedTuple):
@@ -137,13 +138,13 @@ class SearchProgress:
                 category.running.clear()
 
     def _count_epoch(self, category: _Category, event: EpochDone) -> None:
-        objective = event.metrics.get("objective", 0.0)
+        objective = event.metrics.get(OBJECTIVE, 0.0)
         category.best = max(objective, category.best or 0.0)
         self._epochs_of[event.trial_id] = event.epoch
         if trial := category.running.get(event.trial_id):
             trial.epoch = event.epoch
-            trial.training += event.metrics.get("seconds", 0.0)
-            trial.validation += event.metrics.get("validation_seconds", 0.0)
+            trial.training += event.metrics.get("time/train_seconds", 0.0)
+            trial.validation += event.metrics.get("time/validation_seconds", 0.0)
 
     def _count_end(self, category: _Category, event: TrialEnded) -> None:
         category.ended[event.status] = category.ended.get(event.status, 0) + 1

@@ -49,7 +49,12 @@ def without_password(uri: str) -> str:
 def first_line(error: Exception) -> str:
     """What an error says; MLflow's repeat the server's address, here without a password in it."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return re.sub(r"://[^/\s]*@", "://", line)[:300]
+    return without_passwords(line)[:300]
+
+
+def without_passwords(text: str) -> str:
+    """An error's text fit for a log: every address in it without its user and password."""
+    return re.sub(r"://[^/\s]*@", "://", text)
 
 
 def tracking_ui_command(uri: str) -> str:

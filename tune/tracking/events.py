@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-Status = Literal["finished", "pruned", "failed", "cut"]
-"""cut: the time budget ended first; the same command goes on with it."""
+Status = Literal["finished", "pruned", "failed", "interrupted"]
+"""interrupted: the time budget ended first; the same command continues the trial."""
 
 
 class TrialStarted(NamedTuple):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from dskd.config import RunConfig
+from dskd.config import RunConfig, Selection
 from tune.storage.uris import LOCAL_RESULTS
 
 
@@ -21,6 +21,9 @@ class TrackedRun(NamedTuple):
     category: str
     teacher_weights: str
     """hub, random or a file's name."""
+    textures: str
+    """Name of the folder that fed the synthetic defects, or drawn."""
+    selection: Selection
     data_sha256: str
     """Empty where it was not recorded."""
     revision: str
@@ -47,6 +50,8 @@ def tracked_run(uri: str, run_id: str) -> TrackedRun:
         unknown_fields=tuple(name for name in config.flat() if name not in params),
         category=tags["dskd.category"],
         teacher_weights=params.get("teacher_weights", ""),
+        textures=params.get("textures", "drawn"),
+        selection="oracle" if tags.get("dskd.selection") == "oracle" else "val",
         data_sha256=tags.get("dskd.data_sha256", ""),
         revision=tags.get("mlflow.source.git.commit", ""),
     )

@@ -1,49 +1,26 @@
-"""MLflow, through one writer per search.
-
-Training never waits for the tracking server: events go into a queue, one thread writes them, and
-tries again for as long as the server is away. Meanwhile they are in a file too, and a search that
-ends or is killed before the server is back writes them when it is started again.
-"""
+"""What a search or a training is in MLflow: experiment, runs, parameters, metrics, artifacts and models."""
 
 import json
-import logging
-import math
-import threading
 import time
-from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
-from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
-from requests import RequestException
 
-from tune.tracking.client import first_line, prepare_client
+from tune.tracking.client import prepare_client
 from tune.tracking.events import CategoryEnded, DataUsed, EpochDone, Event, Remarked, TrialStarted
-from tune.tracking.outbox import Journal
+from tune.tracking.outbox import Outbox
 from tune.tracking.registry import MODEL_FOLDER, Registration, pack, quoted, register
 
-logger = logging.getLogger(__name__)
-
-_FIRST_PAUSE = 0.5
-_LONGEST_PAUSE = 15.0
 _DIGEST = 36
 """Characters that MLflow keeps of a data set's digest."""
 _MAX_VALUE = 5000
 """Characters of a parameter or tag that every MLflow store takes."""
 
-_RUN_STATUS = {"finished": "FINISHED", "pruned": "KILLED", "failed": "FAILED", "cut": "KILLED"}
-
-
-class TrackingUnavailableError(ConnectionError):
-    """The tracking server did not answer for as long as one was willing to wait."""
-
-
-class TrackingRefusedError(RuntimeError):
-    """The tracking server answered with a refusal, which trying again does not change."""
+_RUN_STATUS = {"finished": "FINISHED", "pruned": "KILLED", "failed": "FAILED", "interrupted": "KILLED"}
 
 
 class Tracker:
@@ -72,44 +49,15 @@ class Tracker:
         self._has_parents = has_parents
         self._runs: dict[tuple[str, str], str] = {}
         self._experiment = ""
-        self._journal = Journal(unsent)
-        self._events: deque[Event] = deque(self._journal.read())
-        """Not taken by the server yet, the one that is being written included."""
-        self._is_journaled = bool(self._events)
-        """Every waiting event is in the journal too; so it is from an outage on, until none waits."""
-        self._is_closing = False
-        self._changed = threading.Condition()
-        """Guards the four above."""
-        self._writing = threading.Lock()
-        self._give_up = threading.Event()
-        self._writer = threading.Thread(target=self._write_all, name="mlflow writer", daemon=True)
-        self._writer.start()
+        self._outbox = Outbox(unsent, self._write)
 
     def put(self, event: Event) -> None:
         """Hand over an event; returns at once."""
-        with self._changed:
-            self._events.append(event)
-            if self._is_journaled:
-                self._journal.add([event])
-            self._changed.notify()
+        self._outbox.put(event)
 
     def close(self, patience: float) -> int:
         """Write what is left, for at most `patience` seconds; the number of events that stay in the file instead."""
-        with self._changed:
-            self._is_closing = True
-            self._changed.notify()
-        self._writer.join(patience)
-        if self._writer.is_alive():
-            self._give_up.set()
-            self._writer.join(60)
-            self._keep_what_waits()
-        return len(self._events)
-
-    def _keep_what_waits(self) -> None:
-        with self._changed:
-            if self._events and not self._is_journaled:
-                self._journal.add(self._events)
-                self._is_journaled = True
+        return self._outbox.close(patience)
 
     def register_champion(
         self,
@@ -155,7 +103,7 @@ class Tracker:
             )
             return registration
 
-        return self._while_writer_waits(write, patience)  # type: ignore[no-any-return]
+        return self._outbox.write_now(write, patience)
 
     def add_study(self, category: str, pictures: Path, patience: float) -> None:
         """Log a folder of pictures to the category's run; errors as `register_champion`."""
@@ -164,19 +112,7 @@ class Tracker:
             parent = insist(lambda: self._category_run(category))
             insist(lambda: self._client.log_artifacts(parent, str(pictures), "study"))
 
-        self._while_writer_waits(write, patience)
-
-    def _while_writer_waits(self, write: Any, patience: float) -> Any:
-        """`write(insist)`, where `insist` calls a function until the server has taken it or patience ends."""
-        deadline = time.monotonic() + patience
-        if not self._writing.acquire(timeout=patience):
-            raise TrackingUnavailableError(f"MLflow did not answer for {patience:.0f} s")
-        try:
-            return write(lambda act: self._with_retries(act, deadline))
-        except (MlflowException, RequestException) as error:
-            raise TrackingRefusedError(f"MLflow refused: {first_line(error)}") from error
-        finally:
-            self._writing.release()
+        self._outbox.write_now(write, patience)
 
     def log_detector(
         self,
@@ -199,47 +135,7 @@ class Tracker:
             insist(lambda: self._client.log_batch(run_id, metrics=_metrics(metrics, 0), tags=named))
             return run_id
 
-        return str(self._while_writer_waits(write, patience))
-
-    def _write_all(self) -> None:
-        while (event := self._next()) is not None:
-            with self._writing:
-                try:
-                    self._with_retries(lambda event=event: self._write(event))
-                except _GivenUpError:
-                    return
-                except Exception as error:  # a fault of ours in one event must not stop the others
-                    # One line: a traceback may repeat the server's address with a password in it.
-                    what = f"{type(event).__name__} of {event.category}"
-                    logger.error("could not track %s: %s: %s", what, type(error).__name__, first_line(error))
-            with self._changed:
-                self._events.popleft()
-                if self._is_journaled and not self._events:
-                    self._journal.clear()
-                    self._is_journaled = False
-
-    def _next(self) -> Event | None:
-        """The event to write, once there is one; None where none will come."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._events or self._is_closing)
-            return self._events[0] if self._events else None
-
-    def _with_retries(self, write: Any, deadline: float = math.inf) -> Any:
-        pause = _FIRST_PAUSE
-        while True:
-            try:
-                return write()
-            except Exception as error:  # artifacts go to other servers too, through other clients
-                if not _is_outage(error):
-                    raise
-                self._keep_what_waits()
-                if pause >= 2:
-                    logger.warning("the MLflow server does not answer, trying again: %s", first_line(error))
-            if time.monotonic() + pause > deadline:
-                raise TrackingUnavailableError("MLflow does not answer")
-            if self._give_up.wait(pause):
-                raise _GivenUpError
-            pause = min(2 * pause, _LONGEST_PAUSE)
+        return self._outbox.write_now(write, patience)
 
     def _write(self, event: Event) -> None:
         if isinstance(event, CategoryEnded):
@@ -302,7 +198,6 @@ class Tracker:
             tags = {
                 "dskd.category": category,
                 "dskd.trial": trial_id or "-",
-                "mlflow.source.name": "tune/search.py",
             }
             run_id = self._client.create_run(experiment, tags=tags | self._tags | more, run_name=name).info.run_id
         self._runs[category, trial_id] = str(run_id)
@@ -322,21 +217,6 @@ class Tracker:
                 )
             )
         return self._experiment
-
-
-class _GivenUpError(Exception):
-    """The search ends and the tracking server is still away."""
-
-
-def _is_outage(error: Exception) -> bool:
-    """Whether trying again can help: no answer, or the server's own failure, but not a refused request."""
-    from botocore.exceptions import BotoCoreError
-
-    if isinstance(error, MlflowException):
-        return error.get_http_status_code() >= 500 or "Max retries exceeded" in str(error)
-    if isinstance(error, RequestException):
-        return error.response is None or error.response.status_code >= 500
-    return isinstance(error, BotoCoreError | ConnectionError | TimeoutError)
 
 
 def _metrics(metrics: Mapping[str, float], step: int, time_ms: int | None = None) -> list[Metric]:

@@ -1,6 +1,5 @@
 """One trial of a search: what Ray Tune starts, and how it gets its workers."""
 
-import dataclasses
 import functools
 import hashlib
 from collections.abc import Mapping
@@ -13,11 +12,11 @@ import torch
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from dskd.device import WorkerRank
-from tune.runtime.ray_internals import Reservation, node_is_leaving
+from tune.runtime.ray_internals import Reservation, causes_of, node_is_leaving
 from tune.settings.space import Space
 from tune.storage.files import with_retries
 from tune.trial.groups import ray_train_job
-from tune.trial.spec import TrialSpec, UnrecoverableTrialError
+from tune.trial.spec import EPOCH, ERROR, OBJECTIVE, TrialSpec, UnrecoverableTrialError
 from tune.trial.worker import train
 
 MAX_FAILURES = 3
@@ -46,16 +45,16 @@ def run_trial(suggested: Mapping[str, Any], spec: TrialSpec, space: Space) -> No
     A trial of one worker runs in this process. Several workers are a Ray Train job of their own,
     named after the trial, so that a trial started again finds its checkpoints.
     """
-    mine = dataclasses.replace(spec, config=space.configuration(suggested).to_dict())
+    mine = spec.with_config(space.configuration(suggested))
     if mine.num_workers > 1:
         try:
             _train_with_workers(mine, ray.tune.get_context().get_trial_id())
         except ray.train.WorkerGroupError as error:
-            causes = [getattr(failure, "_base_exc", failure) for failure in error.worker_failures.values()]
-            hopeless = [cause for cause in causes if isinstance(cause, UnrecoverableTrialError)]
-            if not hopeless:
+            causes = causes_of(error.worker_failures.values())
+            reasons = [str(cause) for cause in causes if isinstance(cause, UnrecoverableTrialError)]
+            if not reasons:
                 raise
-            ray.tune.report({"epoch": 1, "objective": 0.0, "error": str(hopeless[0])})
+            ray.tune.report({EPOCH: 1, OBJECTIVE: 0.0, ERROR: reasons[0]})
         return
     device = torch.device("cuda" if mine.gpus_per_worker > 0 else "cpu")
     for report in train(mine, WorkerRank(), device, ray.tune.get_checkpoint(), node_is_leaving):

@@ -19,14 +19,13 @@ import torch
 from dskd.checkpoint import RECORD_FILE, DetectorRecord, read_record, write_detector
 from dskd.config import AmplificationConfig, DataConfig, RunConfig, Selection
 from dskd.data.cache import ArrayCache, default_folder
-from dskd.detector import Detector
 from dskd.device import WorkerRank, computing_device
 from dskd.show.overlays import preview_of
 from dskd.show.validation import write_figures
 from dskd.training.inputs import TrainingData, prepare
 from dskd.training.loop import NonFiniteLossError
 from dskd.training.run import EpochResult, TrainingRun
-from tune.storage.files import Storage, with_retries
+from tune.storage.files import with_retries
 from tune.storage.staging import local_copy
 from tune.storage.uris import DETECTOR_FOLDER, FIGURES_FOLDER
 from tune.trial.asha import rungs
@@ -34,10 +33,13 @@ from tune.trial.failures import OUT_OF_MEMORY
 from tune.trial.spec import (
     CATEGORY,
     DATA_SHA256,
+    EPOCH,
+    ERROR,
+    OBJECTIVE,
     PLACEMENT_GROUP,
-    PREFIX,
     REMARK,
     RUNG,
+    SYSTEM,
     Report,
     TrialSpec,
     UnrecoverableTrialError,
@@ -93,17 +95,17 @@ def train(
     last = 0
     try:
         for report in _train(spec, worker, device, resumed, is_leaving):
-            last = int(report.metrics["epoch"])
+            last = int(report.metrics[EPOCH])
             yield report
     except NonFiniteLossError as error:  # on every worker alike
-        yield Report({"epoch": last + 1, "objective": 0.0, "error": str(error)}, None)
+        yield Report({EPOCH: last + 1, OBJECTIVE: 0.0, ERROR: str(error)}, None)
     except (RuntimeError, MemoryError, ValueError) as error:
         reason = _unrecoverable_reason(error)
         if reason is None:
             raise
         if worker.world_size > 1:
             raise UnrecoverableTrialError(reason) from error
-        yield Report({"epoch": last + 1, "objective": 0.0, "error": reason}, None)
+        yield Report({EPOCH: last + 1, OBJECTIVE: 0.0, ERROR: reason}, None)
 
 
 def _unrecoverable_reason(error: Exception) -> str | None:
@@ -149,15 +151,21 @@ def _train(
     trained = ray.train.torch.prepare_model(run.students) if worker.world_size > 1 else run.students
     saved = time.monotonic()
     machine_usage(device, default_folder())  # the next one tells what happens from here on
-    for progress, seconds in _timed(run.epochs(trained, worker)):
+    for result, seconds in _timed(run.epochs(trained, worker)):
+        epoch = result.epoch
         metrics = {
-            "epoch": progress.epoch.number + 1,
-            "objective": progress.best_objective,
-            "val/objective": progress.objective,
-            **{f"val/{name}": value for name, value in progress.scores._asdict().items()},
-            **{name: value for name, value in progress.epoch._asdict().items() if name != "number"},
+            EPOCH: epoch.number + 1,
+            OBJECTIVE: result.best_objective,
+            "val/objective": result.objective,
+            **{f"val/{name}": value for name, value in result.scores._asdict().items()},
+            "train/loss": epoch.loss,
+            "train/encoder_loss": epoch.encoder_loss,
+            "train/decoder_loss": epoch.decoder_loss,
+            "train/hkd_loss": epoch.hard_loss,
+            "time/train_seconds": epoch.seconds,
+            "time/validation_seconds": seconds - epoch.seconds,
+            "time/images_per_second": epoch.images_per_second,
             **{f"{RUNG}{rung}": run.history[rung - 1].best_objective for rung in _passed(run)},
-            "validation_seconds": seconds - progress.epoch.seconds,
             **machine_usage(device, default_folder()),
             CATEGORY: inputs.category,
             DATA_SHA256: inputs.data_sha256,
@@ -173,7 +181,7 @@ def _train(
             if is_last:
                 record, weights = run.detector(spec.revision)
                 # The detector as delivered: its score parameters may be better than those trained with.
-                metrics |= {"objective": record.metrics["val/objective"], **record.metrics}
+                metrics |= {OBJECTIVE: record.metrics["val/objective"], **record.metrics}
                 write = functools.partial(_write_result, Path(temporary), run, record, weights)
             # What fills a disk may go: another trial's checkpoint on its way to the storage.
             with_retries(write, f"writing a checkpoint to {temporary}")
@@ -192,19 +200,19 @@ def _passed(run: TrainingRun) -> list[int]:
 
 
 def _timed(epochs: Iterator[EpochResult]) -> Iterator[tuple[EpochResult, float]]:
-    """Each epoch with the seconds that it and its validation took, and not what the caller does in between."""
+    """Each epoch with the seconds that it and its validation took, without the caller's time in between."""
     while True:
         started = time.perf_counter()
-        progress = next(epochs, None)
-        if progress is None:
+        result = next(epochs, None)
+        if result is None:
             return
-        yield progress, time.perf_counter() - started
+        yield result, time.perf_counter() - started
 
 
 def _finished(detector: Path, epochs: int) -> Report:
     """The last report once more: the trial was killed between its last checkpoint and its end."""
     record = read_record(detector)
-    return Report({"epoch": epochs, "objective": record.metrics["val/objective"], **record.metrics}, detector.parent)
+    return Report({EPOCH: epochs, OBJECTIVE: record.metrics["val/objective"], **record.metrics}, detector.parent)
 
 
 @functools.lru_cache(maxsize=2)
@@ -261,7 +269,7 @@ def machine_usage(device: torch.device, folder: Path) -> dict[str, float]:
     }
     if device.type == "cuda":
         usage |= _gpu_usage(device)
-    return {PREFIX + name: float(value) for name, value in usage.items()}
+    return {SYSTEM + name: float(value) for name, value in usage.items()}
 
 
 def _existing(folder: Path) -> str:
@@ -280,22 +288,3 @@ def _gpu_usage(device: torch.device) -> dict[str, float]:
     except (ModuleNotFoundError, RuntimeError):  # no NVML in this container or partition
         return usage
     return usage
-
-
-@ray.remote(max_retries=3)
-def evaluate_on_test(
-    detector_uri: str, data: str, category: str, num_threads: int, cache_gb: float
-) -> dict[str, float]:
-    """`test/…` figures of a stored detector, computed on the cluster; empty without a usable test split."""
-    torch.set_num_threads(num_threads)
-    root, _, name = detector_uri.rpartition("/")
-    with TemporaryDirectory(prefix="dskd-") as temporary:
-        folder = Path(temporary) / "detector"
-        Storage(root).download(name, folder)
-        detector = Detector.load(folder, "cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            scores = detector.evaluate(local_copy(data, category, cache_gb), category)
-        except ValueError as error:
-            print(f"{category}: no test figures: {error}")  # noqa: T201 - Ray carries it to the driver
-            return {}
-    return {f"test/{name}": value for name, value in scores._asdict().items()}

@@ -1,0 +1,135 @@
+"""A search with everything resolved that its flags leave open: read once, then passed on unchanged."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dskd.config import RunConfig, Selection, TeacherSource
+from dskd.data.datasets import find_categories
+from tune.settings.search import SamplerName, SearchSettings, split_words
+from tune.settings.space import Space, build_space
+from tune.settings.space_file import read_space
+from tune.storage.uris import Addresses, absolute
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchPlan:
+    """What a search does: categories, spaces, configurations and addresses. Plain values; Ray carries it to nodes."""
+
+    data: str
+    """Absolute folder or s3:// address."""
+    categories: tuple[str, ...]
+    spaces: Mapping[str, Space]
+    """By category, without the champions of earlier searches."""
+    configs: Mapping[str, RunConfig]
+    """By preset, in the order asked for; alike in epochs, image size and batch size."""
+    addresses: Addresses
+    studies: str = field(repr=False)
+    """URL of Optuna's storage, which may hold a password."""
+    ray_address: str | None
+    """None: start a cluster on this machine for this search alone."""
+    teacher: TeacherSource
+    textures: str
+    """Absolute folder of images that feed the synthetic defects; empty: textures are drawn."""
+    selection: Selection
+    sampler: SamplerName
+    seed: int
+    trials: int
+    budget_seconds: float | None
+    earlier_searches: tuple[str, ...]
+    num_workers: int
+    min_workers: int | None
+    cpus_per_worker: float
+    gpus_per_worker: float | None
+    """None: 1 where the cluster has GPUs, else 0."""
+    max_concurrent: int | None
+    """None: as many trials as the cluster holds at the time."""
+    cache_gb: float
+    promote: bool
+
+    @property
+    def name(self) -> str:
+        return self.addresses.name
+
+    @property
+    def config(self) -> RunConfig:
+        """The configuration that trials vary; of several presets the first one's."""
+        return next(iter(self.configs.values()))
+
+    @property
+    def epochs(self) -> int:
+        return self.config.train.epochs
+
+    def of_category(self, category: str, space: Space) -> "SearchPlan":
+        """The part of the plan that the process of one category needs."""
+        return dataclasses.replace(self, categories=(category,), spaces={category: space})
+
+
+def plan_search(settings: SearchSettings, addresses: Addresses, root: Path) -> SearchPlan:
+    """Resolve the settings of a search; `root` is the folder in which the data's names can be read.
+
+    Raises ValueError on an unknown category, and naming file and entry where --space does not fit.
+    """
+    known = find_categories(root)
+    categories = _chosen_categories(settings, tuple(known))
+    configs = settings.run_configs()
+    return SearchPlan(
+        data=absolute(settings.data),
+        categories=categories,
+        spaces=_spaces(settings, configs, categories, tuple(known)),
+        configs=configs,
+        addresses=addresses,
+        studies=resolve_studies(settings, addresses),
+        ray_address=settings.address,
+        teacher=TeacherSource(settings.teacher_weights).absolute(),
+        textures=str(settings.textures.absolute()) if settings.textures else "",
+        selection=settings.selection,
+        sampler=settings.sampler,
+        seed=settings.seed,
+        trials=settings.trials,
+        budget_seconds=settings.budget_seconds(),
+        earlier_searches=split_words(settings.start_from),
+        num_workers=settings.workers_per_trial,
+        min_workers=settings.min_workers_per_trial,
+        cpus_per_worker=settings.cpus_per_worker,
+        gpus_per_worker=settings.gpus_per_worker,
+        max_concurrent=settings.max_concurrent,
+        cache_gb=settings.cache_gb,
+        promote=settings.promote,
+    )
+
+
+def resolve_addresses(settings: SearchSettings) -> Addresses:
+    """Storage and MLflow of a search; nothing is opened."""
+    return Addresses.resolve(settings.storage, settings.name, settings.tracking_uri)
+
+
+def resolve_studies(settings: SearchSettings, addresses: Addresses) -> str:
+    """URL of Optuna's storage: as given, else an SQLite file in the local storage folder."""
+    return settings.study_storage or f"sqlite:///{addresses.storage}/optuna.db"
+
+
+def _chosen_categories(settings: SearchSettings, known: tuple[str, ...]) -> tuple[str, ...]:
+    """The categories to search, in the order asked for."""
+    if settings.categories == "all":
+        return known
+    wanted = split_words(settings.categories)
+    if unknown := [name for name in wanted if name not in known]:
+        raise ValueError(f"no category {unknown[0]!r} in {settings.data}; it holds: {', '.join(known)}.")
+    if not wanted:
+        raise ValueError("--categories names none; give names separated by commas, or all.")
+    return wanted
+
+
+def _spaces(
+    settings: SearchSettings, configs: Mapping[str, RunConfig], categories: tuple[str, ...], known: tuple[str, ...]
+) -> dict[str, Space]:
+    if settings.space is None:
+        return dict.fromkeys(categories, build_space(configs))
+    file = read_space(settings.space)
+    file.check_names(tuple(configs), known)
+    general = file.space(configs, "")
+    return {
+        category: file.space(configs, category) if category in file.by_category else general for category in categories
+    }

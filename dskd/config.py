@@ -5,6 +5,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Self
 
 Fusion = Literal["sum", "product", "max"]
@@ -24,6 +25,41 @@ def _require_weights(name: str, weights: tuple[float, ...]) -> None:
         all(w >= 0 for w in weights) and sum(weights) > 0,
         f"{name} must be non-negative and not all zero, got {weights}.",
     )
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherSource:
+    """Where the weights of a teacher come from: what `--teacher-weights` says."""
+
+    weights: str
+    """hub (timm's pretrained weights), random (untrained, to test the wiring), or a .safetensors or .pth file."""
+
+    @property
+    def is_file(self) -> bool:
+        return self.weights not in ("hub", "random")
+
+    @property
+    def is_untrained(self) -> bool:
+        return self.weights == "random"
+
+    @property
+    def name(self) -> str:
+        """What records say of it: hub, random, or the file's name without its folder."""
+        return Path(self.weights).name if self.is_file else self.weights
+
+    def absolute(self) -> Self:
+        """The same for a process with another working folder, on this node or another."""
+        return type(self)(str(Path(self.weights).absolute())) if self.is_file else self
+
+    def check_exists(self) -> None:
+        """Raise ValueError where it should be a file and is none; what is in the file is not read."""
+        _require(
+            not self.is_file or Path(self.weights).is_file(),
+            f"--teacher-weights must be hub, random or an existing file, got {self.weights!r}.",
+        )
+
+    def __str__(self) -> str:
+        return self.weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

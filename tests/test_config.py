@@ -6,13 +6,23 @@ import json
 import math
 import re
 import typing
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dskd import config
 from dskd.cli import main as cli
-from dskd.config import AmplificationConfig, DataConfig, LossConfig, ModelConfig, RunConfig, ScoreConfig, TrainConfig
+from dskd.config import (
+    AmplificationConfig,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    RunConfig,
+    ScoreConfig,
+    TeacherSource,
+    TrainConfig,
+)
 from dskd.presets import PRESETS
 from tune.settings.search import SearchSettings
 
@@ -154,3 +164,29 @@ def test_presets_are_the_published_wirings() -> None:
     assert (aand.model, aand.score) == (PRESETS["rd4ad"].model, PRESETS["rd4ad"].score)
     assert (aand.loss.hkd_weight, aand.loss.hkd_hardest, aand.loss.decoder_hkd_margin) == (1.0, 10, 0.0)
     assert (aand.amplification.amplification_epochs, aand.train.epochs, aand.train.schedule) == (100, 120, "multistep")
+
+
+@pytest.mark.parametrize(
+    ("weights", "name", "is_file", "is_untrained"),
+    [
+        ("hub", "hub", False, False),
+        ("random", "random", False, True),
+        ("weights/mine.pth", "mine.pth", True, False),
+        ("./hub", "hub", True, False),
+    ],
+)
+def test_a_teacher_source_knows_what_it_is(weights: str, name: str, is_file: bool, is_untrained: bool) -> None:
+    source = TeacherSource(weights)
+    assert (source.name, source.is_file, source.is_untrained) == (name, is_file, is_untrained)
+    assert str(source) == weights and hash(source) == hash(TeacherSource(weights))
+    assert source.absolute() == (TeacherSource(f"{Path.cwd() / weights}") if is_file else source)
+
+
+def test_a_teacher_source_that_is_no_file_is_told_before_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / "mine.pth").touch()
+    for weights in ("hub", "random", str(tmp_path / "mine.pth")):
+        TeacherSource(weights).check_exists()
+    with pytest.raises(
+        ValueError, match=r"--teacher-weights must be hub, random or an existing file, got '.*none.pth'"
+    ):
+        TeacherSource(str(tmp_path / "none.pth")).check_exists()

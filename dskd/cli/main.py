@@ -25,7 +25,7 @@ from dskd.cli.output import (
     say,
     to_json_line,
 )
-from dskd.config import RunConfig
+from dskd.config import RunConfig, TeacherSource
 from dskd.presets import Preset
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def train(
                 f"gate loss {epoch.gate_loss:.4f}  residual loss {epoch.residual_loss:.4f}  {epoch.seconds:.1f} s"
             ),
         )
-        if inputs.teacher_source == "random":
+        if TeacherSource(teacher_weights).is_untrained:
             say(UNTRAINED_TEACHER)
         run = TrainingRun.begin(settings, inputs, place)
         if has_state(unfinished):

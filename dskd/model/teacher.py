@@ -14,6 +14,8 @@ from jaxtyping import Float, UInt8
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from dskd.config import TeacherSource
+
 Pyramid = tuple[Float[Tensor, "b _ _ _"], ...]
 """Feature maps of one batch, the shallowest level first."""
 
@@ -88,7 +90,8 @@ def build_teacher(backbone: str, levels: tuple[int, ...], weights: str) -> Teach
     Raises TeacherUnavailableError where the hub cannot be reached; ValueError on an unknown backbone or level
     and on a file that is missing, unreadable or does not fit.
     """
-    if weights == "hub":
+    source = TeacherSource(weights)
+    if not (source.is_file or source.is_untrained):
         path = _hub_file(backbone)
         # timm's own loading, since it translates each architecture's older parameter names.
         overlay = {"file": str(path)}
@@ -96,7 +99,7 @@ def build_teacher(backbone: str, levels: tuple[int, ...], weights: str) -> Teach
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(RANDOM_TEACHER_SEED)
         features = create_features(backbone, levels)
-    if weights != "random":
+    if source.is_file:
         _load_weights(features, Path(weights))
     return Teacher(features)
 

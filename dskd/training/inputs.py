@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.utils import parameters_to_vector
 
-from dskd.config import AmplificationConfig, DataConfig, Selection
+from dskd.config import AmplificationConfig, DataConfig, Selection, TeacherSource
 from dskd.data.cache import ArrayCache
 from dskd.data.datasets import NUM_VALIDATION_DEFECTS, fingerprint, read_category, split_calibration, split_normals
 from dskd.data.defects import choose_textures, load_textures
@@ -133,7 +133,7 @@ def prepare(
     return TrainingData(
         category=category,
         teacher=teacher,
-        teacher_source=teacher_weights if teacher_weights in ("hub", "random") else Path(teacher_weights).name,
+        teacher_source=TeacherSource(teacher_weights).name,
         teacher_sha256=teacher_sha256,
         train_images=train_images,
         train_features=features(train_images, "training images"),

@@ -4,6 +4,7 @@ What people read goes to stderr; stdout carries results, with --json one JSON do
 else. torch is imported only by the commands that compute, so that help comes at once.
 """
 
+import dataclasses
 import functools
 import io
 import math
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from dskd.arguments import UsageError, default_config, parse
+from dskd.arguments import ConfigSource, UsageError, parse, parse_known
 from dskd.cli.output import (
     describe_thresholds,
     epoch_document,
@@ -363,13 +364,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # the names of files need not be text
     try:
-        if given[:1] == ["train"] and {"--print-config", "--print_config"} & set(given):
-            # Nothing is read and nothing written: neither folder needs to be named.
-            given[1:1] = ["--data", ".", "--out", "."]
         commands: dict[str, Callable[..., None]] = {
             "demo-data": demo_data,
             "check-data": check_data,
-            "train": functools.partial(train, settings=default_config(given)),
+            "train": _train_command(given[1:]) if given[:1] == ["train"] else train,
             "evaluate": evaluate,
             "predict": predict,
             "export": export,
@@ -385,6 +383,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         say("dskd: interrupted")
         sys.exit(130)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _TrainDefaults(ConfigSource):
+    """The flags of `train` that decide what its other flags are unless given."""
+
+    print_config: bool = False
+
+
+def _train_command(arguments: Sequence[str]) -> Callable[..., None]:
+    """`train` with the defaults of the preset and the file that `arguments` name."""
+    chosen = parse_known(_TrainDefaults, arguments, prog="dskd train")
+    command = functools.partial(train, settings=chosen.read())
+    # To print a configuration nothing is read and nothing written: neither folder needs to be named.
+    return functools.partial(command, data=Path(), out=Path()) if chosen.print_config else command
 
 
 def _load(folder: Path, device: str) -> "Detector":

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,9 @@ from dskd.model.teacher import Teacher, build_teacher
 
 _CHUNK = 64
 _EIGHT_NEIGHBOURS = np.ones((3, 3), np.int8)
+
+
+Verdict = Literal["good", "anomalous", "unreadable"]
 
 
 class Region(NamedTuple):
@@ -49,6 +52,10 @@ class Prediction(NamedTuple):
     """(S, S, 3)"""
     map: npt.NDArray[np.float32]
     """(S, S)"""
+
+    @property
+    def verdict(self) -> Verdict:
+        return "anomalous" if self.is_anomalous else "good"
 
 
 class Detector:

@@ -45,7 +45,7 @@ def main() -> None:
     if code := launch(settings):
         sys.exit(code)
     detectors = _HOME / "detectors"
-    pull(("all",), to=detectors, name=settings.name, storage=settings.storage)
+    pull(("all",), out=detectors, name=settings.name, storage=settings.storage)
     category = max(CATEGORIES, key=lambda name: read_record(detectors / name).metrics["val/objective"])
     verdicts = _next_free(_HOME / "verdicts")
     predict(detectors / category, (_HOME / "data" / category / "test",), out=verdicts, false_alarm_rate=0.05)

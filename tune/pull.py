@@ -1,4 +1,4 @@
-"""Entry: `python tune/pull.py CATEGORY…|all --name NAME --to DIR` delivers champions as detector folders."""
+"""Entry: `python tune/pull.py CATEGORY…|all --name NAME --out DIR` delivers champions as detector folders."""
 
 import json as json_format
 import os
@@ -16,7 +16,7 @@ def pull(
     categories: Positional[tuple[str, ...]],
     /,
     *,
-    to: Path,
+    out: Path,
     name: str = "search",
     alias: str | None = None,
     storage: str = LOCAL_RESULTS,
@@ -30,7 +30,7 @@ def pull(
 
     Args:
         categories: Names of categories, or all.
-        to: Folder that receives one detector folder per category.
+        out: Folder that receives one detector folder per category.
         name: Name of the search.
         alias: Take the versions of MLflow's registered models that have this alias, champion for one, instead of a
             search's own best.
@@ -62,9 +62,9 @@ def pull(
         table.add_column(column, overflow="fold")
     documents = []
     if alias is None:
-        pulled = from_storage(wanted, to, name, storage, tracking)
+        pulled = from_storage(wanted, out, name, storage, tracking)
     else:
-        pulled = from_registry(wanted, to, alias, tracking or embedded_tracking(storage))
+        pulled = from_registry(wanted, out, alias, tracking or embedded_tracking(storage))
     for one in pulled:
         record, threshold = one.record, threshold_for(one.record.thresholds, 0.01)
         figures = ("val/objective", "test/image_auroc", "test/pixel_auroc", "test/aupro")

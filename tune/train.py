@@ -1,4 +1,4 @@
-"""Entry: `python tune/train.py --data DIR --category C --to DIR` trains one detector, locally or as a Ray job."""
+"""Entry: `python tune/train.py --data DIR --category C --out DIR` trains one detector, locally or as a Ray job."""
 
 import functools
 import sys
@@ -19,7 +19,7 @@ from tune.tracking.runs import tracked_run, tracking_store
 def train(
     *,
     data: str,
-    to: Path,
+    out: Path,
     settings: Annotated[RunConfig, OmitArgPrefixes],
     category: str | None = None,
     name: str = "train",
@@ -36,14 +36,14 @@ def train(
     cache_gb: float = 20.0,
     json: bool = False,
 ) -> None:
-    """Train a detector with a known configuration on a Ray cluster, tracked in MLflow, and download_detector it.
+    """Train a detector with a known configuration on a Ray cluster, tracked in MLflow, and deliver the detector.
 
     The same command again goes on where a killed one stopped, and delivers again what is finished. Exit code 1
     says that the training failed.
 
     Args:
         data: Folder of categories at the same path on every node, or s3://bucket/path.
-        to: Folder that receives the detector.
+        out: Folder that receives the detector.
         settings: What the run is.
         category: Which category; may be left out where the data hold one, or with --from-run.
         name: Name of the MLflow experiment, and of a folder in the storage.
@@ -68,7 +68,7 @@ def train(
         config=settings,
         data=data,
         category=category or (repeated.category if repeated else None),
-        to=to,
+        to=out,
         name=name,
         workers=workers,
         gpus_per_worker=gpus_per_worker,

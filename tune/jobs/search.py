@@ -165,7 +165,7 @@ def _show(outcomes: Sequence[CategoryResult], settings: SearchSettings, share: T
     if share is not None:
         console.print(share.sentence, highlight=False)
     lines = [
-        f"pull:    python tune/pull.py all --name {settings.name} --storage {settings.storage} --to detectors",
+        f"pull:    python tune/pull.py all --name {settings.name} --storage {settings.storage} --out detectors",
         f"compare: {tracking_ui_command(settings.tracking)}",
     ]
     for line in lines:

@@ -177,7 +177,7 @@ def _checked(settings: TrainingSettings) -> tuple[str, str]:
     """
     if settings.to.exists():
         read_record(settings.to)
-    check_can_be_made(settings.to, "--to")
+    check_can_be_made(settings.to, "--out")
     if "://" not in settings.storage:
         Path(settings.storage_uri).mkdir(parents=True, exist_ok=True)
     with outline(settings.data) as root:

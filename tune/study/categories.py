@@ -208,7 +208,7 @@ def _conclude(
                 registered=f"{registered.model} version {registered.version}"
                 + (f", alias {registered.alias}" if registered.alias else ", no alias"),
                 pull=f"python tune/pull.py {shlex.quote(category)} --name {settings.name} "
-                f"--storage {shlex.quote(settings.storage)} --to detectors",
+                f"--storage {shlex.quote(settings.storage)} --out detectors",
                 remarks=[
                     *_show_study(settings, category, tracker, progress),
                     *([] if figures else ["validation: no pictures, an earlier version trained this trial"]),

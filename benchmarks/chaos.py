@@ -463,7 +463,7 @@ def account(env: dict[str, str], name: str, category: str, trials: int) -> Accou
 def pull(env: dict[str, str], name: str, folder: Path) -> list[str]:
     """Pull every champion of a search; the categories of which a detector that loads has arrived."""
     subprocess.run(
-        [sys.executable, "tune/pull.py", "all", "--name", name, "--storage", env["DSKD_STORAGE"], "--to", str(folder)],
+        [sys.executable, "tune/pull.py", "all", "--name", name, "--storage", env["DSKD_STORAGE"], "--out", str(folder)],
         cwd=ROOT, env=env, check=True, capture_output=True,
     )  # fmt: skip
     arrived = sorted(each for each in folder.iterdir() if each.is_dir())

@@ -105,7 +105,7 @@ def export_onnx(detector: Detector, path: Path, images: npt.NDArray[np.uint8], o
 def check_exportable(path: Path, opset: int) -> None:
     """Raise ValueError for all that can be known to fail before the detector is read."""
     if missing := [name for name in _PACKAGES if find_spec(name) is None]:
-        raise ValueError(f"exporting needs the package {missing[0]}: pip install 'dskd[onnx]'.")
+        raise ValueError(f"exporting needs the package {missing[0]}: run .ci/setup onnx or pip install -e '.[onnx]'.")
     if opset not in OPSETS:
         raise ValueError(f"--opset must lie in {OPSETS[0]} to {OPSETS[-1]}, got {opset}.")
     if path.exists() and not _is_ours(path):

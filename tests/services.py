@@ -64,7 +64,7 @@ def s3_unavailable() -> str | None:
 def mlflow_unavailable() -> str | None:
     """Say why the MLflow server cannot run here, or None."""
     missing = [name for name in ("mlflow", "boto3", "psycopg2") if importlib.util.find_spec(name) is None]
-    return f"{', '.join(missing)} not installed: pip install 'dskd[cluster]'" if missing else None
+    return f"{', '.join(missing)} not installed: .ci/setup cluster" if missing else None
 
 
 @contextlib.contextmanager

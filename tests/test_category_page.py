@@ -64,10 +64,10 @@ def test_a_stored_study_is_found_by_its_name(tmp_path: Path) -> None:
 def test_the_note_holds_the_figures_and_says_what_is_missing() -> None:
     note = category_note(
         category="tile", trial_id="a1", metrics={"val/objective": 0.91234, "test/aupro": 0.5}, counts=(8, 3, 1),
-        registered="dskd-tile version 2", pull="python tune/pull.py tile --to detectors", remarks=["one remark"],
+        registered="dskd-tile version 2", pull="python tune/pull.py tile --out detectors", remarks=["one remark"],
     )  # fmt: skip
     lines = note.splitlines()
     assert lines[0] == "**tile**: best of 8 trials (3 pruned, 1 failed) is **a1**"
     assert "| validation objective | 0.9123 |" in lines and "| test AUPRO | 0.5000 |" in lines
-    assert "    python tune/pull.py tile --to detectors" in lines
+    assert "    python tune/pull.py tile --out detectors" in lines
     assert lines[-2:] == ["- There is no usable test split: no test figures.", "- one remark"]

@@ -226,5 +226,7 @@ def test_only_an_older_export_is_replaced(
 
 def test_the_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "find_spec", lambda name: None if name == "onnxscript" else name)
-    with pytest.raises(ValueError, match=r"needs the package onnxscript: pip install 'dskd\[onnx\]'"):
+    with pytest.raises(
+        ValueError, match=r"needs the package onnxscript: run \.ci/setup onnx or pip install -e '\.\[onnx\]'"
+    ):
         check_exportable(tmp_path / "new.onnx", 18)

@@ -133,7 +133,7 @@ def test_embedded_search_tracks_crowns_and_delivers(mvtec_root: Path, tmp_path: 
         assert kept.metrics["val/objective"] == outcome["champion"]["metrics"]["val/objective"]
 
     pulled = run(
-        sys.executable, "tune/pull.py", "all", "--name", "try", "--storage", storage, "--to", tmp_path / "detectors",
+        sys.executable, "tune/pull.py", "all", "--name", "try", "--storage", storage, "--out", tmp_path / "detectors",
         "--json", env=env,
     )  # fmt: skip
     assert pulled.returncode == 0, pulled.stderr
@@ -343,7 +343,7 @@ def test_job_on_a_cluster_with_servers_trains_in_pairs_and_frees_what_it_prunes(
 
     for number, source in enumerate((["--name", "pairs", "--storage", head["DSKD_STORAGE"]], ["--alias", "champion"])):
         pulled = run(
-            sys.executable, "tune/pull.py", category, *source, "--to", tmp_path / f"detectors{number}", env=head
+            sys.executable, "tune/pull.py", category, *source, "--out", tmp_path / f"detectors{number}", env=head
         )
         assert pulled.returncode == 0, pulled.stderr
         assert read_record(tmp_path / f"detectors{number}" / category).category == category

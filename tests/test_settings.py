@@ -157,8 +157,8 @@ def test_categories_are_checked_and_keep_their_order(mvtec_root: Path) -> None:
         (search, "--data d --trials two", "error: --trials: invalid literal for int()"),
         (search, "--data d --preset nn", "--preset takes dskd, stfpm, rd4ad, aand or all, got 'nn'"),
         (search, "--data d --image-size 50", "error: image_size must be a positive multiple of 32"),
-        (pull, "bolt", "tune/pull.py: error: missing --to PATH; see tune/pull.py --help"),
-        (pull, "bolt --to d --storage /none/of/it", "pull: error: no search 'search' in /none/of/it"),
+        (pull, "bolt", "tune/pull.py: error: missing --out PATH; see tune/pull.py --help"),
+        (pull, "bolt --out d --storage /none/of/it", "pull: error: no search 'search' in /none/of/it"),
     ],
 )
 def test_bad_usage_of_the_entries_is_one_line(

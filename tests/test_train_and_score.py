@@ -78,7 +78,7 @@ def test_two_workers_train_a_detector_that_inspects_on_the_same_cluster(
 ) -> None:
     wait_for(cluster)
     storage, to = tmp_path / "results", tmp_path / "tile"
-    words = ["tune/train.py", "--data", mvtec_root, "--category", "tile", "--workers", "2", *TINY, "--to", to,
+    words = ["tune/train.py", "--data", mvtec_root, "--category", "tile", "--workers", "2", *TINY, "--out", to,
              "--storage", storage, "--json"]  # fmt: skip
     trained = run(*words, env=cluster)
     assert trained.returncode == 0, trained.stderr

@@ -97,7 +97,7 @@ def test_a_run_to_repeat_gives_the_flags_their_defaults(
     uri, run_id, config = tracked
     asked: list[TrainingSettings] = []
     monkeypatch.setattr(training, "launch_training", lambda request, *, as_json: (asked.append(request), 0)[1])
-    line = f"--data d --to t --from-run {run_id} --tracking-uri {uri} --teacher-weights x/other.pth --epochs 5"
+    line = f"--data d --out t --from-run {run_id} --tracking-uri {uri} --teacher-weights x/other.pth --epochs 5"
     monkeypatch.setattr(sys, "argv", ["tune/train.py", *line.split()])
     with pytest.raises(SystemExit) as end:
         train.main()
@@ -112,15 +112,15 @@ def test_a_run_to_repeat_gives_the_flags_their_defaults(
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("--to t", "tune/train.py: error: missing --data STR; see tune/train.py --help"),
-        ("--data d --to t --epoch 3", "unknown flag --epoch, did you mean --epochs?"),
-        ("--data d --to t --workers 0", "train: error: --workers must be at least 1, got 0"),
-        ("--data d --to t --workers 17", "--workers 17 share a batch of 16 images; lower --workers or raise"),
-        ("--data d --to t --storage s3://b/p", "with --storage s3://b/p give --tracking-uri too"),
-        ("--data d --to t --from-run r --preset aand", "--from-run and --preset exclude each other"),
-        ("--data /none --to {tmp}/t --storage {tmp}", "data folder /none does not exist"),
-        ("--data {data} --to {tmp}/t --storage {tmp}", "holds several categories, choose one with --category: tile"),
-        ("--data {data} --to {data} --storage {tmp}", "is not a detector folder"),
+        ("--out t", "tune/train.py: error: missing --data STR; see tune/train.py --help"),
+        ("--data d --out t --epoch 3", "unknown flag --epoch, did you mean --epochs?"),
+        ("--data d --out t --workers 0", "train: error: --workers must be at least 1, got 0"),
+        ("--data d --out t --workers 17", "--workers 17 share a batch of 16 images; lower --workers or raise"),
+        ("--data d --out t --storage s3://b/p", "with --storage s3://b/p give --tracking-uri too"),
+        ("--data d --out t --from-run r --preset aand", "--from-run and --preset exclude each other"),
+        ("--data /none --out {tmp}/t --storage {tmp}", "data folder /none does not exist"),
+        ("--data {data} --out {tmp}/t --storage {tmp}", "holds several categories, choose one with --category: tile"),
+        ("--data {data} --out {data} --storage {tmp}", "is not a detector folder"),
     ],
 )
 def test_bad_usage_is_one_line(

@@ -152,7 +152,7 @@ def _show(
     if share is not None:
         console.print(share.sentence, highlight=False)
     lines = [
-        f"pull:    python tune/pull.py all --name {settings.name} --storage {settings.storage} --to detectors",
+        f"pull:    python tune/pull.py all --name {settings.name} --storage {settings.storage} --out detectors",
         f"compare: {tracking_ui_command(plan.addresses.tracking)}",
     ]
     for line in lines:

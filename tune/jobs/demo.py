@@ -1,0 +1,66 @@
+"""The demonstration from start to end: draw, search, pull, inspect, and say what to do next."""
+
+import json
+import shlex
+from pathlib import Path
+
+from dskd.checkpoint import read_record
+from dskd.cli.main import predict
+from dskd.demo.dataset import CATEGORIES, draw_dataset
+from dskd.model.teacher import TeacherUnavailableError, build_teacher
+from dskd.presets import PRESETS
+from tune.jobs.pull import pull
+from tune.jobs.search import search
+from tune.settings.demo import DemoSettings
+from tune.settings.entry import say
+from tune.settings.plan import resolve_addresses
+from tune.settings.pull import PullSettings
+
+
+def demo(settings: DemoSettings) -> int:
+    """Run the demonstration below `settings.out`; running it again continues or repeats it. The exit code.
+
+    Raises ValueError on teacher weights that cannot be used, and on a folder that holds something else.
+    """
+    asked = settings.search(chosen_weights(settings.teacher_weights))
+    say(f"Drawing {', '.join(CATEGORIES)} in {settings.data} …")
+    draw_dataset(settings.data)
+    if code := search(asked):
+        return code
+    detectors = settings.out / "detectors"
+    pull(PullSettings(categories=("all",), out=detectors, name=asked.name, storage=asked.storage))
+    category = max(CATEGORIES, key=lambda name: read_record(detectors / name).metrics["val/objective"])
+    verdicts = next_free(settings.out / "verdicts")
+    predict(detectors / category, (settings.data / category / "test",), out=verdicts, false_alarm_rate=0.05)
+    lines = (verdicts / "predictions.jsonl").read_text().splitlines()
+    highest = max((json.loads(line) for line in lines), key=lambda verdict: float(verdict["score"]))
+    detector = shlex.quote(str(detectors / category))
+    say(
+        f"\nLook at          {verdicts / highest['overlay']}\n"
+        f"Compare runs     .venv/bin/mlflow ui --backend-store-uri {shlex.quote(resolve_addresses(asked).tracking)}\n"
+        f"Your own images  .venv/bin/python tune/search.py --data DIR   (DIR/<category>/train/good/*.png)\n"
+        f"                 .venv/bin/dskd predict {detector} IMAGES --out verdicts"
+    )
+    return 0
+
+
+def chosen_weights(asked: str | None) -> str:
+    """The teacher weights that were asked for, tried; unless given, "hub", or "random" where it is out of reach.
+
+    Raises ValueError where weights that were asked for cannot be used.
+    """
+    model = PRESETS["dskd"].model
+    try:
+        build_teacher(model.backbone, model.levels, asked or "hub")
+    except TeacherUnavailableError as error:
+        if asked:
+            raise
+        say(f"{error}\nGoing on with an untrained teacher: good for seeing the machinery, not for inspection.")
+        return "random"
+    return asked or "hub"
+
+
+def next_free(folder: Path) -> Path:
+    """`folder`, or the first of folder-2, folder-3, … that does not exist: results are never overwritten."""
+    candidates = (folder if number == 1 else folder.with_name(f"{folder.name}-{number}") for number in range(1, 10**6))
+    return next(candidate for candidate in candidates if not candidate.exists())

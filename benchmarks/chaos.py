@@ -449,14 +449,14 @@ def account(env: dict[str, str], name: str, category: str, trials: int) -> Accou
     complete = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE]
     best = max(
         (run for run in known if run.data.tags["dskd.status"] == "finished"),
-        key=lambda run: float(run.data.metrics["objective"]),
+        key=lambda run: float(run.data.metrics["val/best_objective"]),
     )
     return Account(
         statuses=Counter(run.data.tags["dskd.status"] for run in runs),
         doubled=sum(count - 1 for count in names.values()) + max(0, len(complete) - trials),
         redone=redone,
         untracked=untracked,
-        champion=(*sorted(best.data.params.items()), ("objective", f"{best.data.metrics['objective']:.6f}")),
+        champion=(*sorted(best.data.params.items()), ("objective", f"{best.data.metrics['val/best_objective']:.6f}")),
     )
 
 

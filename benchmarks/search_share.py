@@ -18,7 +18,8 @@ from typing import NamedTuple
 import tyro
 from mlflow.tracking import MlflowClient
 
-from tune.jobs.search import launch
+from tune.jobs.search import search
+from tune.settings.plan import resolve_addresses
 from tune.settings.search import SearchSettings
 
 
@@ -55,7 +56,7 @@ def read_trials(storage: Path, name: str) -> list[TrialTimes]:
     found = []
     for run in client.search_runs([experiment.experiment_id], "tags.`dskd.trial` != '-'"):
         training, validation = (
-            client.get_metric_history(run.info.run_id, metric) for metric in ("seconds", "validation_seconds")
+            client.get_metric_history(run.info.run_id, f"time/{part}_seconds") for part in ("train", "validation")
         )
         ends = [metric.timestamp / 1000 for metric in training]
         found.append(
@@ -86,11 +87,11 @@ def main() -> None:
         max_concurrent=1,
     )
     started = time.time()
-    code = launch(settings)
+    code = search(settings)
     wall = time.time() - started
     if code != 0:
         raise SystemExit(code)
-    trials = read_trials(Path(settings.storage_uri), settings.name)
+    trials = read_trials(Path(resolve_addresses(settings).storage), settings.name)
     gaps = [after.first_step - before.last_report for before, after in pairwise(trials)]
     span = trials[-1].last_report - trials[0].first_step
     training = sum(trial.training for trial in trials)

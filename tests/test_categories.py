@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from dskd.checkpoint import read_record, rewrite_record
+from tune.settings.plan import plan_search, resolve_addresses
 from tune.settings.search import SearchSettings
 from tune.settings.space import build_space
 from tune.storage.champions import Champion, find_champion, save_champion
@@ -47,11 +48,14 @@ def test_the_champion_of_an_earlier_search_is_tried_or_the_reason_is_told(
     earlier: Storage, detector_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = read_record(detector_folder).config
-    settings = SearchSettings(data="data", storage=str(tmp_path / "results"), start_from="spring")
+    asked = SearchSettings(data="data", storage=str(tmp_path / "results"), start_from="spring")
+    for name in ("tile", "wood"):
+        (tmp_path / "outline" / name / "train" / "good").mkdir(parents=True)
+    plan = plan_search(asked, resolve_addresses(asked), tmp_path / "outline")
     near = build_space({"dskd": config.with_values({"hkd_weight": 0.0, "epochs": 50})})
 
     def found(space: Any, category: str) -> tuple[Any, str]:
-        winners = with_winners(settings, category, space, SearchProgress(1)).winners
+        winners = with_winners(plan.of_category(category, space), category, SearchProgress(1)).winners
         return winners, capsys.readouterr().err
 
     (winner,), said = found(near, "tile")

@@ -1,5 +1,6 @@
 """What the driver of a study does beside Tune: after kills, on a cluster that changes, and without a dashboard."""
 
+import dataclasses
 import math
 import signal
 import time
@@ -12,15 +13,19 @@ import pytest
 
 from dskd.config import RunConfig
 from dskd.presets import PRESETS
+from tune.runtime.ray_internals import study_and_known_trials
+from tune.settings.plan import plan_search, resolve_addresses
 from tune.settings.search import SearchSettings
-from tune.settings.space import build_space
+from tune.settings.space import Space, build_space
+from tune.settings.workers import Workers
 from tune.study import hooks
 from tune.study.budget import Share, Shares
-from tune.study.category import _not_yet_asked_for, _sampler
+from tune.study.category import make_sampler, not_yet_asked_for
+from tune.study.context import StudyContext, enter_study, study_context
 from tune.study.hooks import Deadline, Halving, Observe, Searcher, StudyStorage
 from tune.tracking.events import EpochDone, Event, TrialEnded, TrialStarted
 from tune.trial.failures import PATIENCE
-from tune.trial.spec import CATEGORY, RUNG
+from tune.trial.spec import CATEGORY, OBJECTIVE, RUNG, build_spec
 
 POINTS = [{"depth": 1}, {"depth": 2}]
 
@@ -37,39 +42,52 @@ def depth(trial: Any) -> None:
     trial.suggest_int("depth", 1, 100)
 
 
-@pytest.fixture
-def searcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Searcher:
-    url = f"sqlite:///{tmp_path}/optuna.db"
-    monkeypatch.setattr(
-        hooks,
-        "_revived",
-        {
-            "study_url": url,
-            "spec": None,
-            "max_concurrent": 100,
-            "share": Fixed(1),
-            "running": set(),
-            "starved": set(),
-        },
+SPACE = build_space({"dskd": PRESETS["dskd"]})
+
+
+def context(tmp_path: Path, space: Space = SPACE, **changes: Any) -> StudyContext:
+    """What the process of category bolt knows; `changes` of the plan, and of the context itself."""
+    (tmp_path / "outline" / "bolt" / "train" / "good").mkdir(parents=True, exist_ok=True)
+    asked = SearchSettings(
+        data="data", name="parts", storage=str(tmp_path), teacher_weights="random", max_concurrent=100
     )
-    return search_algorithm(url)
+    plan = plan_search(asked, resolve_addresses(asked), tmp_path / "outline").of_category("bolt", space)
+    of_plan = {field.name for field in dataclasses.fields(plan)}
+    plan = dataclasses.replace(plan, configs=space.bases, **{k: v for k, v in changes.items() if k in of_plan})
+    spec = build_spec(
+        plan.config, data=plan.data, category="bolt", teacher=plan.teacher, textures="", selection="val", cache_gb=0,
+        workers=Workers(1, 1.0, 0.0), min_workers=None, workers_uri="",
+    )  # fmt: skip
+    own = {"share": Fixed(1), "events": None, "deadline": None} | {k: v for k, v in changes.items() if k not in of_plan}
+    found = StudyContext(plan=plan, spec=spec, **own)
+    enter_study(found)
+    return found
+
+
+@pytest.fixture
+def searcher(tmp_path: Path) -> Searcher:
+    return search_algorithm(context(tmp_path).plan.studies)
 
 
 def search_algorithm(url: str) -> Searcher:
     return Searcher(
-        depth, metric="objective", mode="max", sampler=optuna.samplers.TPESampler(seed=0), study_name="parts/bolt",
-        storage=StudyStorage(url), points_to_evaluate=_not_yet_asked_for(POINTS, url, "parts/bolt"),
+        depth, metric=OBJECTIVE, mode="max", sampler=optuna.samplers.TPESampler(seed=0), study_name="parts/bolt",
+        storage=StudyStorage(url), points_to_evaluate=not_yet_asked_for(POINTS, url, "parts/bolt"),
     )  # fmt: skip
 
 
+def trials_of(searcher: Searcher) -> list[optuna.trial.FrozenTrial]:
+    study, _ = study_and_known_trials(searcher)
+    return study.get_trials()
+
+
 def states(searcher: Searcher) -> list[str]:
-    assert searcher._ot_study is not None
-    return [trial.state.name for trial in searcher._ot_study.get_trials()]
+    return [trial.state.name for trial in trials_of(searcher)]
 
 
 def test_a_kill_before_the_first_snapshot_neither_loses_nor_repeats_a_known_point(searcher: Searcher) -> None:
     assert searcher.suggest("a") == POINTS[0]
-    again = search_algorithm(hooks._revived["study_url"])
+    again = search_algorithm(study_context().plan.studies)
     assert states(again) == ["FAIL", "WAITING", "WAITING"]
     assert sorted([again.suggest("b"), again.suggest("c")], key=str) == POINTS
     assert again.suggest("d") not in POINTS
@@ -84,7 +102,7 @@ def test_a_kill_between_two_snapshots_neither_loses_nor_repeats_a_suggestion(
     revived = Searcher.__new__(Searcher)  # Tune unpickles it
     revived.restore(str(tmp_path / "snapshot"))
     assert [revived.suggest("d"), revived.suggest("e")] == lost, "the known point is put back, the other drawn again"
-    revived.on_trial_complete("a", {"objective": 0.5})
+    revived.on_trial_complete("a", {OBJECTIVE: 0.5})
     assert states(revived).count("COMPLETE") == 1
 
 
@@ -94,7 +112,7 @@ def test_a_trial_that_memory_did_not_suffice_for_counts_as_bad_and_another_lost_
     tune_file = tmp_path / "error.txt"
     counted = SimpleNamespace(num_failures=0)
     trial = cast(Any, SimpleNamespace(trial_id="a", error_file=str(tune_file), run_metadata=counted))
-    halving = Halving(time_attr="epoch", metric="objective", mode="max", max_t=10, grace_period=1, reduction_factor=3)
+    halving = Halving(time_attr="epoch", metric=OBJECTIVE, mode="max", max_t=10, grace_period=1, reduction_factor=3)
     for name, failures in (
         ("a", ["ValueError", "due to the node running low on memory"]),
         ("b", ["due to the node running low on memory", "ValueError"]),
@@ -109,8 +127,7 @@ def test_a_trial_that_memory_did_not_suffice_for_counts_as_bad_and_another_lost_
             counted.num_failures += 1
             halving.on_trial_error(cast(Any, None), trial)
         searcher.on_trial_complete(name, error=True)
-    assert searcher._ot_study is not None
-    ended = [trial for trial in searcher._ot_study.get_trials() if trial.state.is_finished()]
+    ended = [trial for trial in trials_of(searcher) if trial.state.is_finished()]
     assert [(trial.state.name, trial.value) for trial in ended] == [("COMPLETE", 0.0), ("FAIL", None)]
     assert counted.num_failures == 4 * 33 > PATIENCE >= 3 * 33
 
@@ -124,38 +141,29 @@ def test_the_last_categories_share_what_the_others_leave() -> None:
     assert [Fixed(3).of(slots, is_limit=True) for slots in (1, 5, 8)] == [1, 1, 2]
 
 
-def test_a_search_follows_the_size_of_the_cluster(searcher: Searcher, monkeypatch: pytest.MonkeyPatch) -> None:
-    hooks._revived.update(max_concurrent=None, share=Fixed(2))
+def test_a_search_follows_the_size_of_the_cluster(
+    searcher: Searcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context(tmp_path, max_concurrent=None, share=Fixed(2))
     for slots, expected in ((1, [True, False]), (6, [True, True, False]), (0, [False])):
-        monkeypatch.setattr(hooks, "concurrent_trials", lambda _, slots=slots: slots)
+        monkeypatch.setattr(hooks, "cluster_nodes", lambda slots=slots: [{"CPU": float(slots)}])
         taken = [searcher.suggest(f"{slots}-{number}") is not None for number in range(len(expected))]
         assert taken == expected
-    searcher.on_trial_complete("1-0", {"objective": 0.5})
-    monkeypatch.setattr(hooks, "concurrent_trials", lambda _: 6)
+    searcher.on_trial_complete("1-0", {OBJECTIVE: 0.5})
+    monkeypatch.setattr(hooks, "cluster_nodes", lambda: [{"CPU": 6.0}])
     assert searcher.suggest("next") is not None
 
 
-def test_what_a_killed_driver_may_not_have_handed_on_is_said_once_more(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_what_a_killed_driver_may_not_have_handed_on_is_said_once_more(tmp_path: Path) -> None:
     said: list[Event] = []
-    spec = SimpleNamespace(
-        category="bolt",
-        teacher_weights="random",
-        num_workers=1,
-        config=RunConfig().with_values({"epochs": 4}).to_dict(),
-    )
-    spec.textures = ""
     space = build_space({"dskd": RunConfig().with_values({"epochs": 4})})
-    sink = SimpleNamespace(put=said.append)
-    revived = {"spec": spec, "events": sink, "space": space, "running": set(), "search_uri": "/s"}
-    monkeypatch.setattr(hooks, "_revived", revived | {"reasons": {}})
+    context(tmp_path, space, events=SimpleNamespace(put=said.append))
 
     def trial(name: str, status: str, epoch: int) -> Any:
         return SimpleNamespace(
             trial_id=name, status=status, config={}, is_finished=lambda: status != "RUNNING",
             get_error=lambda: "gone", error_file=None, checkpoint=None, run_metadata=SimpleNamespace(num_failures=2),
-            last_result={"epoch": epoch, "objective": 0.5, "timestamp": 1000 + epoch},
+            last_result={"epoch": epoch, OBJECTIVE: 0.5, "timestamp": 1000 + epoch},
         )  # fmt: skip
 
     trials = [trial("a", "TERMINATED", 4), trial("b", "ERROR", 2), trial("c", "RUNNING", 1)]
@@ -176,52 +184,50 @@ def test_what_a_killed_driver_may_not_have_handed_on_is_said_once_more(
         observe.on_trial_result(0, trials, trials[2], {"epoch": 3, "timestamp": 1, CATEGORY: "nut"})
 
 
-def test_the_untuned_presets_are_never_pruned_and_others_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_untuned_presets_are_never_pruned_and_others_are(tmp_path: Path) -> None:
     space = build_space({"dskd": PRESETS["dskd"], "stfpm": PRESETS["stfpm"]})
-    monkeypatch.setitem(hooks._revived, "space", space)
+    context(tmp_path, space)
     untuned, _, hard, *_ = space.starting_points()
-    halving = Halving(time_attr="epoch", metric="objective", mode="max", max_t=10, grace_period=1, reduction_factor=3)
+    halving = Halving(time_attr="epoch", metric=OBJECTIVE, mode="max", max_t=10, grace_period=1, reduction_factor=3)
     decisions = {}
     for name, objective, point in (
         ("good", 0.9, hard), ("better", 0.95, hard), ("bad", 0.1, hard), ("untuned and worse", 0.05, untuned)
     ):  # fmt: skip
         trial = cast(Any, SimpleNamespace(trial_id=name, config=point, last_result=None))
         halving.on_trial_add(cast(Any, None), trial)
-        decisions[name] = halving.on_trial_result(None, trial, {"epoch": 1, "objective": objective})
+        decisions[name] = halving.on_trial_result(None, trial, {"epoch": 1, OBJECTIVE: objective})
     assert decisions["bad"] == "STOP"
     assert decisions["untuned and worse"] == decisions["better"] == "CONTINUE"
 
 
 def test_a_continued_search_compares_trials_at_the_epochs_that_the_undisturbed_one_does(
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     space = build_space({"stfpm": PRESETS["stfpm"]})
-    monkeypatch.setitem(hooks._revived, "space", space)
+    context(tmp_path, space)
     _, hard, *_ = space.starting_points()
 
     def decide(killed: bool) -> list[str]:
-        halving = Halving(
-            time_attr="epoch", metric="objective", mode="max", max_t=10, grace_period=1, reduction_factor=3
-        )
+        halving = Halving(time_attr="epoch", metric=OBJECTIVE, mode="max", max_t=10, grace_period=1, reduction_factor=3)
         good = cast(Any, SimpleNamespace(trial_id="good", config=hard, last_result={}))
         halving.on_trial_add(cast(Any, None), good)
-        halving.on_trial_result(None, good, {"epoch": 1, "objective": 0.4})
+        halving.on_trial_result(None, good, {"epoch": 1, OBJECTIVE: 0.4})
         if killed:  # at epoch 5: Tune makes a new scheduler and adds the trials that it knows
             halving = Halving(
-                time_attr="epoch", metric="objective", mode="max", max_t=10, grace_period=1, reduction_factor=3
+                time_attr="epoch", metric=OBJECTIVE, mode="max", max_t=10, grace_period=1, reduction_factor=3
             )
-            good.last_result = {"epoch": 5, "objective": 0.9, f"{RUNG}1": 0.4, f"{RUNG}3": 0.7}
+            good.last_result = {"epoch": 5, OBJECTIVE: 0.9, f"{RUNG}1": 0.4, f"{RUNG}3": 0.7}
             halving.on_trial_add(cast(Any, None), good)
         else:
-            halving.on_trial_result(None, good, {"epoch": 3, "objective": 0.7})
+            halving.on_trial_result(None, good, {"epoch": 3, OBJECTIVE: 0.7})
         for epoch in (6, 7):
-            halving.on_trial_result(None, good, {"epoch": epoch, "objective": 0.9})
+            halving.on_trial_result(None, good, {"epoch": epoch, OBJECTIVE: 0.9})
         decisions = []
         for name, objectives in (("slow", {1: 0.5, 3: 0.6}), ("late", {1: 0.48, 3: 0.8}), ("bad", {1: 0.3})):
             other = cast(Any, SimpleNamespace(trial_id=name, config=hard, last_result=None))
             halving.on_trial_add(cast(Any, None), other)
             decisions += [
-                halving.on_trial_result(None, other, {"epoch": epoch, "objective": objective})
+                halving.on_trial_result(None, other, {"epoch": epoch, OBJECTIVE: objective})
                 for epoch, objective in objectives.items()
             ]
         return decisions
@@ -229,15 +235,14 @@ def test_a_continued_search_compares_trials_at_the_epochs_that_the_undisturbed_o
     assert decide(killed=True) == decide(killed=False) == ["CONTINUE", "STOP", "CONTINUE", "CONTINUE", "STOP"]
 
 
-def test_the_deadline_interrupts_tune_once_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_deadline_interrupts_tune_once_it_is_over(tmp_path: Path) -> None:
     seen: list[int] = []
-    monkeypatch.setitem(hooks._revived, "is_cut", False)
     before = signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
     try:
         for deadline, expected in ((None, 0), (time.time() + 600, 0), (time.time() - 1, 1)):
-            monkeypatch.setitem(hooks._revived, "deadline", deadline)
+            known = context(tmp_path, deadline=deadline)
             assert not Deadline().stop_all(), "to stop the trials would end them for good"
-            assert len(seen) == expected == hooks._revived.get("is_cut", False)
+            assert len(seen) == expected == known.is_over
     finally:
         signal.signal(signal.SIGUSR1, before)
 
@@ -246,10 +251,9 @@ def test_the_deadline_interrupts_tune_once_it_is_over(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "cmaes", "qmc", "random"])
 def test_every_sampler_draws_from_the_space_and_each_category_its_own(sampler: Any) -> None:
     space = build_space({"dskd": PRESETS["dskd"]})
-    settings = SearchSettings(data="data", sampler=sampler)
     drawn = []
     for category in ("bolt", "bolt", "screw"):
-        asked = optuna.create_study(direction="maximize", sampler=_sampler(settings, category, 1))
+        asked = optuna.create_study(direction="maximize", sampler=make_sampler(sampler, 0, category, 1))
         for value in (0.3, 0.5, 0.4):
             trial = asked.ask()
             space.ask(trial)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import services
 
-from tune.preflight.checks import input_errors
+from tune.preflight.checks import check_inputs
+from tune.preflight.draft import drafted
 from tune.settings.search import SearchSettings
 from tune.tracking.client import check_server
 from tune.tracking.events import EpochDone, TrialEnded, TrialStarted
@@ -22,9 +23,8 @@ def test_a_server_that_is_away_is_named_without_its_password(mvtec_root: Path, t
     canary = secrets.token_hex(8)
     studies = f"postgresql+psycopg2://dskd:{canary}@127.0.0.1:1/optuna"
     mlflow = f"http://dskd:{canary}@127.0.0.1:1"
-    studies_fault, tracking_fault = sorted(
-        input_errors(settings(mvtec_root, tmp_path, study_storage=studies, tracking_uri=mlflow))
-    )
+    with drafted(settings(mvtec_root, tmp_path, study_storage=studies, tracking_uri=mlflow)) as draft:
+        studies_fault, tracking_fault = sorted(check_inputs(draft).errors)
     assert studies_fault.startswith("--study-storage postgresql")
     assert tracking_fault.startswith("MLflow at http://127.0.0.1:1 does not answer")
     assert canary not in studies_fault + tracking_fault
@@ -57,7 +57,7 @@ def test_a_tracking_server_with_users_takes_a_search_that_says_who_it_is(
         unsent = tmp_path / "unsent.jsonl"
         tracker = Tracker(uri, "parts", artifact_location=None, tags={}, unsent=unsent)
         tracker.put(TrialStarted("bolt", "one", {"learning_rate": 0.1}))
-        tracker.put(EpochDone("bolt", "one", 1, {"objective": 0.5}, 1))
+        tracker.put(EpochDone("bolt", "one", 1, {"val/best_objective": 0.5}, 1))
         tracker.put(TrialEnded("bolt", "one", "finished", ""))
         folder = tmp_path / "detector"
         folder.mkdir()

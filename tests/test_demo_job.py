@@ -64,7 +64,7 @@ def test_bad_input_is_one_line(
 ) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "mine.txt").write_text("keep me")
-    monkeypatch.setattr(job, "_say", lambda text: None)
+    monkeypatch.setattr(job, "say", lambda text: None)
     assert ended(line.format(tmp=tmp_path), monkeypatch) == 2
     said = capsys.readouterr()
     assert said.out == "" and said.err.count("\n") == 1 and expected.format(tmp=tmp_path) in said.err

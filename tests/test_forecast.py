@@ -11,9 +11,10 @@ from ray.tune.schedulers.async_hyperband import _Bracket
 
 from dskd.config import AmplificationConfig, RunConfig
 from dskd.data.datasets import read_category
+from dskd.presets import PRESETS
 from dskd.training.inputs import TrainingData
 from tune.preflight.forecast import Slots, Speed, SpeedTask, forecast, measure_speed, plan_categories, share_slots
-from tune.settings.search import SearchSettings
+from tune.settings.workers import Workers
 from tune.trial.asha import REDUCTION, expected_epochs, expected_survivors, grace_period, rungs
 
 
@@ -57,9 +58,7 @@ def test_expected_epochs_are_rays_in_the_mean(trials: int, epochs: int) -> None:
     assert found == pytest.approx(expected_epochs(trials, epochs), rel=0.06)
 
 
-@pytest.fixture
-def settings(mvtec_root: Path) -> SearchSettings:
-    return SearchSettings(data=str(mvtec_root), trials=6, epochs=10, image_size=32, batch_size=4)
+ONE = Workers(1, cpus=1.0, gpus=0.0)
 
 
 def test_a_plan_counts_the_images_that_training_uses(mvtec_root: Path, tiny: RunConfig, inputs: TrainingData) -> None:
@@ -70,32 +69,32 @@ def test_a_plan_counts_the_images_that_training_uses(mvtec_root: Path, tiny: Run
     assert plan.num_test == 8
 
 
-def test_times_add_up(mvtec_root: Path, settings: SearchSettings) -> None:
-    config = settings.run_config()
+def test_times_add_up(mvtec_root: Path) -> None:
+    config = PRESETS["dskd"].with_values({"epochs": 10, "image_size": 32, "batch_size": 4})
     names = ("tile", "wood")
     plans = plan_categories({name: read_category(mvtec_root, name) for name in names}, config)
     still = Speed("CPU", 0, 4, step=0.0, validation=0.0, decoding=0.0, teacher=0.0, defects=0.0, amplification=0.0)
     steps = plans[0].num_train // 4
 
     only_steps = still._replace(step=3.0)
-    one = forecast(settings, config, plans, only_steps, Slots(1, 1), 0.0)
+    one = forecast(plans, only_steps, Slots(1, 1), config=config, trials=6, workers=ONE)
     assert one.trial_seconds == 10 * steps * 3.0
     assert one.wall_seconds_full == 2 * 6 * one.trial_seconds == pytest.approx(one.cpu_hours_full * 3600)
     assert one.wall_seconds_pruned == pytest.approx(2 * expected_epochs(6, 10) * steps * 3.0)
     assert one.gpu_hours_full == 0 and one.epochs_full == 120
 
-    both = forecast(settings, config, plans, only_steps, Slots(2, 1), 1.0)
+    both = forecast(plans, only_steps, Slots(2, 1), config=config, trials=6, workers=ONE._replace(gpus=1.0))
     assert both.wall_seconds_full == one.wall_seconds_full / 2
     assert both.gpu_hours_full == both.cpu_hours_full == one.cpu_hours_full
-    crowd = forecast(settings, config, plans, only_steps, Slots(1, 4), 0.0)
+    crowd = forecast(plans, only_steps, Slots(1, 4), config=config, trials=6, workers=ONE)
     assert crowd.wall_seconds_full == 2 * 2 * one.trial_seconds, "six trials, four at once: two rounds"
 
     amplified = dataclasses.replace(config, amplification=AmplificationConfig(amplification=True))
-    staged = forecast(settings, amplified, plans, still._replace(amplification=1.0), Slots(1, 1), 0.0)
+    staged = forecast(plans, still._replace(amplification=1.0), Slots(1, 1), config=amplified, trials=6, workers=ONE)
     assert staged.wall_seconds_full == 2 * 100 * plans[0].num_train
 
-    pairs = dataclasses.replace(settings, workers_per_trial=2)
-    assert forecast(pairs, config, plans, only_steps, Slots(1, 1), 0.0).cpu_hours_full == 2 * one.cpu_hours_full
+    pairs = forecast(plans, only_steps, Slots(1, 1), config=config, trials=6, workers=ONE._replace(number=2))
+    assert pairs.cpu_hours_full == 2 * one.cpu_hours_full
 
 
 @pytest.mark.parametrize(("categories", "slots", "expected"), [(3, 2, (2, 1)), (2, 8, (2, 4)), (5, 1, (1, 1))])

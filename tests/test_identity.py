@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 
 from tune.preflight.identity import check_continues, record
+from tune.settings.plan import SearchPlan, plan_search, resolve_addresses
 from tune.settings.search import SearchSettings
 from tune.storage.files import Storage
 
@@ -14,10 +15,17 @@ def storage(tmp_path: Path) -> Storage:
 
 
 def begin(storage: Storage, *categories: str, gpus: float = 0.0, **values: Any) -> None:
-    settings = SearchSettings(**{"data": "data", "name": "parts", "epochs": 30, **values})
-    spaces = settings.spaces(categories)
-    check_continues(storage, settings, spaces)
-    record(storage, settings, spaces, gpus)
+    plan = planned(Path(storage.uri).parent / "outline", *categories, **{"epochs": 30, **values})
+    check_continues(storage, plan)
+    record(storage, plan, gpus)
+
+
+def planned(root: Path, *categories: str, **values: Any) -> SearchPlan:
+    """The plan of a search of these categories, whose data lie elsewhere."""
+    for category in categories:
+        (root / category / "train" / "good").mkdir(parents=True, exist_ok=True)
+    asked = SearchSettings(**{"data": "data", "name": "parts", "categories": ",".join(categories), **values})
+    return plan_search(asked, resolve_addresses(asked), root)
 
 
 def test_the_same_search_goes_on_with_more_trials_at_another_pace(storage: Storage) -> None:
@@ -80,6 +88,5 @@ def test_each_category_of_a_name_may_be_searched_its_own_way(storage: Storage) -
 
 
 def test_nothing_is_recorded_by_looking(storage: Storage) -> None:
-    settings = SearchSettings(data="data", name="parts")
-    check_continues(storage, settings, settings.spaces(("bolt",)))
+    check_continues(storage, planned(Path(storage.uri).parent / "outline", "bolt"))
     assert storage.names("identity") == []

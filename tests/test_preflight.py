@@ -13,9 +13,12 @@ import pytest
 
 from tune import search
 from tune.preflight import dry_run
-from tune.preflight.checks import PreflightError, check_resources, input_errors, read_categories
-from tune.runtime.cluster import trial_slots
+from tune.preflight.checks import PreflightError, check_cluster, check_inputs, read_categories
+from tune.preflight.draft import drafted
+from tune.runtime.cluster import count_trials, resolve_gpus
+from tune.settings.plan import SearchPlan, plan_search, resolve_addresses
 from tune.settings.search import SearchSettings
+from tune.settings.workers import Workers
 
 
 @pytest.fixture
@@ -32,6 +35,10 @@ def settings(data: Path, storage: Path, **changes: Any) -> SearchSettings:
     return SearchSettings(data=str(data), storage=str(storage), **(values | changes))
 
 
+def plan_of(asked: SearchSettings) -> SearchPlan:
+    return plan_search(asked, resolve_addresses(asked), Path(asked.data))
+
+
 def tree(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*"))
 
@@ -43,7 +50,7 @@ def test_every_bad_category_and_file_is_named(data: Path, tmp_path: Path) -> Non
     shutil.rmtree(data / "wood" / "train")
     (data / "wood" / "train" / "good").mkdir(parents=True)
     with pytest.raises(PreflightError) as raised:
-        read_categories(settings(data, tmp_path / "results"), data)
+        read_categories(plan_of(settings(data, tmp_path / "results")), data)
     lines = str(raised.value).splitlines()
     assert len(lines) == 5
     assert lines[0].startswith("wood: ") and "holds 0 images" in lines[0]
@@ -101,7 +108,8 @@ def test_a_dry_run_prints_plan_and_forecast_and_leaves_no_trace(
 
 def test_an_existing_study_file_that_is_none_is_a_fault(data: Path, tmp_path: Path) -> None:
     (tmp_path / "optuna.db").write_text("this is no database, whatever its name says" * 50)
-    (fault,) = input_errors(settings(data, tmp_path), leave_no_trace=True)
+    with drafted(settings(data, tmp_path)) as draft:
+        (fault,) = check_inputs(draft, leave_no_trace=True).errors
     assert "--study-storage" in fault and "not a database" in fault
 
 
@@ -118,20 +126,21 @@ def test_an_existing_study_file_that_is_none_is_a_fault(data: Path, tmp_path: Pa
     ],
 )  # fmt: skip
 def test_a_trial_must_find_its_place(
-    flags: Mapping[str, Any], nodes: list[dict[str, float]], expected: str | None, tmp_path: Path
+    flags: Mapping[str, Any], nodes: list[dict[str, float]], expected: str | None, mvtec_root: Path
 ) -> None:
-    asked = settings(tmp_path, tmp_path, **flags)
+    plan = plan_of(settings(mvtec_root, mvtec_root, **flags))
     if expected is None:
-        check_resources(asked, nodes)
+        check_cluster(plan, nodes)
         return
     with pytest.raises(PreflightError) as raised:
-        check_resources(asked, nodes)
+        check_cluster(plan, nodes)
     assert expected in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_slots_count_whole_workers_on_whole_nodes(tmp_path: Path) -> None:
+def test_slots_count_whole_workers_on_whole_nodes() -> None:
     nodes = [{"CPU": 7.0, "GPU": 2.0}, {"CPU": 3.0}]
-    assert trial_slots(settings(tmp_path, tmp_path, gpus_per_worker=0.0, cpus_per_worker=2.0), nodes) == 4
-    assert trial_slots(settings(tmp_path, tmp_path, cpus_per_worker=2.0), nodes) == 2, "one GPU each, where there are"
-    assert trial_slots(settings(tmp_path, tmp_path, gpus_per_worker=0.5, workers_per_trial=2), nodes) == 2
-    assert trial_slots(settings(tmp_path, tmp_path, max_concurrent=9), nodes) == 9
+    assert count_trials(nodes, Workers(1, cpus=2.0, gpus=0.0)) == 4
+    assert count_trials(nodes, Workers(1, cpus=2.0, gpus=resolve_gpus(None, nodes))) == 2, "one GPU each"
+    assert count_trials(nodes, Workers(2, cpus=1.0, gpus=0.5)) == 2
+    assert count_trials([], Workers(1, cpus=1.0, gpus=0.0)) == 1, "a cluster may grow once something waits"
+    assert resolve_gpus(0.5, nodes) == 0.5 and resolve_gpus(None, [{"CPU": 3.0}]) == 0.0

@@ -41,7 +41,7 @@ def drawn(progress: SearchProgress, width: int = 100) -> list[str]:
 
 
 def epoch(category: str, trial: str, number: int, objective: float, **more: float) -> EpochDone:
-    return EpochDone(category, trial, number, {"objective": objective, **more}, 0)
+    return EpochDone(category, trial, number, {"val/best_objective": objective, **more}, 0)
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_elsewhere_there_are_plain_lines_and_nothing_else(capsys: pytest.Capture
 def test_the_share_of_training_is_taken_over_the_trials_own_time(clock: Clock) -> None:
     progress = SearchProgress(2, 2, console=Console(file=io.StringIO()), clock=clock)
     assert progress.time_share() is None
-    measured: dict[str, Any] = {"seconds": 4.0, "validation_seconds": 1.0}
+    measured: dict[str, Any] = {"time/train_seconds": 4.0, "time/validation_seconds": 1.0}
     for trial in ("a", "b"):
         progress.show(TrialStarted("tile", trial, {}))
         clock.now += 6.0

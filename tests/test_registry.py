@@ -17,7 +17,8 @@ from mlflow.tracking import MlflowClient
 
 from dskd.checkpoint import RECORD_FILE, WEIGHTS_FILE, read_record
 from dskd.detector import Detector
-from tune.pull import pull
+from tune.jobs.pull import pull
+from tune.settings.pull import PullSettings
 from tune.tracking import registry
 from tune.tracking.registry import find_registered, pack, registered_categories
 from tune.tracking.tracker import Tracker
@@ -127,7 +128,7 @@ def test_registered_detectors_are_pulled_by_alias(
 ) -> None:
     uri, client = store
     assert registered_categories(client, "champion") == ("old", "tile")
-    pull(("all",), out=tmp_path / "out", alias="champion", tracking_uri=uri, json=True)
+    pull(PullSettings(categories=("all",), out=tmp_path / "out", alias="champion", tracking_uri=uri, json=True))
     documents = {each["category"]: each for each in json.loads(capsys.readouterr().out)["detectors"]}
     assert {name: each["trial"] for name, each in documents.items()} == {"old": "", "tile": "t7"}
     for name in ("old", "tile"):
@@ -135,7 +136,7 @@ def test_registered_detectors_are_pulled_by_alias(
             assert (tmp_path / "out" / name / file).read_bytes() == (detector_folder / file).read_bytes()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["old", "tile"]
     shutil.rmtree(tmp_path / "out/old")
-    pull(("old",), out=tmp_path / "out", alias="champion", tracking_uri=uri)
+    pull(PullSettings(categories=("old",), out=tmp_path / "out", alias="champion", tracking_uri=uri))
     assert read_record(tmp_path / "out/old").category == "tile"
 
 
@@ -145,7 +146,7 @@ def test_an_alias_that_nobody_has_names_those_who_have_it(store: tuple[str, Mlfl
         with pytest.raises(ValueError, match=f"alias '{alias}'; with it there are: {known}"):
             find_registered(client, category, alias)
     with pytest.raises(ValueError, match=r"no model of .* has the alias 'oracle'"):
-        pull((), out=tmp_path, alias="oracle", tracking_uri=uri)
+        pull(PullSettings(categories=(), out=tmp_path, alias="oracle", tracking_uri=uri))
 
 
 def test_a_damaged_registered_detector_is_not_delivered(
@@ -164,5 +165,5 @@ def test_a_damaged_registered_detector_is_not_delivered(
 
     monkeypatch.setattr(MlflowClient, "download_artifacts", damaged)
     with pytest.raises(ValueError, match="was changed or cut short"):
-        pull(("tile",), out=tmp_path / "out", alias="champion", tracking_uri=uri)
+        pull(PullSettings(categories=("tile",), out=tmp_path / "out", alias="champion", tracking_uri=uri))
     assert list((tmp_path / "out").glob("*")) == []

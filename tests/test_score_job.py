@@ -149,7 +149,10 @@ def test_workers_fill_the_cluster_and_leave_room_to_read_and_write(
     ("line", "expected"),
     [
         ("--images i --out o", "tune/score.py: error: missing DETECTOR"),
-        ("d --images i --out o --false-alarm-rate 1", "score: error: --false-alarm-rate must lie in (0, 1), got 1.0"),
+        (
+            "d --images i --out o --false-alarm-rate 1",
+            "score.py: error: --false-alarm-rate must lie in (0, 1), got 1.0",
+        ),
         ("d --images i --out o --overlay all", "unknown flag --overlay, did you mean --overlays?"),
         ("models:/m@champion --images i --out o", "models:/m@champion lies in MLflow: give --tracking-uri"),
         ("d --images {tmp}/none --out {tmp}/out", "none is no folder; give a folder or s3://bucket/path"),

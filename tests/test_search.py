@@ -121,7 +121,9 @@ def test_embedded_search_tracks_crowns_and_delivers(mvtec_root: Path, tmp_path: 
         chosen = next(run for run in children if run.info.run_id == outcome["champion"]["run_id"])
         finished = [child for child in children if child.data.tags["dskd.category"] == outcome["category"]
                     and child.data.tags["dskd.status"] == "finished"]  # fmt: skip
-        assert chosen.data.metrics["objective"] == max(child.data.metrics["objective"] for child in finished)
+        assert chosen.data.metrics["val/best_objective"] == max(
+            child.data.metrics["val/best_objective"] for child in finished
+        )
         record = Storage(str(storage / "try")).read_json(f"{outcome['champion']['folder']}/detector.json")
         mine = [child for child in children if child.data.tags["dskd.category"] == outcome["category"]]
         assert {child.data.tags["dskd.data_sha256"] for child in mine} == {record["data_sha256"]}
@@ -236,12 +238,12 @@ def test_storage_studies_and_runs_live_on_real_servers(
     uri = served["MLFLOW_TRACKING_URI"]
     tracker = Tracker(uri, "parts", artifact_location=None, tags={}, unsent=tmp_path / "unsent.jsonl")
     tracker.put(TrialStarted("bolt", "one", {"learning_rate": 0.1}))
-    tracker.put(EpochDone("bolt", "one", 1, {"objective": 0.5}, 1))
+    tracker.put(EpochDone("bolt", "one", 1, {"val/best_objective": 0.5}, 1))
     tracker.put(TrialEnded("bolt", "one", "finished", ""))
     done = tracker.register_champion("bolt", "one", folder, {"val/objective": 0.5}, "data", patience=60)
     assert tracker.close(60) == 0 and done.is_champion
     parents, children = tracked(uri, "parts")
-    assert len(parents) == len(children) == 1 and children[0].data.metrics["objective"] == 0.5
+    assert len(parents) == len(children) == 1 and children[0].data.metrics["val/best_objective"] == 0.5
     client = MlflowClient(tracking_uri=uri)
     assert {file.path for file in client.list_artifacts(done.run_id, "model/artifacts/detector")} == {
         "model/artifacts/detector/detector.json",

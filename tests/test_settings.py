@@ -8,12 +8,17 @@ import pytest
 
 from dskd.presets import PRESETS
 from tune import pull, search
+from tune.settings.plan import SearchPlan, plan_search, resolve_addresses, resolve_studies
 from tune.settings.search import SearchSettings
 from tune.storage.uris import LOCAL_RESULTS
 
 
 def settings(**values: Any) -> SearchSettings:
     return SearchSettings(**{"data": "data", **values})
+
+
+def plan_of(asked: SearchSettings) -> SearchPlan:
+    return plan_search(asked, resolve_addresses(asked), Path(asked.data))
 
 
 @pytest.mark.parametrize(
@@ -37,7 +42,6 @@ def settings(**values: Any) -> SearchSettings:
         ({"time_budget": ""}, "--time-budget must be a time"),
         ({"workers_per_trial": 2, "min_workers_per_trial": 2}, "--min-workers-per-trial must be at least 1 and below"),
         ({"workers_per_trial": 2, "min_workers_per_trial": 0}, "--min-workers-per-trial must be at least 1 and below"),
-        ({"space": Path("none.toml")}, "--space none.toml cannot be read"),
         ({"name": ""}, "--name"),
         ({"name": "a/b"}, "--name"),
         ({"name": "a\\b"}, "--name"),
@@ -67,48 +71,52 @@ def test_remote_storage_needs_a_tracking_server_and_a_study_storage(given: dict[
 
 
 def test_remote_addresses_are_taken_as_they_are() -> None:
-    found = settings(storage="s3://b/p/", tracking_uri="http://m", study_storage="postgresql://p", name="spring")
-    assert found.storage_uri == "s3://b/p" and found.search_uri == "s3://b/p/spring"
-    assert (found.tracking, found.studies, found.artifact_location) == ("http://m", "postgresql://p", None)
+    asked = settings(storage="s3://b/p/", tracking_uri="http://m", study_storage="postgresql://p", name="spring")
+    found = resolve_addresses(asked)
+    assert found.storage == "s3://b/p" and found.home == "s3://b/p/spring" and found.is_remote
+    assert (found.tracking, resolve_studies(asked, found), found.artifacts) == ("http://m", "postgresql://p", None)
 
 
 def test_by_default_everything_lies_in_one_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    found = settings()
+    found = resolve_addresses(settings())
     root = f"{tmp_path}/{LOCAL_RESULTS}"
-    assert found.storage_uri == root and found.search_uri == f"{root}/search"
+    assert found.storage == root and found.home == f"{root}/search"
     assert found.tracking == f"sqlite:///{root}/mlflow.db"
-    assert found.studies == f"sqlite:///{root}/optuna.db"
-    assert found.artifact_location == f"file://{root}/mlflow-artifacts"
-    assert found.ray_address is None
+    assert resolve_studies(settings(), found) == f"sqlite:///{root}/optuna.db"
+    assert found.artifacts == f"file://{root}/mlflow-artifacts"
+    assert settings().address is None
 
 
 def test_the_environment_fills_in_what_is_not_given_and_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://env")
     monkeypatch.setenv("DSKD_STUDY_STORAGE", "postgresql://env")
     found = settings(storage="s3://b/p")
-    assert settings(tracking_uri="http://flag").tracking == "http://flag"
+    assert settings(tracking_uri="http://flag").tracking_uri == "http://flag"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://changed")
-    assert (found.tracking, found.studies) == ("http://env", "postgresql://env")
+    assert (found.tracking_uri, found.study_storage) == ("http://env", "postgresql://env")
     revived = pickle.loads(pickle.dumps(found))
-    assert (revived.tracking, revived.studies) == ("http://env", "postgresql://env")
+    assert (revived.tracking_uri, revived.study_storage) == ("http://env", "postgresql://env")
 
 
-def test_a_study_password_does_not_show_in_a_printed_setting() -> None:
-    assert "secret" not in repr(settings(study_storage="postgresql://user:secret@host/db"))
+def test_a_study_password_does_not_show_in_a_printed_setting_or_plan(mvtec_root: Path) -> None:
+    asked = settings(data=str(mvtec_root), study_storage="postgresql://user:secret@host/db")
+    assert "secret" not in repr(asked) and "secret" in plan_of(asked).studies
+    assert "secret" not in repr(plan_of(asked))
 
 
 def test_an_address_goes_before_the_environments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "auto")
-    assert settings().ray_address == "auto"
-    assert settings(address="ray://head:10001").ray_address == "ray://head:10001"
+    assert settings().address == "auto"
+    assert settings(address="ray://head:10001").address == "ray://head:10001"
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_trials_vary_the_preset_with_the_flags_on_top(preset: Any) -> None:
-    run = settings(preset=preset, epochs=7, image_size=64, score_candidates=9).run_config()
+    (run,) = settings(preset=preset, epochs=7, image_size=64, score_candidates=9).run_configs().values()
     assert run == PRESETS[preset].with_values({"epochs": 7, "image_size": 64, "score_candidates": 9})
-    assert settings(preset=preset, batch_size=5).run_config().train.batch_size == 5
+    (run,) = settings(preset=preset, batch_size=5).run_configs().values()
+    assert run.train.batch_size == 5
 
 
 def test_several_presets_share_what_is_measured_and_how_long() -> None:
@@ -122,24 +130,26 @@ def test_several_presets_share_what_is_measured_and_how_long() -> None:
 
 @pytest.mark.parametrize(("words", "seconds"), [("2h", 7200), ("1h30m", 5400), ("90s", 90), ("1h1s", 3601)])
 def test_a_time_budget_is_read(words: str, seconds: float) -> None:
-    assert settings(time_budget=words).budget_seconds == seconds and settings().budget_seconds is None
+    assert settings(time_budget=words).budget_seconds() == seconds and settings().budget_seconds() is None
 
 
 def test_the_space_file_speaks_of_every_category_of_the_data(mvtec_root: Path, tmp_path: Path) -> None:
     file = tmp_path / "space.toml"
     file.write_text("[category.wood]\nhkd_weight = 1.0\n")
-    found = settings(data=str(mvtec_root), space=file, categories="tile").spaces(("tile",))
+    found = plan_of(settings(data=str(mvtec_root), space=file, categories="tile")).spaces
     assert "hkd_weight" in found["tile"].dimensions["dskd"], "wood's section is another search's"
-    found = settings(data=str(mvtec_root), space=file).spaces(("tile", "wood"))
+    found = plan_of(settings(data=str(mvtec_root), space=file)).spaces
     assert "hkd_weight" not in found["wood"].dimensions["dskd"]
     file.write_text("[category.screw]\nhkd_weight = 1.0\n")
     with pytest.raises(ValueError, match=r"\[category.screw\] names no category .* known: tile, wood"):
-        settings(data=str(mvtec_root), space=file).spaces(("tile",))
+        plan_of(settings(data=str(mvtec_root), space=file, categories="tile"))
+    with pytest.raises(ValueError, match=r"--space none\.toml cannot be read"):
+        plan_of(settings(data=str(mvtec_root), space=Path("none.toml")))
 
 
 def test_categories_are_checked_and_keep_their_order(mvtec_root: Path) -> None:
     def chosen(words: str) -> tuple[str, ...]:
-        return settings(data=str(mvtec_root), categories=words).chosen_categories()
+        return plan_of(settings(data=str(mvtec_root), categories=words)).categories
 
     assert chosen("all") == ("tile", "wood")
     assert chosen(" wood, tile ,wood") == ("wood", "tile")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dskd.data.datasets import find_categories, fingerprint, read_category
+from tune.settings.plan import plan_search, resolve_addresses
 from tune.settings.search import SearchSettings
 from tune.storage import staging
 from tune.storage.files import Storage, StorageError
@@ -91,7 +92,7 @@ def test_faults_name_the_address(address: str, tmp_path: Path) -> None:
         pass
     chosen = SearchSettings(data=address, categories="wood")
     with outline(address) as root:
-        assert chosen.chosen_categories(root) == ("wood",)
+        assert plan_search(chosen, resolve_addresses(chosen), root).categories == ("wood",)
 
 
 def test_processes_of_a_node_share_one_copy_and_other_data_is_another(

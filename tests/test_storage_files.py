@@ -11,7 +11,8 @@ import pyarrow.fs
 import pytest
 
 from dskd.checkpoint import PREVIEW_FILE, RECORD_FILE, WEIGHTS_FILE, BrokenDetectorError, read_record, rewrite_record
-from tune.pull import pull
+from tune.jobs.pull import pull
+from tune.settings.pull import PullSettings
 from tune.storage import files as module
 from tune.storage.champions import (
     Champion,
@@ -29,7 +30,8 @@ from tune.storage.files import Storage, StorageError, open_search
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(module, "RETRY_PAUSE", 0.0)
+    monkeypatch.setattr(module, "RETRY_ATTEMPTS", 3)
 
 
 @pytest.fixture
@@ -245,7 +247,7 @@ def test_the_best_trial_so_far_can_be_pulled_before_the_search_ends(
     found = find_best(search, "tile")
     assert found is not None and found.trial_id == "c" and not found.is_final
     assert find_champion(search, "tile") is None and champion_categories(search) == ("tile",)
-    pull(("all",), to=tmp_path / "out", name="spring", storage=store.uri, json=True)
+    pull(PullSettings(categories=("all",), out=tmp_path / "out", name="spring", storage=store.uri, json=True))
     shown = capsys.readouterr()
     document = json.loads(shown.out)["detectors"][0]
     assert (document["trial"], document["is_final"]) == ("c", False) and "best so far" in shown.err
@@ -281,7 +283,7 @@ def test_a_broken_download_is_gone_on_with(
         if sink.name.endswith(WEIGHTS_FILE):
             copied.append(sink.tell() - before)
 
-    monkeypatch.setattr(module, "_PAUSES", ())
+    monkeypatch.setattr(module, "RETRY_ATTEMPTS", 1)
     monkeypatch.setattr(shutil, "copyfileobj", breaking)
     with pytest.raises(StorageError, match="connection reset"):
         download_detector(store, crowned, target)

@@ -13,12 +13,14 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from tune.study.progress import SearchProgress
-from tune.tracking import tracker as tracking
+from tune.tracking import outbox
+from tune.tracking import tracker as tracker_module
 from tune.tracking.client import check_server, run_link, tracking_ui_command, without_password
 from tune.tracking.events import CategoryEnded, DataUsed, EpochDone, Event, TrialEnded, TrialStarted
-from tune.tracking.outbox import Journal
+from tune.tracking.journal import Journal
+from tune.tracking.outbox import TrackingRefusedError, TrackingUnavailableError
 from tune.tracking.registry import Registration, check_category
-from tune.tracking.tracker import Tracker, TrackingRefusedError, TrackingUnavailableError
+from tune.tracking.tracker import Tracker
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def tracker(uri: str, search: str, folder: Path) -> Tracker:
 @pytest.fixture
 def light(monkeypatch: pytest.MonkeyPatch) -> None:
     """Registers an empty model: packing a real one takes a second."""
-    monkeypatch.setattr(tracking, "pack", lambda detector, folder: folder.mkdir())
+    monkeypatch.setattr(tracker_module, "pack", lambda detector, folder: folder.mkdir())
 
 
 def runs(uri: str, search: str) -> dict[str, Run]:
@@ -61,7 +63,7 @@ def one_trial(category: str, trial: str, *objectives: float) -> list[Event]:
     return [
         TrialStarted(category, trial, {"learning_rate": 0.1, "levels": (1, 2), "teacher_weights": "x" * 9000}),
         *(
-            EpochDone(category, trial, number, {"objective": value}, 1000 * number)
+            EpochDone(category, trial, number, {"val/best_objective": value}, 1000 * number)
             for number, value in enumerate(objectives, 1)
         ),
     ]
@@ -102,7 +104,7 @@ def test_a_search_becomes_an_experiment_with_a_parent_per_category_and_a_child_p
     }  # fmt: skip
     assert found["wood-a"].data.tags["dskd.error"].endswith("too hot")
     assert found["tile"].data.metrics == {"num_trials": 2} and found["tile"].data.tags["dskd.note"] == "done"
-    history = MlflowClient(tracking_uri=uri).get_metric_history(found["tile-a"].info.run_id, "objective")
+    history = MlflowClient(tracking_uri=uri).get_metric_history(found["tile-a"].info.run_id, "val/best_objective")
     assert [(each.step, each.value, each.timestamp) for each in history] == [(1, 0.5, 1000), (2, 0.7, 2000)]
 
 
@@ -137,7 +139,7 @@ def test_a_continued_search_writes_to_the_same_runs(uri: str, tmp_path: Path) ->
         assert writer.close(60) == 0
         found = runs(uri, "summer")
         assert set(found) == {"tile", "tile-a"}
-        assert found["tile-a"].data.metrics["objective"] == objectives[-1]
+        assert found["tile-a"].data.metrics["val/best_objective"] == objectives[-1]
         assert found["tile-a"].info.status == status and "dskd.error" not in found["tile-a"].data.tags
 
 
@@ -145,16 +147,16 @@ def test_an_event_that_mlflow_refuses_does_not_stop_the_others(
     uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     writer = tracker(uri, "autumn", tmp_path)
-    with caplog.at_level(logging.ERROR, "tune.tracking.tracker"):
+    with caplog.at_level(logging.ERROR, "tune.tracking.outbox"):
         writer.put(TrialStarted("tile", "a", {"epochs": 3}))
         writer.put(TrialStarted("tile", "a", {"epochs": 4}))  # MLflow's parameters cannot change
-        writer.put(EpochDone("tile", "a", 1, {"objective": 0.5}, 1))
+        writer.put(EpochDone("tile", "a", 1, {"val/best_objective": 0.5}, 1))
         assert writer.close(60) == 0
-    faults = [record.getMessage() for record in caplog.records if record.name == "tune.tracking.tracker"]
+    faults = [record.getMessage() for record in caplog.records if record.name == "tune.tracking.outbox"]
     (fault,) = faults
     assert fault.startswith("could not track TrialStarted of tile: MlflowException: ") and "\n" not in fault
     data = runs(uri, "autumn")["tile-a"].data
-    assert data.params == {"epochs": "3"} and data.metrics == {"objective": 0.5}
+    assert data.params == {"epochs": "3"} and data.metrics == {"val/best_objective": 0.5}
 
 
 def test_the_alias_champion_moves_only_to_a_better_detector_of_the_same_images(uri: str, tmp_path: Path) -> None:
@@ -273,7 +275,7 @@ def test_uploads_are_tried_again_while_artifacts_have_no_home(
         send(*words)  # type: ignore[arg-type]
 
     monkeypatch.setattr(MlflowClient, "log_artifacts", unsteady)
-    monkeypatch.setattr(tracking, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(outbox, "FIRST_PAUSE", 0.01)
     writer = tracker(uri, "outage", tmp_path)
     assert writer.register_champion("home", "a", tmp_path / "detector", {"val/objective": 1.0}, "i", 60).is_champion
     assert outages == []
@@ -304,14 +306,14 @@ def test_events_that_an_absent_server_never_took_are_kept_and_written_by_the_nex
     assert not (tmp_path / "unsent.jsonl").exists()
     found = runs(uri, "lost")
     assert found["tile-a"].data.params["learning_rate"] == "0.1"
-    assert found["tile-a"].data.metrics["objective"] == 0.7 and found["tile-a"].info.status == "KILLED"
+    assert found["tile-a"].data.metrics["val/best_objective"] == 0.7 and found["tile-a"].info.status == "KILLED"
     assert found["tile"].info.status == "FINISHED"
 
 
 def test_events_of_an_outage_are_on_disk_before_the_search_is_killed(
     away: str, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tracking, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(outbox, "FIRST_PAUSE", 0.01)
     killed = tracker(away, "night", tmp_path)
     events = [*one_trial("tile", "a", 0.5, 0.7), TrialEnded("tile", "a", "finished", "")]
     unsent = tmp_path / "unsent.jsonl"
@@ -335,7 +337,7 @@ def test_events_of_an_outage_are_on_disk_before_the_search_is_killed(
     assert "holds a line that is no event" in caplog.text
     found = runs(uri, "night")
     assert {name: run.info.status for name, run in found.items()} == {"tile": "FINISHED", "tile-a": "FINISHED"}
-    history = MlflowClient(tracking_uri=uri).get_metric_history(found["tile-a"].info.run_id, "objective")
+    history = MlflowClient(tracking_uri=uri).get_metric_history(found["tile-a"].info.run_id, "val/best_objective")
     assert [(each.step, each.value) for each in history] == [(1, 0.5), (2, 0.7)]
     killed.close(0)
 

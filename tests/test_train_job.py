@@ -8,23 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from mlflow.tracking import MlflowClient
 
-from dskd.config import RunConfig
+from dskd.config import RunConfig, TeacherSource
 from dskd.presets import PRESETS
 from tune import train
 from tune.jobs import train as training
 from tune.settings.train import TrainingSettings
+from tune.settings.workers import Workers
 from tune.storage import staging
 from tune.tracking.events import EpochDone, TrialEnded, TrialStarted
 from tune.tracking.runs import TrackedRun, config_of, tracked_run, tracking_store
 from tune.tracking.tracker import Tracker
+from tune.trial.spec import build_spec
 
 
 def settings(**values: Any) -> TrainingSettings:
     defaults: dict[str, Any] = {
-        "config": RunConfig(), "data": "data", "category": "tile", "to": Path("detector"), "name": "train",
+        "config": RunConfig(), "data": "data", "category": "tile", "out": Path("detector"), "name": "train",
         "workers": 1, "gpus_per_worker": None, "cpus_per_worker": 1.0, "teacher_weights": "random",
         "storage": "results", "tracking_uri": None, "address": None, "cache_gb": 1.0,
     }  # fmt: skip
@@ -54,10 +55,12 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, RunConf
     uri, config = f"sqlite:///{folder}/mlflow.db", PRESETS["aand"].with_values({"epochs": 3})
     tracker = Tracker(
         uri, "train", artifact_location=f"file://{folder}/artifacts", unsent=folder / "unsent", has_parents=False,
-        tags={"mlflow.source.git.commit": "1234567890abcdef", "mlflow.source.name": "tune/train.py"},
+        tags={"mlflow.source.git.commit": "1234567890abcdef", "mlflow.source.name": "tune/train.py",
+              "dskd.selection": "oracle"},
     )  # fmt: skip
-    tracker.put(TrialStarted("tile", "k", config.flat() | {"teacher_weights": "resnet.pth", "num_workers": 2}))
-    tracker.put(EpochDone("tile", "k", 1, {"objective": 0.5}, 1))
+    told = {"teacher_weights": "resnet.pth", "textures": "dtd", "num_workers": 2}
+    tracker.put(TrialStarted("tile", "k", config.flat() | told))
+    tracker.put(EpochDone("tile", "k", 1, {"val/best_objective": 0.5}, 1))
     tracker.put(TrialEnded("tile", "k", "finished", ""))
     (folder / "detector").mkdir()
     (folder / "detector" / "detector.json").write_text("{}")
@@ -72,10 +75,12 @@ def test_a_training_is_one_run_that_can_be_repeated(tracked: tuple[str, str, Run
     client = MlflowClient(tracking_uri=uri)
     (run,) = client.search_runs([client.get_experiment_by_name("train").experiment_id])
     assert run.info.run_name == "tile-k" and run.info.status == "FINISHED"
-    assert run.data.metrics == {"objective": 0.5, "test/aupro": 0.25}
+    assert run.data.metrics == {"val/best_objective": 0.5, "test/aupro": 0.25}
     assert "mlflow.parentRunId" not in run.data.tags and run.data.tags["mlflow.source.name"] == "tune/train.py"
     assert [file.path for file in client.list_artifacts(run_id, "detector")] == ["detector/detector.json"]
-    assert tracked_run(uri, run_id) == TrackedRun(run_id, config, (), "tile", "resnet.pth", "f00d", "1234567890abcdef")
+    assert tracked_run(uri, run_id) == TrackedRun(
+        run_id, config, (), "tile", "resnet.pth", "dtd", "oracle", "f00d", "1234567890abcdef"
+    )
 
 
 def test_runs_that_cannot_be_repeated_are_refused(tracked: tuple[str, str, RunConfig], tmp_path: Path) -> None:
@@ -91,22 +96,62 @@ def test_runs_that_cannot_be_repeated_are_refused(tracked: tuple[str, str, RunCo
     assert tracking_store("http://m", None) == "http://m"
 
 
-def test_a_run_to_repeat_gives_the_flags_their_defaults(
-    tracked: tuple[str, str, RunConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_to_repeat_gives_all_that_is_not_given(
+    tracked: tuple[str, str, RunConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """Also the textures of its synthetic defects and what chose its epoch, which were once dropped in silence."""
     uri, run_id, config = tracked
     asked: list[TrainingSettings] = []
-    monkeypatch.setattr(training, "launch_training", lambda request, *, as_json: (asked.append(request), 0)[1])
-    line = f"--data d --out t --from-run {run_id} --tracking-uri {uri} --teacher-weights x/other.pth --epochs 5"
+
+    def stop(settings: TrainingSettings, run: TrackedRun | None) -> None:
+        asked.append(settings)
+        raise training.TrainingError("far enough")
+
+    monkeypatch.setattr(training, "_trained", stop)
+    line = (
+        f"--data d --out t --from-run {run_id} --tracking-uri {uri} --teacher-weights x/other.pth --epochs 5 "
+        f"--textures {tmp_path}/dtd"
+    )
     monkeypatch.setattr(sys, "argv", ["tune/train.py", *line.split()])
     with pytest.raises(SystemExit) as end:
         train.main()
-    assert end.value.code == 0
-    (request,) = asked
-    assert request.config == config.with_values({"epochs": 5})
-    assert (request.category, request.repeats, request.expected_data_sha256) == ("tile", run_id, "f00d")
+    assert end.value.code == 1
+    (settings,) = asked
+    assert settings.config == config.with_values({"epochs": 5}) and settings.category == "tile"
+    assert settings.selection == "oracle" and settings.textures == tmp_path / "dtd"
     said = capsys.readouterr().err
     assert "epochs 5 (there 3)" in said and "another teacher than run" in said and "revision 1234567890ab" in said
+    assert "textures" not in said and "selection" not in said, "they are the run's own"
+
+    monkeypatch.setattr(sys, "argv", ["tune/train.py", *line.split(), "--selection", "val", "--textures", "leaves"])
+    with pytest.raises(SystemExit):
+        train.main()
+    said = capsys.readouterr().err
+    assert asked[1].selection == "val"
+    assert "another selection than run" in said and "oracle: val" in said and "dtd: leaves" in said
+
+
+def test_a_run_whose_textures_or_teacher_nobody_can_find_says_which_flag_names_them(
+    tracked: tuple[str, str, RunConfig],
+) -> None:
+    uri, run_id, config = tracked
+    run = tracked_run(uri, run_id)
+    asked = settings(config=config, teacher_weights=None)
+    with pytest.raises(ValueError, match=f"run {run_id} fed its synthetic defects from the folder dtd; .* --textures"):
+        training.repeat(asked, run)
+    with pytest.raises(ValueError, match=r"had its teacher from the file resnet\.pth; name its path with --teacher-we"):
+        training.repeat(dataclasses.replace(asked, textures=Path("x/dtd")), run)
+
+
+def test_what_workers_are_told_of_a_repeated_run_is_what_it_was_told() -> None:
+    """A search's trial and the training that repeats it are told the same, by one builder."""
+    told = build_spec(
+        RunConfig(), data="d", category="tile", teacher=TeacherSource("random"), textures="t/dtd", selection="oracle",
+        cache_gb=1.0, workers=Workers(2, 1.0, 0.0), min_workers=None, workers_uri="w",
+    )  # fmt: skip
+    assert told.tracked_values() == {"teacher_weights": "random", "textures": "dtd", "num_workers": 2}
+    assert (told.selection, told.textures) == ("oracle", str(Path("t/dtd").absolute()))
 
 
 @pytest.mark.parametrize(
@@ -140,12 +185,17 @@ def test_the_same_command_is_the_same_training_and_another_is_not(
 ) -> None:
     data = tmp_path / "data"
     shutil.copytree(mvtec_root, data)
-    asked = settings(config=tiny, data=str(data), to=tmp_path / "t", storage=str(tmp_path / "s"))
+    asked = settings(config=tiny, data=str(data), out=tmp_path / "t", storage=str(tmp_path / "s"))
     category, key = training._checked(asked)
     assert category == "tile"
-    same = [{"workers": 2}, {"to": tmp_path / "u"}, {"name": "other"}]
+    same = [{"workers": 2}, {"out": tmp_path / "u"}, {"name": "other"}]
     assert {training._checked(dataclasses.replace(asked, **change))[1] for change in same} == {key}
-    others = [{"config": tiny.with_values({"seed": 1})}, {"category": "wood"}]
+    others = [
+        {"config": tiny.with_values({"seed": 1})},
+        {"category": "wood"},
+        {"selection": "oracle"},
+        {"textures": data / "wood/test/good"},
+    ]
     assert key not in {training._checked(dataclasses.replace(asked, **change))[1] for change in others}
     os.utime(data / "tile/train/good/000.png", ns=(1, 1))
     assert training._checked(asked)[1] != key, "an image was replaced"
@@ -164,18 +214,18 @@ def test_a_failed_training_is_one_line_exit_code_one_and_a_failed_run(
         raise training.TrainingError("learning_rate 9 is probably too high")
 
     monkeypatch.setattr(training, "connect", lambda address: None)
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(training, "cluster_nodes", lambda: [{"CPU": 2.0}])
     monkeypatch.setattr(training, "_fit", diverge)
     storage = str(tmp_path / "s")
     asked = settings(
-        config=tiny, data=str(mvtec_root), to=tmp_path / "t", storage=storage, tracking_uri=uri, name="bad"
+        config=tiny, data=str(mvtec_root), out=tmp_path / "t", storage=storage, tracking_uri=uri, name="bad"
     )
-    assert training.launch_training(asked, as_json=True) == 1
+    assert training.train(dataclasses.replace(asked, json=True)) == 1
     said = capsys.readouterr()
     assert said.out == "" and said.err.splitlines()[-1] == "train: failed: learning_rate 9 is probably too high"
     client = MlflowClient(tracking_uri=uri)
     (run,) = client.search_runs([client.get_experiment_by_name("bad").experiment_id])
     assert run.info.status == "FAILED" and run.data.params["epochs"] == "2" and not (tmp_path / "t").exists()
     crowded = dataclasses.replace(asked, workers=3)
-    assert training.launch_training(crowded, as_json=True) == 2
-    assert "3 workers ask for 3 CPUs, the cluster has 2; lower --workers" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"asks for 3 CPUs \(3 workers\), the cluster has 2; lower --workers"):
+        training.train(crowded)

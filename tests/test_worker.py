@@ -22,7 +22,7 @@ from dskd.training.inputs import TrainingData
 from dskd.training.run import STATE_FILE, TrainingRun
 from tune.storage.uris import DETECTOR_FOLDER
 from tune.trial import groups, worker
-from tune.trial.spec import TrialSpec, UnrecoverableTrialError
+from tune.trial.spec import OBJECTIVE, TrialSpec, UnrecoverableTrialError
 from tune.trial.worker import train
 
 CPU = torch.device("cpu")
@@ -63,7 +63,7 @@ def test_trials_that_differ_in_their_students_share_one_stage_one(
     for learning_rate in (0.005, 0.001):
         config = amplified.with_values({"learning_rate": learning_rate})
         for report in train(spec(config, mvtec_root), WorkerRank(), CPU, None):
-            assert report.metrics["objective"] > 0 and report.checkpoint is not None
+            assert report.metrics[OBJECTIVE] > 0 and report.checkpoint is not None
             assert read_record(report.checkpoint / DETECTOR_FOLDER).config == config
     assert len(stages) == 1
 
@@ -71,7 +71,7 @@ def test_trials_that_differ_in_their_students_share_one_stage_one(
 def test_a_diverging_stage_one_ends_the_trial_with_its_reason(amplified: RunConfig, mvtec_root: Path) -> None:
     config = amplified.with_values({"amplification_learning_rate": 1e30, "amplification_epochs": 3})
     (report,) = train(spec(config, mvtec_root), WorkerRank(), CPU, None)
-    assert report.metrics["objective"] == 0 and "stage I" in report.metrics["error"] and report.checkpoint is None
+    assert report.metrics[OBJECTIVE] == 0 and "stage I" in report.metrics["error"] and report.checkpoint is None
 
 
 def test_what_cannot_fit_in_memory_or_be_read_ends_the_trial_with_its_reason(
@@ -84,7 +84,7 @@ def test_what_cannot_fit_in_memory_or_be_read_ends_the_trial_with_its_reason(
     with monkeypatch.context() as patch:
         patch.setattr("dskd.training.loop.distillation_loss", too_large)
         (report,) = train(mine, WorkerRank(), CPU, None)
-        assert report.metrics["objective"] == 0 and report.metrics["error"].startswith("out of memory: ")
+        assert report.metrics[OBJECTIVE] == 0 and report.metrics["error"].startswith("out of memory: ")
         # Alone among several workers it must not go on to report: the others wait for it in the middle of a step.
         patch.setattr(
             "tune.trial.worker._materials", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("GPU full"))
@@ -96,7 +96,7 @@ def test_what_cannot_fit_in_memory_or_be_read_ends_the_trial_with_its_reason(
     (tmp_path / "tile/train/good/000.png").write_bytes(b"no image")
     broken = dataclasses.replace(mine, data=str(tmp_path))
     (report,) = train(broken, WorkerRank(), CPU, None)
-    assert report.metrics["objective"] == 0 and "000.png" in report.metrics["error"]
+    assert report.metrics[OBJECTIVE] == 0 and "000.png" in report.metrics["error"]
 
 
 def test_a_fault_that_may_pass_is_raised_so_that_the_trial_is_tried_again(
@@ -129,7 +129,7 @@ def test_trials_with_and_without_stage_one_take_turns_at_the_cost_of_one_prepara
     worker._materials.cache_clear()
     for config in (tiny.with_values({"epochs": 1}), amplified) * 2:
         (report,) = train(spec(config, mvtec_root), WorkerRank(), CPU, None)
-        assert report.metrics["objective"] > 0
+        assert report.metrics[OBJECTIVE] > 0
     assert len(prepared) == 2
 
 
@@ -147,7 +147,7 @@ def test_an_oracle_selects_by_the_test_images_and_its_detector_says_so(
     shutil.copytree(mvtec_root / "tile", tmp_path / "tile")
     shutil.rmtree(tmp_path / "tile" / "ground_truth")
     (report,) = train(spec(config, tmp_path, selection="oracle"), WorkerRank(), CPU, None)
-    assert report.metrics["objective"] == 0 and "no masks of its test defects" in report.metrics["error"]
+    assert report.metrics[OBJECTIVE] == 0 and "no masks of its test defects" in report.metrics["error"]
 
 
 def test_textures_reach_the_defects_of_a_trial(tiny: RunConfig, mvtec_root: Path) -> None:

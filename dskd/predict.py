@@ -51,18 +51,7 @@ def predict_images(
         for index, seen in enumerate(detector.predict(paths, limit)):
             picture = f"{OVERLAYS_FOLDER}/{index:05d}_{seen.path.parent.name}_{seen.path.stem}.png"
             overlay(seen, caption).save(folder / picture)
-            lines.append(
-                {
-                    "image": str(seen.path),
-                    "score": seen.score,
-                    "threshold": seen.threshold,
-                    "verdict": seen.verdict,
-                    "regions": [region._asdict() for region in seen.regions] if seen.is_anomalous else [],
-                    "map_size": detector.record.config.data.image_size,
-                    "overlay": picture,
-                    "teacher": detector.record.teacher,
-                }
-            )
+            lines.append(seen.to_dict(detector.record, overlay=picture))
             on_prediction(seen)
         (folder / PREDICTIONS_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
     num_anomalous = sum(line["verdict"] == "anomalous" for line in lines)

@@ -1,4 +1,34 @@
-"""What several test files share: a small data set, a small network, one detector trained with them, and clusters."""
+"""What several test files share: a small data set, a small network, one detector trained with them, and clusters.
+
+While tests run, jaxtyping checks every call in these modules against its annotations: that a tensor has the shape,
+and that names such as "b" mean one size within a call. jaxtyping's pytest option cannot pass an option to beartype
+for more than one module, so the hook is installed here, before the first import of dskd.
+"""
+# ruff: noqa: E402
+
+from jaxtyping import config as jaxtyping_config
+from jaxtyping import install_import_hook
+
+SHAPE_CHECKED = (
+    "dskd.anomaly",
+    "dskd.calibration",
+    "dskd.data",
+    "dskd.evaluate",
+    "dskd.export",
+    "dskd.losses",
+    "dskd.metrics",
+    "dskd.model",
+    "dskd.show.overlays",
+    "dskd.show.plots",
+    "dskd.show.validation",
+    "dskd.training",
+)
+"""All with arrays, and no class with a method that returns Self, which beartype cannot check one function at a time."""
+install_import_hook(
+    SHAPE_CHECKED,
+    # the numeric tower: an int may stand where a float is asked for, as in mypy
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+)
 
 import importlib.util
 import os
@@ -36,6 +66,14 @@ def isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def unchecked_shapes() -> Iterator[None]:
+    """For tests of how a function refuses what its annotations forbid."""
+    jaxtyping_config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping_config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

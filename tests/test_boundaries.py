@@ -13,6 +13,21 @@ import dskd
 ROOT = Path(__file__).resolve().parents[1]
 FORBIDDEN = {"ray", "mlflow", "optuna", "boto3", "pyarrow", "tune"}
 """What the library must never bring in."""
+ROOMS = {"jobs", "preflight", "runtime", "settings", "storage", "study", "tracking", "trial"}
+ENTRIES = {"demo", "pull", "score", "search", "train"}
+UNDOCUMENTED = ("ray.core.generated", "ray.train.v2", "ray.tune.execution")
+"""Modules of Ray that it documents nowhere, although their names have no underscore."""
+RAY_INTERNALS = "tune/runtime/ray_internals.py"
+PRIVATE_NAMES_TO_MEND = {
+    # The searcher and the scheduler inherit from Ray's and read what these keep to themselves (Ray 2.60).
+    "tune/study/hooks.py": {
+        *("_ot_trials", "_ot_study", "_completed_trials"),
+        *("_trial_info", "_rungs", "_metric_op"),
+    },
+    "tune/study/category.py": {"_revived", "ray.tune.execution.class_cache"},
+    "tune/trial/trainable.py": {"_base_exc"},
+}
+"""Private names used outside of RAY_INTERNALS. A line goes when its file no longer uses the name."""
 
 
 def module_name(path: Path) -> str:
@@ -33,6 +48,32 @@ def imports(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} imports relatively, which this test does not follow"
             yield str(node.module).partition(".")[0]
+
+
+def foreign_private_names(source: str) -> set[str]:
+    """Private names that a file uses and does not define itself, also where it asks `getattr` for them."""
+    nodes = list(ast.walk(ast.parse(source)))
+    own = {"_asdict", "_field_defaults", "_fields", "_make", "_replace"}  # every NamedTuple has them, documented
+    own |= {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
+    own |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+    own |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    used = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    for node in nodes:
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "hasattr"):
+            used |= {str(each.value) for each in node.args[1:2] if isinstance(each, ast.Constant)}
+    found = {name for name in used - own if name.startswith("_") and not name.startswith("__")}
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            private = [part for part in name.split(".") if part.startswith("_") and not part.startswith("__")]
+            found.update(private if name not in sys.stdlib_module_names else [])
+            found.update([name] if name.startswith(UNDOCUMENTED) else [])
+    return found
 
 
 def in_a_fresh_interpreter(body: str) -> str:
@@ -70,6 +111,49 @@ def test_the_application_does_not_go_through_the_command_line() -> None:
 def test_only_the_tracking_folder_imports_mlflow() -> None:
     found = {path.parent for path in modules("tune") if "mlflow" in imports(path)}
     assert found == {ROOT / "tune" / "tracking"}
+
+
+def test_the_events_of_tracking_bring_in_no_mlflow() -> None:
+    body = "import sys, tune.tracking.events\nprint(*{'mlflow', 'torch', 'ray', 'optuna'} & set(sys.modules))"
+    assert in_a_fresh_interpreter(body) == ""
+
+
+def test_tune_shows_its_entries_and_its_rooms() -> None:
+    assert {path.stem for path in (ROOT / "tune").glob("*.py")} == {*ENTRIES, "__init__"}
+    assert {path.parent.name for path in (ROOT / "tune").rglob("*.py")} == {*ROOMS, "tune"}
+
+
+def test_the_library_shows_at_most_16_modules() -> None:
+    """`__init__` and `__main__` count, folders do not."""
+    assert len(list((ROOT / "dskd").glob("*.py"))) <= 16
+
+
+def test_private_names_are_found() -> None:
+    for source in (
+        "import ray\nray._private.state",
+        "from ray._private import state",
+        "from ray.core.generated import gcs_pb2",
+        "import ray.train.v2.api.config",
+        "from ray.tune.execution import class_cache",
+        "class Mine(Theirs):\n    def f(self): return self._theirs",
+        "getattr(error, '_base', None)",
+        "from tune.study.hooks import _revived",
+    ):
+        assert foreign_private_names(source), source
+    assert not foreign_private_names("class Mine:\n    def f(self):\n        self._x = 1\n        return self._x")
+    assert not foreign_private_names("import ray\nimport _thread\nray.init()\nrow._asdict()\n__name__")
+
+
+def test_the_private_doors_of_ray_are_in_one_file() -> None:
+    """And nobody uses any other private name that is not its file's own."""
+    found = {
+        str(path.relative_to(ROOT)): names
+        for folder in ("dskd", "tune", "benchmarks")
+        for path in modules(folder)
+        if (names := foreign_private_names(path.read_text()))
+    }
+    assert found.pop(RAY_INTERNALS)
+    assert found == PRIVATE_NAMES_TO_MEND
 
 
 def test_modules_of_tune_shadow_nothing() -> None:

@@ -129,6 +129,7 @@ def test_no_images_give_no_defects() -> None:
     assert changed.shape == (0, 32, 32, 3) and masks.shape == (0, 32, 32)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize(
     ("images", "seed", "textures", "message"),
     [

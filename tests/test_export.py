@@ -24,7 +24,7 @@ from dskd.detector import UNTRAINED_TEACHER, Detector
 from dskd.export import ParityError, build_model, check_exportable, compare, export_onnx, generated_images
 from dskd.model.amplification import AmplifiedTeacher, build_amplifier
 from dskd.model.network import StudentPyramids, build_students
-from dskd.model.teacher import Pyramid, build_teacher
+from dskd.model.teacher import Pyramid, Teacher, build_teacher
 from dskd.presets import PRESETS
 
 NETWORK: dict[str, Any] = {
@@ -79,7 +79,7 @@ def test_the_graph_of_a_method_says_what_its_detector_says(preset: str, opset: i
 
 
 class _Levels(nn.Module):
-    """The least that makes a pyramid of two levels, with weights of its own: no Teacher, no timm."""
+    """The least that makes a pyramid of two levels, with weights of its own: no timm."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ def test_every_fusion_exports_whatever_the_teacher_is(level_fusion: str, student
     fused = {"level_fusion": level_fusion, "student_fusion": student_fusion}
     weighted = {"score_top_fraction": 0.05, "decoder_score_weight": 0.3}
     config = PRESETS["dskd"].with_values(NETWORK | fused | weighted)
-    detector = with_thresholds(config, _Levels(0), _Pair())
+    detector = with_thresholds(config, Teacher(_Levels(0)), _Pair())
     check_agreement(detector, build_model(detector).SerializeToString())
 
 

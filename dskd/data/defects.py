@@ -19,6 +19,7 @@ from scipy import ndimage
 
 Bytes: TypeAlias = NDArray[np.uint8]
 Floats: TypeAlias = NDArray[np.float32]
+Coordinates: TypeAlias = NDArray[np.float64]
 Mask: TypeAlias = NDArray[np.bool_]
 
 NOTICEABLE = 8
@@ -253,7 +254,7 @@ def _mix(pixels: Floats, other: Floats, weight: Floats) -> Floats:
     return pixels + weight[..., None] * (other - pixels)
 
 
-def _sample(pixels: Floats, rows: Floats, columns: Floats) -> Floats:
+def _sample(pixels: Floats, rows: Coordinates, columns: Coordinates) -> Floats:
     """Pixels (K, 3) at fractional positions (K,), mirrored past the border."""
     where = np.stack([rows, columns])
     channels = [ndimage.map_coordinates(pixels[..., c], where, order=1, mode="mirror") for c in range(3)]

@@ -56,7 +56,7 @@ def context(tmp_path: Path, space: Space = SPACE, **changes: Any) -> StudyContex
     plan = dataclasses.replace(plan, configs=space.bases, **{k: v for k, v in changes.items() if k in of_plan})
     spec = build_spec(
         plan.config, data=plan.data, category="bolt", teacher=plan.teacher, textures="", selection="val", cache_gb=0,
-        workers=Workers(1, 1.0, 0.0), min_workers=None, workers_uri="",
+        workers=Workers(1, 1.0, 0.0), min_workers=None, workers_uri="", revision="",
     )  # fmt: skip
     own = {"share": Fixed(1), "events": None, "deadline": None} | {k: v for k, v in changes.items() if k not in of_plan}
     found = StudyContext(plan=plan, spec=spec, **own)

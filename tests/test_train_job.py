@@ -148,7 +148,7 @@ def test_what_workers_are_told_of_a_repeated_run_is_what_it_was_told() -> None:
     """A search's trial and the training that repeats it are told the same, by one builder."""
     told = build_spec(
         RunConfig(), data="d", category="tile", teacher=TeacherSource("random"), textures="t/dtd", selection="oracle",
-        cache_gb=1.0, workers=Workers(2, 1.0, 0.0), min_workers=None, workers_uri="w",
+        cache_gb=1.0, workers=Workers(2, 1.0, 0.0), min_workers=None, workers_uri="w", revision="",
     )  # fmt: skip
     assert told.tracked_values() == {"teacher_weights": "random", "textures": "dtd", "num_workers": 2}
     assert (told.selection, told.textures) == ("oracle", str(Path("t/dtd").absolute()))

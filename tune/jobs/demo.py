@@ -1,13 +1,13 @@
 """The demonstration from start to end: draw, search, pull, inspect, and say what to do next."""
 
-import json
 import shlex
 from pathlib import Path
 
 from dskd.checkpoint import read_record
-from dskd.cli.main import predict
 from dskd.demo.dataset import CATEGORIES, draw_dataset
+from dskd.detector import Detector
 from dskd.model.teacher import TeacherUnavailableError, build_teacher
+from dskd.predict import OVERLAYS_FOLDER, describe_prediction, find_images, predict_images
 from dskd.presets import PRESETS
 from tune.jobs.pull import pull
 from tune.jobs.search import search
@@ -31,9 +31,16 @@ def demo(settings: DemoSettings) -> int:
     pull(PullSettings(categories=("all",), out=detectors, name=asked.name, storage=asked.storage))
     category = max(CATEGORIES, key=lambda name: read_record(detectors / name).metrics["val/objective"])
     verdicts = next_free(settings.out / "verdicts")
-    predict(detectors / category, (settings.data / category / "test",), out=verdicts, false_alarm_rate=0.05)
-    lines = (verdicts / "predictions.jsonl").read_text().splitlines()
-    highest = max((json.loads(line) for line in lines), key=lambda verdict: float(verdict["score"]))
+    images = find_images([settings.data / category / "test"])
+    found = predict_images(
+        Detector.load(detectors / category),
+        images,
+        verdicts,
+        false_alarm_rate=0.05,
+        on_prediction=lambda prediction: print(describe_prediction(prediction)),  # noqa: T201
+    )
+    say(f"{found.describe()}; overlays in {verdicts / OVERLAYS_FOLDER}")
+    highest = max(found.predictions, key=lambda prediction: float(prediction["score"]))
     detector = shlex.quote(str(detectors / category))
     say(
         f"\nLook at          {verdicts / highest['overlay']}\n"

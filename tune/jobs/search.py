@@ -61,7 +61,7 @@ def _search(settings: SearchSettings, held: ExitStack) -> list[CategoryResult]:
     addresses = plan.addresses
     gpus = resolve_gpus(plan.gpus_per_worker, cluster_nodes())
     identity.record(Storage(addresses.home), plan, gpus)
-    unsent = addresses.unsent_events(plan.name)
+    unsent, revision = addresses.unsent_events(plan.name), code_revision()
     tracker = Tracker(
         addresses.tracking,
         plan.name,
@@ -71,13 +71,13 @@ def _search(settings: SearchSettings, held: ExitStack) -> list[CategoryResult]:
             "dskd.selection": plan.selection,
             "dskd.teacher": "random (untrained)" if plan.teacher.is_untrained else "pretrained",
             "mlflow.source.name": "tune/search.py",
-            "mlflow.source.git.commit": code_revision(),
+            "mlflow.source.git.commit": revision,
         },
         unsent=unsent,
     )
     progress.say(f"searching {', '.join(plan.categories)}: {plan.trials} trials each, state in {addresses.home}")
     with progress.watching(plan.categories):
-        results = run_search(plan, gpus, tracker, progress)
+        results = run_search(plan, gpus, revision, tracker, progress)
     if num_unsent := tracker.close(_TRACKING_PATIENCE):
         progress.say(f"MLflow is away: {num_unsent} events are in {unsent}; the same command writes them")
     _show(results, plan, settings, progress.time_share())

@@ -122,6 +122,7 @@ def _trained(settings: TrainingSettings, repeated: TrackedRun | None) -> Trained
         workers=_workers(settings),
         min_workers=None,
         workers_uri=storage.uri,
+        revision=code_revision(),
     )
     unsent = addresses.unsent_events(f"{settings.name}-{name}")
     tracker = Tracker(

@@ -64,13 +64,14 @@ class CategoryResult(NamedTuple):
 
 
 def run_search(
-    plan: SearchPlan, gpus_per_worker: float, tracker: Tracker, progress: SearchProgress
+    plan: SearchPlan, gpus_per_worker: float, revision: str, tracker: Tracker, progress: SearchProgress
 ) -> list[CategoryResult]:
     """Search every category of the plan, as many side by side as the cluster now holds trials; results in their order.
 
     An error in one category is its result and does not stop the others.
     """
-    search = _Search(plan, Workers(plan.num_workers, plan.cpus_per_worker, gpus_per_worker), tracker, progress)
+    workers = Workers(plan.num_workers, plan.cpus_per_worker, gpus_per_worker)
+    search = _Search(plan, workers, revision, tracker, progress)
     slots = plan.max_concurrent or count_trials(cluster_nodes(), search.workers)
     side_by_side = min(len(plan.categories), slots)
     budget = TimeBudget(plan.budget_seconds, len(plan.categories), side_by_side)
@@ -96,6 +97,7 @@ class _Search(NamedTuple):
 
     plan: SearchPlan
     workers: Workers
+    revision: str
     tracker: Tracker
     progress: SearchProgress
 
@@ -147,6 +149,7 @@ def _spec(search: _Search, category: str) -> TrialSpec:
         workers=search.workers,
         min_workers=plan.min_workers,
         workers_uri=f"{plan.addresses.home}/workers/{category}",
+        revision=search.revision,
     )
 
 

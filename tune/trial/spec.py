@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from dskd.config import RunConfig, Selection, TeacherSource
 from tune.settings.workers import Workers
 from tune.storage.uris import absolute
-from tune.tracking.runs import code_revision
 
 EPOCH = "epoch"
 """Epochs trained so far, counted from 1."""
@@ -84,8 +83,9 @@ def build_spec(
     workers: Workers,
     min_workers: int | None,
     workers_uri: str,
+    revision: str,
 ) -> TrialSpec:
-    """The one place where a trial's spec is made: places absolute, the code's revision looked up."""
+    """The one place where a trial's spec is made: all places become absolute."""
     return TrialSpec(
         config=config.to_dict(),
         data=absolute(data),
@@ -96,7 +96,7 @@ def build_spec(
         cpus_per_worker=workers.cpus,
         gpus_per_worker=workers.gpus,
         workers_uri=workers_uri,
-        revision=code_revision(),
+        revision=revision,
         textures=absolute(textures) if textures else "",
         selection=selection,
         min_workers=min_workers,

@@ -1,21 +1,25 @@
 """What `tune.studies` decides without Ray: shares of a time budget, and where a search starts from."""
 
 import dataclasses
+import logging
 import shutil
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from dskd.checkpoint import read_record, rewrite_record
-from tune.settings.plan import plan_search, resolve_addresses
+from tune.settings.plan import SearchPlan, plan_search, resolve_addresses
 from tune.settings.search import SearchSettings
 from tune.settings.space import build_space
+from tune.settings.workers import Workers
 from tune.storage.champions import Champion, find_champion, save_champion
 from tune.storage.files import Storage
 from tune.study import budget as budget_module
+from tune.study import categories
 from tune.study.budget import BudgetSpentError, TimeBudget
-from tune.study.categories import with_winners
+from tune.study.categories import SharedSearch, search_one, with_winners
 from tune.study.progress import SearchProgress
 
 
@@ -87,3 +91,35 @@ def test_an_oracles_champion_is_marked_in_its_record_and_in_the_storage(detector
     storage.upload(marked, "detector")
     save_champion(storage, "tile", "one", f"{storage.uri}/detector", {}, tmp_path / "local")
     assert champion(storage).selection == "oracle"
+
+
+def test_an_unexpected_error_ends_its_category_alone_and_leaves_its_traceback_in_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One line is for the person; where it came from is for whoever mends it."""
+    errors: dict[str, Exception] = {
+        "bolt": KeyError("learning_rate of postgresql://user:secret@host/db"),
+        "screw": ValueError("no image in /data/screw"),
+    }
+    for name in errors:
+        (tmp_path / "outline" / name / "train" / "good").mkdir(parents=True)
+    asked = SearchSettings(data="data", storage=str(tmp_path / "results"), teacher_weights="random")
+    plan = plan_search(asked, resolve_addresses(asked), tmp_path / "outline")
+
+    def fail(plan: SearchPlan, *_: object) -> None:
+        raise errors[plan.categories[0]]
+
+    task = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=fail))
+    shares = SimpleNamespace(end_category=SimpleNamespace(remote=lambda: None))
+    events: Any = SimpleNamespace(put=lambda event: None)
+    monkeypatch.setattr(categories, "search_task", task)
+    monkeypatch.setattr(categories, "driver_resources", dict)
+    search = SharedSearch(plan, Workers(1, 1.0, 0.0), "", cast(Any, None), SearchProgress(1))
+    budget = TimeBudget(None, 2, 1)
+    with caplog.at_level(logging.ERROR):
+        results = [search_one(search, name, budget, shares, events) for name in errors]
+    reasons = [result.error for result in results if result.champion is None]
+    assert reasons == ["'learning_rate of postgresql://host/db'", "no image in /data/screw"]
+    (record,) = caplog.records
+    assert "Traceback" in record.getMessage() and "in fail" in record.getMessage()
+    assert record.getMessage().startswith("bolt: ") and "secret" not in record.getMessage()

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 # A decorated function would be pickled by value and lose its module's state; this one goes by reference.
 # A cluster that loses nodes for days may lose this one's again and again; it goes on from Tune's last snapshot.
-_search_category = ray.remote(num_cpus=0, max_retries=100)(search_category)
+search_task = ray.remote(num_cpus=0, max_retries=100)(search_category)
 
 _Shares = ray.remote(num_cpus=0)(Shares)
 
@@ -71,7 +71,7 @@ def run_search(
     An error in one category is its result and does not stop the others.
     """
     workers = Workers(plan.num_workers, plan.cpus_per_worker, gpus_per_worker)
-    search = _Search(plan, workers, revision, tracker, progress)
+    search = SharedSearch(plan, workers, revision, tracker, progress)
     slots = plan.max_concurrent or count_trials(cluster_nodes(), search.workers)
     side_by_side = min(len(plan.categories), slots)
     budget = TimeBudget(plan.budget_seconds, len(plan.categories), side_by_side)
@@ -89,11 +89,11 @@ def run_search(
             relayed(handle) as events,
             ThreadPoolExecutor(side_by_side, thread_name_prefix="category") as pool,
         ):
-            return list(pool.map(lambda each: _search_one(search, each, budget, shares, events), plan.categories))
+            return list(pool.map(lambda each: search_one(search, each, budget, shares, events), plan.categories))
 
 
-class _Search(NamedTuple):
-    """What every category of a search shares in the driver."""
+class SharedSearch(NamedTuple):
+    """What all categories of a search share in the driver."""
 
     plan: SearchPlan
     workers: Workers
@@ -106,7 +106,7 @@ class _Search(NamedTuple):
         return Storage(self.plan.addresses.home)
 
 
-def _search_one(search: _Search, category: str, budget: TimeBudget, shares: Any, events: Queue) -> CategoryResult:
+def search_one(search: SharedSearch, category: str, budget: TimeBudget, shares: Any, events: Queue) -> CategoryResult:
     """Search one category, choose its champion, and close its run in MLflow."""
     tags: dict[str, str] = {}
     try:
@@ -114,7 +114,7 @@ def _search_one(search: _Search, category: str, budget: TimeBudget, shares: Any,
             deadline = budget.begin_category()
             spec = _spec(search, category)
             space = with_winners(search.plan, category, search.progress)
-            task = _search_category.options(resources=driver_resources())
+            task = search_task.options(resources=driver_resources())
             running = task.remote(search.plan.of_category(category, space), spec, Share(shares), events, deadline)
             study = ray.get(running)
         finally:
@@ -125,7 +125,7 @@ def _search_one(search: _Search, category: str, budget: TimeBudget, shares: Any,
         result = CategoryResult(category, champion=known, error="" if known else str(error))
         search.progress.say(f"{category}: {error}")
     except Exception as error:  # whatever it was, the other categories go on
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        reason = without_passwords((str(error).strip().splitlines() or [type(error).__name__])[-1])
         if not isinstance(error, ValueError | OSError):  # those are the user's; this is a fault of ours
             logger.error("%s: %s", category, without_passwords("".join(traceback.format_exception(error))))
         result = CategoryResult(category, error=reason)
@@ -136,7 +136,7 @@ def _search_one(search: _Search, category: str, budget: TimeBudget, shares: Any,
     return result
 
 
-def _spec(search: _Search, category: str) -> TrialSpec:
+def _spec(search: SharedSearch, category: str) -> TrialSpec:
     plan = search.plan
     return build_spec(
         plan.config,
@@ -171,7 +171,7 @@ def with_winners(plan: SearchPlan, category: str, progress: SearchProgress) -> S
     return dataclasses.replace(space, winners=tuple(winners))
 
 
-def _note_best(search: _Search, event: TrialEnded) -> None:
+def _note_best(search: SharedSearch, event: TrialEnded) -> None:
     try:
         note_best(search.storage, event.category, event.trial_id, event.objective, event.detector)
     except StorageError as error:
@@ -180,7 +180,7 @@ def _note_best(search: _Search, event: TrialEnded) -> None:
         )
 
 
-def _conclude(search: _Search, spec: TrialSpec, study: StudyResult) -> tuple[CategoryResult, dict[str, str]]:
+def _conclude(search: SharedSearch, spec: TrialSpec, study: StudyResult) -> tuple[CategoryResult, dict[str, str]]:
     """What a category's trials came to, and tags for its run in MLflow."""
     category, progress = spec.category, search.progress
     result = CategoryResult(
@@ -213,7 +213,7 @@ def _conclude(search: _Search, spec: TrialSpec, study: StudyResult) -> tuple[Cat
 
 
 def _register(
-    search: _Search, result: CategoryResult, record: DetectorRecord, detector: Path, figures: Path | None
+    search: SharedSearch, result: CategoryResult, record: DetectorRecord, detector: Path, figures: Path | None
 ) -> tuple[Champion, dict[str, str]]:
     """The champion as it now stands in MLflow, and tags of its category's run; unchanged while MLflow is away."""
     plan, progress, category, champion = search.plan, search.progress, result.category, result.champion
@@ -256,7 +256,7 @@ def _register(
     return champion, {"dskd.champion_model": model, "mlflow.note.content": note}
 
 
-def _log_study(search: _Search, category: str) -> tuple[str, ...]:
+def _log_study(search: SharedSearch, category: str) -> tuple[str, ...]:
     """Log pictures of the category's study; a line for each that cannot be drawn, with the reason."""
     with TemporaryDirectory(prefix="dskd-") as temporary:
         missing = draw_study(search.plan.studies, f"{search.plan.name}/{category}", Path(temporary))

@@ -159,10 +159,10 @@ def test_embedded_search_tracks_crowns_and_delivers(mvtec_root: Path, tmp_path: 
 
     other = run(*search(mvtec_root, storage, "--trials", "3", "--epochs", "4"), env=env)
     assert other.returncode == 2 and other.stderr.count("\n") == 1 and "begun with epochs 2, got 4" in other.stderr
-    # More trials, and too little time for them: cut, then gone on with where they stand.
+    # More trials, and too little time for them: interrupted, then continued where they stand.
     more = search(mvtec_root, storage, "--trials", "5", "--epochs", "2", "--categories", category, "--json")
-    cut = run(*more, "--time-budget", "1s", env=env)
-    assert "cut by the time budget" in cut.stderr, cut.stderr
+    interrupted = run(*more, "--time-budget", "1s", env=env)
+    assert "the time budget interrupted" in interrupted.stderr, interrupted.stderr
     done = run(*more, env=env)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["categories"][0]["num_trials"] == 5

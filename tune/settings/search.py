@@ -28,7 +28,7 @@ class SearchSettings:
     """Trials per category; more than a finished search had adds to it."""
     time_budget: str | None = None
     """Wall time of the whole search, such as 2h, 1h30m or 90s; every category gets its share of what is left when
-    it begins. Trials running at its end are cut: the same command goes on with them."""
+    it begins. Trials running at its end are interrupted: the same command continues them."""
     epochs: int = 100
     """Epochs of a trial that is not pruned."""
     image_size: int = 256

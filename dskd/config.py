@@ -312,6 +312,35 @@ class RunConfig:
         """Every field by its own name, without the sections: what MLflow shows as parameters."""
         return {name: value for section in self.to_dict().values() for name, value in section.items()}
 
+    def for_inputs(self) -> "RunConfig":
+        """The same with every field at its default that `dskd.training.inputs.prepare` does not read.
+
+        Equal for runs that may share their images, teacher and features.
+        """
+        ones = (1.0,) * len(self.model.levels)
+        return RunConfig(
+            data=self.data,
+            model=ModelConfig(backbone=self.model.backbone, levels=self.model.levels),
+            loss=LossConfig(level_weights=ones),
+            score=ScoreConfig(score_level_weights=ones),
+            amplification=self.amplification,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataSpec:
+    """What a run is trained with, beside its configuration: images, teacher and what selects."""
+
+    data: Path
+    """Folder of categories, or one category."""
+    category: str
+    teacher: TeacherSource
+    textures: Path | None = None
+    """Folder of images that feed the synthetic defects; None: textures are drawn."""
+    selection: Selection = "val"
+    """What chooses the epoch; "oracle" puts the labelled test images in the place of the validation images, to
+    reproduce papers that select by them."""
+
 
 def _build(cls: type[_Config], values: Mapping[str, Any], where: str) -> _Config:
     if not isinstance(values, Mapping):

@@ -190,3 +190,14 @@ def test_a_teacher_source_that_is_no_file_is_told_before_it_is_read(tmp_path: Pa
         ValueError, match=r"--teacher-weights must be hub, random or an existing file, got '.*none.pth'"
     ):
         TeacherSource(str(tmp_path / "none.pth")).check_exists()
+
+
+def test_runs_that_differ_in_their_students_alone_share_their_inputs() -> None:
+    run = RunConfig(model=ModelConfig(levels=(1, 2)), loss=LossConfig(level_weights=(1.0, 2.0)),
+                    score=ScoreConfig(score_level_weights=(1.0, 3.0)))  # fmt: skip
+    same = run.with_values({"learning_rate": 0.1, "student_decoder": False, "hkd_weight": 1.0, "blur_sigma": 0.0})
+    assert hash(same.for_inputs()) == hash(run.for_inputs()) and same.for_inputs() == run.for_inputs()
+    for name, value in (
+        ("image_size", 64), ("split_seed", 1), ("backbone", "resnet34"), ("levels", (2, 3)), ("amplification", True),
+    ):  # fmt: skip
+        assert run.with_values({name: value}).for_inputs() != run.for_inputs(), name

@@ -25,7 +25,7 @@ from dskd.cli.output import (
     print_scores,
     say,
 )
-from dskd.config import RunConfig, TeacherSource
+from dskd.config import DataSpec, RunConfig, TeacherSource
 from dskd.presets import Preset
 
 if TYPE_CHECKING:
@@ -133,24 +133,19 @@ def train(
     place = computing_device(device)
     cache = ArrayCache(cache_dir or default_folder(), int(cache_gb * 1e9)) if cache_gb > 0 else None
     with training_folder(out, restart=restart) as unfinished:
+        teacher = TeacherSource(teacher_weights)
         inputs = prepare(
-            settings.data,
-            settings.model.backbone,
-            settings.model.levels,
-            data=data,
-            category=category,
-            teacher_weights=teacher_weights,
+            settings,
+            DataSpec(data=data, category=category, teacher=teacher, textures=textures),
             device=place,
             cache=cache,
-            textures=textures,
             progress=True,
-            amplification=settings.amplification,
             on_amplification=lambda epoch: say(
                 f"stage I epoch {epoch.number + 1:3d}/{settings.amplification.amplification_epochs}  "
                 f"gate loss {epoch.gate_loss:.4f}  residual loss {epoch.residual_loss:.4f}  {epoch.seconds:.1f} s"
             ),
         )
-        if TeacherSource(teacher_weights).is_untrained:
+        if teacher.is_untrained:
             say(UNTRAINED_TEACHER)
         run = TrainingRun.begin(settings, inputs, place)
         if has_state(unfinished):

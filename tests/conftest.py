@@ -61,6 +61,18 @@ from dskd.training.run import TrainingRun
 SIZE = 64
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With servers running, only warnings that point at our own lines are errors.
+
+    What Ray, gRPC, boto3 and MLflow warn of there, such as a socket that was collected before it was closed, comes
+    when it comes: it would end whichever test happens to run.
+    """
+    for item in items:
+        if item.get_closest_marker("cluster") or item.get_closest_marker("services"):
+            item.add_marker(pytest.mark.filterwarnings("default"))
+            item.add_marker(pytest.mark.filterwarnings(r"error:::(dskd|tune)\."))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Neither the user's cache nor the user's servers, and one thread: tiny networks lose by more."""

@@ -2,6 +2,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,12 +20,20 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
-def address(mvtec_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def address(mvtec_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A data set that is reached by an address, and a node without any copy."""
     shutil.copytree(mvtec_root, tmp_path / "bucket" / "sets")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(staging, "_in_use", {})
-    return f"file://{tmp_path}/bucket/sets"
+    yield f"file://{tmp_path}/bucket/sets"
+    end_process()
+
+
+def end_process() -> None:
+    """As when the process that reads the copies has ended, which closes its files."""
+    for lock in staging._in_use.values():
+        lock.close()
+    staging._in_use.clear()
 
 
 @pytest.fixture
@@ -131,7 +140,7 @@ def test_room_is_made_for_a_copy_but_never_from_one_in_use(
     with pytest.raises(ValueError, match=r"takes .* GB beside .* GB in use in .*, --cache-gb allows .*; raise it"):
         local_copy(address, "wood", fits_one)
     assert copied(copies) == ["tile"]
-    staging._in_use.clear()  # as when the process that reads it has ended
+    end_process()
     local_copy(address, "wood", fits_one)
     assert copied(copies) == ["wood"]
 

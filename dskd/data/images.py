@@ -118,12 +118,16 @@ def _opened(path: Path) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(path)
-            # other threads switch the filter too, so the warning may have been missed
-            if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise Image.DecompressionBombError(
-                    f"{image.width} x {image.height} pixels are more than {Image.MAX_IMAGE_PIXELS}"
-                )
-            image.load()
+            try:
+                # other threads switch the filter too, so the warning may have been missed
+                if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                    raise Image.DecompressionBombError(
+                        f"{image.width} x {image.height} pixels are more than {Image.MAX_IMAGE_PIXELS}"
+                    )
+                image.load()
+            except BaseException:
+                image.close()  # Pillow leaves the file open where it cannot be decoded
+                raise
     except FileNotFoundError:
         raise ValueError(f"image {path} does not exist.") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dskd.config import Fusion, ScoreConfig
-from dskd.distances import Pyramid, position_distances
+from dskd.model.distances import Pyramid, position_distances
 
 BLUR_REFERENCE = 256
 """Map side, in pixels, that `blur_sigma` is meant for."""

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dskd.config import LossConfig
-from dskd.distances import Pyramid, position_distances
+from dskd.model.distances import Pyramid, position_distances
 
 
 class LossTerms(NamedTuple):

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dskd.config import LossConfig
-from dskd.distances import position_distances
 from dskd.losses import (
     amplification_loss,
     distillation_loss,
@@ -17,6 +16,7 @@ from dskd.losses import (
     hard_patch_loss,
     position_loss,
 )
+from dskd.model.distances import position_distances
 
 
 def random_pair(seed: int = 0, shape: tuple[int, ...] = (3, 5, 4, 6)) -> tuple[Tensor, Tensor]:

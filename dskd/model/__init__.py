@@ -1,7 +1,7 @@
 """The networks: a frozen teacher and the students that imitate it."""
 
-from dskd.distances import Pyramid
 from dskd.model.amplification import AmplifiedTeacher, Amplifier, build_amplifier
+from dskd.model.distances import Pyramid
 from dskd.model.embedding import DeepFeatureEmbedding
 from dskd.model.network import StudentPyramids, Students, build_students
 from dskd.model.students import StudentDecoder, StudentEncoder

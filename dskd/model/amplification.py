@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dskd.distances import Pyramid
+from dskd.model.distances import Pyramid
 from dskd.model.teacher import Teacher
 
 MAX_HIDDEN = 1024

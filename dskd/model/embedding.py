@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dskd.distances import Pyramid
+from dskd.model.distances import Pyramid
 from dskd.model.students import level_halvings, residual_stage
 
 

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dskd.config import ModelConfig
-from dskd.distances import Pyramid
+from dskd.model.distances import Pyramid
 from dskd.model.embedding import DeepFeatureEmbedding
 from dskd.model.students import StudentDecoder, StudentEncoder, block_style
 from dskd.model.teacher import Teacher

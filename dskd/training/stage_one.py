@@ -20,9 +20,9 @@ from torch import Tensor
 from dskd.config import AmplificationConfig, TrainConfig
 from dskd.data.defects import add_defects, find_foreground
 from dskd.device import WorkerRank, to_device
-from dskd.distances import Pyramid
 from dskd.losses import amplification_loss, focal_loss
 from dskd.model.amplification import Amplifier, LevelAmplifier
+from dskd.model.distances import Pyramid
 from dskd.model.teacher import Teacher, normalize
 from dskd.training.loop import NonFiniteLossError, build_optimizer, epoch_batches, learning_rate
 

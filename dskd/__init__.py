@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from dskd.detector import Detector as Detector
     from dskd.detector import Prediction as Prediction
 
+__version__ = "0.1.0"
+"""As in pyproject.toml; here for copies that are not installed, as in a served model."""
+
 _LAZY = {"BrokenDetectorError": "dskd.checkpoint", "Detector": "dskd.detector", "Prediction": "dskd.detector"}
 
 __all__ = [

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import sys
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -33,23 +34,26 @@ class UsageError(ValueError):
 
 
 def parse(
-    commands: Mapping[str, Callable[..., None]], arguments: Sequence[str], *, prog: str, description: str
+    commands: Mapping[str, Callable[..., None]], arguments: Sequence[str], *, prog: str, description: str, version: str
 ) -> Callable[[], None]:
     """The command named by the first of `arguments`, ready to be called with what the others say.
 
-    Prints help and exits where that is asked for. Raises UsageError, also for the ValueError of a configuration
-    that is out of range.
+    Prints help or the version and exits where that is asked for. Raises UsageError, also for the ValueError of a
+    configuration that is out of range.
     """
     name = arguments[0] if arguments else ""
     if name not in commands and not name.startswith("-"):
         what = f"unknown command {name}{_near(name, commands)}" if name else "no command given"
         raise UsageError(f"{prog}: error: {what}; there are: {', '.join(commands)}")
-    known = _flags(commands[name]) if name in commands else list(_ALWAYS_KNOWN)
+    if name == "--version":
+        print(prog, version)  # noqa: T201 - beside the help, which tyro prints
+        sys.exit(0)
+    known = _flags(commands[name]) if name in commands else [*_ALWAYS_KNOWN, "version"]
     with mistakes.on_parse_error(_one_line(f"{prog} {name}" if name in commands else prog, known)):
         command: Callable[[], None] = tyro.extras.subcommand_cli_from_dict(
             {name: deferred(command) for name, command in commands.items()},
             prog=prog,
-            description=description,
+            description=f"{description}\n\n{prog} {version}; --version prints this.",
             args=arguments,
         )
     return command

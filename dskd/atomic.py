@@ -59,5 +59,5 @@ def move_into_place(temporary: Path, folder: Path) -> None:
 
 
 def _flush(file: Path) -> None:
-    with file.open("rb") as written:
+    with file.open("r+b" if os.name == "nt" else "rb") as written:  # Windows syncs only what may be written
         os.fsync(written.fileno())

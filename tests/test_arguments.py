@@ -1,15 +1,19 @@
 import io
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
+import dskd
 from dskd.cli.main import main
 
+ROOT = Path(__file__).resolve().parents[1]
 BAD = {
     "": "dskd: error: no command given; there are: demo-data, check-data, train, evaluate, predict, export",
     "trian": "dskd: error: unknown command trian, did you mean train?; there are: ",
     "--nonsense": "dskd: error: unknown flag --nonsense; see dskd --help",
+    "--verison": "dskd: error: unknown flag --verison, did you mean --version?; see dskd --help",
     "train --dta d --out o": "dskd train: error: unknown flag --dta, did you mean --data?; see dskd train --help",
     "train --data d --out o --levels 1 --nonsense": "dskd train: error: unknown flag --nonsense; see dskd train --help",
     "train --data d --out o --preset": "dskd train: error: Missing value for argument '--preset'",
@@ -57,6 +61,17 @@ def test_help_is_whole(words: list[str], capsys: pytest.CaptureFixture[str]) -> 
         words[0], ("evaluate",)
     ):
         assert text in said.out
+
+
+def test_the_version_is_told_and_stands_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert dskd.__version__ == project["version"]
+    for flag in ("--version", "--help"):
+        with pytest.raises(SystemExit) as end:
+            main([flag])
+        said = capsys.readouterr()
+        assert not end.value.code and said.err == "" and f"dskd {dskd.__version__}" in said.out
+        assert (said.out.count("\n") == 1) == (flag == "--version")
 
 
 def test_what_the_command_itself_says_comes_at_once(

@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+import dskd
 from dskd.calibration import Threshold
 from dskd.checkpoint import (
     PREVIEW_FILE,
@@ -239,6 +240,7 @@ def test_a_detector_of_the_first_schema_loads_with_defaults_for_what_it_did_not_
 ) -> None:
     def age(document: dict[str, Any]) -> None:
         document["schema"] = 1
+        del document["versions"]["dskd"]
         del document["config"]["amplification"]
 
     edit(copied, age)
@@ -284,6 +286,7 @@ def test_figures_can_be_added_beside_unchanged_weights(copied: Path) -> None:
 def test_the_record_says_how_to_preprocess_and_what_wrote_it(detector_folder: Path) -> None:
     document = json.loads((detector_folder / RECORD_FILE).read_text())
     assert document["preprocessing"]["mean"] == [0.485, 0.456, 0.406]
+    assert document["versions"]["dskd"] == dskd.__version__
     assert document["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert document["weights"] == {"file": WEIGHTS_FILE, "sha256": sha256_of(detector_folder / WEIGHTS_FILE)}
     assert document["schema"] == SCHEMA_VERSION

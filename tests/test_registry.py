@@ -111,7 +111,7 @@ def test_what_serving_requires_is_what_the_library_requires_without_its_command_
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     needed = {line.partition(">")[0] for line in project["dependencies"]}
-    assert set(registry._SERVING) == needed - {"tomli-w", "tyro"}
+    assert set(registry.SERVING) == needed - {"tomli-w", "tyro"}
 
 
 @pytest.fixture(scope="module")

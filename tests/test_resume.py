@@ -3,6 +3,7 @@ import fcntl
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,7 +130,7 @@ def test_a_lock_on_a_folder_that_its_holder_removed_meanwhile_is_no_lock(
 
     def flock(file: Any, how: int) -> None:
         if not tries:
-            (tmp_path / "out.training/lock").unlink()
+            shutil.rmtree(tmp_path / "out.training")
         tries.append(time.monotonic())
         lock(file, how)
 

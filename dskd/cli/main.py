@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
+from dskd import __version__
 from dskd.arguments import ConfigSource, UsageError, parse, parse_known
 from dskd.cli.output import (
     describe_thresholds,
@@ -346,7 +347,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "predict": predict,
             "export": export,
         }
-        run = parse(commands, given, prog="dskd", description="Visual anomaly detection by knowledge distillation.")
+        what = "Visual anomaly detection by knowledge distillation."
+        run = parse(commands, given, prog="dskd", description=what, version=__version__)
         run()
     except UsageError as error:
         say(str(error))

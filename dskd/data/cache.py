@@ -5,7 +5,6 @@ appears under its name only when complete, so a process killed at any moment lea
 """
 
 import errno
-import fcntl
 import hashlib
 import os
 import tempfile
@@ -16,6 +15,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from filelock import FileLock, Timeout
+from platformdirs import user_cache_path
+
+_NO_ROOM = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows knows no EDQUOT
+_ZEROS = bytes(1 << 20)
 
 
 class NoRoomError(OSError):
@@ -27,8 +31,8 @@ class ArrayCache:
 
     Where the disk has no room, `when_full` is told why and the array is computed in memory and not kept;
     without it NoRoomError is raised. Safe for any number of processes of one machine: a lock per key lets one of
-    them compute while the others wait. Removing an entry that another process has open is harmless (POSIX
-    unlink).
+    them compute while the others wait, and is free when its holder dies. An entry in use is removed without harm on
+    POSIX; Windows does not let go of it, and it stays.
     """
 
     def __init__(self, folder: Path, max_bytes: int, when_full: Callable[[str], object] | None = None) -> None:
@@ -56,7 +60,7 @@ class ArrayCache:
         path = self._folder / f"{name}.npy"
         if (hit := self._open(path)) is not None:
             return hit
-        with self._locked(name):
+        with FileLock(self._folder / f"{name}.lock"):
             if (hit := self._open(path)) is not None:
                 return hit
             self._make_room(name, num_bytes)
@@ -78,7 +82,7 @@ class ArrayCache:
         except FileNotFoundError:
             return None
         except (ValueError, EOFError):  # cut short, as by a power failure before the disk had all of it
-            path.unlink(missing_ok=True)
+            _removed(path)
             return None
         return array
 
@@ -94,32 +98,26 @@ class ArrayCache:
         try:
             with self._room_or_reason(int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize):
                 array = np.lib.format.open_memmap(temporary, mode="w+", shape=shape, dtype=dtype)
-                # the file is sparse: without its blocks reserved, a disk that fills up later would be a SIGBUS
-                with open(temporary, "r+b") as file:
-                    os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+                # The file is sparse: without its blocks reserved, a disk that fills up later would be a SIGBUS.
+                _reserve_blocks(Path(temporary), array.offset)
             fill(array)
             array.flush()
+            del array  # Windows renames no file that is mapped
             os.replace(temporary, path)
         finally:
-            Path(temporary).unlink(missing_ok=True)
+            _removed(Path(temporary))
 
     @contextmanager
     def _room_or_reason(self, num_bytes: int) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno not in _NO_ROOM:
                 raise
             raise NoRoomError(
                 f"no room for {num_bytes / 1e9:.3g} GB in the cache folder {self._folder} ({error.strerror}); free "
                 "some, choose a folder on another disk (--cache-dir), or keep less or nothing (--cache-gb, 0: off)."
             ) from None
-
-    @contextmanager
-    def _locked(self, name: str) -> Iterator[None]:
-        with (self._folder / f"{name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
 
     def _make_room(self, name: str, num_bytes: int) -> None:
         """Forget what killed processes left, and the oldest entries until `num_bytes` more fit.
@@ -128,14 +126,14 @@ class ArrayCache:
         """
         for leftover in self._folder.glob("*.partial"):
             if leftover.name.startswith(f"{name}-") or not _is_being_written(leftover):
-                leftover.unlink(missing_ok=True)
+                _removed(leftover)
         entries = sorted(_entries(self._folder))
         total = sum(size for _, size, _ in entries)
         for _, size, path in entries:
             if total + num_bytes <= self._max_bytes:
                 break
-            path.unlink(missing_ok=True)
-            total -= size
+            if _removed(path):
+                total -= size
 
 
 def _in_memory(
@@ -155,15 +153,35 @@ def _entries(folder: Path) -> Iterator[tuple[float, int, Path]]:
 
 
 def _is_being_written(partial: Path) -> bool:
-    lock = partial.with_name(f"{partial.name.split('-')[0]}.lock")
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+    try:
+        with FileLock(partial.with_name(f"{partial.name.split('-')[0]}.lock"), blocking=False):
+            return False
+    except Timeout:
+        return True
+
+
+def _removed(path: Path) -> bool:
+    """Whether the file is gone now; Windows keeps one that a process has open."""
+    try:
+        path.unlink(missing_ok=True)
+    except PermissionError:
+        return False
+    return True
+
+
+def _reserve_blocks(path: Path, start: int) -> None:
+    """Have the disk hold all of a file that is zero from `start` on. Raises OSError where it has no room."""
+    with path.open("r+b") as file:
+        size = os.fstat(file.fileno()).st_size
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+            return
+        # macOS and Windows: only what is written is sure to have its place.
+        file.seek(start)
+        for position in range(start, size, len(_ZEROS)):
+            file.write(_ZEROS[: size - position])
 
 
 def default_folder() -> Path:
-    """Where entries lie unless told otherwise: `dskd` in the user's cache folder (XDG)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dskd"
+    """Where entries lie unless told otherwise: `dskd` in the user's cache folder (XDG on Linux)."""
+    return user_cache_path("dskd", appauthor=False)

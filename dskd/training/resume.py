@@ -1,16 +1,18 @@
 """The folder beside a detector in the making: it outlives a killed training, and belongs to one process at a time."""
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+
+from filelock import FileLock, Timeout
 
 from dskd.training.run import STATE_FILE
 
 _LOCK_FILE = "lock"
+_PATIENCE = 0.5
+"""Seconds to wait for the lock."""
 
 
 @contextmanager
@@ -21,16 +23,24 @@ def training_folder(out: Path, *, restart: bool = False) -> Iterator[Path]:
     older state away. Raises ValueError where another process trains into `out`.
     """
     folder = out.with_name(f"{out.name}.training")
-    with _take_lock(folder, out):
+    lock = _take_lock(folder, out)
+    is_over = False
+    try:
         if restart:
             (folder / STATE_FILE).unlink(missing_ok=True)
-        try:
-            yield folder
-        except BaseException:
-            if not has_state(folder):
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
-        shutil.rmtree(folder, ignore_errors=True)
+        yield folder
+        is_over = True
+    finally:
+        is_over = is_over or not has_state(folder)
+        if is_over:
+            # With the lock held: nobody may take it between the release and the removal.
+            shutil.rmtree(folder, ignore_errors=True)
+        lock.release()
+        if is_over and os.name == "nt":
+            # Windows removes the lock's file only now, and not at all where another process has opened it meanwhile.
+            with suppress(OSError):
+                (folder / _LOCK_FILE).unlink(missing_ok=True)
+                folder.rmdir()
 
 
 def has_state(folder: Path) -> bool:
@@ -38,28 +48,16 @@ def has_state(folder: Path) -> bool:
     return (folder / STATE_FILE).is_file()
 
 
-def _take_lock(folder: Path, out: Path) -> IO[str]:
-    """The open, locked file; the kernel lets go of it when the process dies, however it dies."""
-    path = folder / _LOCK_FILE
+def _take_lock(folder: Path, out: Path) -> FileLock:
+    """The held lock; it is free when the process dies, however it dies."""
+    lock = FileLock(folder / _LOCK_FILE)
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            lock = path.open("w")
-        except FileNotFoundError:  # the process that held it has just removed the folder
+            # More than one attempt: the process that held it may just remove the folder with the lock in it.
+            lock.acquire(timeout=_PATIENCE)
+        except FileNotFoundError:
             continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_open_at(lock, path):
-                return lock
-        except BlockingIOError:
-            lock.close()
+        except Timeout:
             raise ValueError(f"another process is training into {out}; wait for it or choose another --out.") from None
-        lock.close()
-
-
-def _is_open_at(file: IO[str], path: Path) -> bool:
-    """Whether `path` still names the open file, and not none or a newer one."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
+        return lock

@@ -22,11 +22,13 @@ MODEL_FOLDER = "model"
 CHAMPION, ORACLE = "champion", "oracle"
 _DETECTOR = "detector"
 _PREFIX = "dskd-"
-_SERVING = (
+SERVING = (
+    "filelock",
     "huggingface-hub",
     "jaxtyping",
     "numpy",
     "pillow",
+    "platformdirs",
     "safetensors",
     "scipy",
     "timm",
@@ -118,7 +120,7 @@ def pack(detector: Path, folder: Path) -> None:
             ),
             input_example=pd.DataFrame({"image": [_grey_square()]}),
             # A local build's suffix (+cpu) names no release that pip could find.
-            pip_requirements=[f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in _SERVING],
+            pip_requirements=[f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in SERVING],
         )
 
 

@@ -84,7 +84,8 @@ def test_verdicts_are_those_of_predict_and_an_unreadable_image_is_a_row(
         assert boxes == [[region[side] for side in ("left", "top", "right", "bottom")] for region in there["regions"]]
         assert (row["overlay"] is not None) == row["is_anomalous"]
         if row["overlay"]:
-            assert Image.open(tmp_path / "out" / row["overlay"]).width > 0
+            with Image.open(tmp_path / "out" / row["overlay"]) as picture:
+                assert picture.width > 0
     assert len(list((tmp_path / "out").rglob("*.png"))) == sum(row["is_anomalous"] for row in sound)
 
 

@@ -70,7 +70,9 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, RunConf
 def test_a_training_is_one_run_that_can_be_repeated(tracked: tuple[str, str, RunConfig]) -> None:
     uri, run_id, config = tracked
     client = MlflowClient(tracking_uri=uri)
-    (run,) = client.search_runs([client.get_experiment_by_name("train").experiment_id])
+    experiment = client.get_experiment_by_name("train")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.run_name == "tile-k" and run.info.status == "FINISHED"
     assert run.data.metrics == {"objective": 0.5, "test/aupro": 0.25}
     assert "mlflow.parentRunId" not in run.data.tags and run.data.tags["mlflow.source.name"] == "tune/train.py"
@@ -96,7 +98,7 @@ def test_a_run_to_repeat_gives_the_flags_their_defaults(
 ) -> None:
     uri, run_id, config = tracked
     asked: list[TrainingSettings] = []
-    monkeypatch.setattr(training, "launch_training", lambda request, *, as_json: (asked.append(request), 0)[1])
+    monkeypatch.setattr(training, "launch_training", lambda request, *, as_json: (asked.append(request), 0)[1])  # type: ignore[func-returns-value]
     line = f"--data d --to t --from-run {run_id} --tracking-uri {uri} --teacher-weights x/other.pth --epochs 5"
     monkeypatch.setattr(sys, "argv", ["tune/train.py", *line.split()])
     with pytest.raises(SystemExit) as end:
@@ -143,9 +145,9 @@ def test_the_same_command_is_the_same_training_and_another_is_not(
     asked = settings(config=tiny, data=str(data), to=tmp_path / "t", storage=str(tmp_path / "s"))
     category, key = training._checked(asked)
     assert category == "tile"
-    same = [{"workers": 2}, {"to": tmp_path / "u"}, {"name": "other"}]
+    same: list[dict[str, Any]] = [{"workers": 2}, {"to": tmp_path / "u"}, {"name": "other"}]
     assert {training._checked(dataclasses.replace(asked, **change))[1] for change in same} == {key}
-    others = [{"config": tiny.with_values({"seed": 1})}, {"category": "wood"}]
+    others: list[dict[str, Any]] = [{"config": tiny.with_values({"seed": 1})}, {"category": "wood"}]
     assert key not in {training._checked(dataclasses.replace(asked, **change))[1] for change in others}
     os.utime(data / "tile/train/good/000.png", ns=(1, 1))
     assert training._checked(asked)[1] != key, "an image was replaced"
@@ -174,7 +176,9 @@ def test_a_failed_training_is_one_line_exit_code_one_and_a_failed_run(
     said = capsys.readouterr()
     assert said.out == "" and said.err.splitlines()[-1] == "train: failed: learning_rate 9 is probably too high"
     client = MlflowClient(tracking_uri=uri)
-    (run,) = client.search_runs([client.get_experiment_by_name("bad").experiment_id])
+    experiment = client.get_experiment_by_name("bad")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FAILED" and run.data.params["epochs"] == "2" and not (tmp_path / "t").exists()
     crowded = dataclasses.replace(asked, workers=3)
     assert training.launch_training(crowded, as_json=True) == 2

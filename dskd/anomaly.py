@@ -33,7 +33,12 @@ class Discrepancies(NamedTuple):
 
 
 def discrepancies(teacher: Pyramid, encoder: Pyramid | None, decoder: Pyramid | None) -> Discrepancies:
-    """1 - cos per position and level (Wang et al., arXiv 2103.04257, equation 1), in float32."""
+    """1 - cos per position and level (Wang et al., arXiv 2103.04257, equation 1), in float32.
+
+    >>> teacher, encoder = torch.tensor([[[[1.0]], [[0.0]]]]), torch.tensor([[[[0.0]], [[2.0]]]])
+    >>> discrepancies((teacher,), (encoder,), None)
+    Discrepancies(encoder=(tensor([[[1.]]]),), decoder=None)
+    """
 
     def compare(student: Pyramid) -> tuple[Tensor, ...]:
         return tuple(
@@ -56,6 +61,11 @@ def anomaly_maps(
     orthogonal features are as abnormal as can be, and those of a ReLU are never further apart. A student
     alone is taken as it is. The blur is a Gaussian of blur_sigma · image_size / 256 pixels.
     Raises ValueError where no student exists.
+
+    >>> level = torch.tensor([[[0.0, 1.0], [0.0, 0.5]]])  # the encoder's only level, of one image
+    >>> config = ScoreConfig(score_level_weights=(2.0,), level_fusion="sum", blur_sigma=0.0)
+    >>> anomaly_maps(Discrepancies((level,), None), config, image_size=2).tolist()
+    [[[0.0, 2.0], [0.0, 1.0]]]
     """
     students = [
         (weight, _fuse(_resize(levels, image_size), config.score_level_weights, config.level_fusion))
@@ -81,7 +91,12 @@ def anomaly_maps(
 
 
 def image_scores(maps: Float[Tensor, "b h w"], top_fraction: float) -> Float[Tensor, " b"]:
-    """Each map's maximum for `top_fraction` 0, else the mean of that share of its highest values."""
+    """Each map's maximum for `top_fraction` 0, else the mean of that share of its highest values.
+
+    >>> maps = torch.tensor([[[0.0, 3.0], [1.0, 4.0]]])
+    >>> image_scores(maps, 0.0).item(), image_scores(maps, 0.5).item()
+    (4.0, 3.5)
+    """
     values = maps.flatten(1)
     if top_fraction == 0:
         return values.amax(dim=1)

@@ -28,6 +28,11 @@ def conformal_threshold(normal_scores: Sequence[float], false_alarm_rate: float)
     normal score with probability at most the rate (Vovk et al. 2005; Lei et al. 2018, eq. 2), so
     1/(n + 1) is the lowest rate that n images can vouch for. The probability is over the draw of the
     n images and the new one together: a single draw's rate varies around it.
+
+    >>> conformal_threshold([0.1, 0.4, 0.2, 0.3], 0.4)  # the ceil(5 · 0.6) = 3rd smallest
+    Threshold(false_alarm_rate=0.4, value=0.3, num_normals=4)
+    >>> conformal_threshold([0.1, 0.4, 0.2, 0.3], 0.1) is None  # 4 images vouch for 1/5 at best
+    True
     """
     if not 0 < false_alarm_rate < 1:
         raise ValueError(f"false_alarm_rate must lie in (0, 1), got {false_alarm_rate}.")
@@ -44,6 +49,9 @@ def calibrate(normal_scores: Sequence[float], rates: Iterable[float] = FALSE_ALA
 
     Where the images are too few even for the loosest rate, the only entry is the lowest rate
     that they can vouch for, 1/(n + 1).
+
+    >>> calibrate([0.1, 0.3, 0.2])
+    (Threshold(false_alarm_rate=0.25, value=0.3, num_normals=3),)
     """
     if not normal_scores:
         raise ValueError("no held-out normal score to calibrate on; raise validation_fraction.")

@@ -291,6 +291,9 @@ class RunConfig:
         """Rebuild a run from nested plain values; missing fields take their defaults.
 
         Raises ValueError on an unknown name (with the known ones) or on a value out of range.
+
+        >>> RunConfig.from_dict({"train": {"epochs": 5}}).train.epochs
+        5
         """
         return _build(cls, values, "run")
 
@@ -298,6 +301,9 @@ class RunConfig:
         """A copy with fields replaced by name; every field name is unique over all sections.
 
         Raises ValueError on a name that no section has.
+
+        >>> RunConfig().with_values({"epochs": 5}).train.epochs
+        5
         """
         sections = {section.name: getattr(self, section.name) for section in dataclasses.fields(self)}
         owner = {f.name: name for name, section in sections.items() for f in dataclasses.fields(section)}

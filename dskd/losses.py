@@ -31,7 +31,12 @@ class LossTerms(NamedTuple):
 
 
 def position_loss(teacher: Float[Tensor, "b c h w"], student: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
-    """Mean distance over all positions and images (Wang et al., arXiv 2103.04257, equation 2)."""
+    """Mean distance over all positions and images (Wang et al., arXiv 2103.04257, equation 2).
+
+    >>> teacher = torch.tensor([[[[1.0, 1.0]], [[0.0, 0.0]]]])
+    >>> position_loss(teacher, torch.tensor([[[[3.0, 0.0]], [[0.0, 2.0]]]])).item()
+    0.5
+    """
     return position_distances(teacher, student).mean()
 
 
@@ -51,6 +56,11 @@ def hard_patch_loss(
 
     Tang et al., arXiv 2405.02068, hard knowledge distillation; `margin` (a cosine distance) is ours, and
     0 is the published loss. A level with fewer positions than `hardest` takes part with all of them.
+
+    >>> teacher = torch.tensor([[[[1.0, 1.0]], [[0.0, 0.0]]]])
+    >>> student = torch.tensor([[[[3.0, 0.0]], [[0.0, 2.0]]]])
+    >>> hard_patch_loss(teacher, student, hardest=1, margin=0.25).item()
+    0.75
     """
     distances = position_distances(teacher, student).flatten(1)
     worst = distances.topk(min(hardest, distances.shape[1]), dim=1, sorted=False).values
@@ -81,6 +91,12 @@ def amplification_loss(
     Every abnormal vector is to become less similar to every normal one by at least `margin`, in cosines.
     Tang et al., arXiv 2405.02068; the margin is subtracted, as in the released code, where some ports
     multiply by it. 0 where there are no pairs.
+
+    >>> normal, abnormal = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    >>> amplification_loss(normal, abnormal, amplified=-normal, margin=0.5).item()
+    0.0
+    >>> amplification_loss(normal, abnormal, amplified=normal, margin=0.5).item()
+    1.5
     """
     if len(normal) == 0 or len(abnormal) == 0:
         return amplified.float().sum() * 0

@@ -82,6 +82,9 @@ def auroc(scores: Array, labels: Array) -> float:
 
     `scores` (N,), higher is more anomalous; `labels` (N,), 1 or True for anomalous. ValueError where the
     shapes differ, a score is not finite, a label is not 0 or 1, or a class is missing; likewise below.
+
+    >>> auroc(np.array([0.1, 0.4, 0.35, 0.8]), np.array([0, 0, 1, 1]))  # 3 of 4 pairs are in order
+    0.75
     """
     positives, negatives = _split_scores(scores, labels)
     return _auroc(_rank(np.sort(negatives), np.sort(positives)), negatives.size)
@@ -97,13 +100,20 @@ def average_precision(scores: Array, labels: Array) -> float:
     """Mean over the positives of the precision at their threshold, without interpolation.
 
     Arguments and errors as for `auroc`; equal scores share one threshold, as in scikit-learn.
+
+    >>> round(average_precision(np.array([0.1, 0.4, 0.35, 0.8]), np.array([0, 0, 1, 1])), 4)  # (2/3 + 1) / 2
+    0.8333
     """
     positives, negatives = _split_scores(scores, labels)
     return _average_precision(_rank(np.sort(negatives), np.sort(positives)))
 
 
 def f1_max(scores: Array, labels: Array) -> float:
-    """The best F1 = 2PR / (P + R) over all thresholds; arguments and errors as for `auroc`."""
+    """The best F1 = 2PR / (P + R) over all thresholds; arguments and errors as for `auroc`.
+
+    >>> f1_max(np.array([0.1, 0.4, 0.35, 0.8]), np.array([0, 0, 1, 1]))  # P = 2/3 and R = 1 at 0.35
+    0.8
+    """
     positives, negatives = _split_scores(scores, labels)
     return _f1_max(_rank(np.sort(negatives), np.sort(positives)))
 
@@ -114,6 +124,9 @@ def pixel_auroc(maps: Array, masks: Array) -> float:
     `maps` (N, H, W), higher is more anomalous; `masks` (N, H, W), 1 or True on defects. ValueError where
     the shapes differ, a map value is not finite, a mask value is not 0 or 1, or there is no defect pixel
     or no normal pixel; likewise for `aupro`.
+
+    >>> pixel_auroc(np.array([[[0.1, 0.9], [0.2, 0.3]]]), np.array([[[0, 1], [0, 1]]]))
+    1.0
     """
     pixels, mask = _checked_maps(maps, masks)
     defects, normals = pixels[mask], pixels[~mask]

@@ -75,7 +75,12 @@ def read_config(path: Path, preset: str | None = None) -> RunConfig:
 
 
 def to_toml(config: RunConfig) -> str:
-    """Every field of `config`; `read_config` makes the same of it, whatever the preset."""
+    """Every field of `config`; `read_config` makes the same of it, whatever the preset.
+
+    >>> print(to_toml(PRESETS["stfpm"])[:23])
+    [data]
+    image_size = 256
+    """
     return tomli_w.dumps(config.to_dict())
 
 

@@ -57,7 +57,7 @@ def test_every_resnet_is_amplified_at_its_own_width(backbone: str) -> None:
         amplifier = build_amplifier(teacher, 50, seed=0)
         pyramid = teacher(torch.zeros(1, 3, 64, 64))
         assert [level.shape for level in amplifier(pyramid)] == [level.shape for level in pyramid]
-    hidden = [next(level.parameters()).shape[0] for level in amplifier.levels]  # type: ignore[attr-defined]
+    hidden = [next(level.parameters()).shape[0] for level in amplifier.levels]
     memories = {"resnet18": (128, 256, 512), "resnet34": (128, 256, 512), "resnet50": (512, 1024, 1024)}
     first = [level.gate.query[0].out_channels for level in amplifier.levels]  # type: ignore[union-attr, index]
     assert hidden == [100] * 3 and tuple(first) == memories[backbone]

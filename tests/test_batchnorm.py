@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from torch import nn
+from torch.multiprocessing.spawn import spawn
 
 from dskd.config import DataConfig, LossConfig, ModelConfig, RunConfig, TrainConfig
 from dskd.device import WorkerRank
@@ -75,7 +75,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(work, (port, folder), nprocs=2)  # type: ignore[no-untyped-call]
+    spawn(work, (port, folder), nprocs=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 

@@ -53,7 +53,7 @@ def test_a_killed_benchmark_of_the_presets_continues(
 
     started: list[str] = []
     begin = TrainingRun.begin
-    monkeypatch.setattr(TrainingRun, "begin", lambda config, *rest: started.append(config) or begin(config, *rest))
+    monkeypatch.setattr(TrainingRun, "begin", lambda config, *rest: started.append(config) or begin(config, *rest))  # type: ignore[func-returns-value]
     results.write_text("\n".join([*lines[:-1], lines[-1][:100]]))
     presets.main([str(word) for word in words])
     assert len(started) == 1, "only the run whose line was cut short is repeated"

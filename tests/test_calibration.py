@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from dskd.calibration import FALSE_ALARM_RATES, Threshold, calibrate, conformal_threshold
 from dskd.checkpoint import threshold_for
-from dskd.data.datasets import Sample, split_calibration
+from dskd.data.datasets import split_calibration
+from dskd.data.samples import Sample
 
 
 def by_search(scores: list[float], rate: Fraction) -> float | None:

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import shutil
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,7 +17,6 @@ from tune.settings.space import build_space
 from tune.settings.workers import Workers
 from tune.storage.champions import Champion, find_champion, save_champion
 from tune.storage.files import Storage
-from tune.study import budget as budget_module
 from tune.study import categories
 from tune.study.budget import BudgetSpentError, TimeBudget
 from tune.study.categories import SharedSearch, search_one, with_winners
@@ -25,7 +25,7 @@ from tune.study.progress import SearchProgress
 
 def test_categories_that_wait_keep_their_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    monkeypatch.setattr(budget_module.time, "time", lambda: now[0])
+    monkeypatch.setattr(time, "time", lambda: now[0])
     budget = TimeBudget(600.0, num_categories=4, side_by_side=2)
     assert budget.begin_category() == budget.begin_category() == 1300.0
     now[0] = 1100.0  # one has ended early: what it left over goes to those behind it

@@ -86,7 +86,7 @@ def test_a_search_outlives_a_node_that_was_announced_to_go_and_uses_those_that_j
                 made.announce(leaving, 120)
             # One that is there may not be known yet; once the next one is there, it is.
             kept: set[Path] = set()
-            chaos.wait_for(lambda: kept.update(states.rglob("training.pt")) or len(kept) > 1, "a second checkpoint")
+            chaos.wait_for(lambda: kept.update(states.rglob("training.pt")) or len(kept) > 1, "a second checkpoint")  # type: ignore[func-returns-value]
             made.kill_node(leaving)
             time.sleep(5)
             assert not search.has_ended, "a search waits for nodes"

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from dskd import config
-from dskd.cli import main as cli
 from dskd.config import (
     AmplificationConfig,
     DataConfig,
@@ -23,7 +22,7 @@ from dskd.config import (
     TeacherSource,
     TrainConfig,
 )
-from dskd.presets import PRESETS
+from dskd.presets import PRESETS, Preset
 from tune.settings.search import SearchSettings
 
 SECTIONS = (DataConfig, ModelConfig, LossConfig, ScoreConfig, TrainConfig, AmplificationConfig)
@@ -97,7 +96,7 @@ def test_a_run_without_students_or_with_an_unfed_decoder_is_refused() -> None:
         ModelConfig(student_encoder=False, student_decoder=False)
     for decoder_input in ("student", "student+teacher"):
         with pytest.raises(ValueError, match=f"decoder_input '{re.escape(decoder_input)}' needs student_encoder"):
-            ModelConfig(student_encoder=False, decoder_input=decoder_input)  # type: ignore[arg-type]
+            ModelConfig(student_encoder=False, decoder_input=decoder_input)
     assert RunConfig().with_values({"encoder_score_weight": 0.0}).score.encoder_score_weight == 0
     with pytest.raises(ValueError, match="score weights"):
         RunConfig().with_values({"encoder_score_weight": 0.0, "decoder_score_weight": 0.0})
@@ -146,7 +145,7 @@ def test_every_field_says_what_it_means() -> None:
 
 
 def test_both_commands_offer_exactly_the_presets() -> None:
-    assert set(typing.get_args(cli.Preset)) == set(PRESETS)
+    assert set(typing.get_args(Preset)) == set(PRESETS)
     assert set(SearchSettings(data="data", preset="all").run_configs()) == set(PRESETS)
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import secrets
 from pathlib import Path
+from typing import Any
 
 import pytest
 import services
@@ -15,7 +16,7 @@ from tune.tracking.events import EpochDone, TrialEnded, TrialStarted
 from tune.tracking.tracker import Tracker
 
 
-def settings(data: Path, storage: Path, **more: str) -> SearchSettings:
+def settings(data: Path, storage: Path, **more: Any) -> SearchSettings:
     return SearchSettings(data=str(data), storage=str(storage), teacher_weights="random", image_size=32, **more)
 
 

@@ -11,6 +11,7 @@ from dskd.data.datasets import find_categories, read_category
 from dskd.data.images import load_masks
 from dskd.demo import dataset as demo
 from dskd.demo.dataset import CATEGORIES, draw_dataset
+from dskd.demo.rendering import Defect
 
 SMALL: dict[str, Any] = {"num_train": 3, "num_test": 12, "image_size": 64}
 
@@ -67,7 +68,7 @@ def test_a_defect_changes_its_place_and_nothing_else(name: str) -> None:
     assert np.isfinite(clean).all() and clean.min() >= 0
     for kind in product.defects:
         after = np.random.default_rng(5)
-        changed = product.draw(after, 192, demo.Defect(kind, np.random.default_rng(1)))
+        changed = product.draw(after, 192, Defect(kind, np.random.default_rng(1)))
         # a scene that took other random numbers would be another part altogether
         assert after.bit_generator.state == before.bit_generator.state
         moved = np.abs(changed - clean).max(axis=2)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import SkipTest
 from urllib.parse import unquote
 
@@ -315,7 +315,7 @@ def test_a_document_cut_in_the_middle_of_a_sentence_is_found(name: str) -> None:
 
 def document_of(name: str, evaluate: Callable[[Example], str | None]) -> Document:
     """The blocks of a document, each a step, and its skips."""
-    parsers = (SkipParser(), *(CodeBlockParser(language, evaluate) for language in ("bash", "python")))
+    parsers: list[Any] = [SkipParser(), *(CodeBlockParser(language, evaluate) for language in ("bash", "python"))]
     return Document.parse(str(ROOT / name), *parsers)
 
 

@@ -65,7 +65,7 @@ def test_a_changed_space_is_refused_and_the_dimension_is_named(
     storage: Storage, mvtec_root: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "space.toml"
-    given = {"data": str(mvtec_root), "space": file}
+    given: dict[str, Any] = {"data": str(mvtec_root), "space": file}
     for before, after, difference in (
         ("hkd_weight = {low = 0, high = 1}", "hkd_weight = {low = 0, high = 2}", "high of hkd_weight 1.0, got 2.0"),
         ("hkd_weight = {low = 0, high = 1}", "hkd_weight = 1.0", "hkd_weight 0.0, got 1.0"),

@@ -106,9 +106,10 @@ class Terminal(io.StringIO):
 def test_reading_is_counted_on_a_terminal_where_it_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [paint(tmp_path / f"{index}.png") for index in range(3)]
     for name, seen in (("reading tiles", True), (None, False)):
-        monkeypatch.setattr(sys, "stderr", Terminal())
+        terminal = Terminal()
+        monkeypatch.setattr(sys, "stderr", terminal)
         load_images(paths, 8, progress=name)
-        assert ("reading tiles" in sys.stderr.getvalue() and "/3" in sys.stderr.getvalue()) == seen
+        assert ("reading tiles" in terminal.getvalue() and "/3" in terminal.getvalue()) == seen
 
 
 def test_reading_is_silent_without_a_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -48,7 +48,7 @@ def test_the_lease_of_a_killed_search_on_this_machine_is_taken_at_once(
     assert left is not None and left["owner"]
     monkeypatch.setattr(module, "_RENEWAL", 3600.0)  # it must not watch for renewals
     slept: list[float] = []
-    monkeypatch.setattr(module.time, "sleep", slept.append)
+    monkeypatch.setattr(time, "sleep", slept.append)
     with only_search(store, "spring", unexpected):
         assert slept == [0.0]
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,10 +75,10 @@ def test_without_fallocate_a_full_disk_is_still_told_before_anything_is_computed
         assert entry.stat().st_blocks * 512 >= 3 * 10**6
     opened = Path.open
 
-    def full(self: Path, mode: str = "r", *rest: object) -> object:
+    def full(self: Path, mode: str = "r", *rest: Any) -> Any:
         if self.suffix == ".partial":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return opened(self, mode, *rest)  # type: ignore[arg-type]
+        return opened(self, mode, *rest)
 
     monkeypatch.setattr(Path, "open", full)
     with pytest.raises(cache.NoRoomError, match="no room for"):

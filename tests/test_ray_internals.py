@@ -43,12 +43,16 @@ def test_what_a_trial_reserved_is_freed_when_it_ends_and_when_it_is_killed(clust
             return os.getpid()
 
     class Controller:
-        def reserve(self) -> tuple[str, int]:
+        def reserve(self) -> tuple[str, Any]:
             self.group = ray.util.placement_group([{"CPU": 1}])
             placed = PlacementGroupSchedulingStrategy(placement_group=self.group)
-            self.worker = ray.remote(Worker).options(num_cpus=1, scheduling_strategy=placed).remote()
-            return self.group.id.hex(), ray.get(self.worker.pid.remote())
+            worker: Any = ray.remote(Worker).options(num_cpus=1, scheduling_strategy=placed).remote()
+            self.worker = worker  # a handle that nobody holds ends its actor
+            return self.group.id.hex(), ray.get(worker.pid.remote())
 
+    ended: Any
+    killed: Any
+    living: Any
     ended, killed, living = (ray.remote(Controller).options(num_cpus=0).remote() for _ in range(3))
     group, pid = ray.get(ended.reserve.remote())
     lost, _ = ray.get(killed.reserve.remote())
@@ -79,10 +83,11 @@ def test_workers_that_are_lost_as_they_begin_to_train_hold_no_place_afterwards(c
 
     def train() -> None: ...
 
+    callbacks: list[Any] = [Reservation(), Lost()]
     trainer = ray.train.torch.TorchTrainer(
         train,
         scaling_config=ray.train.ScalingConfig(num_workers=2),
-        run_config=ray.train.RunConfig(storage_path=str(tmp_path), callbacks=[Reservation(), Lost()]),
+        run_config=ray.train.RunConfig(storage_path=str(tmp_path), callbacks=callbacks),
     )
     with pytest.raises(ray.train.ControllerError, match="a worker is gone"):
         trainer.fit()

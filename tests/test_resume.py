@@ -126,7 +126,8 @@ def test_a_lock_on_a_folder_that_its_holder_removed_meanwhile_is_no_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between this process opening the lock file and locking it, the other one finishes."""
-    lock, tries = fcntl.flock, []
+    lock = fcntl.flock
+    tries: list[float] = []
 
     def flock(file: Any, how: int) -> None:
         if not tries:

@@ -18,8 +18,9 @@ from dskd.detector import Detector
 from dskd.predict import PREDICTIONS_FILE, predict_images
 from tune import score
 from tune.jobs import score as scoring
-from tune.jobs.score import SCHEMA, Inspector, Workers, decode, fetch_detector, image_names
+from tune.jobs.score import SCHEMA, Inspector, decode, fetch_detector, image_names
 from tune.settings.score import ScoringSettings
+from tune.settings.workers import Workers
 from tune.storage.files import Storage
 from tune.tracking.registry import pack
 from tune.tracking.tracker import Tracker
@@ -90,7 +91,8 @@ def test_verdicts_are_those_of_predict_and_an_unreadable_image_is_a_row(
         assert boxes == [[region[side] for side in ("left", "top", "right", "bottom")] for region in there["regions"]]
         assert (row["overlay"] is not None) == row["is_anomalous"]
         if row["overlay"]:
-            assert Image.open(tmp_path / "out" / row["overlay"]).width > 0
+            with Image.open(tmp_path / "out" / row["overlay"]) as picture:
+                assert picture.width > 0
     assert len(list((tmp_path / "out").rglob("*.png"))) == sum(row["is_anomalous"] for row in sound)
 
 

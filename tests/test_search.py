@@ -124,9 +124,10 @@ def test_embedded_search_tracks_crowns_and_delivers(mvtec_root: Path, tmp_path: 
         assert chosen.data.metrics["val/best_objective"] == max(
             child.data.metrics["val/best_objective"] for child in finished
         )
-        record = Storage(str(storage / "try")).read_json(f"{outcome['champion']['folder']}/detector.json")
+        stored = Storage(str(storage / "try")).read_json(f"{outcome['champion']['folder']}/detector.json")
+        assert stored is not None
         mine = [child for child in children if child.data.tags["dskd.category"] == outcome["category"]]
-        assert {child.data.tags["dskd.data_sha256"] for child in mine} == {record["data_sha256"]}
+        assert {child.data.tags["dskd.data_sha256"] for child in mine} == {stored["data_sha256"]}
         tested = [child for child in children if "test/image_auroc" in child.data.metrics]
         assert len(tested) == 2, "the test set is looked at once per category, for its champion"
         check_content(f"sqlite:///{storage}/mlflow.db", parents, children, chosen, outcome["category"])

@@ -9,7 +9,8 @@ import torch
 from conftest import SHAPE_CHECKED
 
 from dskd.anomaly import discrepancies, image_scores
-from dskd.losses import focal_loss, position_distances
+from dskd.losses import focal_loss
+from dskd.model.distances import position_distances
 from dskd.model.teacher import normalize
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -109,7 +109,7 @@ def test_processes_of_a_node_share_one_copy_and_other_data_is_another(
 ) -> None:
     fetched: list[str] = []
     fetch = Storage.fetch
-    monkeypatch.setattr(Storage, "fetch", lambda self, name, path: (fetched.append(name), fetch(self, name, path))[1])
+    monkeypatch.setattr(Storage, "fetch", lambda self, name, path: (fetched.append(name), fetch(self, name, path))[1])  # type: ignore[func-returns-value]
     with ThreadPoolExecutor(4) as pool:
         roots = set(pool.map(lambda _: local_copy(address, "tile", 1.0), range(4)))
     assert len(roots) == 1 and len(fetched) == len(set(fetched)) == 12 + 8 + 4

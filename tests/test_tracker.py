@@ -223,7 +223,9 @@ def test_the_images_of_a_trial_are_an_input_of_its_run_and_its_parent(uri: str, 
         assert writer.close(60) == 0
     found = runs(uri, "inputs")
     for name in ("tile", "tile-a", "tile-b"):
-        (used,) = found[name].inputs.dataset_inputs
+        inputs = found[name].inputs
+        assert inputs is not None
+        (used,) = inputs.dataset_inputs
         assert (used.dataset.name, used.dataset.digest) == ("tile", "ab" * 18)
         assert [tag.value for tag in used.tags] == ["training"]
         assert found[name].data.tags.get("dskd.data_sha256") == (None if name == "tile" else "ab" * 32)

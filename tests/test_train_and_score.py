@@ -86,7 +86,9 @@ def test_two_workers_train_a_detector_that_inspects_on_the_same_cluster(
     document, record = json.loads(trained.stdout), read_record(to)
     assert document["metrics"] == record.metrics and "test/aupro" in record.metrics
     client = MlflowClient(tracking_uri=f"sqlite:///{storage}/mlflow.db")
-    (tracked,) = client.search_runs([client.get_experiment_by_name("train").experiment_id])
+    experiment = client.get_experiment_by_name("train")
+    assert experiment is not None
+    (tracked,) = client.search_runs([experiment.experiment_id])
     assert tracked.info.run_id == document["run"] and tracked.info.status == "FINISHED"
     assert tracked.data.params == {
         **{name: str(value) for name, value in record.config.flat().items()},

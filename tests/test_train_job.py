@@ -73,7 +73,9 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, RunConf
 def test_a_training_is_one_run_that_can_be_repeated(tracked: tuple[str, str, RunConfig]) -> None:
     uri, run_id, config = tracked
     client = MlflowClient(tracking_uri=uri)
-    (run,) = client.search_runs([client.get_experiment_by_name("train").experiment_id])
+    experiment = client.get_experiment_by_name("train")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.run_name == "tile-k" and run.info.status == "FINISHED"
     assert run.data.metrics == {"val/best_objective": 0.5, "test/aupro": 0.25}
     assert "mlflow.parentRunId" not in run.data.tags and run.data.tags["mlflow.source.name"] == "tune/train.py"
@@ -188,9 +190,9 @@ def test_the_same_command_is_the_same_training_and_another_is_not(
     asked = settings(config=tiny, data=str(data), out=tmp_path / "t", storage=str(tmp_path / "s"))
     category, key = training._checked(asked)
     assert category == "tile"
-    same = [{"workers": 2}, {"out": tmp_path / "u"}, {"name": "other"}]
+    same: list[dict[str, Any]] = [{"workers": 2}, {"out": tmp_path / "u"}, {"name": "other"}]
     assert {training._checked(dataclasses.replace(asked, **change))[1] for change in same} == {key}
-    others = [
+    others: list[dict[str, Any]] = [
         {"config": tiny.with_values({"seed": 1})},
         {"category": "wood"},
         {"selection": "oracle"},
@@ -224,7 +226,9 @@ def test_a_failed_training_is_one_line_exit_code_one_and_a_failed_run(
     said = capsys.readouterr()
     assert said.out == "" and said.err.splitlines()[-1] == "train: failed: learning_rate 9 is probably too high"
     client = MlflowClient(tracking_uri=uri)
-    (run,) = client.search_runs([client.get_experiment_by_name("bad").experiment_id])
+    experiment = client.get_experiment_by_name("bad")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FAILED" and run.data.params["epochs"] == "2" and not (tmp_path / "t").exists()
     crowded = dataclasses.replace(asked, workers=3)
     with pytest.raises(ValueError, match=r"asks for 3 CPUs \(3 workers\), the cluster has 2; lower --workers"):

@@ -1,4 +1,5 @@
 import dataclasses
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from dskd.device import WorkerRank
 from dskd.training import inputs as stage
 from dskd.training.inputs import TrainingData
 from dskd.training.run import STATE_FILE, TrainingRun
+from dskd.training.stage_one import fit_amplifier
 from tune.storage.uris import DETECTOR_FOLDER
 from tune.trial import groups, worker
 from tune.trial.spec import OBJECTIVE, TrialSpec, UnrecoverableTrialError
@@ -46,7 +48,7 @@ def test_ray_train_reads_what_is_set_for_it_and_the_users_own_comes_first(
 ) -> None:
     for before in ({}, {HEALTH_CHECK_INTERVAL_S_ENV_VAR: "7"}):
         environment = dict(before)
-        monkeypatch.setattr(groups.os, "environ", environment)
+        monkeypatch.setattr(os, "environ", environment)
         groups.ray_train_job(spec(tiny, tmp_path), ray.train.RunConfig(storage_path=str(tmp_path)))
         assert environment.keys() == {WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, HEALTH_CHECK_INTERVAL_S_ENV_VAR}
         assert environment.keys() <= ENV_VARS_TO_PROPAGATE, "the process that controls the workers knows them too"
@@ -58,8 +60,7 @@ def test_trials_that_differ_in_their_students_share_one_stage_one(
     amplified: RunConfig, mvtec_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stages = []
-    original = stage.fit_amplifier
-    monkeypatch.setattr(stage, "fit_amplifier", lambda *a, **k: (stages.append(1), original(*a, **k))[1])
+    monkeypatch.setattr(stage, "fit_amplifier", lambda *a, **k: (stages.append(1), fit_amplifier(*a, **k))[1])  # type: ignore[func-returns-value]
     for learning_rate in (0.005, 0.001):
         config = amplified.with_values({"learning_rate": learning_rate})
         for report in train(spec(config, mvtec_root), WorkerRank(), CPU, None):
@@ -126,7 +127,7 @@ def test_trials_with_and_without_stage_one_take_turns_at_the_cost_of_one_prepara
     tiny: RunConfig, amplified: RunConfig, mvtec_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepared = []
-    monkeypatch.setattr(worker, "prepare", lambda *a, **k: (prepared.append(1), stage.prepare(*a, **k))[1])
+    monkeypatch.setattr(worker, "prepare", lambda *a, **k: (prepared.append(1), stage.prepare(*a, **k))[1])  # type: ignore[func-returns-value]
     worker.shared_inputs.cache_clear()
     for config in (tiny.with_values({"epochs": 1}), amplified) * 2:
         (report,) = train(spec(config, mvtec_root), WorkerRank(), CPU, None)

@@ -94,7 +94,6 @@ SMALLER: dict[str, tuple[str, ...]] = {
     "tune/demo.py": ("--epochs", "1", "--image-size", "64", "--batch-size", "4", "--trials", "2"),
     "benchmarks/export.py": ("--repeats", "1", "--image-size", "64", "--presets", "stfpm"),
     "benchmarks/overhead.py": ("--repeats", "1", "--image-size", "64", "--num-images", "8", "--presets", "stfpm"),
-    "benchmarks/search_share.py": ("--epochs", "2", "--trials", "2"),
 }
 """Flags that a command of a document is given behind its own, where the last one counts."""
 

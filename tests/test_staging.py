@@ -23,7 +23,7 @@ def address(mvtec_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """A data set that is reached by an address, and a node without any copy."""
     shutil.copytree(mvtec_root, tmp_path / "bucket" / "sets")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(staging, "_in_use", {})
+    monkeypatch.setattr(staging, "_copies_in_use", {})
     return f"file://{tmp_path}/bucket/sets"
 
 
@@ -131,7 +131,7 @@ def test_room_is_made_for_a_copy_but_never_from_one_in_use(
     with pytest.raises(ValueError, match=r"takes .* GB beside .* GB in use in .*, --cache-gb allows .*; raise it"):
         local_copy(address, "wood", fits_one)
     assert copied(copies) == ["tile"]
-    staging._in_use.clear()  # as when the process that reads it has ended
+    staging._copies_in_use.clear()  # as when the process that reads it has ended
     local_copy(address, "wood", fits_one)
     assert copied(copies) == ["wood"]
 

@@ -344,7 +344,7 @@ def test_events_of_an_outage_are_on_disk_before_the_search_is_killed(
 
 def test_an_outage_on_a_full_disk_keeps_its_events_in_memory(caplog: pytest.LogCaptureFixture) -> None:
     Journal(Path("/dev/full")).add(one_trial("tile", "a", 0.5))
-    assert "2 events for MLflow are in memory alone: [Errno 28]" in caplog.text
+    assert "2 events for MLflow are kept only in memory: [Errno 28]" in caplog.text
 
 
 def test_registering_with_an_absent_server_ends_with_its_patience(away: str, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def connect(address: str | None) -> None:
             refused = isinstance(error, ray.exceptions.AuthenticationError) or "InvalidAuthToken" in captured()
             if refused or str(address).startswith("ray://"):
                 # Ray's client port gives no reason, and a refused token is the usual one.
-                what = "refuses the token" if refused else "does not let us in"
+                what = "refuses the token" if refused else "refuses the connection"
                 raise ConnectionError(
                     f"the Ray cluster at {address} {what}; RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or the file "
                     "$RAY_AUTH_TOKEN_PATH, by default ~/.ray/auth_token) must be the cluster's."
@@ -134,6 +134,6 @@ def describe_shortage(nodes: Sequence[Resources], workers: Workers) -> list[str]
         largest = " and ".join(f"{max(node.get(name, 0) for node in nodes):g} {name}s" for name in workers.needs)
         lines.append(
             f"a worker asks for {asked} on one node, the largest has {largest}: {found} of a trial's {workers.number} "
-            "workers find a place"
+            "workers fit"
         )
     return lines

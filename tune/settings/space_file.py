@@ -86,7 +86,7 @@ def _dimension(name: str, value: Any, where: str) -> Dimension:
         raise ValueError(f"{where}: an empty list leaves nothing to choose from.")
     read = tuple(_scalar(option, kind, where) for option in options)
     if len(set(read)) < len(read):
-        raise ValueError(f"{where}: a value stands twice in {value!r}.")
+        raise ValueError(f"{where}: a value is repeated in {value!r}.")
     return Choice(read)
 
 

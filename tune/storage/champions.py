@@ -26,7 +26,7 @@ _FOLDER = "champions"
 _SO_FAR = "best-so-far"
 _FOLDERS = (f"{_FOLDER}/", "tune/", "workers/")
 """Folders below a search's address that may hold detectors."""
-_LARGEST_SIDE_FILE = 64 * 2**20
+_MAX_SIDE_FILE = 64 * 2**20
 """In bytes; a record that lists some hundred thousand validation files is smaller."""
 
 Fetch = Callable[[str, Path], None]
@@ -153,7 +153,7 @@ def download_detector(storage: Storage, champion: Champion, folder: Path) -> Det
     """
 
     def fetch(name: str, path: Path) -> None:
-        storage.resume(f"{champion.folder}/{name}", path, None if name == WEIGHTS_FILE else _LARGEST_SIDE_FILE)
+        storage.resume(f"{champion.folder}/{name}", path, None if name == WEIGHTS_FILE else _MAX_SIDE_FILE)
 
     there = storage.names(champion.folder)
     if not there:

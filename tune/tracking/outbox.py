@@ -29,7 +29,7 @@ Insist = Callable[[Callable[[], Result]], Result]
 FIRST_PAUSE = 0.5
 """Seconds between the first and second attempt; each pause is twice the previous one."""
 LONGEST_PAUSE = 15.0
-_WORTH_A_WARNING = 2.0
+_WARNING_PAUSE = 2.0
 """Pause in seconds from which an outage is reported."""
 
 
@@ -143,7 +143,7 @@ class Outbox:
 
 def _warn(state: tenacity.RetryCallState) -> None:
     error = state.outcome.exception() if state.outcome else None
-    if state.upcoming_sleep >= _WORTH_A_WARNING and isinstance(error, Exception):
+    if state.upcoming_sleep >= _WARNING_PAUSE and isinstance(error, Exception):
         logger.warning("the MLflow server does not answer, trying again: %s", first_line(error))
 
 

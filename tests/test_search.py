@@ -96,7 +96,9 @@ def check_content(uri: str, parents: list[Any], children: list[Any], chosen: Any
 
 
 @pytest.mark.cluster
-def test_embedded_search_tracks_crowns_and_delivers(mvtec_root: Path, tmp_path: Path, token_file: Path) -> None:
+def test_embedded_search_tracks_its_trials_and_its_champions_can_be_pulled(
+    mvtec_root: Path, tmp_path: Path, token_file: Path
+) -> None:
     env, storage = environment(tmp_path), tmp_path / "results"
     first = run(*search(mvtec_root, storage, "--trials", "3", "--epochs", "2", "--json"), env=env)
     assert first.returncode == 0, first.stderr
@@ -159,10 +161,10 @@ def test_embedded_search_tracks_crowns_and_delivers(mvtec_root: Path, tmp_path: 
 
     other = run(*search(mvtec_root, storage, "--trials", "3", "--epochs", "4"), env=env)
     assert other.returncode == 2 and other.stderr.count("\n") == 1 and "begun with epochs 2, got 4" in other.stderr
-    # More trials, and too little time for them: cut, then gone on with where they stand.
+    # More trials than the time budget allows: interrupted, then continued.
     more = search(mvtec_root, storage, "--trials", "5", "--epochs", "2", "--categories", category, "--json")
     cut = run(*more, "--time-budget", "1s", env=env)
-    assert "cut by the time budget" in cut.stderr, cut.stderr
+    assert "the time budget interrupted" in cut.stderr, cut.stderr
     done = run(*more, env=env)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["categories"][0]["num_trials"] == 5

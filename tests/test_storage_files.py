@@ -160,7 +160,7 @@ def champion(store: Storage, detector_folder: Path, tmp_path: Path) -> Champion:
     return champion
 
 
-def test_a_champion_is_kept_with_its_test_figures_and_delivered(
+def test_a_champion_is_kept_with_its_test_figures_and_downloaded(
     store: Storage, champion: Champion, detector_folder: Path, tmp_path: Path
 ) -> None:
     assert find_champion(store, "tile") == champion
@@ -208,7 +208,7 @@ def test_a_damaged_champion_is_refused_and_leaves_what_was_there(
     assert not has_older or contents(target) == contents(detector_folder)
 
 
-def test_delivery_replaces_an_older_detector_and_nothing_else(
+def test_a_download_replaces_an_older_detector_and_nothing_else(
     store: Storage, champion: Champion, detector_folder: Path, tmp_path: Path
 ) -> None:
     older = tmp_path / "out/tile"

@@ -231,7 +231,7 @@ def test_the_images_of_a_trial_are_an_input_of_its_run_and_its_parent(uri: str, 
         assert str(getattr(source, "uri", "")) == "/data/tile"
 
 
-def test_a_search_that_selects_on_the_test_set_never_crowns(uri: str, tmp_path: Path, light: None) -> None:
+def test_a_search_that_selects_on_the_test_set_never_becomes_champion(uri: str, tmp_path: Path, light: None) -> None:
     (tmp_path / "detector").mkdir()
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
     for selection, objective in (("val", 0.5), ("oracle", 0.9), ("oracle", 0.95), ("oracle", 0.92)):

@@ -1,10 +1,10 @@
-"""A search whose processes are killed at random moments, held against the same search left alone.
+"""Compares a search whose processes are killed at random moments with the same search left undisturbed.
 
-`python benchmarks/chaos.py` starts a Ray head and three nodes on this machine, searches once undisturbed and once
-while processes and whole nodes are killed with SIGKILL, each replaced as a cluster manager would, and compares. With
-`--submit` both are jobs (`ray job submit`), and at the end the champion is pulled. The servers are SQLite and a
-folder, or those of the environment (`python tests/services.py DIR &  . DIR/env`). The schedule of kills follows from
-the seed. Linux only: it finds its processes in /proc.
+`python benchmarks/chaos.py` starts a Ray head and three nodes on this machine. It runs one search undisturbed, and one
+while it kills processes and whole nodes with SIGKILL and replaces them as a cluster manager would. At the end it
+pulls the champion. With `--submit` both searches are jobs (`ray job submit`). The servers are SQLite and a folder, or
+those of the environment (`python tests/services.py DIR &  . DIR/env`). The seed determines the schedule of kills.
+Linux only: it finds its processes in /proc.
 """
 
 import itertools
@@ -43,55 +43,55 @@ TARGETS = {
     "trial": "ray::ImplicitFunc",
     "study": "ray::search_category",
 }
-"""What a process's title begins with; a worker and a controller exist where trials have several workers."""
+"""First words of a process's title; a worker and a controller exist only if trials have several workers."""
 KINDS = ("worker", "node", "driver", "trial", "study", "trial's node", "controller")
 _PATIENCE = 300.0
-"""Seconds that anything may take to appear."""
+"""Maximum seconds to wait for anything to appear."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """Kill what a search runs on, and count what it lost."""
+    """Kill processes of a search and count its losses."""
 
     kills: int = 21
     seed: int = 0
-    """Of the schedule of kills."""
+    """Seed of the schedule of kills."""
     trials: int = 4
     epochs: int = 160
-    """Enough that the search does not end before the last kill."""
+    """Epochs of a trial; enough that the search does not end before the last kill."""
     workers_per_trial: int = 2
     max_concurrent: int = 1
-    """Trials at once; with several, which of them is pruned depends on their speed, and so may the champion."""
+    """Trials at once; with several, pruning depends on their speed, and so may the champion."""
     nodes: int = 3
     cpus_per_node: int = 1
     image_size: int = 32
     data: Path | None = None
-    """Folder of categories, of which the first is searched; drawn unless given."""
+    """Folder of categories, of which the first is searched; drawn by default."""
     preset: str = "stfpm"
     longest_pause: float = 8.0
-    """Seconds at most between a target's appearance and its kill."""
+    """Maximum seconds between a target's appearance and its kill."""
     submit: bool = False
-    """Search as a job that the head runs with the code it is sent, not as a process of this one."""
+    """Run the search as a job on the head, with uploaded code, not as a child process."""
     folder: Path | None = None
-    """Keeps logs and results; a temporary folder unless given."""
+    """Folder for logs and results; a temporary one by default."""
 
 
 class Process(NamedTuple):
     pid: int
     parent: int
     started: str
-    """In clock ticks since boot: with the pid it names a process for good."""
+    """Start time in clock ticks since boot; with the pid it identifies a process uniquely."""
     title: str
 
 
 def processes() -> dict[int, Process]:
-    """Every process of this machine that still runs, by its id."""
+    """Every running process of this machine, by its id."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             state, parent, *rest = (folder / "stat").read_text().rpartition(")")[2].split()
             title = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-        except OSError:  # ended meanwhile
+        except OSError:  # it has ended
             continue
         if state != "Z":
             found[int(folder.name)] = Process(int(folder.name), int(parent), rest[17], title)
@@ -114,15 +114,15 @@ class Cluster:
     """A token-protected Ray head without CPUs, and nodes that can be killed."""
 
     def __init__(self, folder: Path, env: dict[str, str], head_words: Sequence[str] = (), port: int = 0) -> None:
-        """`head_words` of `ray start` for the head alone; without a `port`, it listens on a free one."""
+        """`head_words`: arguments of `ray start` for the head only; without a `port` a free one is used."""
         self.address = f"127.0.0.1:{port or free_port()}"
         dashboard_port = free_port()
         self.dashboard = f"http://127.0.0.1:{dashboard_port}"
-        # Ray Train's cleaner looks for the cluster by itself, and this machine may run others.
+        # Ray Train's cleaner finds a cluster by this variable, and this machine may run several.
         self.env, self._folder = env | {"RAY_ADDRESS": self.address}, folder
         self._temporary: list[str] = []
         self.seen: set[Process] = set()
-        """What has run here; a process that outlives its node is a zombie."""
+        """All processes seen here; one that outlives its node is a zombie."""
         self.nodes: list[subprocess.Popen[bytes]] = []
         self._numbers = itertools.count(1)
         self._head = self._start(
@@ -131,15 +131,15 @@ class Cluster:
         )  # fmt: skip
 
     def add(self, cpus: int, *, prefix: Sequence[str] = (), env: Mapping[str, str] = MappingProxyType({})) -> None:
-        """Start a node, by a command that `prefix` begins and with more in its environment where given."""
+        """Start a node; `prefix` is put before its command, `env` is added to its environment."""
         self.nodes.append(self._start(f"--address={self.address}", f"--num-cpus={cpus}", prefix=prefix, env=env))
 
     def _start(
         self, *words: str, prefix: Sequence[str] = (), env: Mapping[str, str] = MappingProxyType({})
     ) -> subprocess.Popen[bytes]:
         path = self._folder / f"node-{next(self._numbers)}.log"
-        # Sockets are in there too, whose paths may have 107 bytes. A folder for each node, as on machines of their
-        # own: in a common one a node removes the code of a job that others run.
+        # A short path, since it also holds sockets, whose paths have at most 107 bytes. One folder per node, as on
+        # separate machines: in a shared folder a node would remove the code of a job that other nodes run.
         temporary = tempfile.mkdtemp(prefix="ray-")
         self._temporary.append(temporary)
         ports = ("--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0")
@@ -162,11 +162,11 @@ class Cluster:
         return mine
 
     def find(self, kind: str) -> list[Process]:
-        """Processes of a kind on the head and the nodes."""
+        """Processes of one kind on the head and the nodes."""
         return [each for each in self.all() if each.title.startswith(TARGETS[kind])]
 
     def raylets(self) -> set[int]:
-        """The process of each node below the head: its own, and those of nodes that its autoscaler started."""
+        """Ids of all raylets below the head: its own and those of nodes that its autoscaler started."""
         found = [
             each for each in below(self._head.pid, processes()) if each.title.partition(" ")[0].endswith("/raylet")
         ]
@@ -174,7 +174,7 @@ class Cluster:
         return {each.pid for each in found}
 
     def kill_node(self, node: subprocess.Popen[bytes]) -> None:
-        """Kill a node's raylet with SIGKILL, and what started it; its workers find out by themselves."""
+        """Kill a node's raylet and its parent process with SIGKILL; its workers are left to notice it."""
         for each in processes().values():
             if each.parent == node.pid:
                 os.kill(each.pid, signal.SIGKILL)
@@ -183,7 +183,7 @@ class Cluster:
         node.wait()
 
     def announce(self, leaving: subprocess.Popen[bytes], seconds: int) -> None:
-        """Tell the cluster that a node will go in so many seconds, as a cloud does before it takes it."""
+        """Announce to the cluster that a node will go in `seconds`, as a cloud does before it reclaims one."""
         words = ("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "reclaimed")
         titles = [each.title for each in below(leaving.pid, processes())]
         (node_id,) = (
@@ -204,7 +204,7 @@ class Cluster:
         return next((node for node in self.nodes if process.pid in {each.pid for each in below(node.pid, among)}), None)
 
     def zombies(self) -> list[Process]:
-        """Processes that compute for a search, though none runs, and what is left of killed nodes."""
+        """Processes that still compute although no search runs, and remains of killed nodes."""
         computing = [each for kind in TARGETS for each in self.find(kind)]
         among = processes()
         here = {each.pid for node in (self._head, *self.nodes) for each in below(node.pid, among)}
@@ -213,7 +213,7 @@ class Cluster:
         return computing + left
 
     def stop(self) -> None:
-        self.all()  # what outlives its node is killed below
+        self.all()  # processes that outlive their node are killed below
         for process in (*self.nodes, self._head):
             process.send_signal(signal.SIGTERM)
         for process in (*self.nodes, self._head):
@@ -250,7 +250,7 @@ from ray.util.state import list_actors
 ray.init(log_to_driver=False, logging_level="ERROR")
 groups = [group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
 alive = [actor.class_name for actor in list_actors(limit=10000, timeout=30) if actor.state != "DEAD"]
-alive = [name for name in alive if name != "_AutoscalingCoordinatorActor"]  # Ray's own, one of a cluster
+alive = [name for name in alive if name != "_AutoscalingCoordinatorActor"]  # Ray's own, one per cluster
 nodes = [node for node in ray.nodes() if node["Alive"]]
 have, free = ray.cluster_resources(), ray.available_resources()
 held = {name: have[name] - free.get(name, 0) for name in ("CPU", "memory") if have.get(name, 0) != free.get(name, 0)}
@@ -259,11 +259,11 @@ print(json.dumps({"nodes": len(nodes), "alive": nodes, "held": held, "groups": l
 
 
 def census(made: Cluster) -> dict[str, Any]:
-    """What the cluster has and what is taken of it; `nodes` is 0 where it does not answer yet."""
+    """Nodes of the cluster, and resources, groups and actors in use; `nodes` is 0 if it does not answer yet."""
     done = subprocess.run(
         [sys.executable, "-c", _WHAT_IS_HELD], env=made.env, capture_output=True, text=True, check=False
     )  # fmt: skip
-    lines = [line for line in done.stdout.splitlines() if line.startswith('{"nodes"')]  # Ray says a word of its own
+    lines = [line for line in done.stdout.splitlines() if line.startswith('{"nodes"')]  # Ray prints lines too
     if not lines:
         return {"nodes": 0, "held": {"?": 0}, "groups": -1, "actors": [done.stderr[-300:]]}
     answer: dict[str, Any] = json.loads(lines[0])
@@ -271,7 +271,7 @@ def census(made: Cluster) -> dict[str, Any]:
 
 
 def wait_for(ready: Callable[[], Any], what: str, patience: float = _PATIENCE) -> Any:
-    """What `ready` returns, once it is true."""
+    """Wait until `ready` returns a true value, and return it; raises TimeoutError after `patience` seconds."""
     deadline = time.monotonic() + patience
     while not (found := ready()):
         if time.monotonic() > deadline:
@@ -282,7 +282,7 @@ def wait_for(ready: Callable[[], Any], what: str, patience: float = _PATIENCE) -
 
 @dataclass
 class Search:
-    """The job driver of one search, started again wherever it was killed."""
+    """The driver process of one search, restarted whenever it was killed."""
 
     name: str
     words: list[str]
@@ -315,9 +315,9 @@ class Search:
         return self.driver.poll() is not None
 
     def outcome(self, seconds: float) -> dict[str, Any]:
-        """What the search says at its end.
+        """The first category's result in the search's JSON document.
 
-        Raises RuntimeError with the end of its log where it failed.
+        Raises RuntimeError with the end of its log if it failed.
         """
         code = self.driver.wait(seconds)
         log = (self.folder / f"{self.name}.log").read_text()
@@ -332,7 +332,7 @@ class Search:
 
 @dataclass
 class Job(Search):
-    """A search as the documented command starts it: the head runs it with the code that it is sent."""
+    """A search submitted as a job: the head runs it with uploaded code."""
 
     made: Cluster
 
@@ -346,7 +346,7 @@ class Job(Search):
         return self
 
     def kill(self) -> None:
-        """Kill the job's own process on the head; the command that submitted it then ends."""
+        """Kill the job's process on the head; the submitting command then ends."""
         for each in wait_for(lambda: self.has_ended or self._entrypoints(), "the job's process") or ():
             with suppress(ProcessLookupError):
                 os.kill(each.pid, signal.SIGKILL)
@@ -362,13 +362,13 @@ class Job(Search):
 
 
 def disturb(made: Cluster, search: Search, options: Options, say: Callable[[str], None]) -> Counter[str]:
-    """Kill as the schedule says until it is through or the search has ended; kills by kind."""
+    """Kill by the schedule until it is complete or the search has ended; returns the number of kills by kind."""
     rng = random.Random(options.seed)
     kinds = [kind for kind in KINDS if options.workers_per_trial > 1 or kind not in ("worker", "controller")]
     schedule = [kind for _ in range(-(-options.kills // len(kinds))) for kind in rng.sample(kinds, len(kinds))]
     killed: Counter[str] = Counter()
     for kind in schedule[: options.kills]:
-        # Something of a trial computes again: otherwise the kills would be one long one.
+        # Wait until a trial computes again; otherwise several kills would act as one.
         computing = "worker" if options.workers_per_trial > 1 else "trial"
         wait_for(lambda: search.has_ended or made.find(computing), computing)  # noqa: B023
         deadline = time.monotonic() + rng.uniform(0, options.longest_pause)
@@ -388,7 +388,7 @@ def disturb(made: Cluster, search: Search, options: Options, say: Callable[[str]
 
 
 def _strike(kind: str, made: Cluster, search: Search, rng: random.Random, cpus: int) -> bool:
-    """Kill one of a kind, and start again what nobody else would; False where there is none now."""
+    """Kill one target of a kind, and restart it if Ray would not; False if there is none now."""
     if kind == "driver":
         search.kill()
         search.start()
@@ -398,7 +398,7 @@ def _strike(kind: str, made: Cluster, search: Search, rng: random.Random, cpus: 
         made.add(cpus)
         return True
     if kind == "trial's node":
-        # Where several workers compute, the process that waits for them may be on the head, which is not killed.
+        # With several workers the waiting process may be on the head, which is not killed.
         found = {made.node_of(each) for each in (*made.find("trial"), *made.find("worker"))}
         nodes = [node for node in made.nodes if node in found]
         if not nodes:
@@ -413,21 +413,21 @@ def _strike(kind: str, made: Cluster, search: Search, rng: random.Random, cpus: 
         return False
     try:
         os.kill(rng.choice(targets).pid, signal.SIGKILL)
-    except ProcessLookupError:  # ended meanwhile
+    except ProcessLookupError:  # it has ended
         return False
     return True
 
 
 class Account(NamedTuple):
-    """What became of a search's trials, as MLflow and Optuna tell it."""
+    """State of a search's trials, as recorded by MLflow and Optuna."""
 
     statuses: Counter[str]
     doubled: int
-    """Runs of one trial beyond its first, and finished trials of the study beyond those asked for."""
+    """Extra runs of the same trial, and extra finished trials of the study."""
     redone: int
-    """Epochs that were reported a second time."""
+    """Epochs that were reported twice."""
     untracked: int
-    """Epochs below a trial's last that MLflow never learnt of."""
+    """Epochs before a trial's last that are missing in MLflow."""
     champion: tuple[tuple[str, str], ...]
     """Configuration and objective of the best finished trial."""
 
@@ -441,7 +441,7 @@ def account(env: dict[str, str], name: str, category: str, trials: int) -> Accou
     known = [run for run in runs if run.data.tags["dskd.status"] != "lost"]
     redone = untracked = 0
     for run in known:
-        steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "loss")]
+        steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "train/loss")]
         redone += len(steps) - len(set(steps))
         untracked += max(steps, default=0) - len(set(steps))
     names = Counter(run.data.tags["dskd.trial"] for run in runs)
@@ -461,7 +461,7 @@ def account(env: dict[str, str], name: str, category: str, trials: int) -> Accou
 
 
 def pull(env: dict[str, str], name: str, folder: Path) -> list[str]:
-    """Pull every champion of a search; the categories of which a detector that loads has arrived."""
+    """Pull every champion of a search; returns the categories whose detector loads."""
     subprocess.run(
         [sys.executable, "tune/pull.py", "all", "--name", name, "--storage", env["DSKD_STORAGE"], "--out", str(folder)],
         cwd=ROOT, env=env, check=True, capture_output=True,
@@ -475,7 +475,7 @@ def _is_trial(run: Run) -> bool:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """That of every process here: this process's servers where it names some, a token, a checkpoint every epoch."""
+    """Environment of all processes: servers of this process's environment if any, a token, a checkpoint every epoch."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "DSKD_CHECKPOINT"))}
     embedded = {
         "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
@@ -494,7 +494,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def run(options: Options, folder: Path) -> bool:
-    """Both searches; whether nothing was lost, doubled or left behind."""
+    """Run both searches; True if nothing was lost, doubled or left behind."""
     started = time.monotonic()
 
     def say(line: str) -> None:
@@ -507,7 +507,7 @@ def run(options: Options, folder: Path) -> bool:
     category = sorted(each.name for each in data.iterdir() if each.is_dir())[0]
     env = environment(folder)
     if options.submit:
-        del env["PYTHONPATH"]  # the code is what the job was sent
+        del env["PYTHONPATH"]  # the job must use its uploaded code
     with ExitStack() as stack:
         made = stack.enter_context(cluster(folder, env, options.nodes, options.cpus_per_node))
         words = [
@@ -517,7 +517,7 @@ def run(options: Options, folder: Path) -> bool:
             "--workers-per-trial", str(options.workers_per_trial), "--preset", options.preset,
             "--max-concurrent", str(options.max_concurrent),
         ]  # fmt: skip
-        suffix = secrets.token_hex(3)  # servers may keep what earlier runs left
+        suffix = secrets.token_hex(3)  # servers may hold data of earlier runs
 
         def begin(name: str) -> Search:
             args = (f"{name}-{suffix}", words, env, folder)
@@ -570,9 +570,9 @@ def _difference(found: Sequence[tuple[str, str]], reference: Sequence[tuple[str,
 
 
 def main() -> None:
-    """Exit code 1 where a search lost, doubled or left something."""
+    """Exit with code 1 if a search lost, doubled or left something."""
     options = tyro.cli(Options)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the cluster would live on
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # otherwise the cluster would keep running
     if options.folder is not None:
         options.folder.mkdir(parents=True, exist_ok=True)
         sys.exit(0 if run(options, options.folder.resolve()) else 1)

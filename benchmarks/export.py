@@ -1,7 +1,7 @@
-"""A detector in torch and its ONNX graph in onnxruntime, in images a second on the CPU: `python benchmarks/export.py`.
+"""Speed of a detector in torch and of its ONNX graph in onnxruntime, on the CPU: `python benchmarks/export.py`.
 
-Both go from RGB bytes to maps and scores, in turn within one run, with the same number of threads. The weights
-are random, which changes no duration; the file sizes and the largest difference are shown beside.
+Both compute maps and scores from RGB bytes, alternating in one run, with the same number of threads. The weights
+are random, which does not change the speed. Also prints the file sizes and the largest difference of the maps.
 """
 
 import os
@@ -47,7 +47,7 @@ def untrained(preset: str, image_size: int) -> Detector:
 def seconds_in_turn(
     detector: Detector, session: onnxruntime.InferenceSession, images: npt.NDArray[np.uint8], repeats: int
 ) -> tuple[float, float]:
-    """Median seconds of detector and session, measured in the same minutes: other load falls on both alike."""
+    """Median seconds of detector and session, alternating so that other load affects both equally."""
     in_torch, in_onnxruntime = [], []
     for round_ in range(repeats + 1):
         started = time.perf_counter()

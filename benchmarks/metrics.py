@@ -1,8 +1,8 @@
-"""Speed and exactness of `dskd.metrics` on one category's worth of maps: `python benchmarks/metrics.py`.
+"""Speed and accuracy of `dskd.metrics` on maps of the size of one category: `python benchmarks/metrics.py`.
 
-83 maps of 256x256 as in MVTec's smaller test sets: coarse noise brought up to size and blurred as the
-detectors' maps are, round defects under a wider, weaker response. Nothing is read or written; the
-run takes well under a minute.
+83 maps of 256x256 pixels, as in MVTec's smaller test sets: coarse noise, enlarged and blurred like the
+detectors' maps, with round defects under a wider, weaker response. No files are read or written; the
+run takes less than a minute.
 """
 
 import os
@@ -45,7 +45,7 @@ def drawn_set(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray
 
 
 def sweep_aupro(maps: np.ndarray, masks: np.ndarray, limit: float) -> float:
-    """AUPRO in float64 by sorting all pixels and walking every distinct threshold."""
+    """AUPRO in float64 from all distinct thresholds of the sorted pixels."""
     neighbours = np.zeros((3, 3, 3), dtype=bool)
     neighbours[1] = True
     regions, num_regions = ndimage.label(masks, neighbours)

@@ -1,8 +1,8 @@
-"""What training costs beyond its arithmetic, and what the cached teacher saves: `python benchmarks/overhead.py`.
+"""Overhead of training over its bare loop, and time saved by the cached teacher: `python benchmarks/overhead.py`.
 
-Three ways of one epoch, in turn within one run: `dskd.train.fit` on the teacher's cached features, the same with
-the teacher run again for every batch, and the bare loop (forward, loss, backward, step) on tensors that lie ready.
-Images and weights are random, which changes no duration.
+Three variants of one epoch, alternating in one run: `dskd.training.loop.fit` with the teacher's cached features, the
+same with the teacher run for every batch, and the bare loop (forward, loss, backward, step) on prepared tensors.
+Images and weights are random, which does not change the speed.
 """
 
 import os
@@ -37,7 +37,7 @@ class Options:
 
 
 class _Uncached:
-    """Stands in for a feature table: the teacher runs whenever a pyramid is asked for."""
+    """Replaces a feature table and runs the teacher for every requested pyramid."""
 
     def __init__(self, teacher: Teacher, images: npt.NDArray[np.uint8]) -> None:
         self.teacher, self.images = teacher, images
@@ -88,7 +88,7 @@ def epoch_seconds(preset: str, options: Options) -> list[float]:
 
 
 def num_used(options: Options) -> int:
-    """An epoch leaves out the last batch where it is not full."""
+    """Images used in an epoch, which leaves out an incomplete last batch."""
     return options.num_images // options.batch_size * options.batch_size
 
 

@@ -1,15 +1,15 @@
-"""The methods side by side on real images, and DSKD against its own parts.
+"""Compares the methods on real images, and DSKD with its own parts.
 
     python benchmarks/presets.py --data DIR --teacher-weights FILE --results runs.jsonl --epochs 20
 
-Trains every method on every category with every seed, chooses the epoch by validation alone (held-out good
-images, part of them with synthetic defects), and only then opens the test split. A seed draws the students'
-first weights and the order of the images; the held-out split stays. Where two students are trained together,
-the same weights are scored with each student's map alone as well; `--parts` also trains each of them alone,
-and both without the decoder's gradient into the encoder.
+Trains every method on every category with every seed. It selects the epoch only by validation (held-out good
+images, some with synthetic defects) and evaluates on the test split afterwards. The seed sets the students'
+initial weights and the order of the images; the held-out split is always the same. Two students trained together
+are also scored with each student's map alone. `--parts` also trains each student alone, and both without the
+decoder's gradient into the encoder.
 
-A finished run is one line of the results file. The same command continues after a kill, and a run that is
-there already is not repeated: with other flags the file grows, and the table shows what was asked for.
+Each finished run is one line of the results file. The same command continues after a kill and does not repeat
+finished runs. Other flags add runs to the file; the table shows only the runs of the current flags.
 """
 
 import datetime
@@ -51,7 +51,7 @@ SCORED_BY: dict[str, dict[str, Any]] = {
 }
 FIGURES = ("image_auroc", "pixel_auroc", "aupro", "aupro_rd")
 
-# Image AUROC, pixel AUROC, PRO as printed; each family has a PRO of its own, and none is ours.
+# Image AUROC, pixel AUROC and PRO as published; each method defines PRO differently, and none as we do.
 PUBLISHED: dict[tuple[str, str], str] = {
     ("stfpm", "hazelnut"): "1.000 / .985 / .952 (authors' README, ResNet18)",
     ("stfpm", "screw"): ".895 / .989 / .949 (authors' README, ResNet18)",
@@ -65,36 +65,36 @@ PUBLISHED: dict[tuple[str, str], str] = {
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
     data: Path
-    """Folder of categories; dskd check-data names the layouts."""
+    """Folder of categories; dskd check-data lists the supported layouts."""
     results: Path
-    """File of finished runs, one JSON object a line; it is appended to."""
+    """File of finished runs, one JSON object per line; new runs are appended."""
     categories: tuple[str, ...] = ()
-    """Which categories; all unless given."""
+    """Categories to train on; all by default."""
     presets: tuple[str, ...] = tuple(PRESETS)
-    """Which methods."""
+    """Methods to train."""
     parts: bool = False
     """Also train DSKD's students alone, and together without the decoder's gradient into the encoder."""
     seeds: tuple[int, ...] = (0,)
     image_size: int = 256
     epochs: int | None = None
-    """Epochs of every run; the preset's own unless given."""
+    """Epochs of every run; by default those of the preset."""
     epochs_of: dict[str, int] = field(default_factory=dict)
-    """Epochs of single presets, as `--epochs-of stfpm 60 rd4ad 20`; DSKD's parts take DSKD's."""
+    """Epochs of single presets, such as `--epochs-of stfpm 60 rd4ad 20`; DSKD's parts use those of DSKD."""
     batch_size: int | None = None
-    """The preset's own unless given."""
+    """Images per batch; by default that of the preset."""
     set: dict[str, str] = field(default_factory=dict)
-    """Other configuration fields of every run, as `--set backbone test_resnet`; values are JSON or plain words."""
+    """Other configuration fields of every run, such as `--set backbone test_resnet`; values are JSON or plain words."""
     teacher_weights: str = "hub"
     """hub, a .safetensors or .pth file, or random."""
     textures: Path | None = None
-    """Folder of images that feed the synthetic defects."""
+    """Folder of texture images for the synthetic defects."""
     device: str = "cpu"
     cache_dir: Path = field(default_factory=default_folder)
     cache_gb: float = 20.0
 
 
 def methods(options: Options) -> dict[str, RunConfig]:
-    """The runs of one category and seed, by the name that the table gives them."""
+    """Configurations of one category and seed, by their name in the table."""
     if unknown := [name for name in (*options.presets, *options.epochs_of) if name not in PRESETS]:
         raise ValueError(f"unknown preset {unknown[0]!r}; known: {', '.join(PRESETS)}.")
     chosen: dict[str, dict[str, Any]] = {name: {} for name in options.presets}
@@ -113,7 +113,7 @@ def methods(options: Options) -> dict[str, RunConfig]:
 def run(
     name: str, config: RunConfig, inputs: TrainingData, data: Path, device: torch.device, cache: ArrayCache | None
 ) -> dict[str, Any]:
-    """Train one method and measure it; `figures` holds the best epoch's and the last epoch's, by each map."""
+    """Train and evaluate one method; `figures` has the metrics of the best and the last epoch, for each map."""
     started = time.perf_counter()
     distillation = TrainingRun.begin(config, inputs, device)
     seconds = []
@@ -164,7 +164,7 @@ def run(
 
 
 def finished_runs(path: Path) -> dict[str, dict[str, Any]]:
-    """The runs in a results file by their key; a last line that a kill cut short is removed from it."""
+    """The runs of a results file by key; an incomplete last line is removed from the file."""
     if not path.exists():
         return {}
     text = path.read_text()
@@ -176,14 +176,14 @@ def finished_runs(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def key_of(name: str, config: RunConfig, inputs: TrainingData) -> str:
-    """What a run's figures depend on: configuration, images and teacher."""
+    """Digest of everything that a run's metrics depend on: configuration, images, teacher and textures."""
     content = [inputs.category, inputs.data_sha256, inputs.teacher_sha256, inputs.textures_sha256]
     parts = [name, config.to_dict(), *content]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def missing_and_known(options: Options) -> Iterator[dict[str, Any]]:
-    """The record of every run asked for, trained now where the results file does not hold it."""
+    """The record of every requested run; a run that is not in the results file is trained."""
     device = torch.device(options.device)
     cache = ArrayCache(options.cache_dir, int(options.cache_gb * 1e9)) if options.cache_gb > 0 else None
     known = finished_runs(options.results)
@@ -221,7 +221,7 @@ def missing_and_known(options: Options) -> Iterator[dict[str, Any]]:
 
 
 def markdown(records: Sequence[dict[str, Any]]) -> str:
-    """One row per category, method and map: mean over seeds (± standard deviation), best epoch beside last."""
+    """One row per category, method and map: mean over seeds (± standard deviation), best and last epoch."""
     lines = [
         "| category | method | scored by | image AUROC | pixel AUROC | AUPRO | AUPRO as RD4AD's code | last epoch: "
         "image / pixel / AUPRO | chosen epoch | batch | s per epoch | seeds | published: image / pixel / their PRO |",

@@ -1,11 +1,11 @@
-"""What searching score parameters after training gains, on validation and, opened afterwards, on the test images.
+"""Gain from searching score parameters after training, on validation and then on the test images.
 
     python benchmarks/score_search.py --data DIR --teacher-weights FILE --image-size 128 --batch-size 8 --epochs 15
 
 Trains each category once and searches the score parameters with several seeds of the search. One row per
-category: the validation objective before and after, the gain measured on images that did not choose the winner
-with its standard error, and the mean of image AUROC and AUPRO on the test images before and after. The rate is
-that of the search alone, on the threads that torch takes.
+category: the validation objective before and after, the gain on images that were not used for the selection with
+its standard error, and the mean of image AUROC and AUPRO on the test images before and after. The rate is
+that of the search only, with torch's number of threads.
 """
 
 import dataclasses
@@ -33,22 +33,22 @@ class Options:
     data: Path
     """Folder of categories."""
     categories: tuple[str, ...] = ()
-    """Which categories; all unless given."""
+    """Categories to train on; all by default."""
     preset: str = "dskd"
     image_size: int = 256
     epochs: int = 100
     batch_size: int = 16
     num_candidates: int = 1000
-    """Score configurations tried."""
+    """Number of score configurations tried."""
     seeds: int = 5
-    """Searches of each category."""
+    """Number of searches per category."""
     teacher_weights: str = "hub"
     """hub, a .safetensors or .pth file, or random."""
     device: str = "cpu"
 
 
 def row(options: Options, category: str) -> str:
-    """One category's line of the table."""
+    """Train and search one category; returns its line of the table."""
     device = torch.device(options.device)
     config = PRESETS[options.preset].with_values(
         {"image_size": options.image_size, "epochs": options.epochs, "batch_size": options.batch_size}

@@ -1,8 +1,8 @@
-"""What a search costs beside training: `python benchmarks/search_share.py --data DIR --category C --storage NEW_DIR`.
+"""Overhead of a search over training: `python benchmarks/search_share.py --data DIR --category C --storage NEW_DIR`.
 
-One search, one trial at a time, on one worker unless told otherwise. Two figures: how long a place of the cluster lies
-idle between a trial's last report and the first optimiser step of the next, and what share of the time went into
-training. All times are read from the search's own MLflow file: an epoch's time of arrival, and the seconds that its
+Runs one search, one trial at a time, by default with one worker. Prints how long a slot of the cluster is idle
+between a trial's last report and the first optimiser step of the next trial, and the share of the time that was
+training. All times come from the search's MLflow file: the time of each epoch's report, and the seconds that its
 worker measured for training and for validation.
 """
 
@@ -38,10 +38,10 @@ class Options:
 
 
 class TrialTimes(NamedTuple):
-    """One trial, in seconds since the epoch of Unix and in seconds."""
+    """Times of one trial: time stamps in seconds since 1970, durations in seconds."""
 
     first_step: float
-    """When its first epoch began."""
+    """Start of its first epoch."""
     last_report: float
     training: float
     validation: float
@@ -49,7 +49,7 @@ class TrialTimes(NamedTuple):
 
 
 def read_trials(storage: Path, name: str) -> list[TrialTimes]:
-    """The trials of a search whose MLflow file lies in `storage`, in the order that they ran in."""
+    """Times of the trials of a search, in the order of their start; `storage` is the folder of its MLflow file."""
     client = MlflowClient(tracking_uri=f"sqlite:///{storage}/mlflow.db")
     experiment = client.get_experiment_by_name(name)
     assert experiment is not None, f"no search {name} in {storage}"

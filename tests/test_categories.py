@@ -1,4 +1,4 @@
-"""What `tune.studies` decides without Ray: shares of a time budget, and where a search starts from."""
+"""What `tune.study` decides without Ray: shares of a time budget, and where a search starts from."""
 
 import dataclasses
 import logging
@@ -31,7 +31,7 @@ def test_categories_that_wait_keep_their_share_of_the_time(monkeypatch: pytest.M
     now[0] = 1100.0  # one has ended early: what it left over goes to those behind it
     assert budget.begin_category() == 1600.0
     now[0] = 1600.0
-    with pytest.raises(BudgetSpentError, match="ended before it could begin; the same command begins with it"):
+    with pytest.raises(BudgetSpentError, match="ended before it could start; the same command starts it"):
         budget.begin_category()
 
 
@@ -67,7 +67,7 @@ def test_the_champion_of_an_earlier_search_is_tried_or_the_reason_is_told(
     winners, said = found(build_space({"dskd": config.with_values({"schedule": "cosine"})}), "tile")
     assert winners == () and "the champion of spring is not tried: schedule is 'constant' there" in said
     winners, said = found(near, "wood")
-    assert winners == () and "wood: search spring has no champion of it" in said
+    assert winners == () and "wood: search spring has no champion of this category" in said
 
 
 def test_a_champion_says_what_chose_it_and_older_records_mean_validation(earlier: Storage) -> None:

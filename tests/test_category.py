@@ -24,7 +24,7 @@ from tune.study.category import make_sampler, not_yet_asked_for
 from tune.study.context import StudyContext, enter_study, study_context
 from tune.study.hooks import Deadline, Halving, Observe, Searcher, StudyStorage
 from tune.tracking.events import EpochDone, Event, TrialEnded, TrialStarted
-from tune.trial.failures import PATIENCE
+from tune.trial.failures import MAX_RETRY_COST
 from tune.trial.spec import CATEGORY, OBJECTIVE, RUNG, build_spec
 
 POINTS = [{"depth": 1}, {"depth": 2}]
@@ -35,7 +35,7 @@ class Fixed(Share):
 
     def __init__(self, side_by_side: int) -> None:
         super().__init__(None)
-        self._side_by_side, self._asked = side_by_side, math.inf
+        self._side_by_side, self._updated = side_by_side, math.inf
 
 
 def depth(trial: Any) -> None:
@@ -129,7 +129,7 @@ def test_a_trial_that_memory_did_not_suffice_for_counts_as_bad_and_another_lost_
         searcher.on_trial_complete(name, error=True)
     ended = [trial for trial in trials_of(searcher) if trial.state.is_finished()]
     assert [(trial.state.name, trial.value) for trial in ended] == [("COMPLETE", 0.0), ("FAIL", None)]
-    assert counted.num_failures == 4 * 33 > PATIENCE >= 3 * 33
+    assert counted.num_failures == 4 * 33 > MAX_RETRY_COST >= 3 * 33
 
 
 def test_the_last_categories_share_what_the_others_leave() -> None:

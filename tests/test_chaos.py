@@ -1,4 +1,4 @@
-"""PreflightError that a search must outlive, for real: processes and nodes killed, announced to go, and joining."""
+"""Faults that a search must survive, with real processes: killed processes and nodes, draining nodes, and new ones."""
 
 import json
 import os

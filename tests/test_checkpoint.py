@@ -250,7 +250,7 @@ def test_a_detector_of_the_first_schema_loads_with_defaults_for_what_it_did_not_
     np.testing.assert_array_equal(old.score_images(images).maps, new.score_images(images).maps)
 
 
-def test_a_record_of_the_time_before_calibration_was_set_apart_says_that_its_rates_are_approximate(
+def test_a_record_from_before_calibration_was_split_off_says_that_its_rates_are_approximate(
     copied: Path,
 ) -> None:
     def to_older(document: dict[str, Any]) -> None:

@@ -25,29 +25,29 @@ TINY = [
 ]  # fmt: skip
 
 
-class CategoryResult(NamedTuple):
+class CommandResult(NamedTuple):
     code: int
     out: str
     err: list[str]
 
 
-def dskd(*words: object) -> CategoryResult:
+def dskd(*words: object) -> CommandResult:
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             main([str(word) for word in words])
         except SystemExit as end:
             code = int(end.code or 0)
-    return CategoryResult(code, out.getvalue(), err.getvalue().splitlines())
+    return CommandResult(code, out.getvalue(), err.getvalue().splitlines())
 
 
 @pytest.fixture(scope="module")
-def trained(mvtec_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CategoryResult]:
+def trained(mvtec_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CommandResult]:
     out = tmp_path_factory.mktemp("cli") / "detector"
     return out, dskd("train", "--data", mvtec_root, "--category", "wood", "--out", out, *TINY, "--json")
 
 
-def test_train_writes_a_detector_with_a_preview(trained: tuple[Path, CategoryResult]) -> None:
+def test_train_writes_a_detector_with_a_preview(trained: tuple[Path, CommandResult]) -> None:
     folder, outcome = trained
     assert outcome.code == 0, outcome.err
     document = json.loads(outcome.out)
@@ -63,7 +63,7 @@ def test_train_writes_a_detector_with_a_preview(trained: tuple[Path, CategoryRes
     assert any(line.startswith("epoch   1/1  loss ") for line in outcome.err)
 
 
-def test_evaluate_prints_one_json_document(trained: tuple[Path, CategoryResult], mvtec_root: Path) -> None:
+def test_evaluate_prints_one_json_document(trained: tuple[Path, CommandResult], mvtec_root: Path) -> None:
     outcome = dskd("evaluate", trained[0], "--data", mvtec_root, "--json")
     assert outcome.code == 0
     document = json.loads(outcome.out)
@@ -77,7 +77,7 @@ def test_evaluate_prints_one_json_document(trained: tuple[Path, CategoryResult],
 
 
 def test_figures_without_masks_are_null_and_not_nan(
-    trained: tuple[Path, CategoryResult], mvtec_root: Path, tmp_path: Path
+    trained: tuple[Path, CommandResult], mvtec_root: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(mvtec_root / "wood", tmp_path / "wood")
     shutil.rmtree(tmp_path / "wood/ground_truth")
@@ -87,7 +87,7 @@ def test_figures_without_masks_are_null_and_not_nan(
 
 
 def test_predict_writes_a_verdict_and_a_picture_of_every_image(
-    trained: tuple[Path, CategoryResult], mvtec_root: Path, tmp_path: Path
+    trained: tuple[Path, CommandResult], mvtec_root: Path, tmp_path: Path
 ) -> None:
     images = mvtec_root / "wood/test"
     outcome = dskd("predict", trained[0], images, "--out", tmp_path / "verdicts", "--json")
@@ -112,7 +112,7 @@ def test_predict_writes_a_verdict_and_a_picture_of_every_image(
 
 
 def test_a_given_threshold_stands_above_the_calibrated_one(
-    trained: tuple[Path, CategoryResult], mvtec_root: Path, tmp_path: Path
+    trained: tuple[Path, CommandResult], mvtec_root: Path, tmp_path: Path
 ) -> None:
     image = mvtec_root / "wood/test/good/000.png"
     found = {
@@ -123,7 +123,7 @@ def test_a_given_threshold_stands_above_the_calibrated_one(
 
 
 def test_a_rate_that_the_images_cannot_vouch_for_is_said(
-    trained: tuple[Path, CategoryResult], mvtec_root: Path, tmp_path: Path
+    trained: tuple[Path, CommandResult], mvtec_root: Path, tmp_path: Path
 ) -> None:
     images = mvtec_root / "wood/test/good"
     outcome = dskd("predict", trained[0], images, "--out", tmp_path / "out", "--false-alarm-rate", "0.01")
@@ -143,7 +143,7 @@ def test_rates_are_said_to_be_approximate_where_the_same_images_selected(mvtec_r
 
 
 def test_an_unreadable_image_amid_others_leaves_nothing_half_written(
-    trained: tuple[Path, CategoryResult], mvtec_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: tuple[Path, CommandResult], mvtec_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dskd.detector._CHUNK", 1)  # the image before it is through when it is met
     shutil.copytree(mvtec_root / "wood/test/good", tmp_path / "in")
@@ -236,7 +236,7 @@ def test_textures_of_a_folder_are_recorded(mvtec_root: Path, tmp_path: Path) -> 
 
 
 def test_a_failed_export_ends_in_one_line_and_leaves_nothing(
-    trained: tuple[Path, CategoryResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: tuple[Path, CommandResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export = importlib.import_module("dskd.export")
     monkeypatch.setattr(export, "build_model", lambda *_: importlib.import_module("onnx").ModelProto())

@@ -176,7 +176,7 @@ def test_fingerprint_follows_content_and_order_and_not_the_place(mvtec_root: Pat
 
 
 @pytest.mark.parametrize(("count", "fraction", "calibrating"), [(10, 0.5, 5), (2, 0.01, 1), (2, 0.99, 1), (3, 0.5, 2)])
-def test_set_apart_leaves_both_parts_an_image(count: int, fraction: float, calibrating: int) -> None:
+def test_calibration_split_leaves_both_parts_an_image(count: int, fraction: float, calibrating: int) -> None:
     held = samples("/a", [f"{index:02d}.png" for index in range(count)])
     select, calibrate = split_calibration(held, fraction, 0)
     assert len(calibrate) == calibrating and sorted(select + calibrate) == sorted(held)
@@ -185,6 +185,6 @@ def test_set_apart_leaves_both_parts_an_image(count: int, fraction: float, calib
 
 
 @pytest.mark.parametrize(("count", "fraction"), [(1, 0.5), (4, 0.0)])
-def test_held_out_images_that_cannot_or_must_not_be_set_apart_serve_both(count: int, fraction: float) -> None:
+def test_held_out_images_that_cannot_or_must_not_be_split_serve_both(count: int, fraction: float) -> None:
     held = samples("/a", [f"{index}.png" for index in range(count)])
     assert split_calibration(held, fraction, 0) == (tuple(held), tuple(held))

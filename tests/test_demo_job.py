@@ -75,7 +75,7 @@ def test_bad_input_is_one_line(
 def test_without_a_hub_an_untrained_teacher_stands_in_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert chosen_weights(None) == "random"
     said = capsys.readouterr().err
-    assert UNAVAILABLE in said and "Going on with an untrained teacher" in said and "not for inspection" in said
+    assert UNAVAILABLE in said and "Continuing with an untrained teacher" in said and "not for inspection" in said
 
 
 @pytest.mark.usefixtures("no_hub")

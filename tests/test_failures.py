@@ -2,7 +2,7 @@
 
 import pytest
 
-from tune.trial.failures import PATIENCE, cost, out_of_memory_reason
+from tune.trial.failures import MAX_RETRY_COST, out_of_memory_reason, retry_cost
 
 MONITOR = """\
 1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.0.0.7, ID: 8bf27c4d) was \
@@ -72,9 +72,9 @@ def test_other_failures_are_not_laid_to_memory_whatever_came_before(last: str) -
     ],
 )
 def test_a_trial_outlives_more_losses_of_nodes_than_failures_of_its_own(text: str, survived: int) -> None:
-    assert cost(failures("RuntimeError: cuDNN error", text)) == cost(failures(text)), "the last one is weighed"
+    assert retry_cost(failures("RuntimeError: cuDNN error", text)) == retry_cost(failures(text)), "only the last counts"
     counted = restarts = 0
-    while (counted := counted + 1) <= PATIENCE:  # Tune counts one, decides, and then tells of the failure
-        counted += cost(text) - 1
+    while (counted := counted + 1) <= MAX_RETRY_COST:  # Tune counts 1, decides, then calls on_trial_error
+        counted += retry_cost(text) - 1
         restarts += 1
     assert restarts == survived

@@ -130,7 +130,7 @@ def test_a_step_is_measured_on_as_much_of_a_batch_as_there_is_time_for(
         return 1.0
 
     monkeypatch.setattr("tune.preflight.forecast._seconds", a_second)
-    monkeypatch.setattr("tune.preflight.forecast._LONG_ENOUGH", long_enough)
+    monkeypatch.setattr("tune.preflight.forecast._MIN_STEP_SECONDS", long_enough)
     speed = measure_speed(task(mvtec_root, tiny, num_workers=workers))
     assert (speed.images_measured, speed.step) == (measured, step)
     assert (speed.device, speed.amplification) == ("CPU", 0.0)

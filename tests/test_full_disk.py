@@ -97,5 +97,5 @@ def test_a_node_whose_disk_fills_up_loses_no_trial(
             search.end()
         log = (cluster_folder / "full.log").read_text()
         assert outcome["num_trials"] == 2 and outcome["num_failed"] == 0 and outcome["champion"], log
-        assert "are in memory alone: no room for " in log
+        assert "are kept only in memory: no room for " in log
         assert chaos.account(env, "full", "tile", 2).redone == 0, "the checkpoint waited, no trial began again"

@@ -13,8 +13,8 @@ from tune.storage.lease import only_search
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
-    monkeypatch.setattr(module, "_RENEWAL", 0.05)
-    monkeypatch.setattr(module, "_SETTLING", 0.0)
+    monkeypatch.setattr(module, "_RENEW_SECONDS", 0.05)
+    monkeypatch.setattr(module, "_SETTLE_SECONDS", 0.0)
     return Storage(str(tmp_path / "spring"))
 
 
@@ -38,7 +38,7 @@ def test_the_lease_of_a_killed_search_on_this_machine_is_taken_at_once(
 ) -> None:
     script = (
         "import os, sys; from tune.storage import lease; from tune.storage.files import Storage\n"
-        "lease._SETTLING = 0.0\n"
+        "lease._SETTLE_SECONDS = 0.0\n"
         "with lease.only_search(Storage(sys.argv[1]), 'spring', print): os.kill(os.getpid(), 9)"
     )
     root = Path(__file__).resolve().parents[1]
@@ -46,7 +46,7 @@ def test_the_lease_of_a_killed_search_on_this_machine_is_taken_at_once(
     assert killed.returncode == -9
     left = store.read_json("lease.json")
     assert left is not None and left["owner"]
-    monkeypatch.setattr(module, "_RENEWAL", 3600.0)  # it must not watch for renewals
+    monkeypatch.setattr(module, "_RENEW_SECONDS", 3600.0)  # it must not watch for renewals
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
     with only_search(store, "spring", unexpected):

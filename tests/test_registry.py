@@ -158,7 +158,7 @@ def test_an_alias_that_nobody_has_names_those_who_have_it(store: tuple[str, Mlfl
         pull(PullSettings(categories=(), out=tmp_path, alias="oracle", tracking_uri=uri))
 
 
-def test_a_damaged_registered_detector_is_not_delivered(
+def test_a_damaged_registered_detector_is_not_downloaded(
     store: tuple[str, MlflowClient], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uri, _ = store

@@ -148,7 +148,7 @@ def test_a_detector_comes_from_a_folder_an_address_or_mlflow(detector_folder: Pa
     for number, name in enumerate(("models:/dskd-tile@champion", "models:/dskd-tile/1", f"runs:/{done.run_id}/model")):
         found = fetch_detector(settings(name, tracking_uri=uri), tmp_path / f"m{number}")
         assert (found / "model.safetensors").read_bytes() == (detector_folder / "model.safetensors").read_bytes()
-    with pytest.raises(ValueError, match="models:/dskd-none@champion cannot be had from MLflow at sqlite:"):
+    with pytest.raises(ValueError, match="models:/dskd-none@champion cannot be downloaded from MLflow at sqlite:"):
         fetch_detector(settings("models:/dskd-none@champion", tracking_uri=uri), tmp_path / "n")
     with pytest.raises(ValueError, match="holds no detectors"):
         Storage(str(tmp_path / "bucket")).write("champions/wood/readme.txt", b"")

@@ -96,7 +96,9 @@ def check_content(uri: str, parents: list[Any], children: list[Any], chosen: Any
 
 
 @pytest.mark.cluster
-def test_embedded_search_tracks_crowns_and_delivers(mvtec_root: Path, tmp_path: Path, token_file: Path) -> None:
+def test_embedded_search_tracks_its_trials_and_its_champions_can_be_pulled(
+    mvtec_root: Path, tmp_path: Path, token_file: Path
+) -> None:
     env, storage = environment(tmp_path), tmp_path / "results"
     first = run(*search(mvtec_root, storage, "--trials", "3", "--epochs", "2", "--json"), env=env)
     assert first.returncode == 0, first.stderr

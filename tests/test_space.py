@@ -249,7 +249,7 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
         ("level_fusion = 3", "level_fusion: expected values of type str, got 3"),
         ("level_fusion = ['sum', 'mean']", "level_fusion = 'mean' .*must be one of"),
         ("level_fusion = []", "level_fusion: an empty list"),
-        ("hkd_hardest = [5, 5]", "hkd_hardest: a value stands twice"),
+        ("hkd_hardest = [5, 5]", "hkd_hardest: a value is repeated"),
         ("hkd_weight = {low = 1.0, high = 1.0}", "hkd_weight: the range is empty: low 1.0 must be below high 1.0"),
         ("hkd_weight = {low = 0, high = 1, log = true}", "a logarithmic range needs a positive low"),
         ("hkd_weight = {low = 0, high = 1, log = 1}", "log must be true or false"),

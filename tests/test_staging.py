@@ -24,16 +24,16 @@ def address(mvtec_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """A data set that is reached by an address, and a node without any copy."""
     shutil.copytree(mvtec_root, tmp_path / "bucket" / "sets")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(staging, "_in_use", {})
+    monkeypatch.setattr(staging, "_copies_in_use", {})
     yield f"file://{tmp_path}/bucket/sets"
     end_process()
 
 
 def end_process() -> None:
     """As when the process that reads the copies has ended, which closes its files."""
-    for lock in staging._in_use.values():
+    for lock in staging._copies_in_use.values():
         lock.close()
-    staging._in_use.clear()
+    staging._copies_in_use.clear()
 
 
 @pytest.fixture

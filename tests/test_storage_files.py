@@ -150,7 +150,7 @@ def test_only_an_existing_search_is_opened(store: Storage, tmp_path: Path) -> No
 
 
 @pytest.fixture
-def crowned(store: Storage, detector_folder: Path, tmp_path: Path) -> Champion:
+def champion(store: Storage, detector_folder: Path, tmp_path: Path) -> Champion:
     """The champion of `tile`, from a trial's folder as Ray would leave it."""
     store.upload(detector_folder, "trials/t7/checkpoint/detector")
     champion, record = save_champion(
@@ -160,18 +160,18 @@ def crowned(store: Storage, detector_folder: Path, tmp_path: Path) -> Champion:
     return champion
 
 
-def test_a_champion_is_kept_with_its_test_figures_and_delivered(
-    store: Storage, crowned: Champion, detector_folder: Path, tmp_path: Path
+def test_a_champion_is_kept_with_its_test_figures_and_downloaded(
+    store: Storage, champion: Champion, detector_folder: Path, tmp_path: Path
 ) -> None:
-    assert find_champion(store, "tile") == crowned
+    assert find_champion(store, "tile") == champion
     assert find_champion(store, "wood") is None
     assert champion_categories(store) == ("tile",)
-    note_run(store, crowned._replace(run_id="run1"))
+    note_run(store, champion._replace(run_id="run1"))
     found = find_champion(store, "tile")
     assert found is not None and found.run_id == "run1"
     record = download_detector(store, found, tmp_path / "out/tile")
     assert record == read_record(tmp_path / "out/tile")
-    assert record.metrics == {**read_record(detector_folder).metrics, "test/aupro": 0.25} == dict(crowned.metrics)
+    assert record.metrics == {**read_record(detector_folder).metrics, "test/aupro": 0.25} == dict(champion.metrics)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["tile"]
 
 
@@ -196,40 +196,40 @@ def cut_record(folder: Path) -> None:
 )
 @pytest.mark.parametrize("has_older", [False, True])
 def test_a_damaged_champion_is_refused_and_leaves_what_was_there(
-    store: Storage, crowned: Champion, detector_folder: Path, tmp_path: Path, damage: Any, error: Any, has_older: bool
+    store: Storage, champion: Champion, detector_folder: Path, tmp_path: Path, damage: Any, error: Any, has_older: bool
 ) -> None:
-    damage(tmp_path / "store" / crowned.folder)
+    damage(tmp_path / "store" / champion.folder)
     target = tmp_path / "out/tile"
     if has_older:
         shutil.copytree(detector_folder, target)
     with pytest.raises(error):
-        download_detector(store, crowned, target)
+        download_detector(store, champion, target)
     assert [path.name for path in target.parent.glob("*")] == (["tile"] if has_older else [])
     assert not has_older or contents(target) == contents(detector_folder)
 
 
-def test_delivery_replaces_an_older_detector_and_nothing_else(
-    store: Storage, crowned: Champion, detector_folder: Path, tmp_path: Path
+def test_a_download_replaces_an_older_detector_and_nothing_else(
+    store: Storage, champion: Champion, detector_folder: Path, tmp_path: Path
 ) -> None:
     older = tmp_path / "out/tile"
     shutil.copytree(detector_folder, older)
     rewrite_record(older, dataclasses.replace(read_record(older), epoch=99))
-    assert download_detector(store, crowned, older).epoch != 99
+    assert download_detector(store, champion, older).epoch != 99
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/holiday.png").write_text("precious")
     with pytest.raises(ValueError, match="photos"):
-        download_detector(store, crowned, tmp_path / "photos")
+        download_detector(store, champion, tmp_path / "photos")
     assert (tmp_path / "photos/holiday.png").read_text() == "precious"
 
 
 @pytest.mark.parametrize("folder", ["champions/../../etc", "/etc", "elsewhere/tile"])
-def test_a_champion_that_points_elsewhere_is_refused(store: Storage, crowned: Champion, folder: str) -> None:
-    store.write_json("champions/tile.json", {**crowned._asdict(), "folder": folder})
+def test_a_champion_that_points_elsewhere_is_refused(store: Storage, champion: Champion, folder: str) -> None:
+    store.write_json("champions/tile.json", {**champion._asdict(), "folder": folder})
     with pytest.raises(StorageError, match="unsafe folder"):
         find_champion(store, "tile")
 
 
-def test_a_champion_record_that_lacks_a_field_is_refused(store: Storage, crowned: Champion) -> None:
+def test_a_champion_record_that_lacks_a_field_is_refused(store: Storage, champion: Champion) -> None:
     store.write_json("champions/tile.json", {"category": "tile"})
     with pytest.raises(StorageError, match=r"tile\.json lacks 'trial_id'"):
         find_champion(store, "tile")
@@ -263,10 +263,10 @@ def test_the_best_trial_so_far_can_be_pulled_before_the_search_ends(
 
 
 def test_a_broken_download_is_gone_on_with(
-    store: Storage, crowned: Champion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: Storage, champion: Champion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "out/tile"
-    weights = tmp_path / "store" / crowned.folder / WEIGHTS_FILE
+    weights = tmp_path / "store" / champion.folder / WEIGHTS_FILE
     whole = weights.stat().st_size
     copy, copied = shutil.copyfileobj, []
 
@@ -286,10 +286,10 @@ def test_a_broken_download_is_gone_on_with(
     monkeypatch.setattr(module, "RETRY_ATTEMPTS", 1)
     monkeypatch.setattr(shutil, "copyfileobj", breaking)
     with pytest.raises(StorageError, match="connection reset"):
-        download_detector(store, crowned, target)
+        download_detector(store, champion, target)
     assert [path.name for path in target.parent.iterdir()] == [".tile.partial"], "nothing incomplete under its name"
     monkeypatch.setattr(shutil, "copyfileobj", counting)
-    download_detector(store, crowned, target)
+    download_detector(store, champion, target)
     assert copied == [whole - whole // 3]
     assert [path.name for path in target.parent.iterdir()] == ["tile"] and read_record(target)
 
@@ -298,15 +298,15 @@ def test_a_broken_download_is_gone_on_with(
     (stale / WEIGHTS_FILE).write_bytes(b"part of another detector")
     (stale / "left over").mkdir()
     shutil.rmtree(target)
-    download_detector(store, crowned, target)
+    download_detector(store, champion, target)
     assert read_record(target) and copied[1:] == [whole - len(b"part of another detector"), whole]
 
 
-def test_only_what_makes_a_detector_is_fetched(store: Storage, crowned: Champion, tmp_path: Path) -> None:
-    source = tmp_path / "store" / crowned.folder
+def test_only_what_makes_a_detector_is_fetched(store: Storage, champion: Champion, tmp_path: Path) -> None:
+    source = tmp_path / "store" / champion.folder
     (source / "evil.pkl").write_bytes(b"\x80\x04.")
     (source / "deeper").mkdir()
-    download_detector(store, crowned, tmp_path / "out/tile")
+    download_detector(store, champion, tmp_path / "out/tile")
     names = {path.name for path in (tmp_path / "out/tile").iterdir()}
     assert {RECORD_FILE, WEIGHTS_FILE} <= names <= {RECORD_FILE, WEIGHTS_FILE, PREVIEW_FILE}
 
@@ -322,11 +322,11 @@ def test_only_what_makes_a_detector_is_fetched(store: Storage, crowned: Champion
     ids=["nested too deeply", "oversized record", "oversized header", "a pickle"],
 )
 def test_a_hostile_champion_is_refused_in_one_line(
-    store: Storage, crowned: Champion, tmp_path: Path, plant: Any, message: str
+    store: Storage, champion: Champion, tmp_path: Path, plant: Any, message: str
 ) -> None:
-    plant(tmp_path / "store" / crowned.folder)
+    plant(tmp_path / "store" / champion.folder)
     with pytest.raises((BrokenDetectorError, StorageError), match=message) as raised:
-        download_detector(store, crowned, tmp_path / "out/tile")
+        download_detector(store, champion, tmp_path / "out/tile")
     assert "\n" not in str(raised.value) and list((tmp_path / "out").glob("*")) == []
 
 
@@ -338,15 +338,15 @@ def plant_weights(folder: Path, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("name", ["..", ".", "../tile", "/etc", ""])
-def test_a_category_that_leads_out_of_the_folder_is_refused(store: Storage, crowned: Champion, name: str) -> None:
+def test_a_category_that_leads_out_of_the_folder_is_refused(store: Storage, champion: Champion, name: str) -> None:
     with pytest.raises(ValueError, match="no name of a category"):
         find_best(store, name)
 
 
-def test_two_pulls_to_one_folder_do_not_mix(store: Storage, crowned: Champion, tmp_path: Path) -> None:
+def test_two_pulls_to_one_folder_do_not_mix(store: Storage, champion: Champion, tmp_path: Path) -> None:
     def fetch(name: str, path: Path) -> None:
         with pytest.raises(OSError, match="another process is fetching"):
-            download_detector(store, crowned, tmp_path / "out/tile")
-        store.resume(f"{crowned.folder}/{name}", path)
+            download_detector(store, champion, tmp_path / "out/tile")
+        store.resume(f"{champion.folder}/{name}", path)
 
-    assert download_detector_files(fetch, store.names(crowned.folder), tmp_path / "out/tile")
+    assert download_detector_files(fetch, store.names(champion.folder), tmp_path / "out/tile")

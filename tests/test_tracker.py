@@ -233,7 +233,7 @@ def test_the_images_of_a_trial_are_an_input_of_its_run_and_its_parent(uri: str, 
         assert str(getattr(source, "uri", "")) == "/data/tile"
 
 
-def test_a_search_that_selects_on_the_test_set_never_crowns(uri: str, tmp_path: Path, light: None) -> None:
+def test_a_search_that_selects_on_the_test_set_never_becomes_champion(uri: str, tmp_path: Path, light: None) -> None:
     (tmp_path / "detector").mkdir()
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
     for selection, objective in (("val", 0.5), ("oracle", 0.9), ("oracle", 0.95), ("oracle", 0.92)):
@@ -346,7 +346,7 @@ def test_events_of_an_outage_are_on_disk_before_the_search_is_killed(
 
 def test_an_outage_on_a_full_disk_keeps_its_events_in_memory(caplog: pytest.LogCaptureFixture) -> None:
     Journal(Path("/dev/full")).add(one_trial("tile", "a", 0.5))
-    assert "2 events for MLflow are in memory alone: [Errno 28]" in caplog.text
+    assert "2 events for MLflow are kept only in memory: [Errno 28]" in caplog.text
 
 
 def test_registering_with_an_absent_server_ends_with_its_patience(away: str, tmp_path: Path) -> None:

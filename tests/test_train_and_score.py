@@ -95,7 +95,7 @@ def test_two_workers_train_a_detector_that_inspects_on_the_same_cluster(
         "teacher_weights": "random", "num_workers": "2",
     }  # fmt: skip
     assert tracked.data.tags["dskd.data_sha256"] == record.data_sha256
-    assert len(client.get_metric_history(document["run"], "loss")) == 2
+    assert len(client.get_metric_history(document["run"], "train/loss")) == 2
     assert tracked.data.metrics["test/aupro"] == pytest.approx(record.metrics["test/aupro"])
 
     again = run(*words, env=cluster)

@@ -387,7 +387,7 @@ def test_a_detector_with_an_amplified_teacher_loads_to_the_same_maps(
     assert not np.allclose(plain.maps, seen.maps), "the amplifier takes part in what the detector sees"
 
 
-def test_a_run_is_refused_the_materials_of_another_stage_one(amplified: RunConfig, inputs: TrainingData) -> None:
+def test_a_run_is_refused_the_inputs_of_another_stage_one(amplified: RunConfig, inputs: TrainingData) -> None:
     with pytest.raises(ValueError, match="the same amplification") as raised:
         TrainingRun.begin(amplified, inputs, CPU)
     assert "\n" not in str(raised.value)

@@ -1,8 +1,8 @@
 """Entry: `python tune/demo.py` shows the whole system on one machine, with no flag, server or data set.
 
 It draws three product categories, searches them on a local Ray, pulls the champions and inspects
-test images with one of them. The teacher comes from the hub where that answers; elsewhere an
-untrained one stands in, and every output says so. `--help` lists the flags.
+test images with one of them. The teacher's weights come from the hub. If the hub cannot be reached,
+an untrained teacher is used and every output is marked so. `--help` lists the flags.
 """
 
 import sys
@@ -13,7 +13,7 @@ from tune.settings.entry import run_entry
 
 
 def main() -> None:
-    """Run the demonstration as the flags say; bad input ends with one line and exit code 2."""
+    """Run the demonstration; bad input prints one line and exits with code 2."""
     run_entry("demo", _demo, when_interrupted="the same command continues it")
 
 

@@ -1,4 +1,4 @@
-"""Entry: `python tune/pull.py CATEGORY…|all --name NAME --out DIR` delivers champions as detector folders."""
+"""Entry: `python tune/pull.py CATEGORY…|all --name NAME --out DIR` downloads champions as detector folders."""
 
 import sys
 
@@ -8,7 +8,7 @@ from tune.settings.pull import PullSettings
 
 
 def main() -> None:
-    """Pull as the flags say; bad input ends with one line and exit code 2."""
+    """Download the champions; bad input prints one line and exits with code 2."""
     run_entry("pull", _pull, when_interrupted="the same command continues it")
 
 

@@ -1,4 +1,4 @@
-"""Entry: `python tune/score.py DETECTOR --images DIR --out DIR` inspects many images over a Ray cluster."""
+"""Entry: `python tune/score.py DETECTOR --images DIR --out DIR` inspects many images on a Ray cluster."""
 
 import sys
 
@@ -8,7 +8,7 @@ from tune.settings.score import ScoringSettings
 
 
 def main() -> None:
-    """Score as the flags say; bad input ends with one line and exit code 2."""
+    """Inspect the images; bad input prints one line and exits with code 2."""
     run_entry("score", _score)
 
 

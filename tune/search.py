@@ -8,7 +8,7 @@ from tune.settings.search import SearchSettings
 
 
 def main() -> None:
-    """Search as the flags say; bad input ends with one line per fault and exit code 2."""
+    """Run the search; bad input prints one line per error and exits with code 2."""
     run_entry("search", _search, when_interrupted="the same command continues it")
 
 

@@ -14,7 +14,7 @@ from tune.tracking.runs import tracked_run, tracking_store
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Defaults(ConfigSource):
-    """The flags that decide what the flags of the configuration are unless given."""
+    """The flags that set the defaults of the configuration's flags."""
 
     from_run: str | None = None
     tracking_uri: str | None = None
@@ -22,17 +22,17 @@ class _Defaults(ConfigSource):
 
 
 def _config_of(arguments: Sequence[str]) -> RunConfig:
-    """What the flags of the configuration stand at unless given: the run's to repeat, or the preset's or file's."""
+    """Defaults of the configuration's flags: those of the run to repeat, the preset or the file."""
     chosen = parse_known(_Defaults, arguments, prog="tune/train.py")
     if chosen.from_run is None or not {"-h", "--help"}.isdisjoint(arguments):
         return chosen.read()
     if other := [flag for flag in ("preset", "config") if getattr(chosen, flag) is not None]:
-        raise ValueError(f"--from-run and --{other[0]} exclude each other: both say what the configuration is.")
+        raise ValueError(f"--from-run and --{other[0]} exclude each other: both set the configuration.")
     return tracked_run(tracking_store(chosen.tracking_uri, chosen.storage), chosen.from_run).config
 
 
 def main() -> None:
-    """Train as the flags say; bad input ends with one line and exit code 2."""
+    """Train one detector; bad input prints one line and exits with code 2."""
     run_entry("train", _train, when_interrupted="the same command continues it")
 
 

@@ -1,4 +1,4 @@
-"""The demonstration from start to end: draw, search, pull, inspect, and say what to do next."""
+"""The whole demonstration: draw, search, pull, inspect, and print the next steps."""
 
 import shlex
 from pathlib import Path
@@ -18,9 +18,9 @@ from tune.settings.pull import PullSettings
 
 
 def demo(settings: DemoSettings) -> int:
-    """Run the demonstration below `settings.out`; running it again continues or repeats it. The exit code.
+    """Run the demonstration in `settings.out` and return the exit code; running it again continues or repeats it.
 
-    Raises ValueError on teacher weights that cannot be used, and on a folder that holds something else.
+    Raises ValueError on unusable teacher weights, and on a folder with other contents.
     """
     asked = settings.search(chosen_weights(settings.teacher_weights))
     say(f"Drawing {', '.join(CATEGORIES)} in {settings.data} …")
@@ -52,9 +52,9 @@ def demo(settings: DemoSettings) -> int:
 
 
 def chosen_weights(asked: str | None) -> str:
-    """The teacher weights that were asked for, tried; unless given, "hub", or "random" where it is out of reach.
+    """The given teacher weights, after loading them once; if none are given, "hub", or "random" without a hub.
 
-    Raises ValueError where weights that were asked for cannot be used.
+    Raises ValueError if the given weights are unusable.
     """
     model = PRESETS["dskd"].model
     try:
@@ -62,7 +62,7 @@ def chosen_weights(asked: str | None) -> str:
     except TeacherUnavailableError as error:
         if asked:
             raise
-        say(f"{error}\nGoing on with an untrained teacher: good for seeing the machinery, not for inspection.")
+        say(f"{error}\nContinuing with an untrained teacher: it shows how the system works, not for inspection.")
         return "random"
     return asked or "hub"
 

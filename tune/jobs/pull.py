@@ -1,4 +1,4 @@
-"""Download the best detector of each category from a search's storage or from MLflow's registry."""
+"""Downloads the best detector of each category from a search's storage or from MLflow's registry."""
 
 import json
 import sys
@@ -20,11 +20,11 @@ from tune.tracking.registry import fetch, find_registered, registered_categories
 _COLUMNS = ("category", "validation", "image AUROC", "pixel AUROC", "AUPRO", "threshold", "folder", "run")
 _FIGURES = ("val/objective", "test/image_auroc", "test/pixel_auroc", "test/aupro")
 _RATE = 0.01
-"""False-alarm rate whose threshold is shown."""
+"""False-alarm rate of the threshold in the table."""
 
 
 class PulledDetector(NamedTuple):
-    """A delivered detector and where it came from."""
+    """A downloaded detector and its origin."""
 
     category: str
     folder: Path
@@ -33,7 +33,7 @@ class PulledDetector(NamedTuple):
     run_id: str
     link: str
     version: str
-    """Of the registered model; empty where it came from a search's storage."""
+    """Version of the registered model; empty if it came from a search's storage."""
     is_final: bool
     """False for the best trial so far of a search that has not ended."""
 
@@ -52,9 +52,9 @@ class PulledDetector(NamedTuple):
 
 
 def pull(settings: PullSettings) -> int:
-    """Download, and show what was downloaded; the exit code, 0.
+    """Download the detectors and print a table; returns exit code 0.
 
-    Raises ValueError or OSError, in one line, where something cannot be had.
+    Raises ValueError or OSError, in one line, if one cannot be downloaded.
     """
     pulled = list(_from_storage(settings) if settings.alias is None else _from_registry(settings))
     _show(pulled, settings)
@@ -99,7 +99,7 @@ def _from_registry(settings: PullSettings) -> Iterator[PulledDetector]:
 
 
 def _embedded_tracking(storage: str) -> str:
-    """The SQLite file that a search on one machine keeps in its storage folder."""
+    """URI of the MLflow file that a local search writes in its storage folder."""
     file = Path(storage).absolute() / "mlflow.db"
     if "://" in storage or not file.is_file():
         raise ValueError(f"--alias needs --tracking-uri or $MLFLOW_TRACKING_URI: there is no {file}.")

@@ -53,19 +53,19 @@ SCHEMA = pa.schema(
         ("error", pa.string()),
     ]
 )
-"""A row per image: `Prediction.to_dict`. Where an image cannot be read `error` says why, and the score is null."""
+"""A row per image, as in `Prediction.to_dict`; if an image cannot be read, `error` has the reason and score is null."""
 _DECODING_CPUS, _WRITING_CPUS = 0.5, 0.25
-"""What a decoding and a writing task reserve; the detectors leave room for one of each."""
-_ROWS_OF_A_TASK = 256
+"""CPUs that a decoding and a writing task reserve; the detectors leave room for one of each."""
+_ROWS_PER_TASK = 256
 _CONNECTIONS = 8
 
 
 class ScoringError(Exception):
-    """The inspection broke off; its output has no summary."""
+    """The inspection was aborted; its output has no summary."""
 
 
 def score(settings: ScoringSettings) -> int:
-    """Inspect all images; the exit code: 0 all were read, 1 some were not or the job failed.
+    """Inspect all images; returns the exit code: 0 all were read, 1 some were not or the job failed.
 
     Raises ValueError or OSError on bad input, in one line.
     """
@@ -133,9 +133,9 @@ def _scored(settings: ScoringSettings) -> dict[str, Any]:
 
 
 def fetch_detector(settings: ScoringSettings, temporary: Path) -> Path:
-    """The verified folder of the detector, in `temporary` where it lies elsewhere.
+    """The verified folder of the detector; one that is not local is downloaded to `temporary`.
 
-    Raises ValueError or OSError where there is none or not just one.
+    Raises ValueError or OSError if there is not exactly one.
     """
     if not is_address(settings.detector) and not settings.is_tracked:
         read_record(Path(settings.detector))
@@ -147,7 +147,7 @@ def fetch_detector(settings: ScoringSettings, temporary: Path) -> Path:
     else:
         root, _, name = settings.detector.rstrip("/").rpartition("/")
         Storage(root, "DETECTOR").download(name, place)
-    # A registered model may keep the detector's folder somewhere inside of its own.
+    # In a registered model the detector's folder may be a subfolder.
     found = sorted(path.parent for path in place.rglob(RECORD_FILE))
     if len(found) != 1:
         raise ValueError(f"{settings.detector} holds {len(found) or 'no'} detectors ({RECORD_FILE}), expected one.")
@@ -156,9 +156,9 @@ def fetch_detector(settings: ScoringSettings, temporary: Path) -> Path:
 
 
 def image_names(images: str) -> list[str]:
-    """Names of all image files below a folder or an address, in order.
+    """Sorted names of all image files below a folder or an address.
 
-    Raises ValueError where there is none, or a name that is no text.
+    Raises ValueError if there are none, or if a name is not valid text.
     """
     if is_address(images):
         found = [file.name for file in Storage(images, "--images").files("")]
@@ -178,13 +178,13 @@ def image_names(images: str) -> list[str]:
 
 
 def _workers(settings: ScoringSettings, num_images: int) -> Workers:
-    """As asked for, or as many as the cluster holds and the images keep busy.
+    """Workers as given, or as many as the cluster can hold and the images can occupy.
 
-    Raises ValueError where a cluster that was started for this cannot hold them.
+    Raises ValueError if a cluster started for this inspection cannot hold them.
     """
     have: dict[str, float] = ray.cluster_resources()
     gpus = resolve_gpus(settings.gpus_per_worker, [have])
-    # Ray Data's tasks that read and write need a place beside them, on any node.
+    # Ray Data's tasks that read and write need CPUs too, on any node.
     left = [have | {"CPU": have.get("CPU", 0) - _DECODING_CPUS - _WRITING_CPUS}]
     room = count_workers(left, Workers(1, settings.cpus_per_worker, gpus))
     number = settings.concurrency or max(1, min(room, math.ceil(num_images / settings.batch_size)))
@@ -197,7 +197,7 @@ def _workers(settings: ScoringSettings, num_images: int) -> Workers:
         )
         if settings.address is None:
             raise ValueError(f"{lacks}; lower --concurrency, --cpus-per-worker or --gpus-per-worker.")
-        say(f"{lacks}: waiting until it has grown")
+        say(f"{lacks}: waiting for the cluster to grow")
     return workers
 
 
@@ -215,7 +215,7 @@ def _stream(
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     images, out = absolute(settings.images), absolute(settings.out)
     files, root = Storage(f"{out}/{VERDICTS}", "--out").location()
-    num_blocks = max(math.ceil(len(names) / _ROWS_OF_A_TASK), min(len(names), 2 * workers.number))
+    num_blocks = max(math.ceil(len(names) / _ROWS_PER_TASK), min(len(names), 2 * workers.number))
     rows = ray.data.from_items([{"name": name} for name in names], override_num_blocks=num_blocks)
     rows.map_batches(
         functools.partial(decode, images=images, image_size=image_size),
@@ -241,7 +241,7 @@ def _stream(
 
 
 def decode(batch: dict[str, np.ndarray], images: str, image_size: int) -> dict[str, np.ndarray]:
-    """Pixels (B, S, S, 3) of files called `name` below `images`, or the reason why there are none."""
+    """Pixels (B, S, S, 3) of the files `name` below `images`, and `error`: why a file cannot be read, or empty."""
     storage = Storage(images, "--images") if is_address(images) else None
     pixels = np.zeros((len(batch["name"]), image_size, image_size, 3), np.uint8)
 
@@ -268,7 +268,7 @@ def decode(batch: dict[str, np.ndarray], images: str, image_size: int) -> dict[s
 
 
 class Inspector:
-    """A detector in a process of its own, on its GPU where it has one."""
+    """A detector in its own process, on its GPU if it has one."""
 
     def __init__(
         self,
@@ -288,7 +288,7 @@ class Inspector:
         self._out = Storage(out, "--out")
 
     def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
-        """A row of `SCHEMA` per image; the overlays are written meanwhile."""
+        """A row of `SCHEMA` per image; also writes the overlays."""
         record = self._detector.record
         images = [f"{self._images}/{name}" for name in batch["name"]]
         rows: list[dict[str, Any]] = [
@@ -314,7 +314,7 @@ class Inspector:
 
 
 def _counts(out: str) -> dict[str, int]:
-    """What the written verdicts come to, read file by file."""
+    """Numbers of images by verdict, counted in the written files."""
     files, root = Storage(f"{absolute(out)}/{VERDICTS}", "--out").location()
     rows = pyarrow.dataset.dataset(root, filesystem=files, format="parquet", schema=SCHEMA)
     return {

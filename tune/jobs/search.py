@@ -31,16 +31,16 @@ from tune.tracking.runs import code_revision
 from tune.tracking.tracker import Tracker
 
 _TRACKING_PATIENCE = 600.0
-"""Seconds that a finished search waits for a tracking server that is away."""
+"""Seconds to wait for an absent tracking server after the search has finished."""
 
 
 def search(settings: SearchSettings) -> int:
-    """Run a search; the exit code: 0 all categories have a champion, 1 some have none.
+    """Run a search; returns the exit code: 0 all categories have a champion, 1 some have none.
 
-    Raises ValueError, ConnectionError or OSError on bad input, a line for everything that is wrong.
+    Raises ValueError, ConnectionError or OSError on bad input, with one line per error.
     """
     try:
-        # Ray prints a word on every lost worker, also on stdout, which is the JSON document's alone.
+        # Ray prints a message on every lost worker, also to stdout, which is only for the JSON document.
         with ExitStack() as held, redirect_stdout(sys.stderr):
             results = _search(settings, held)
     finally:
@@ -79,21 +79,21 @@ def _search(settings: SearchSettings, held: ExitStack) -> list[CategoryResult]:
     with progress.watching(plan.categories):
         results = run_search(plan, gpus, revision, tracker, progress)
     if num_unsent := tracker.close(_TRACKING_PATIENCE):
-        progress.say(f"MLflow is away: {num_unsent} events are in {unsent}; the same command writes them")
+        progress.say(f"MLflow does not answer: {num_unsent} events are in {unsent}; the same command writes them")
     _show(results, plan, settings, progress.time_share())
     return results
 
 
 def _checked_plan(settings: SearchSettings, progress: SearchProgress, held: ExitStack) -> SearchPlan:
-    """The plan of a search whose data, teacher, servers and cluster were found usable; its lease is `held`.
+    """The plan of a search after checking data, teacher, servers and cluster; `held` keeps its lease.
 
-    Raises PreflightError naming all that is wrong.
+    Raises PreflightError with all errors.
     """
     with drafted(settings) as draft:
         errors = check_inputs(draft).errors
     if not errors:
         held.enter_context(only_search(Storage(draft.addresses.home), settings.name, partial(_end, progress)))
-    if settings.address or not errors:  # nothing is worth starting Ray for where something is wrong already
+    if settings.address or not errors:  # do not start Ray if there are errors already
         errors += collect_errors(lambda: join_cluster(settings.address, draft.plan))
     if errors or draft.plan is None:
         raise PreflightError(errors)
@@ -101,7 +101,7 @@ def _checked_plan(settings: SearchSettings, progress: SearchProgress, held: Exit
 
 
 def _end(progress: SearchProgress, reason: str) -> None:
-    """From any thread, end this search as Ctrl-C does."""
+    """End this search as Ctrl-C does; callable from any thread."""
     progress.say(reason)
     _thread.interrupt_main()
 
@@ -134,14 +134,14 @@ def _show(
     console.print(table)
     if settings.selection == "oracle":
         console.print(
-            "[bold red]selection=oracle: chosen by the test images themselves, as papers do; no honest figures[/]"
+            "[bold red]selection=oracle: selected on the test images, as papers do; these figures are too optimistic[/]"
         )
     else:
         console.print(
             "validation: mean of image AUROC and AUPRO on synthetic defects; AUROC and AUPRO: test images, once"
         )
     if plan.teacher.is_untrained:
-        console.print("[bold red]untrained teacher: these figures say nothing about inspection[/]")
+        console.print("[bold red]untrained teacher: these figures have no meaning for inspection[/]")
     for result in results:
         if result.error:
             console.print(f"{result.category}: no champion: {result.error}", markup=False)
@@ -160,10 +160,10 @@ def _show(
 
 
 def changes_of(champion: Champion, plan: SearchPlan) -> str:
-    """What a champion's configuration has other than the preset that the search started from."""
+    """The fields in which a champion's configuration differs from the closest preset of the search, as text."""
     try:
         record = Storage(plan.addresses.home).read_json(f"{champion.folder}/{RECORD_FILE}")
-    except StorageError as error:  # the search itself is done
+    except StorageError as error:  # the search itself has succeeded
         return str(error)
     if record is None:
         return "its record is missing in the storage"

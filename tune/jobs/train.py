@@ -1,4 +1,4 @@
-"""One training on the cluster, without a search: Ray Train's workers, MLflow's run, the detector at the end."""
+"""One training on the cluster without a search: Ray Train's workers, an MLflow run, a detector at the end."""
 
 import dataclasses
 import hashlib
@@ -39,22 +39,22 @@ from tune.trial.spec import EPOCH, ERROR, REMARK, TrialSpec, build_spec, tracked
 from tune.trial.trainable import MAX_FAILURES
 
 _TRACKING_PATIENCE = 600.0
-"""Seconds that a finished training waits for a tracking server that is away."""
+"""Seconds to wait for an absent tracking server after the training has finished."""
 
 
 class TrainingError(Exception):
-    """The training ended without a detector, for a reason that the same command meets again."""
+    """The training ended without a detector; the same command would fail again."""
 
 
 class Trained(NamedTuple):
     """A finished training."""
 
     key: str
-    """Digest of all that decides what the training gives: its configuration, data and teacher."""
+    """Digest of everything that affects the result: configuration, data, teacher, selection and textures."""
     folder: Path
     record: DetectorRecord
     run_id: str
-    """Empty where the tracking server never learnt of it."""
+    """Empty if it could not be tracked."""
 
     def to_document(self) -> dict[str, Any]:
         return {
@@ -71,7 +71,7 @@ class Trained(NamedTuple):
 
 
 def train(settings: TrainingSettings) -> int:
-    """Train, track and deliver; the exit code: 0 done, 1 the training failed.
+    """Train, track and write the detector; returns the exit code: 0 success, 1 the training failed.
 
     Raises ValueError or OSError on bad input, in one line.
     """
@@ -106,7 +106,7 @@ def _trained(settings: TrainingSettings, repeated: TrackedRun | None) -> Trained
     storage.probe()
     check_server(addresses.tracking)
     if (known := find_champion(storage, category)) is not None and known.run_id:
-        say(f"{name} is trained already; delivering it again from {storage.uri}")
+        say(f"{name} is trained already; writing it again from {storage.uri}")
         return Trained(key, settings.out, download_detector(storage, known, settings.out), known.run_id)
     if settings.teacher.is_untrained:
         say(UNTRAINED_TEACHER)
@@ -144,7 +144,7 @@ def _trained(settings: TrainingSettings, repeated: TrackedRun | None) -> Trained
         return _conclude(settings, storage, key, spec, tracker, repeated)
     finally:
         if num_unsent := tracker.close(_TRACKING_PATIENCE):
-            say(f"MLflow is away: {num_unsent} events are in {unsent}; the same command writes them")
+            say(f"MLflow does not answer: {num_unsent} events are in {unsent}; the same command writes them")
 
 
 def _conclude(
@@ -155,7 +155,7 @@ def _conclude(
     tracker: Tracker,
     repeated: TrackedRun | None,
 ) -> Trained:
-    """Train unless that is done, evaluate once on the test images, keep, track and deliver the detector."""
+    """Train unless done already, evaluate once on the test images, then store, track and write the detector."""
     category = spec.category
     tracker.put(TrialStarted(category, key, settings.config.flat() | spec.tracked_values()))
     champion = find_champion(storage, category)
@@ -186,9 +186,9 @@ def _conclude(
 
 
 def _checked(settings: TrainingSettings) -> tuple[str, str]:
-    """The category and the digest of all that decides the result; data, teacher and folders are usable.
+    """Check data, teacher and folders; returns the category and the digest of everything that affects the result.
 
-    Raises ValueError or OSError with one line that says what to change.
+    Raises ValueError or OSError with one line on what to change.
     """
     if settings.out.exists():
         read_record(settings.out)
@@ -220,23 +220,23 @@ def _checked(settings: TrainingSettings) -> tuple[str, str]:
 
 
 def _workers(settings: TrainingSettings) -> Workers:
-    """What the training reserves.
+    """The workers that the training reserves.
 
-    Raises ValueError where a cluster that was started for this training cannot hold it.
+    Raises ValueError if a cluster started for this training cannot hold them.
     """
     nodes = cluster_nodes()
     workers = Workers(settings.workers, settings.cpus_per_worker, resolve_gpus(settings.gpus_per_worker, nodes))
     for shortage in describe_shortage(nodes, workers):
         if settings.address is None:
             raise ValueError(f"{shortage}; lower --workers, --cpus-per-worker or --gpus-per-worker.")
-        say(f"{shortage}: waiting until it has grown")
+        say(f"{shortage}: waiting for the cluster to grow")
     return workers
 
 
 def _fit(settings: TrainingSettings, key: str, spec: TrialSpec, tracker: Tracker) -> str:
-    """Train to the last epoch, from the last checkpoint where there is one; the address of the detector's folder.
+    """Train to the last epoch, from the last checkpoint if there is one; returns the address of the detector's folder.
 
-    Raises TrainingError where it diverges or its workers fail again and again.
+    Raises TrainingError if the training diverges or its workers keep failing.
     """
     with relayed(_EpochTracking(settings, key, spec, tracker)) as events:
         job = ray_train_job(
@@ -264,7 +264,7 @@ def _fit(settings: TrainingSettings, key: str, spec: TrialSpec, tracker: Tracker
 
 
 class _Relay(ray.train.UserCallback):
-    """Sends the first worker's figures from the process that controls the workers to the driver."""
+    """Sends the first worker's reports from Ray Train's controller to the driver."""
 
     def __init__(self, events: Queue) -> None:
         self._events = events
@@ -296,7 +296,7 @@ def _epoch_line(report: dict[str, Any], epochs: int) -> str:
     if ERROR in report:
         return f"{at}  {report[ERROR]}"
     if "train/loss" not in report:
-        return f"{at}  was reached before"
+        return f"{at}  already trained"
     return (
         f"{at}  loss {report['train/loss']:.4f}  {report['time/images_per_second']:5.1f} images/s  "
         f"val image AUROC {report['val/image_auroc']:.3f}  AUPRO {report['val/aupro']:.3f}"
@@ -304,9 +304,9 @@ def _epoch_line(report: dict[str, Any], epochs: int) -> str:
 
 
 def repeat(settings: TrainingSettings, run: TrackedRun) -> TrainingSettings:
-    """The settings with all that is not given taken from the run that they repeat.
+    """The settings, completed from the run that they repeat.
 
-    Raises ValueError where that run's teacher or textures came from a place whose path no run knows.
+    Raises ValueError if that run's teacher or textures came from files, since a run does not record their paths.
     """
     if settings.textures is None and run.textures != "drawn":
         raise ValueError(
@@ -330,13 +330,13 @@ def _teacher_of(run: TrackedRun) -> str:
 
 
 def differences(settings: TrainingSettings, run: TrackedRun, revision: str) -> list[str]:
-    """A line for all in which a training is known to differ from the run that it repeats."""
+    """One line for each known difference between a training and the run that it repeats."""
     lines = []
     theirs, ours = run.config.flat(), settings.config.flat()
     if changed := [f"{name} {ours[name]} (there {theirs[name]})" for name in ours if ours[name] != theirs[name]]:
         lines.append(f"changed from run {run.run_id}: {', '.join(changed)}")
     if unknown := [name for name in run.unknown_fields if ours[name] == theirs[name]]:
-        lines.append(f"run {run.run_id} is older than these fields, their defaults stand: {', '.join(unknown)}")
+        lines.append(f"run {run.run_id} does not record these fields, their defaults are used: {', '.join(unknown)}")
     if settings.teacher.name != run.teacher_weights:
         lines.append(f"another teacher than run {run.run_id}'s {run.teacher_weights}: {settings.teacher}")
     textures = settings.textures.name if settings.textures else "drawn"

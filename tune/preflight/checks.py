@@ -1,4 +1,4 @@
-"""Every fault that can be found before the first worker starts, each as one line."""
+"""Checks before the first worker starts; each error is one line."""
 
 import os
 import sqlite3
@@ -14,7 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from dskd.data.datasets import Category, read_category
 from dskd.data.images import check_header
-from tune.preflight.draft import Draft, in_the_users_words
+from tune.preflight.draft import Draft, with_user_address
 from tune.preflight.identity import check_continues
 from tune.runtime.cluster import Resources, cluster_nodes, connect, describe_shortage, resolve_gpus
 from tune.settings.plan import SearchPlan, resolve_studies
@@ -25,30 +25,30 @@ from tune.storage.uris import Addresses, is_address
 from tune.tracking.client import check_server, without_password
 from tune.tracking.registry import check_category
 
-_MOST_FILES_NAMED = 3
-_MOST_THREADS = 16
+_MAX_FILES_LISTED = 3
+_MAX_THREADS = 16
 
 
 class PreflightError(ValueError):
-    """Several things that are wrong, one line each."""
+    """Several errors, one line each."""
 
     def __init__(self, lines: Sequence[str]) -> None:
         super().__init__("\n".join(lines))
 
 
 class Inputs(NamedTuple):
-    """What a search would read, and what is wrong with it."""
+    """Categories that a search would read, and the errors found."""
 
     categories: Mapping[str, Category]
-    """By name; empty where any cannot be read."""
+    """Categories by name; empty if any cannot be read."""
     errors: list[str]
 
 
 def check_inputs(draft: Draft, *, leave_no_trace: bool = False) -> Inputs:
-    """Look at data, teacher, storage, tracking server and studies.
+    """Check data, teacher, storage, tracking server and studies.
 
-    With `leave_no_trace` no folder, file or table is made that would remain, and the teacher is left to
-    whoever measures its speed.
+    With `leave_no_trace` no folder, file or table is left behind, and the teacher is not checked: the speed
+    measurement does that.
     """
     settings, addresses, plan = draft.settings, draft.addresses, draft.plan
     studies = resolve_studies(settings, addresses)
@@ -58,44 +58,44 @@ def check_inputs(draft: Draft, *, leave_no_trace: bool = False) -> Inputs:
         if plan is not None and draft.root is not None:
             categories.update(read_categories(plan, draft.root))
 
-    def look_at_textures() -> None:
+    def check_textures() -> None:
         if settings.textures is not None:
             from dskd.data.defects import choose_textures
 
             choose_textures(settings.textures)
 
-    def look_back() -> None:
+    def check_earlier() -> None:
         if plan is not None:
             _check_earlier(plan)
 
     if leave_no_trace:
         errors = collect_all_errors(
             read,
-            look_at_textures,
+            check_textures,
             lambda: _try_storage(settings, addresses),
-            look_back,
+            check_earlier,
             lambda: _try_tracking(addresses.tracking),
             lambda: _try_studies(studies),
         )
         return Inputs(categories, [*draft.errors, *errors])
-    # SQLite files lie in the storage, which is made here.
+    # SQLite files are in the storage, which is created here.
     storage = collect_errors(lambda: Storage(addresses.home).probe())
-    errors = [*collect_all_errors(read, look_at_textures, lambda: _check_teacher(settings)), *storage]
+    errors = [*collect_all_errors(read, check_textures, lambda: _check_teacher(settings)), *storage]
     if not storage:
-        errors += collect_errors(look_back)
+        errors += collect_errors(check_earlier)
         errors += collect_all_errors(lambda: check_server(addresses.tracking))
         errors += collect_all_errors(lambda: _check_studies(studies))
     return Inputs(categories, [*draft.errors, *errors])
 
 
 def collect_all_errors(*checks: Callable[[], object]) -> list[str]:
-    """Errors of all checks, in their order; they run side by side, since most of them wait for an answer."""
-    with ThreadPoolExecutor(_MOST_THREADS) as pool:
+    """Errors of all checks, in their order; the checks run in parallel, since most of them wait for an answer."""
+    with ThreadPoolExecutor(_MAX_THREADS) as pool:
         return [line for lines in pool.map(collect_errors, checks) for line in lines]
 
 
 def collect_errors(check: Callable[[], object]) -> list[str]:
-    """Errors of one check, a line each; it runs in the calling thread."""
+    """Run one check in the calling thread; its errors, one line each."""
     try:
         check()
     except (ValueError, OSError) as error:
@@ -104,10 +104,10 @@ def collect_errors(check: Callable[[], object]) -> list[str]:
 
 
 def read_categories(plan: SearchPlan, root: Path) -> dict[str, Category]:
-    """The categories to search, by name, read at `root`; the header of every image to train or validate on is read.
+    """Read the categories to search below `root`, and the header of every training and validation image.
 
-    Nothing is read of images at an address, which trials copy first. Raises PreflightError naming every
-    category and file that is wrong.
+    Images at an address are not read, since trials copy them first. Raises PreflightError naming the categories
+    and files with errors.
     """
     categories, errors = {}, []
     for name in plan.categories:
@@ -127,17 +127,17 @@ def read_categories(plan: SearchPlan, root: Path) -> dict[str, Category]:
             continue
         files = [sample.path for sample in (*category.train, *category.validation)]
         unreadable = collect_all_errors(*(lambda file=file: check_header(file) for file in files))
-        errors += [f"{name}: {line}" for line in unreadable[:_MOST_FILES_NAMED]]
-        if len(unreadable) > _MOST_FILES_NAMED:
-            more = len(unreadable) - _MOST_FILES_NAMED
+        errors += [f"{name}: {line}" for line in unreadable[:_MAX_FILES_LISTED]]
+        if len(unreadable) > _MAX_FILES_LISTED:
+            more = len(unreadable) - _MAX_FILES_LISTED
             errors.append(f"{name}: {more} more images cannot be read; dskd check-data names all.")
     if errors:
-        raise PreflightError([in_the_users_words(line, root, plan.data) for line in errors])
+        raise PreflightError([with_user_address(line, root, plan.data) for line in errors])
     return categories
 
 
 def _check_earlier(plan: SearchPlan) -> None:
-    """What this search continues is the same search, and what it starts from has ended somewhere."""
+    """Check that a search to continue has the same settings and that the --start-from searches have champions."""
     for earlier in plan.earlier_searches:
         if not open_search(plan.addresses.storage, earlier).names("champions"):
             raise ValueError(f"--start-from {earlier}: that search has no champion in {plan.addresses.storage}.")
@@ -146,7 +146,7 @@ def _check_earlier(plan: SearchPlan) -> None:
 
 
 def _check_teacher(settings: SearchSettings) -> None:
-    from dskd.model.teacher import build_teacher  # torch: a dry run checks all else while another process imports it
+    from dskd.model.teacher import build_teacher  # torch is slow to import; a dry run does that in another process
 
     model = next(iter(settings.run_configs().values())).model
     build_teacher(model.backbone, model.levels, settings.teacher_weights)
@@ -160,7 +160,7 @@ def _check_studies(url: str) -> None:
 
 
 def _try_storage(settings: SearchSettings, addresses: Addresses) -> None:
-    """The storage takes, gives back and forgets an object, without being made."""
+    """Write, read and delete an object in the storage, without creating the storage."""
     if addresses.is_remote:
         Storage(addresses.home).probe()
         return
@@ -214,16 +214,16 @@ def _nearest_existing(path: Path) -> Path:
 
 
 def join_cluster(address: str | None, plan: SearchPlan | None) -> None:
-    """Connect, and check that the cluster can hold a trial; raises as `connect` and `check_cluster` do."""
+    """Connect, and check that the cluster can hold a trial; raises the errors of `connect` and `check_cluster`."""
     connect(address)
     if plan is not None:
         check_cluster(plan, cluster_nodes())
 
 
 def check_cluster(plan: SearchPlan, nodes: Sequence[Resources]) -> None:
-    """Raise PreflightError where the nodes cannot hold a trial: every worker lies on one node, whole.
+    """Raise PreflightError if the nodes cannot hold a trial; one worker never spans two nodes.
 
-    Not where --max-concurrent says that the cluster will be another one when trials need it.
+    Not checked with --max-concurrent, which means that the cluster will grow when trials need it.
     """
     if plan.max_concurrent is not None:
         return

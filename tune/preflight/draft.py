@@ -1,4 +1,4 @@
-"""A search resolved from its flags and the names of its data, before anything else is looked at."""
+"""A search resolved from its flags and the file names of its data, before all other checks."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,20 +13,20 @@ from tune.storage.uris import Addresses, is_address
 
 
 class Draft(NamedTuple):
-    """What the flags and the data of a search say."""
+    """A search's settings, addresses and plan, or the errors found."""
 
     settings: SearchSettings
     addresses: Addresses
     root: Path | None
-    """Folder in which the data's names can be read; None where the data cannot be listed."""
+    """Folder with the file names of the data; None if the data cannot be listed."""
     plan: SearchPlan | None
-    """None where `errors` say why not."""
+    """None if there are `errors`."""
     errors: tuple[str, ...]
 
 
 @contextmanager
 def drafted(settings: SearchSettings) -> Iterator[Draft]:
-    """Resolve the settings once; the draft's `root` stands until the block ends."""
+    """Resolve the settings once; the draft's `root` exists until the block ends."""
     addresses = resolve_addresses(settings)
     with ExitStack() as opened:
         try:
@@ -38,12 +38,12 @@ def drafted(settings: SearchSettings) -> Iterator[Draft]:
         try:
             plan = plan_search(settings, addresses, root)
         except (ValueError, OSError) as error:
-            errors = in_the_users_words(str(error), root, settings.data).splitlines()
+            errors = with_user_address(str(error), root, settings.data).splitlines()
             ambiguous = [place.fault for place in scan(root) if place.fault] if root.is_dir() else []
             errors += [fault for fault in ambiguous if fault not in errors]
         yield Draft(settings, addresses, root, plan, tuple(errors))
 
 
-def in_the_users_words(text: str, root: Path, data: str) -> str:
-    """An error with the address of the data in place of the folder that outlines it on this machine."""
+def with_user_address(text: str, root: Path, data: str) -> str:
+    """The text with the data's address in place of the local `root` that stands for it."""
     return text.replace(str(root), data.rstrip("/")) if is_address(data) else text

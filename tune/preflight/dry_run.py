@@ -1,6 +1,6 @@
-"""`tune/search.py --dry-run`: everything that a search would find wrong, its plan, and what it will take.
+"""`tune/search.py --dry-run`: all errors that a search would report, its plan, and a forecast of its time.
 
-Leaves no trace. A process of its own imports torch and measures the speed while this one makes the other checks.
+Leaves no files. A separate process imports torch and measures the speed while this one makes the other checks.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 _NUM_IMAGES = 2
 _SLOT_SECONDS = 60.0
-"""How long a busy cluster may take to free the place of one worker."""
+"""Seconds to wait for a free worker slot on a busy cluster."""
 
 
 class _DryRun(NamedTuple):
@@ -46,14 +46,14 @@ class _DryRun(NamedTuple):
     slots: Slots
     workers: Workers
     speed: Speed | None
-    """None where a busy cluster had no place to measure it."""
+    """None if a busy cluster had no free slot for the measurement."""
     forecast: Forecast | None
 
 
 def dry_run(settings: SearchSettings) -> int:
-    """Print plan and forecast of a search without starting it; the exit code, 0: it could start.
+    """Print plan and forecast of a search without starting it; returns exit code 0 if it could start.
 
-    Raises PreflightError naming all that is wrong.
+    Raises PreflightError with all errors.
     """
     with drafted(settings) as draft:
         found = _on_cluster(draft) if settings.address else _on_this_machine(draft)
@@ -64,7 +64,7 @@ def dry_run(settings: SearchSettings) -> int:
 
 
 def _on_this_machine(draft: Draft) -> _DryRun:
-    # forked, it would share this process's threads
+    # spawn, since a forked process would inherit the state of this one's threads
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         measuring = _submitted(pool, draft)
         from tune.preflight.checks import check_inputs
@@ -87,14 +87,14 @@ def _on_this_machine(draft: Draft) -> _DryRun:
 def _submitted(pool: ProcessPoolExecutor, draft: Draft) -> "Future[Speed] | None":
     try:
         return pool.submit(measure_speed, _task(draft))
-    except (ValueError, OSError):  # the checks say what is wrong with the data
+    except (ValueError, OSError):  # the checks report the errors of the data
         return None
 
 
 def _task(draft: Draft) -> SpeedTask:
-    """What to measure.
+    """The speed measurement for this search.
 
-    Raises ValueError where the data or the settings are unusable.
+    Raises ValueError if the data or the settings are unusable.
     """
     if draft.plan is None or draft.root is None:
         raise ValueError("; ".join(draft.errors))
@@ -127,7 +127,7 @@ def _on_cluster(draft: Draft) -> _DryRun:
             try:
                 task = _task(draft)
                 task = dataclasses.replace(task, gpus_per_worker=resolve_gpus(task.gpus_per_worker, nodes))
-                speed = _measured_there(task)
+                speed = _measure_on_cluster(task)
             except ValueError as error:
                 errors.append(f"on a node of the cluster: {error}")
         return _planned(draft, inputs, errors, nodes, speed)
@@ -136,8 +136,8 @@ def _on_cluster(draft: Draft) -> _DryRun:
             ray.shutdown()
 
 
-def _measured_there(task: SpeedTask) -> Speed | None:
-    """Speed of a worker, measured where a trial of the search would get its place."""
+def _measure_on_cluster(task: SpeedTask) -> Speed | None:
+    """Speed of a worker, measured on a node and with the resources of a trial."""
     import ray
     import ray.exceptions
 
@@ -163,7 +163,7 @@ def _planned(
     from tune.runtime.cluster import count_trials, resolve_gpus
 
     plan = draft.plan
-    if plan is not None and not draft.settings.address:  # a cluster was checked when it was joined
+    if plan is not None and not draft.settings.address:  # a cluster was checked when joined
         errors += collect_errors(lambda: check_cluster(plan, nodes))
     if plan is None or errors:
         raise PreflightError(errors)
@@ -178,7 +178,7 @@ def _planned(
 
 
 def _varied(space: Space) -> dict[str, str]:
-    """Every dimension as a person reads it; of several presets, with the preset before its name."""
+    """Every dimension as readable text, by name; with several presets the name begins with the preset."""
     found = {}
     for preset, dimensions in space.dimensions.items():
         for name, dimension in dimensions.items():
@@ -230,7 +230,7 @@ def _show(found: _DryRun, settings: SearchSettings) -> None:
         )
     console.print(table)
     if plan.teacher.is_untrained:
-        console.print("untrained teacher: these figures will say nothing about inspection", style="bold red")
+        console.print("untrained teacher: its results will have no meaning for inspection", style="bold red")
     usual, *rest = plan.spaces.values()
     others = [space for space in rest if space.dimensions != usual.dimensions]
     slots, workers = found.slots, found.workers
@@ -285,7 +285,7 @@ def _forecast_line(found: _DryRun) -> str:
 
 
 def duration(seconds: float) -> str:
-    """For people: two units, the larger first."""
+    """A duration as text in one or two units, the larger first."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

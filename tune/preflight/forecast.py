@@ -1,4 +1,4 @@
-"""How long a search will take and what it will use, from its plan and the measured speed of one worker."""
+"""Forecast of a search's time and resources, from its plan and the measured speed of one worker."""
 
 import dataclasses
 import heapq
@@ -14,14 +14,14 @@ from dskd.data.datasets import NUM_VALIDATION_DEFECTS, Category, split_calibrati
 from tune.settings.workers import Workers
 from tune.trial.asha import expected_epochs
 
-_LONG_ENOUGH = 0.4
-"""Seconds of a step beyond which no larger batch is tried: on a slow device the step of a whole batch takes many."""
-_FEWEST_IMAGES = 2
+_MIN_STEP_SECONDS = 0.4
+"""Seconds of a step above which no larger batch is measured: on a slow device a full batch would take too long."""
+_MIN_IMAGES = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SpeedTask:
-    """What is to be measured: plain values, since another process measures."""
+    """Input of the speed measurement; plain values, since another process measures."""
 
     config: Mapping[str, Any]
     """`RunConfig.to_dict()`."""
@@ -31,38 +31,38 @@ class SpeedTask:
     num_workers: int
     cpus_per_worker: float
     gpus_per_worker: float | None
-    """None: one where this machine has any."""
+    """None: 1 if this machine has GPUs, else 0."""
 
 
 class Speed(NamedTuple):
-    """What one worker of a trial takes, in seconds."""
+    """Measured times of one worker of a trial, in seconds."""
 
     device: str
     num_gpus: int
-    """Usable GPUs that the measuring process saw."""
+    """Number of usable GPUs in the measuring process."""
     images_measured: int
-    """Images of the step that was timed; where fewer than a worker's share of the batch, the time was scaled up."""
+    """Images in the timed step; if fewer than a worker's share of the batch, the time was scaled up."""
     step: float
-    """One optimiser step on the worker's share of a batch, without the exchange between workers."""
+    """One optimiser step on the worker's share of a batch, without communication between workers."""
     validation: float
     """Per image: students, maps and metrics."""
     decoding: float
     """Per image file, read and resized."""
     teacher: float
-    """Per image, once: the pyramid that is cached."""
+    """Per image, once: the feature pyramid, which is cached."""
     defects: float
     """Per synthetic defect, drawn once."""
     amplification: float
-    """Per image and epoch of stage I; 0 where the configuration has none."""
+    """Per image and epoch of stage I; 0 if the configuration has no stage I."""
 
 
 def measure_speed(task: SpeedTask) -> Speed:
-    """Train, validate and prepare a handful of images as a trial does, on the device that a trial gets here.
+    """Prepare, train and validate with a few images as a trial does, on the device that a trial would get here.
 
-    The first step and validation pay for set-up and are not counted. Raises ValueError on unusable teacher
-    weights or images, and where the device's memory does not hold the batch.
+    The first step and validation include set-up and are not counted. Raises ValueError on unusable teacher
+    weights or images, and if the batch does not fit into the device's memory.
     """
-    import torch  # seconds, which the process that asks for this measurement can spend on other checks
+    import torch  # slow import; the calling process makes other checks meanwhile
 
     try:
         return _measured(task)
@@ -122,28 +122,30 @@ def _measured(task: SpeedTask) -> Speed:
         one_batch = config.with_values({"batch_size": num_images, "epochs": 1000})
         taken = fit(students, optimizer, batch, table, one_batch, device=device)
         steps = (each for each in taken if isinstance(each, Step))
-        next(steps).loss.item()  # to read a loss waits for the device
+        next(steps).loss.item()  # reading the loss waits for the device
         times: list[float] = []
-        while len(times) < 3 and sum(times) < _LONG_ENOUGH:
+        while len(times) < 3 and sum(times) < _MIN_STEP_SECONDS:
             times.append(_seconds(lambda: next(steps).loss.item()))
         return median(times)
 
     share = max(1, config.train.batch_size // task.num_workers)
-    measured = min(share, _FEWEST_IMAGES)
+    measured = min(share, _MIN_IMAGES)
     step = step_seconds(measured)
-    while measured < share and step < _LONG_ENOUGH:
-        measured = min(share, max(measured + 1, int(measured * _LONG_ENOUGH / step)))
+    while measured < share and step < _MIN_STEP_SECONDS:
+        measured = min(share, max(measured + 1, int(measured * _MIN_STEP_SECONDS / step)))
         step = step_seconds(measured)
 
     defects = _seconds(lambda: synthetic_validation(images[:1], seed=0, num_defective=2)) / 2
     truth = synthetic_validation(images, seed=0, num_defective=len(images))
     few = feature_table(teacher, truth.images, device)
     compute_metrics_shared(few, students, truth, config, device, 0, 1)
-    if device.type == "cuda":  # a full batch takes it hardly longer than a few images
+    if device.type == "cuda":  # a GPU takes about as long for a few images as for a full batch
         truth = join(truth, join(truth, join(truth, truth)))
     started = time.perf_counter()
     table = feature_table(teacher, truth.images, device)
-    features = (time.perf_counter() - started) / (len(truth.images) + 1)  # it asks for one pyramid more: the shapes
+    features = (time.perf_counter() - started) / (
+        len(truth.images) + 1
+    )  # feature_table computes one more pyramid, for the shapes
     validation = _seconds(lambda: compute_metrics_shared(table, students, truth, config, device, 0, 1)) / len(
         truth.images
     )
@@ -167,7 +169,7 @@ def _seconds(act: Callable[[], object]) -> float:
 
 
 class CategoryPlan(NamedTuple):
-    """Images of one category by what they are for."""
+    """Number of images of one category, by use."""
 
     category: str
     num_train: int
@@ -179,7 +181,7 @@ class CategoryPlan(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """How trials share the cluster."""
+    """How categories and trials share the cluster."""
 
     side_by_side: int
     """Categories searched at once."""
@@ -188,7 +190,7 @@ class Slots(NamedTuple):
 
 
 class Forecast(NamedTuple):
-    """In seconds and hours; `…_full` where no trial is pruned, `…_pruned` with ASHA's expected pruning."""
+    """Times in seconds and hours; `…_full`: no trial is pruned, `…_pruned`: with ASHA's expected pruning."""
 
     trial_seconds: float
     """The longest trial: all epochs on the largest category."""
@@ -225,7 +227,7 @@ def _plan(name: str, category: Category, config: RunConfig) -> CategoryPlan:
 
 
 def share_slots(num_categories: int, slots: int) -> Slots:
-    """Categories side by side as far as there are slots, and the rest of the slots within each."""
+    """As many categories at once as there are slots; further slots run more trials of each category."""
     side_by_side = min(num_categories, slots)
     return Slots(side_by_side, max(1, slots // side_by_side))
 
@@ -239,12 +241,12 @@ def forecast(
     trials: int,
     workers: Workers,
 ) -> Forecast:
-    """A search of all `plans` on `slots`, every worker as fast as `speed` was measured.
+    """Forecast of a search of all `plans` on `slots`, with workers of the measured `speed`.
 
-    A trial is epochs × (optimiser steps + validation) + its thresholds; a category is its preparation once
+    A trial takes epochs × (optimiser steps + validation) + its thresholds; a category takes its preparation once
     (decoding, teacher, synthetic defects, stage I), then its trials on `concurrency` slots, then the test images.
-    Left out: what a learnt sampler changes (embedding depth, hard loss), the exchange between workers, starting
-    Ray and its processes, writing to the storage, and other load on the machines.
+    Not included: effects of suggested values (embedding depth, hard loss), communication between workers, the start
+    of Ray and its processes, writing to the storage, and other load on the machines.
     """
     epochs = config.train.epochs
     compute_full = compute_pruned = 0.0
@@ -286,7 +288,7 @@ def _preparation(plan: CategoryPlan, config: RunConfig, speed: Speed) -> float:
 
 
 def _makespan(durations: Iterable[float], lanes: int) -> float:
-    """When the last is done, each starting on the lane that is free first, in order."""
+    """Seconds until all are done, if each starts in order on the lane that is free first."""
     free = [0.0] * lanes
     for duration in durations:
         heapq.heapreplace(free, free[0] + duration)

@@ -1,7 +1,7 @@
-"""What makes two starts of a search the same search: recorded when it begins, compared when it goes on.
+"""The settings that two starts of the same search must share: recorded at the first start, compared at later ones.
 
-Tune continues with what its first start was told, whatever the later ones say; so these must agree in all
-that decides a result, or be refused.
+Tune continues with the settings of its first start and ignores later ones. So a later start that differs in
+anything that affects a result is refused.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,7 +14,7 @@ _FOLDER = "identity"
 
 
 def identity(plan: SearchPlan, category: str) -> dict[str, Any]:
-    """Plain values of all that decides what the trials of one category are, but not how many."""
+    """Plain values of everything that affects the trials of one category, except their number."""
     return {
         "schema": 1,
         "preset": list(plan.configs),
@@ -33,13 +33,13 @@ def identity(plan: SearchPlan, category: str) -> dict[str, Any]:
 
 
 def check_continues(storage: Storage, plan: SearchPlan) -> None:
-    """Raise ValueError where a category was searched under this name with something else asked for."""
+    """Raise ValueError if a category was searched under this name with other settings."""
     for category in plan.categories:
         _compare(storage, category, identity(plan, category), plan.name)
 
 
 def record(storage: Storage, plan: SearchPlan, gpus_per_worker: float) -> None:
-    """Write down what is searched, GPUs included now that the cluster is known, where that is not known yet.
+    """Record the settings of each category at its first start, including GPUs, now that the cluster is known.
 
     Raises ValueError as `check_continues`.
     """
@@ -50,7 +50,7 @@ def record(storage: Storage, plan: SearchPlan, gpus_per_worker: float) -> None:
 
 
 def _compare(storage: Storage, category: str, mine: Mapping[str, Any], name: str) -> bool:
-    """Whether the category was begun before, as the same; ValueError where as another."""
+    """Whether the category was started before; raises ValueError if with other settings."""
     known = storage.read_json(f"{_FOLDER}/{category}.json")
     if known is None:
         return False

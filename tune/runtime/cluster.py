@@ -1,4 +1,4 @@
-"""Joining a Ray cluster or starting one on this machine, and how many workers its nodes hold."""
+"""Joins a Ray cluster or starts one on this machine, and counts how many workers its nodes can hold."""
 
 import logging
 import os
@@ -17,15 +17,15 @@ _CONNECT_SECONDS = 5.0
 
 
 def connect(address: str | None) -> None:
-    """Join the cluster at `address`, or start one on this machine, dashboard included for Ray Train's cleaner.
+    """Join the cluster at `address`, or start one on this machine, with the dashboard that Ray Train's cleaner needs.
 
-    For the main thread: what Ray starts here ends with the thread that started it. Raises ConnectionError or
-    ValueError, in one line, where that is impossible.
+    Call it in the main thread: what Ray starts here ends with the thread that started it. Raises ConnectionError
+    or ValueError, in one line, if it fails.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if address is not None:
         _check_address(address)
-    with _caught_stderr() as said:
+    with _caught_stderr() as captured:
         try:
             ray.init(
                 address=address or "local",
@@ -35,11 +35,11 @@ def connect(address: str | None) -> None:
             )
         except ValueError:
             raise
-        except Exception as error:  # a node that does not start raises no class of its own
-            refused = isinstance(error, ray.exceptions.AuthenticationError) or "InvalidAuthToken" in said()
+        except Exception as error:  # Ray has no exception class for a node that does not start
+            refused = isinstance(error, ray.exceptions.AuthenticationError) or "InvalidAuthToken" in captured()
             if refused or str(address).startswith("ray://"):
                 # Ray's client port gives no reason, and a refused token is the usual one.
-                what = "refuses the token" if refused else "does not let us in"
+                what = "refuses the token" if refused else "refuses the connection"
                 raise ConnectionError(
                     f"the Ray cluster at {address} {what}; RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or the file "
                     "$RAY_AUTH_TOKEN_PATH, by default ~/.ray/auth_token) must be the cluster's."
@@ -50,29 +50,29 @@ def connect(address: str | None) -> None:
 
 @contextmanager
 def _caught_stderr() -> Iterator[Callable[[], str]]:
-    """Hold back what the process writes to stderr, Ray's C++ side included, which says a token's refusal there alone.
+    """Capture stderr of the process, including Ray's C++ code, which reports a refused token only there.
 
-    Where the block ends well, it is written after all.
+    The captured text is written to stderr if the block succeeds. Yields a function that returns the text so far.
     """
     with tempfile.TemporaryFile() as file:
-        kept = os.dup(2)
+        original = os.dup(2)
         os.dup2(file.fileno(), 2)
 
-        def said() -> str:
+        def captured() -> str:
             return os.pread(file.fileno(), 1 << 20, 0).decode(errors="replace")
 
         try:
-            yield said
+            yield captured
         finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-        os.write(2, said().encode())
+            os.dup2(original, 2)
+            os.close(original)
+        os.write(2, captured().encode())
 
 
 def _check_address(address: str) -> None:
-    """Raise ConnectionError where nothing listens at HOST:PORT or ray://HOST:PORT: Ray itself tries for two minutes.
+    """Raise ConnectionError if nothing listens at HOST:PORT or ray://HOST:PORT; Ray itself would try for two minutes.
 
-    Raises ValueError on another kind of address.
+    Raises ValueError on any other kind of address.
     """
     if address in ("auto", "local"):
         return
@@ -98,30 +98,30 @@ Resources = Mapping[str, float]
 
 
 def cluster_nodes() -> list[Resources]:
-    """Resources of every living node of the cluster that this process has joined."""
+    """Resources of every live node of the cluster that this process has joined."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def resolve_gpus(asked: float | None, nodes: Sequence[Resources]) -> float:
-    """GPUs of a worker: as asked for; else one where any node has one."""
+    """GPUs of a worker: as given, else 1 if any node has a GPU, else 0."""
     if asked is not None:
         return asked
     return 1.0 if any(node.get("GPU", 0) >= 1 for node in nodes) else 0.0
 
 
 def count_workers(nodes: Sequence[Resources], workers: Workers) -> int:
-    """Workers of this kind that the nodes hold, each whole on one node; their `number` does not matter."""
+    """How many such workers the nodes can hold, each on one node; `workers.number` is ignored."""
     asked = {name: need for name, need in workers.needs.items() if need > 0}
     return sum(min(int(node.get(name, 0) / need + 1e-9) for name, need in asked.items()) for node in nodes)
 
 
 def count_trials(nodes: Sequence[Resources], workers: Workers) -> int:
-    """Trials of `workers` that the nodes hold at once, at least 1: a cluster may grow once something waits."""
+    """How many trials of `workers` the nodes can hold at once; at least 1, as a cluster may grow when a trial waits."""
     return max(1, count_workers(nodes, workers) // workers.number)
 
 
 def describe_shortage(nodes: Sequence[Resources], workers: Workers) -> list[str]:
-    """Why the nodes cannot hold all of `workers` at once, a clause each; empty where they can."""
+    """Reasons why the nodes cannot hold all of `workers` at once, one clause each; empty if they can."""
     lines = []
     for name, need in workers.needs.items():
         have = sum(node.get(name, 0) for node in nodes)
@@ -134,6 +134,6 @@ def describe_shortage(nodes: Sequence[Resources], workers: Workers) -> list[str]
         largest = " and ".join(f"{max(node.get(name, 0) for node in nodes):g} {name}s" for name in workers.needs)
         lines.append(
             f"a worker asks for {asked} on one node, the largest has {largest}: {found} of a trial's {workers.number} "
-            "workers find a place"
+            "workers fit"
         )
     return lines

@@ -1,6 +1,6 @@
-"""Every private door of Ray that this project uses, tried with Ray 2.60, each with the symptom behind it.
+"""Every private interface of Ray that this project uses, tested with Ray 2.60, each with the problem that it solves.
 
-`ray` is pinned to that minor version in pyproject.toml; a newer one needs a look at each of these first.
+`ray` is pinned to that minor version in pyproject.toml; check each function here before moving to a newer one.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,7 +15,7 @@ from ray.train.v2._internal.execution.callback import ControllerCallback, Worker
 from ray.tune.execution import class_cache
 from ray.util.placement_group import PlacementGroup
 
-if TYPE_CHECKING:  # seconds of imports that the processes of trials can do without
+if TYPE_CHECKING:  # slow imports that the processes of trials do not need
     import optuna
     from ray.tune.experiment import Trial
     from ray.tune.schedulers import ASHAScheduler
@@ -25,17 +25,17 @@ _AWS_KEYS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN",
 
 
 def free(placement_group: str) -> None:
-    """Take back a reservation, known by its id in hex, which also ends what still computes in it."""
+    """Remove a placement group by its hex id; this also kills the processes that still run in it."""
     ray.util.remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(placement_group))))
 
 
 def free_abandoned() -> list[str]:
-    """Take back what dead actors of this job had reserved; the ids, in hex, of what was taken.
+    """Remove the placement groups of this job whose creator actors are dead; returns their hex ids.
 
-    Ray itself keeps a placement group until both the actor that made it and the whole job are gone. Ray Train's own
-    cleaner frees those of a dead controller where it had been told of them, which a controller killed while its
-    workers start never does, and where the dashboard answers (ray issue 54305). Who made a group is in no public
-    table of Ray's.
+    Ray keeps a placement group until both its creator actor and the whole job have ended. Ray Train's own cleaner
+    frees those of a dead controller only if they were registered with it, which a controller killed while its
+    workers start never does, and only if the dashboard answers (ray issue 54305). No public table of Ray shows the
+    creator of a group.
     """
     job = ray.get_runtime_context().get_job_id()
     rows = map(PlacementGroupTableData.FromString, state._connect_and_get_accessor().get_placement_group_table())
@@ -46,7 +46,7 @@ def free_abandoned() -> list[str]:
         and row.state != PlacementGroupTableData.REMOVED
         and not row.is_detached
         and row.creator_actor_dead
-        and not ray.ActorID(row.creator_actor_id).is_nil()  # made by a task or the driver
+        and not ray.ActorID(row.creator_actor_id).is_nil()  # created by a task or the driver
     ]
     for each in abandoned:
         free(each)
@@ -54,10 +54,10 @@ def free_abandoned() -> list[str]:
 
 
 class Reservation(WorkerGroupCallback, ControllerCallback):
-    """Takes back what workers had reserved that died between their process group's making and their first step.
+    """Removes the placement group of workers that died between creating their process group and their first step.
 
-    Ray Train forgets it then (2.60: `WorkerGroup._start` takes them for started), and all that comes after waits for
-    ever for their places. Runs in the controller of the Ray Train job.
+    Ray Train forgets it then (2.60: `WorkerGroup._start` treats the workers as started), and later trials wait
+    forever for its resources. Runs in the controller of the Ray Train job.
     """
 
     def __init__(self) -> None:
@@ -68,55 +68,55 @@ class Reservation(WorkerGroupCallback, ControllerCallback):
         return {}
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
-        self._take_back()
+        self._free()
 
     async def before_controller_shutdown(self) -> None:
-        self._take_back()
+        self._free()
 
-    def _take_back(self) -> None:
+    def _free(self) -> None:
         if self._reserved is not None:
-            ray.util.remove_placement_group(self._reserved)  # twice changes nothing
+            ray.util.remove_placement_group(self._reserved)  # safe to repeat
             self._reserved = None
 
 
 def node_is_leaving() -> bool:
-    """Whether this process's node has been announced to go: a spot instance reclaimed, a cluster that shrinks."""
-    # Ray has no public door to this outside of Ray Train, which asks here too.
+    """Whether the node of this process is draining: a reclaimed spot instance, or a cluster that shrinks."""
+    # Ray has no public function for this outside of Ray Train, which calls this one too.
     return ray.get_runtime_context().get_node_id() in ray._private.state.state.get_draining_nodes()
 
 
 def cpus_of_this_machine() -> float:
-    """As Ray would count them, a container's limit included."""
+    """CPUs of this machine as counted by Ray, which respects a container's limit."""
     from ray._private.utils import get_num_cpus
 
     return float(get_num_cpus(override_docker_cpu_warning=True))
 
 
 def keep_aws_keys_out_of_runtime_environments() -> None:
-    """Stop Tune from handing the driver's AWS keys to its trials.
+    """Stop Tune from passing the driver's AWS keys to its trials.
 
-    They went into the trials' runtime environments, which every node logs and the dashboard shows. Nodes have
-    keys or roles of their own.
+    Tune puts them into the trials' runtime environments, which every node logs and the dashboard shows. The nodes
+    have their own keys or roles.
     """
     class_cache.ENV_VARS_TO_PROPAGATE.difference_update(_AWS_KEYS)
 
 
 def num_open_suggestions(searcher: "OptunaSearch") -> int:
-    """Trials that Tune was given and that have not ended: `suggest` is asked without saying how many run."""
+    """Number of suggested trials that have not ended; Ray does not pass it to `suggest`."""
     return len(searcher._ot_trials.keys() - searcher._completed_trials)
 
 
 def study_and_known_trials(searcher: "OptunaSearch") -> "tuple[optuna.Study, set[int]]":
-    """Optuna's study behind a restored searcher, and the numbers of the trials that Tune's snapshot knows.
+    """Optuna's study of a restored searcher, and the numbers of the trials in Tune's snapshot.
 
-    The study may hold more: a driver killed between two snapshots asked for trials that nobody runs.
+    The study may hold more trials: a driver killed between two snapshots created trials that nobody runs.
     """
     assert searcher._ot_study is not None
     return searcher._ot_study, {trial.number for trial in searcher._ot_trials.values()}
 
 
 def fill_rungs(scheduler: "ASHAScheduler", trial: "Trial", reported: Mapping[int, float]) -> None:
-    """Enter into ASHA's rungs what a trial reported at these epochs: no snapshot of Tune holds the rungs."""
+    """Restore ASHA's rungs from a trial's objectives by epoch; Tune's snapshots do not hold the rungs."""
     assert scheduler._metric_op is not None  # 1 or -1, by the study's mode
     for milestone, recorded in scheduler._trial_info[trial.trial_id]._rungs:
         if milestone in reported:
@@ -124,5 +124,5 @@ def fill_rungs(scheduler: "ASHAScheduler", trial: "Trial", reported: Mapping[int
 
 
 def causes_of(failures: Iterable[Exception]) -> list[BaseException]:
-    """What the workers of a Ray Train job raised: Ray wraps it, and gives no public name to the original."""
+    """The original exceptions of a Ray Train job's workers; Ray wraps them and has no public attribute for them."""
     return [getattr(failure, "_base_exc", failure) for failure in failures]

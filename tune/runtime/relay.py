@@ -1,4 +1,4 @@
-"""A queue between the processes of a cluster and a function of the driver."""
+"""A queue from the processes of a cluster to a function in the driver."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -12,10 +12,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 @contextmanager
 def relayed(handle: Callable[[Any], object]) -> Iterator[Queue]:
-    """A queue whose items a thread of this process hands to `handle`, one after the other.
+    """A queue whose items a thread of this process passes to `handle`, one at a time.
 
-    When the block ends, all items put until then have been handled. The queue lives on this process's node: items
-    on their way would be lost with another one.
+    When the block ends, all items put so far have been handled. The queue actor runs on this process's node; on
+    another node its items would be lost if that node failed.
     """
     events = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": this_node()})
     is_done = threading.Event()

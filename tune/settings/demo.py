@@ -1,4 +1,4 @@
-"""What the demonstration is asked to do: the flags of `tune/demo.py`, checked."""
+"""The flags of `tune/demo.py`, checked."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Literal
 from tune.settings.search import SearchSettings
 
 TeacherLabel = Literal["hub", "random", "file"]
-"""Where the teacher's weights came from, as it stands in the name of the search."""
+"""Source of the teacher's weights, as used in the name of the search."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,10 +15,10 @@ class DemoSettings:
     """Show the whole system on drawn images: search three categories, pull the champions, inspect test images."""
 
     out: Path = Path("dskd-demo")
-    """Folder of everything that the demo makes: data, results, detectors, verdicts."""
+    """Folder for everything that the demo writes: data, results, detectors, verdicts."""
     teacher_weights: str | None = None
-    """hub, a .safetensors or .pth file, or random (untrained); unless given, hub where it can be reached, else
-    random, and every output says so."""
+    """hub, a .safetensors or .pth file, or random (untrained). By default hub; if it cannot be reached, random, and
+    every output is marked so."""
     trials: int = 4
     """Trials per category."""
     epochs: int = 8
@@ -28,19 +28,19 @@ class DemoSettings:
     batch_size: int = 8
     """Images of one optimiser step."""
     name: str | None = None
-    """Name of the search; demo-hub, demo-random or demo-file, by its teacher, unless given."""
+    """Name of the search; by default demo-hub, demo-random or demo-file, depending on the teacher."""
     address: str | None = None
-    """Ray cluster: auto or ray://…; unless given, one started on this machine. Its nodes must see --out."""
+    """Ray cluster: auto or ray://…; by default one started on this machine. Its nodes must be able to read --out."""
 
     def __post_init__(self) -> None:
-        self.search("random")  # refuses what the search would refuse, before anything is drawn
+        self.search("random")  # raises the search's own errors before anything is drawn
 
     @property
     def data(self) -> Path:
         return self.out / "data"
 
     def search(self, weights: str) -> SearchSettings:
-        """The search of the drawn categories with a teacher of these weights.
+        """Settings of the search over the drawn categories, with these teacher weights.
 
         Raises ValueError on values out of range.
         """

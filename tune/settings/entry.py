@@ -1,4 +1,4 @@
-"""What the entries of `tune` share: how a run ends, whatever happens in it."""
+"""What the entries of `tune` share: error handling, messages and exit codes."""
 
 import sys
 from collections.abc import Callable
@@ -8,14 +8,14 @@ from dskd.arguments import UsageError
 
 
 def run_entry(name: str, act: Callable[[], int], *, when_interrupted: str = "") -> NoReturn:
-    """Exit with the code that `act` returns.
+    """Call `act` and exit with the code that it returns.
 
-    Bad input (ValueError, OSError) is printed on stderr, each of its lines as an error of `name`, with exit
-    code 2; Ctrl-C ends with `when_interrupted` and code 130. `act` parses the command line too.
+    On bad input (ValueError, OSError) each line of the message is printed on stderr as an error of `name`, and the
+    exit code is 2. Ctrl-C prints `when_interrupted` and exits with 130. `act` also parses the command line.
     """
     try:
         sys.exit(act())
-    except UsageError as error:  # names the program and its --help itself
+    except UsageError as error:  # its message names the program and --help already
         say(str(error))
         sys.exit(2)
     except (ValueError, OSError) as error:
@@ -28,5 +28,5 @@ def run_entry(name: str, act: Callable[[], int], *, when_interrupted: str = "") 
 
 
 def say(line: str) -> None:
-    """A line for the person at the terminal; stdout is for results."""
+    """Print a line for the user on stderr; stdout is for results."""
     print(line, file=sys.stderr, flush=True)  # noqa: T201

@@ -1,4 +1,4 @@
-"""A search with everything resolved that its flags leave open: read once, then passed on unchanged."""
+"""A search with all flags, files and data names resolved: read once, then passed on unchanged."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,23 +15,23 @@ from tune.storage.uris import Addresses, absolute
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchPlan:
-    """What a search does: categories, spaces, configurations and addresses. Plain values; Ray carries it to nodes."""
+    """Categories, spaces, configurations and addresses of a search; plain values that Ray can send to other nodes."""
 
     data: str
     """Absolute folder or s3:// address."""
     categories: tuple[str, ...]
     spaces: Mapping[str, Space]
-    """By category, without the champions of earlier searches."""
+    """Search space by category, without the champions of earlier searches."""
     configs: Mapping[str, RunConfig]
-    """By preset, in the order asked for; alike in epochs, image size and batch size."""
+    """Configuration by preset, in the given order; all have the same epochs, image size and batch size."""
     addresses: Addresses
     studies: str = field(repr=False)
     """URL of Optuna's storage, which may hold a password."""
     ray_address: str | None
-    """None: start a cluster on this machine for this search alone."""
+    """None: start a cluster on this machine, for this search only."""
     teacher: TeacherSource
     textures: str
-    """Absolute folder of images that feed the synthetic defects; empty: textures are drawn."""
+    """Absolute folder of texture images for the synthetic defects; empty: textures are drawn."""
     selection: Selection
     sampler: SamplerName
     seed: int
@@ -42,9 +42,9 @@ class SearchPlan:
     min_workers: int | None
     cpus_per_worker: float
     gpus_per_worker: float | None
-    """None: 1 where the cluster has GPUs, else 0."""
+    """None: 1 if the cluster has GPUs, else 0."""
     max_concurrent: int | None
-    """None: as many trials as the cluster holds at the time."""
+    """None: as many trials as the cluster can hold at that time."""
     cache_gb: float
     promote: bool
 
@@ -54,7 +54,7 @@ class SearchPlan:
 
     @property
     def config(self) -> RunConfig:
-        """The configuration that trials vary; of several presets the first one's."""
+        """The configuration that trials vary; with several presets, that of the first."""
         return next(iter(self.configs.values()))
 
     @property
@@ -67,9 +67,9 @@ class SearchPlan:
 
 
 def plan_search(settings: SearchSettings, addresses: Addresses, root: Path) -> SearchPlan:
-    """Resolve the settings of a search; `root` is the folder in which the data's names can be read.
+    """Resolve the settings of a search; `root` is a folder with the file names of the data.
 
-    Raises ValueError on an unknown category, and naming file and entry where --space does not fit.
+    Raises ValueError on an unknown category, or with file and entry where --space is invalid.
     """
     known = find_categories(root)
     categories = _chosen_categories(settings, tuple(known))
@@ -101,7 +101,7 @@ def plan_search(settings: SearchSettings, addresses: Addresses, root: Path) -> S
 
 
 def resolve_addresses(settings: SearchSettings) -> Addresses:
-    """Storage and MLflow of a search; nothing is opened."""
+    """Addresses of storage and MLflow of a search; nothing is opened."""
     return Addresses.resolve(settings.storage, settings.name, settings.tracking_uri)
 
 
@@ -111,7 +111,7 @@ def resolve_studies(settings: SearchSettings, addresses: Addresses) -> str:
 
 
 def _chosen_categories(settings: SearchSettings, known: tuple[str, ...]) -> tuple[str, ...]:
-    """The categories to search, in the order asked for."""
+    """The categories to search, in the given order."""
     if settings.categories == "all":
         return known
     wanted = split_words(settings.categories)

@@ -1,4 +1,4 @@
-"""What to download: the flags of `tune/pull.py`."""
+"""The flags of `tune/pull.py`."""
 
 import os
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ from tune.storage.uris import LOCAL_RESULTS
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PullSettings:
-    """Download the best detector of each category, verified; each folder appears whole or not at all.
+    """Download and verify the best detector of each category; a folder appears complete or not at all.
 
-    A search that still runs, or was killed, gives its best trial so far. The same command resumes a partial
+    A search that is still running, or was killed, gives its best trial so far. The same command resumes a partial
     download.
     """
 
@@ -24,12 +24,12 @@ class PullSettings:
     name: str = "search"
     """Name of the search."""
     alias: str | None = None
-    """Take the versions of MLflow's registered models that have this alias, champion for one, instead of a search's
-    own best."""
+    """Download the versions of MLflow's registered models with this alias, such as champion, instead of the best
+    detectors of a search."""
     storage: str = LOCAL_RESULTS
-    """Folder or s3://bucket/path that the search was given."""
+    """Folder or s3://bucket/path given to the search as --storage."""
     tracking_uri: str | None = None
-    """MLflow server, for --alias and for links to the runs in the table; unless given, $MLFLOW_TRACKING_URI, and for
+    """MLflow server, for --alias and for links to the runs in the table; by default $MLFLOW_TRACKING_URI, or for
     --alias the SQLite file in a local storage folder."""
     json: bool = False
     """Print one JSON document on stdout."""
@@ -39,5 +39,5 @@ class PullSettings:
 
     @property
     def wanted(self) -> tuple[str, ...]:
-        """Categories asked for, each once; none means all."""
+        """The given categories, each once; empty means all."""
         return () if self.categories in ((), ("all",)) else tuple(dict.fromkeys(self.categories))

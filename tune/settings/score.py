@@ -1,4 +1,4 @@
-"""What a batch inspection is asked to do: the flags of `tune/score.py`, checked."""
+"""The flags of `tune/score.py`, checked."""
 
 import os
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ from tyro.conf import Positional, arg
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoringSettings:
-    """Inspect every image below a folder, on as many machines as the cluster has.
+    """Inspect every image below a folder on all machines of a cluster.
 
-    OUT receives verdicts/*.parquet, a row per image, overlays/, and last of all summary.json: without it the
-    output is unfinished. Exit code 1 says that there are images which could not be read; their rows say why.
+    OUT receives verdicts/*.parquet with a row per image, overlays/, and at the end summary.json: without it the
+    output is unfinished. Exit code 1 means that some images could not be read; their rows give the reason.
     """
 
     detector: Positional[Annotated[str, arg(metavar="DETECTOR")]]
@@ -22,21 +22,21 @@ class ScoringSettings:
     out: str
     """Folder reachable from every node, or s3://bucket/path."""
     false_alarm_rate: float = 0.01
-    """Share of good images that may be called anomalous, in (0, 1)."""
+    """Share of good images that may be reported as anomalous, in (0, 1)."""
     overlays: Literal["anomalous", "all", "none"] = "anomalous"
-    """Which images are drawn with their heat map and regions."""
+    """Which images get an overlay of heat map and regions."""
     tracking_uri: str | None = None
-    """MLflow server of models:/ and runs:/; $MLFLOW_TRACKING_URI unless given."""
+    """MLflow server of models:/ and runs:/; by default $MLFLOW_TRACKING_URI."""
     address: str | None = None
-    """Ray cluster, auto or ray://…; unless given, the job's cluster or one started for this."""
+    """Ray cluster: auto or ray://…; by default the job's cluster, or one started for this inspection."""
     batch_size: int = 64
-    """Images that a worker inspects at a time."""
+    """Images that a worker inspects at once."""
     concurrency: int | None = None
-    """Workers; as many as the cluster holds unless given."""
+    """Number of workers; by default as many as the cluster can hold."""
     cpus_per_worker: float = 1.0
     """CPUs of a worker."""
     gpus_per_worker: float | None = None
-    """GPUs of a worker, fractions allowed; 1 where the cluster has GPUs, else 0, unless given."""
+    """GPUs of a worker, fractions allowed; by default 1 if the cluster has GPUs, else 0."""
     json: bool = False
     """Print summary.json on stdout at the end."""
 
@@ -58,5 +58,5 @@ class ScoringSettings:
 
     @property
     def is_tracked(self) -> bool:
-        """Whether the detector is to be had from MLflow."""
+        """Whether the detector must be downloaded from MLflow."""
         return self.detector.startswith(("models:/", "runs:/"))

@@ -1,4 +1,4 @@
-"""What a search is asked to do: the flags of `tune/search.py`, and what they default to."""
+"""The flags of `tune/search.py` and their defaults, checked."""
 
 import os
 import re
@@ -18,77 +18,77 @@ class SearchSettings:
     """Search the hyperparameters of a detector for each category, on a Ray cluster."""
 
     data: str
-    """Folder of categories, at the same path on every node, or s3://bucket/path, of which each node copies the
-    categories that it trains on; dskd check-data names the layouts."""
+    """Folder of categories at the same path on every node, or s3://bucket/path, from which each node copies the
+    categories that it trains on; dskd check-data lists the supported layouts."""
     categories: str = "all"
     """Categories to search, separated by commas, or all."""
     name: str = "search"
-    """Name of the search and of its MLflow experiment; the same name again continues it."""
+    """Name of the search and of its MLflow experiment; using the same name again continues the search."""
     trials: int = 8
-    """Trials per category; more than a finished search had adds to it."""
+    """Trials per category; a larger number than before extends a finished search."""
     time_budget: str | None = None
-    """Wall time of the whole search, such as 2h, 1h30m or 90s; every category gets its share of what is left when
-    it begins. Trials running at its end are interrupted: the same command continues them."""
+    """Wall time of the whole search, such as 2h, 1h30m or 90s; each category gets its share of the remaining time when
+    it starts. Trials still running at the end are interrupted; the same command continues them."""
     epochs: int = 100
     """Epochs of a trial that is not pruned."""
     image_size: int = 256
     """Side in pixels that images are resized to; a multiple of 32."""
     preset: str = "dskd"
-    """Method to start from: dskd, stfpm, rd4ad or aand; several, separated by commas, or all are searched
-    together, each of them untuned first."""
+    """Method to start from: dskd, stfpm, rd4ad or aand. Several, separated by commas, or all are searched
+    together; each is first tried untuned."""
     space: Path | None = None
-    """TOML file of what differs from the default search space: field = value, [values] or {low, high, log}, for
-    all categories or below [category.NAME] or [preset.NAME]."""
+    """TOML file with changes to the default search space: field = value, [values] or {low, high, log}, for all
+    categories or below [category.NAME] or [preset.NAME]."""
     start_from: str = ""
-    """Earlier searches in the same storage, separated by commas, whose champions are tried first too."""
+    """Earlier searches in the same storage, separated by commas, whose champions are also tried first."""
     sampler: SamplerName = "tpe"
     """Optuna's sampler: multivariate TPE, Gaussian process, CMA-ES, quasi-random or random; with several presets
     tpe or random."""
     selection: Selection = "val"
-    """What chooses epochs and trials: val, images without test labels; or oracle, the labelled test images, to
-    reproduce papers, marked in every output and never a champion in MLflow."""
+    """What selects epochs and trials: val, images without test labels; or oracle, the labelled test images, to
+    reproduce papers. An oracle result is marked in every output and never becomes champion in MLflow."""
     textures: Path | None = None
-    """Folder of images, such as DTD, that feed the synthetic defects; at the same path on every node."""
+    """Folder of texture images, such as DTD, for the synthetic defects; at the same path on every node."""
     teacher_weights: str = "hub"
     """hub, a .safetensors or .pth file at the same path on every node, or random (wiring tests)."""
     batch_size: int | None = None
-    """Images of one optimiser step over all workers; the preset's unless given."""
+    """Images per optimiser step over all workers; by default that of the preset."""
     score_candidates: int = 500
-    """Score configurations tried on each trained trial without retraining it; 0: none."""
+    """Score configurations tried on each trained trial without retraining; 0: none."""
     workers_per_trial: int = 1
-    """Processes of one trial; more than one train with DDP, on several nodes where needed."""
+    """Processes of one trial; several train with DDP, on several nodes if needed."""
     min_workers_per_trial: int | None = None
-    """Fewest processes that a trial may start or go on with where the cluster has no more; it grows again to
-    --workers-per-trial. Their number is fixed unless given."""
+    """Smallest number of processes with which a trial may start or continue while the cluster has no room for more;
+    it grows back to --workers-per-trial. By default the number is fixed."""
     gpus_per_worker: float | None = None
-    """GPUs of a worker, fractions allowed; 1 where the cluster has GPUs, else 0, unless given."""
+    """GPUs of a worker, fractions allowed; by default 1 if the cluster has GPUs, else 0."""
     cpus_per_worker: float = 1.0
     """CPUs of a worker."""
     max_concurrent: int | None = None
-    """Trials running at once over all categories; what the cluster holds at the time unless given."""
+    """Trials that run at once over all categories; by default as many as the cluster can hold at that time."""
     storage: str = LOCAL_RESULTS
     """Folder or s3://bucket/path for trial state and champions; reachable from every node."""
     tracking_uri: str | None = None
-    """MLflow server; unless given, $MLFLOW_TRACKING_URI, or an SQLite file in a local storage folder."""
+    """MLflow server; by default $MLFLOW_TRACKING_URI, or an SQLite file in a local storage folder."""
     study_storage: str | None = field(default=None, repr=False)
-    """Optuna storage URL such as postgresql://…; unless given, $DSKD_STUDY_STORAGE, which keeps its password
-    out of the command line, or an SQLite file in a local storage folder."""
+    """Optuna storage URL such as postgresql://…; by default $DSKD_STUDY_STORAGE, which keeps its password out of
+    the command line, or an SQLite file in a local storage folder."""
     address: str | None = None
-    """Ray cluster: auto or ray://…; unless given, the job's cluster or one started for this search."""
+    """Ray cluster: auto or ray://…; by default the job's cluster, or one started for this search."""
     seed: int = 0
     """Seed of the sampler."""
     cache_gb: float = 20.0
-    """Size in GB of a node's cache of decoded images and teacher features, and once more of its copies of data
-    from s3://."""
+    """Size limit in GB of a node's cache of decoded images and teacher features; the same limit applies separately to
+    its copies of data from s3://."""
     dry_run: bool = False
-    """Check everything, measure a training step, print the plan with a forecast of time, and leave no trace."""
+    """Check everything, measure a training step, print the plan with a forecast of time, and leave no files."""
     promote: bool = True
-    """Let the alias champion of MLflow's registered model move to a better winner; else only register a version."""
+    """Move the alias champion of MLflow's registered model to a better winner; else only register a version."""
     json: bool = False
     """Print one JSON document on stdout at the end."""
 
     def __post_init__(self) -> None:
-        # Read once, here: the processes on other nodes get these values and not their own environment's.
+        # Read here once: processes on other nodes must use these values, not those of their own environment.
         for name, variable in (
             ("tracking_uri", "MLFLOW_TRACKING_URI"),
             ("study_storage", "DSKD_STUDY_STORAGE"),
@@ -131,9 +131,9 @@ class SearchSettings:
         self.budget_seconds()
 
     def run_configs(self) -> dict[str, RunConfig]:
-        """The configuration of each preset asked for, in their order: alike in epochs, image and batch size.
+        """The configuration of each given preset, in their order, all with the same epochs, image and batch size.
 
-        Raises ValueError on an unknown preset, and on values out of range.
+        Raises ValueError on an unknown preset or a value out of range.
         """
         names = tuple(PRESETS) if self.preset == "all" else split_words(self.preset)
         if not names or (unknown := [name for name in names if name not in PRESETS]):
@@ -150,7 +150,7 @@ class SearchSettings:
     def budget_seconds(self) -> float | None:
         """Wall time of the whole search; None: no limit.
 
-        Raises ValueError on a time that cannot be read.
+        Raises ValueError if the text is not a valid time.
         """
         if self.time_budget is None:
             return None
@@ -163,5 +163,5 @@ class SearchSettings:
 
 
 def split_words(text: str) -> tuple[str, ...]:
-    """What stands between commas, each once."""
+    """The words between the commas, each once."""
     return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))

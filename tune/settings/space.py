@@ -1,8 +1,8 @@
-"""The search space: which fields of the configuration trials vary, and between which values.
+"""The search space: the configuration fields that trials vary, and their values.
 
-A dimension has the name of its field, or `field_N` for the N-th weight of one. In a search of several
-presets each preset has dimensions of its own, named `stfpm.learning_rate`, and which preset a trial takes is
-a dimension too.
+A dimension has the name of its field, or `field_N` for the N-th weight of a field. In a search over several
+presets each preset has its own dimensions, such as `stfpm.learning_rate`, and the preset of a trial is a
+dimension too.
 """
 
 import re
@@ -16,7 +16,7 @@ PRESET = "preset"
 _MEASURED = frozenset({"image_size", "validation_fraction", "calibration_fraction", "split_seed"})
 _STRUCTURE = frozenset({"backbone", "levels", "student_encoder", "student_decoder"})
 _SHARED = _MEASURED | _STRUCTURE | {"epochs"}
-"""Fields that decide what is measured, how long, or which network it is: the same for all trials of a preset."""
+"""Fields that set the measurement, the number of epochs or the network: equal in all trials of a preset."""
 _ENCODER = frozenset(("encoder_match", "encoder_hkd_margin"))
 _DECODER = frozenset(("decoder_match", "decoder_hkd_margin", "decoder_input", "detach_embedding", "embedding_depth"))
 _BOTH = frozenset(("decoder_weight", "encoder_score_weight", "decoder_score_weight", "student_fusion"))
@@ -24,7 +24,7 @@ _STAGE_ONE = frozenset(name for name in RunConfig().to_dict()["amplification"] i
 
 
 class Suggests(Protocol):
-    """What the space asks of an Optuna trial, real or fixed."""
+    """The methods of an Optuna trial, real or fixed, that the space calls."""
 
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...
     def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int: ...
@@ -32,12 +32,12 @@ class Suggests(Protocol):
 
 
 class Range(NamedTuple):
-    """All values from `low` to `high`, both included; whole numbers where both ends are `int`."""
+    """All values from `low` to `high`, both included; integers if both ends are `int`."""
 
     low: float
     high: float
     log: bool = False
-    """Drawn evenly on a logarithmic scale."""
+    """Sampled uniformly on a logarithmic scale."""
 
     def holds(self, value: Any) -> bool:
         return not isinstance(value, bool | str) and bool(self.low <= value <= self.high)
@@ -50,7 +50,7 @@ class Range(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """One of some values; a single one is no dimension but a value that every trial has."""
+    """One of several values; a single value is not varied: every trial has it."""
 
     options: tuple[Any, ...]
 
@@ -68,10 +68,10 @@ Dimension = Range | Choice
 
 
 def default_dimensions(base: RunConfig) -> dict[str, Dimension]:
-    """Every parameter that matters to the students that `base` trains, around its own values.
+    """Every parameter that affects the students of `base`, in ranges around its values.
 
-    Whether the teacher is amplified is left to `base`: stage I is a training of its own. A file given with
-    --space can make it a dimension.
+    Whether the teacher is amplified is taken from `base`, because stage I is a separate training. A --space file
+    can make it a dimension.
     """
     rate = base.train.learning_rate
     found: dict[str, Dimension] = {"learning_rate": Range(rate / 8, rate * 4, log=True)}
@@ -93,7 +93,7 @@ def default_dimensions(base: RunConfig) -> dict[str, Dimension]:
 
 
 def has_effect(name: str, base: RunConfig) -> bool:
-    """Whether the students or the teacher of `base` have what the field `name` is about."""
+    """Whether the field `name` affects any part of the students or the teacher of `base`."""
     encoder, decoder = base.model.student_encoder, base.model.student_decoder
     return not (
         (name in _ENCODER and not encoder)
@@ -104,9 +104,9 @@ def has_effect(name: str, base: RunConfig) -> bool:
 
 
 def field_kind(name: str) -> type:
-    """Type of the values that a dimension of this name takes: bool, int, float or str.
+    """Type of the values of a dimension with this name: bool, int, float or str.
 
-    Raises ValueError where a search cannot vary such a name.
+    Raises ValueError if a search cannot vary it.
     """
     fields = RunConfig().flat()
     if name in _SHARED:
@@ -129,7 +129,7 @@ def _spelled(field: str) -> str:
 def with_suggestions(base: RunConfig, suggested: Mapping[str, Any]) -> RunConfig:
     """`base` with the values that its space suggested.
 
-    Raises ValueError on a name or a weight's number that the configuration does not have.
+    Raises ValueError on an unknown name or weight number.
     """
     fields = base.flat()
     values: dict[str, Any] = {}
@@ -149,17 +149,17 @@ def with_suggestions(base: RunConfig, suggested: Mapping[str, Any]) -> RunConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Space:
-    """What the trials of one category may be."""
+    """Search space of one category."""
 
     bases: Mapping[str, RunConfig]
-    """By preset, the configuration that its dimensions vary; at least one."""
+    """Configuration that the dimensions vary, by preset; at least one."""
     dimensions: Mapping[str, Mapping[str, Dimension]]
-    """By preset, by name."""
+    """Dimensions by preset and name."""
     winners: tuple[Mapping[str, Any], ...] = ()
-    """Points where earlier searches ended, to be tried after the presets."""
+    """Best points of earlier searches, tried after the presets."""
 
     def ask(self, trial: Suggests) -> None:
-        """Ask `trial` for a value of every dimension that it has."""
+        """Let `trial` suggest a value for every dimension of its preset."""
         preset = next(iter(self.bases))
         if len(self.bases) > 1:
             preset = trial.suggest_categorical(PRESET, list(self.bases))
@@ -173,13 +173,13 @@ class Space:
                 trial.suggest_float(full, dimension.low, dimension.high, log=dimension.log)
 
     def preset_of(self, suggested: Mapping[str, Any]) -> str:
-        """The preset that a trial varies."""
+        """The preset of a trial, from its suggested values."""
         return str(suggested.get(PRESET, next(iter(self.bases))))
 
     def configuration(self, suggested: Mapping[str, Any]) -> RunConfig:
-        """The run that a trial's suggestions mean.
+        """Configuration of the run with a trial's suggested values.
 
-        Raises ValueError on a name that the configuration does not have.
+        Raises ValueError on an unknown name.
         """
         preset = self.preset_of(suggested)
         prefix = self._full_name(preset, "")
@@ -187,11 +187,11 @@ class Space:
         return with_suggestions(self.bases[preset], values)
 
     def starting_points(self) -> list[dict[str, Any]]:
-        """What a search tries first, once each.
+        """The points that a search tries first, each once.
 
-        Each preset itself, each with AAND's hard-patch loss, the winners, then each preset with its learning rate
-        doubled and halved: small steps from what is known to be good, where a sampler that knows nothing yet would
-        draw all dimensions at random. A preset's value that a dimension leaves out is moved to the nearest that it has.
+        In this order: each preset, each preset with AAND's hard-patch loss, the winners, each preset with its learning
+        rate doubled, then halved. They are small steps from good values, while a sampler without results would draw
+        all dimensions at random. A preset value outside its dimension is replaced by the nearest value inside.
         """
         points: list[dict[str, Any]] = []
         for point in [
@@ -206,7 +206,7 @@ class Space:
         return points
 
     def _changed(self, name: str, change: Callable[[float], float]) -> list[dict[str, Any]]:
-        """Each preset with one of its values changed, where that is a dimension."""
+        """Each preset with the value `name` changed, if that is a dimension."""
         return [
             self._point(preset, base.with_values({name: change(base.flat()[name])}), move=True)
             for preset, base in self.bases.items()
@@ -214,13 +214,13 @@ class Space:
         ]
 
     def is_untuned(self, suggested: Mapping[str, Any]) -> bool:
-        """Whether a trial is one of the presets itself."""
+        """Whether a trial is one of the presets, unchanged."""
         return any(point.items() <= suggested.items() for point in self._untuned())
 
     def point_of(self, config: RunConfig) -> dict[str, Any]:
-        """The point whose configuration is `config`, whatever its epochs, image size and batch size.
+        """The point with the configuration `config`; epochs, image size and batch size are ignored.
 
-        Raises ValueError saying what keeps it out of this space.
+        Raises ValueError with the reason if it lies outside this space.
         """
         obstacles = {preset: list(self._obstacles(preset, config)) for preset in self.bases}
         preset = min(obstacles, key=lambda name: len(obstacles[name]))
@@ -229,7 +229,7 @@ class Space:
         return self._point(preset, config, move=False)
 
     def to_plain(self) -> dict[str, Any]:
-        """Plain nested values, ready for JSON: two spaces alike in it are the same."""
+        """Plain nested values for JSON; two spaces are equal if these are."""
         return {
             "bases": {preset: base.to_dict() for preset, base in self.bases.items()},
             "dimensions": {
@@ -270,7 +270,7 @@ class Space:
 
 
 def _values(config: RunConfig) -> dict[str, Any]:
-    """By every name that a dimension could have, weights one by one."""
+    """Values by dimension name, each weight separately."""
     values: dict[str, Any] = {}
     for field, value in config.flat().items():
         if isinstance(value, tuple) and field not in _SHARED:
@@ -281,10 +281,10 @@ def _values(config: RunConfig) -> dict[str, Any]:
 
 
 def build_space(bases: Mapping[str, RunConfig], entries: Mapping[str, Mapping[str, Dimension]] | None = None) -> Space:
-    """The default space around each preset's configuration, with `entries`, by preset, in place of its own.
+    """The default space around each preset's configuration; `entries`, by preset, replace its dimensions.
 
-    An entry about a part that a preset's network lacks is left out for it. Raises ValueError where an entry
-    has no effect on any preset, or where one or several of them together make no valid configuration.
+    An entry for a part that a preset's network lacks is left out for that preset. Raises ValueError if an entry
+    has no effect on any preset, or if entries, alone or together, give an invalid configuration.
     """
     entries = entries or {}
     found: dict[str, RunConfig] = {}
@@ -316,7 +316,7 @@ def build_space(bases: Mapping[str, RunConfig], entries: Mapping[str, Mapping[st
 
 
 def _check_corners(preset: str, base: RunConfig, dimensions: Mapping[str, Dimension]) -> None:
-    """Fields restrict each other, most at the ends of their ranges, and by which choice is made."""
+    """Check the ends of all ranges and every choice: there fields restrict each other most."""
     for end in (0, -1):
         corner = {name: dimension.ends()[end] for name, dimension in dimensions.items()}
         _checked(preset, base, corner)

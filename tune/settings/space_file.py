@@ -1,4 +1,4 @@
-"""Search spaces as TOML files: what differs from the default space, for all categories and for single ones."""
+"""Search spaces as TOML files: changes to the default space, for all categories or for single ones."""
 
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ _SECTIONS = ("preset", "category")
 
 
 class SpaceFile(NamedTuple):
-    """The entries of a file; a preset's stand above the general ones, a category's above both."""
+    """Entries of a file; those of a preset override the general ones, those of a category override both."""
 
     path: Path
     general: Mapping[str, Dimension]
@@ -20,7 +20,7 @@ class SpaceFile(NamedTuple):
     by_category: Mapping[str, Mapping[str, Dimension]]
 
     def check_names(self, presets: Sequence[str], categories: Sequence[str]) -> None:
-        """Raise ValueError on a section of a preset or a category that there is not."""
+        """Raise ValueError on a section for an unknown preset or category."""
         for section, named, known in (
             ("preset", self.by_preset, presets),
             ("category", self.by_category, categories),
@@ -32,9 +32,9 @@ class SpaceFile(NamedTuple):
                 )
 
     def space(self, bases: Mapping[str, RunConfig], category: str) -> Space:
-        """The space of one category around each preset's configuration; all without a section share one.
+        """The space of one category; categories without a section share one.
 
-        Raises ValueError naming file and entry where a value is out of its field's range, or has no effect.
+        Raises ValueError with file and entry if a value is out of its field's range or has no effect.
         """
         mine = self.by_category.get(category, {})
         entries = {preset: {**self.general, **self.by_preset.get(preset, {}), **mine} for preset in bases}
@@ -46,9 +46,9 @@ class SpaceFile(NamedTuple):
 
 
 def read_space(path: Path) -> SpaceFile:
-    """The entries of a TOML file, each a field's name with a value, a list of values, or {low, high, log}.
+    """Read a TOML file; each entry is a field name with a value, a list of values or {low, high, log}.
 
-    Raises ValueError naming file and entry where it is unknown, of the wrong type, or an empty range.
+    Raises ValueError with file and entry if the entry is unknown, has the wrong type or is an empty range.
     """
     try:
         document = tomllib.loads(path.read_text())
@@ -86,7 +86,7 @@ def _dimension(name: str, value: Any, where: str) -> Dimension:
         raise ValueError(f"{where}: an empty list leaves nothing to choose from.")
     read = tuple(_scalar(option, kind, where) for option in options)
     if len(set(read)) < len(read):
-        raise ValueError(f"{where}: a value stands twice in {value!r}.")
+        raise ValueError(f"{where}: a value is repeated in {value!r}.")
     return Choice(read)
 
 

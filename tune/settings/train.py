@@ -1,4 +1,4 @@
-"""What a single training is asked to do: the flags of `tune/train.py`, checked."""
+"""The flags of `tune/train.py`, checked."""
 
 import os
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from tune.storage.uris import LOCAL_RESULTS, Addresses, is_address
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingSettings:
-    """One training of one category with a known configuration; `training_settings` describes the flags."""
+    """One training of one category with a given configuration; `training_settings` describes the flags."""
 
     config: RunConfig
     data: str
@@ -35,7 +35,7 @@ class TrainingSettings:
     json: bool = False
 
     def __post_init__(self) -> None:
-        # Read once, here: the processes on other nodes get these values and not their own environment's.
+        # Read here once: processes on other nodes must use these values, not those of their own environment.
         object.__setattr__(self, "tracking_uri", self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or None)
         object.__setattr__(self, "address", self.address or os.environ.get("RAY_ADDRESS") or None)
         if self.workers < 1:
@@ -88,34 +88,34 @@ def training_settings(
     cache_gb: float = 20.0,
     json: bool = False,
 ) -> TrainingSettings:
-    """Train a detector with a known configuration on a Ray cluster, tracked in MLflow, and deliver it.
+    """Train a detector with a given configuration on a Ray cluster, track it in MLflow and write it to --out.
 
-    The same command again continues where a killed one stopped, and delivers again what is finished. Exit code 1
-    says that the training failed.
+    The same command continues a training that was killed, and writes a finished detector again. Exit code 1 means
+    that the training failed.
 
     Args:
         data: Folder of categories at the same path on every node, or s3://bucket/path.
         out: Folder that receives the detector.
-        settings: What the run is.
-        category: Which category; may be left out where the data hold one, or with --from-run.
-        name: Name of the MLflow experiment, and of a folder in the storage.
-        config: TOML file of the fields below, as dskd train --print-config writes it; flags stand above it.
-        preset: Method whose configuration the file and the other flags change.
+        settings: Configuration of the run.
+        category: Category to train on; not needed if the data hold only one, or with --from-run.
+        name: Name of the MLflow experiment and of the folder in the storage.
+        config: TOML file of the fields below, as written by dskd train --print-config; flags override it.
+        preset: Method whose configuration is changed by the file and the other flags.
         from_run: MLflow run to repeat, a trial or a training: its configuration, category, teacher, textures and
             selection.
-        workers: Processes that train together (DDP), on several nodes where needed.
-        gpus_per_worker: GPUs of a worker, fractions allowed; 1 where the cluster has GPUs, else 0, unless given.
+        workers: Processes that train together (DDP), on several nodes if needed.
+        gpus_per_worker: GPUs of a worker, fractions allowed; by default 1 if the cluster has GPUs, else 0.
         cpus_per_worker: CPUs of a worker.
         teacher_weights: hub, a .safetensors or .pth file at the same path on every node, or random (wiring tests);
-            hub, or as the repeated run, unless given.
-        textures: Folder of images, such as DTD, that feed the synthetic defects, at the same path on every node;
-            else textures are drawn.
-        selection: What chooses the epoch: val, images without test labels, or oracle, the labelled test images, to
-            reproduce papers; val, or as the repeated run, unless given.
+            by default as in the repeated run, else hub.
+        textures: Folder of texture images, such as DTD, for the synthetic defects, at the same path on every node;
+            by default textures are drawn.
+        selection: What selects the epoch: val, images without test labels, or oracle, the labelled test images, to
+            reproduce papers; by default as in the repeated run, else val.
         storage: Folder or s3://bucket/path for checkpoints and detectors; reachable from every node.
-        tracking_uri: MLflow server; unless given, $MLFLOW_TRACKING_URI, or an SQLite file in a local storage folder.
-        address: Ray cluster, auto or ray://…; unless given, the job's cluster or one started for this training.
-        cache_gb: Size in GB of a node's cache, and once more of its copies of data from s3://.
+        tracking_uri: MLflow server; by default $MLFLOW_TRACKING_URI, or an SQLite file in a local storage folder.
+        address: Ray cluster: auto or ray://…; by default the job's cluster, or one started for this training.
+        cache_gb: Size limit in GB of a node's cache; the same limit applies separately to its copies of data from s3://.
         json: Print one JSON document on stdout at the end.
     """
     return TrainingSettings(

@@ -1,10 +1,10 @@
-"""The processes of one trial, and what each of them reserves."""
+"""The worker processes of one trial and the resources that each reserves."""
 
 from typing import NamedTuple
 
 
 class Workers(NamedTuple):
-    """Workers that run together, each whole on one node."""
+    """Workers that run together; one worker never spans two nodes."""
 
     number: int
     cpus: float
@@ -14,5 +14,5 @@ class Workers(NamedTuple):
 
     @property
     def needs(self) -> dict[str, float]:
-        """What one worker reserves, under Ray's names."""
+        """Resources that one worker reserves, by Ray's names."""
         return {"CPU": self.cpus, "GPU": self.gpus}

@@ -1,4 +1,4 @@
-"""The best detector of each category: evaluated once, kept in the storage, delivered verified."""
+"""The best detector of each category: stored with its test figures, downloaded with verification."""
 
 import fcntl
 import os
@@ -25,16 +25,16 @@ from tune.storage.uris import DETECTOR_FOLDER, FIGURES_FOLDER
 _FOLDER = "champions"
 _SO_FAR = "best-so-far"
 _FOLDERS = (f"{_FOLDER}/", "tune/", "workers/")
-"""Where detectors lie below a search's address."""
-_LARGEST_SIDE_FILE = 64 * 2**20
-"""Bytes; a record names some hundred thousand validation files in less."""
+"""Folders below a search's address that may hold detectors."""
+_MAX_SIDE_FILE = 64 * 2**20
+"""In bytes; a record that lists some hundred thousand validation files is smaller."""
 
 Fetch = Callable[[str, Path], None]
-"""Copies a detector's file of that name, going on with what lies there of it already."""
+"""Copies the detector's file of that name to a path and resumes a partial copy there."""
 
 
 class Champion(NamedTuple):
-    """What the storage knows of a category's champion, or of its best trial so far."""
+    """The stored record of a category's champion, or of its best trial so far."""
 
     category: str
     trial_id: str
@@ -42,9 +42,9 @@ class Champion(NamedTuple):
     """Name of the detector folder below the search's address."""
     metrics: Mapping[str, float]
     run_id: str
-    """Its MLflow run, empty where the tracking server never learnt of it."""
+    """Its MLflow run; empty if it was never tracked."""
     selection: str = "val"
-    """What chose it: "oracle" means the test images themselves."""
+    """What it was selected by: "val", or "oracle" for the test images themselves."""
 
     @property
     def is_final(self) -> bool:
@@ -60,9 +60,9 @@ def save_champion(
     test_metrics: Mapping[str, float],
     local: Path,
 ) -> tuple[Champion, DetectorRecord]:
-    """Keep a trial's detector as the category's champion, with its test figures, also in folder `local`.
+    """Store a trial's detector as the category's champion, with its test figures; also write it to folder `local`.
 
-    The record that names it is written last: what it names is complete.
+    The champion's record is written last, so the detector that it names is complete.
     """
     root, _, name = detector_uri.rpartition("/")
     Storage(root).download(name, local)
@@ -76,14 +76,14 @@ def save_champion(
 
 
 def note_run(storage: Storage, champion: Champion) -> None:
-    """Replace a champion's record, now that its MLflow run is known."""
+    """Rewrite a champion's record once its MLflow run is known."""
     _write(storage, _FOLDER, champion)
 
 
 def note_best(storage: Storage, category: str, trial_id: str, objective: float, detector_uri: str) -> bool:
-    """Remember a finished trial where none so far was better: a search that is killed leaves it to be pulled.
+    """Record a finished trial if it is the best so far, so that it can be pulled even if the search is killed.
 
-    Nothing is copied: Ray keeps a trial's last checkpoint where it is. Whether it is the best.
+    Nothing is copied: Ray keeps a trial's last checkpoint in place. Returns whether it was recorded.
     """
     known = _read(storage, _SO_FAR, category)
     if known is not None and known.metrics["val/objective"] >= objective:
@@ -94,7 +94,7 @@ def note_best(storage: Storage, category: str, trial_id: str, objective: float, 
 
 
 def fetch_figures(detector_uri: str, folder: Path) -> Path | None:
-    """Download the pictures of a trial's validation to `folder`; None where an earlier version left none."""
+    """Download the pictures of a trial's validation to `folder`; None if an earlier version wrote none."""
     storage = Storage(detector_uri.removesuffix(f"/{DETECTOR_FOLDER}"))
     if not storage.names(FIGURES_FOLDER):
         return None
@@ -103,12 +103,12 @@ def fetch_figures(detector_uri: str, folder: Path) -> Path | None:
 
 
 def find_champion(storage: Storage, category: str) -> Champion | None:
-    """The champion of a category, None where the search has none."""
+    """The champion of a category; None if the search has none."""
     return _read(storage, _FOLDER, category)
 
 
 def find_best(storage: Storage, category: str) -> Champion | None:
-    """The champion, or a trial that finished since and is better; None where no trial has finished."""
+    """The champion, or a better trial that finished after it; None if no trial has finished."""
     champion, so_far = find_champion(storage, category), _read(storage, _SO_FAR, category)
     if champion is None or so_far is None:
         return champion or so_far
@@ -131,7 +131,7 @@ def _read(storage: Storage, kind: str, category: str) -> Champion | None:
     if document is None:
         return None
     try:
-        document = {**Champion._field_defaults, **document}  # what is newer than the record
+        document = {**Champion._field_defaults, **document}  # fields added after the record was written
         champion = Champion(**{name: document[name] for name in Champion._fields})
     except KeyError as error:
         raise StorageError(f"{storage.uri}/{kind}/{category}.json lacks {error}; search again.") from None
@@ -148,12 +148,12 @@ def _check_folder_name(category: str) -> None:
 def download_detector(storage: Storage, champion: Champion, folder: Path) -> DetectorRecord:
     """Download a champion as a detector folder; it appears verified and complete, or not at all.
 
-    What a broken download left behind is gone on with. Raises BrokenDetectorError where what the storage holds is
-    damaged, StorageError where it cannot be had, ValueError where `folder` is something else than a detector.
+    Resumes a partial download. Raises BrokenDetectorError if the stored files are damaged, StorageError if they
+    cannot be downloaded, ValueError if `folder` exists and is not a detector.
     """
 
     def fetch(name: str, path: Path) -> None:
-        storage.resume(f"{champion.folder}/{name}", path, None if name == WEIGHTS_FILE else _LARGEST_SIDE_FILE)
+        storage.resume(f"{champion.folder}/{name}", path, None if name == WEIGHTS_FILE else _MAX_SIDE_FILE)
 
     there = storage.names(champion.folder)
     if not there:
@@ -162,7 +162,7 @@ def download_detector(storage: Storage, champion: Champion, folder: Path) -> Det
 
 
 def download_detector_files(fetch: Fetch, there: Collection[str], folder: Path) -> DetectorRecord:
-    """`download_detector` from anywhere: of the files that are `there`, only those that make a detector are fetched."""
+    """`download_detector` from any source: of the file names `there`, only those of a detector are fetched."""
     _check_folder_name(folder.name)
     if folder.exists():
         read_record(folder)
@@ -182,7 +182,7 @@ def download_detector_files(fetch: Fetch, there: Collection[str], folder: Path) 
         except BrokenDetectorError:
             if not is_continued:
                 raise
-            # The part that was there may be of other weights.
+            # The resumed part may belong to other weights.
             (partial / WEIGHTS_FILE).unlink()
             fetch(WEIGHTS_FILE, partial / WEIGHTS_FILE)
             record, _ = read_detector(partial)
@@ -192,9 +192,9 @@ def download_detector_files(fetch: Fetch, there: Collection[str], folder: Path) 
 
 @contextmanager
 def _resumable_folder(folder: Path) -> Iterator[Path]:
-    """A sibling for what is fetched, of one process alone, kept after a failure where it can be gone on with.
+    """A sibling of `folder` for the download, locked by one process; kept after a failure if it can be resumed.
 
-    Raises OSError where another process fetches to the same folder.
+    Raises OSError if another process is fetching to the same folder.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     if partial.is_symlink():

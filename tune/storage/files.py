@@ -1,4 +1,4 @@
-"""Files below a folder or an s3:// address, through pyarrow as Ray itself does it."""
+"""Files below a folder or an s3:// address, read and written with pyarrow as Ray does."""
 
 import json
 import os
@@ -20,23 +20,23 @@ RETRY_ATTEMPTS = 8
 
 
 class StorageError(OSError):
-    """The storage refused or did not answer; the message says which address and why."""
+    """The storage refused or did not answer; the message gives the address and the reason."""
 
 
 class StoredFile(NamedTuple):
-    """A file as its storage lists it."""
+    """A file as listed by its storage."""
 
     name: str
-    """Below the folder that was listed, its parts separated by slashes."""
+    """Path below the listed folder, separated by slashes."""
     num_bytes: int
     modified_ns: int
 
 
 class Storage:
-    """One root address; every method takes names below it.
+    """Files below one root address; every method takes names below it.
 
-    Each operation is tried again with growing pauses, about a minute in all. Messages call the address
-    by the flag that it was given with.
+    A failed operation is retried with growing pauses for about a minute. Error messages name the flag by which
+    the address was given.
     """
 
     def __init__(self, uri: str, flag: str = "--storage") -> None:
@@ -52,7 +52,7 @@ class Storage:
             raise StorageError(f"{flag} {uri} cannot be opened: {_first_line(error)}") from None
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """The document called `name`, None where there is none."""
+        """The JSON document `name`; None if it does not exist."""
 
         def read() -> dict[str, Any] | None:
             if self._files.get_file_info(self._path(name)).type == pyarrow.fs.FileType.NotFound:
@@ -63,7 +63,7 @@ class Storage:
         return self._with_retries(read, f"reading {name}")
 
     def write_json(self, name: str, document: dict[str, Any]) -> None:
-        """Write a document whole: a reader sees the old one or the new one."""
+        """Write a JSON document atomically: a reader sees the old one or the new one."""
         data = (json.dumps(document, indent=2) + "\n").encode()
 
         def write() -> None:
@@ -73,7 +73,7 @@ class Storage:
                 partial = Path(f"{path}.partial")
                 partial.write_bytes(data)
                 os.replace(partial, path)
-            else:  # an object appears when its upload is complete
+            else:  # an object appears only when its upload is complete
                 with self._files.open_output_stream(path) as file:
                     file.write(data)
 
@@ -92,9 +92,9 @@ class Storage:
         )
 
     def download(self, name: str, folder: Path) -> None:
-        """Copy the files below `name` into a local folder, which is made.
+        """Copy the files below `name` into a local folder, which is created.
 
-        Raises StorageError where there is nothing, or where a name would leave the folder.
+        Raises StorageError if there are none, or if a name points outside the folder.
         """
 
         def copy() -> None:
@@ -112,9 +112,9 @@ class Storage:
         self._with_retries(copy, f"downloading {name}")
 
     def resume(self, name: str, path: Path, limit: int | None = None) -> None:
-        """Copy one file to `path`, going on where an earlier attempt broke off.
+        """Copy one file to `path`; resumes a partial copy.
 
-        Raises StorageError where there is no such file, or one of more than `limit` bytes.
+        Raises StorageError if there is no such file or if it has more than `limit` bytes.
         """
 
         def copy() -> None:
@@ -134,15 +134,15 @@ class Storage:
         self._with_retries(copy, f"fetching {name}")
 
     def names(self, folder: str) -> list[str]:
-        """Names directly below a folder; none where it does not exist."""
+        """Names directly below a folder; empty if it does not exist."""
         selector = pyarrow.fs.FileSelector(self._path(folder), allow_not_found=True)
         found = self._with_retries(lambda: self._files.get_file_info(selector), f"listing {folder}")
         return [info.base_name for info in found]
 
     def files(self, folder: str) -> list[StoredFile]:
-        """Every file below a folder ("": the root), in the order of their names; none where it does not exist.
+        """Every file below a folder ("": the root), sorted by name; empty if it does not exist.
 
-        Raises StorageError where a name would leave the folder.
+        Raises StorageError if a name points outside the folder.
         """
         selector = pyarrow.fs.FileSelector(self._path(folder), allow_not_found=True, recursive=True)
         found = self._with_retries(lambda: self._files.get_file_info(selector), f"listing {folder}")
@@ -154,7 +154,7 @@ class Storage:
         return sorted(files)
 
     def fetch(self, name: str, path: Path) -> None:
-        """Copy one file to a local path, whose folder exists."""
+        """Copy one file to a local path, whose folder must exist."""
 
         def copy() -> None:
             with self._files.open_input_stream(self._path(name)) as source, path.open("wb") as sink:
@@ -163,7 +163,7 @@ class Storage:
         self._with_retries(copy, f"downloading {name}")
 
     def write(self, name: str, data: bytes) -> None:
-        """Write one file, whole only where the storage is no local folder."""
+        """Write one file; atomic only on object stores, not in a local folder."""
 
         def send() -> None:
             self._prepared(str(PurePosixPath(name).parent))
@@ -173,13 +173,13 @@ class Storage:
         self._with_retries(send, f"writing {name}")
 
     def location(self) -> tuple[pyarrow.fs.FileSystem, str]:
-        """File system and path of the root, for libraries that take them."""
+        """pyarrow file system and path of the root, for libraries that need them."""
         return self._files, self._root
 
     def probe(self) -> None:
         """Write, read and delete a small object.
 
-        Raises StorageError where one of them fails.
+        Raises StorageError if one of them fails.
         """
         name = f".probe-{os.getpid()}-{time.time_ns()}"
         try:
@@ -194,7 +194,7 @@ class Storage:
             raise StorageError(f"--storage {self.uri} gave back other bytes than were written.")
 
     def _relative(self, path: str, folder: str) -> PurePosixPath:
-        """A listed path as a name below the folder; one that leads out of it is refused."""
+        """A listed path relative to the folder; raises StorageError if it points outside."""
         relative = PurePosixPath(path).relative_to(self._path(folder))
         if ".." in relative.parts or relative.is_absolute():
             raise StorageError(f"{self.uri}/{folder} holds the unsafe name {relative}; refused.")
@@ -213,12 +213,12 @@ class Storage:
 
 
 def with_retries(act: Callable[[], _T], what: str) -> _T:
-    """What `act` returns, tried again with growing pauses, for about a minute in all, while the storage is away.
+    """Call `act` and return its result; storage errors are retried with growing pauses for about a minute.
 
-    Raises StorageError, naming `what`, where that did not help.
+    Raises StorageError, naming `what`, if every attempt failed.
     """
     retrying = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(_may_pass),
+        retry=tenacity.retry_if_exception(_is_retryable),
         wait=tenacity.wait_exponential(multiplier=RETRY_PAUSE, max=30.0),
         stop=tenacity.stop_after_attempt(RETRY_ATTEMPTS),
     )
@@ -230,12 +230,14 @@ def with_retries(act: Callable[[], _T], what: str) -> _T:
         raise StorageError(f"{what} failed {RETRY_ATTEMPTS} times: {_first_line(last)}") from None
 
 
-def _may_pass(error: BaseException) -> bool:
+def _is_retryable(error: BaseException) -> bool:
     return isinstance(error, OSError | pyarrow.ArrowException) and not isinstance(error, StorageError)
 
 
 def open_search(storage: str, name: str) -> Storage:
-    """The storage of an existing search: `name` below the folder or s3:// address `storage`."""
+    """The storage of an existing search: `name` below the folder or s3:// address `storage`.
+
+    Raises StorageError if a local one does not exist."""
     root = absolute(storage)
     if not is_address(storage) and not Path(root, name).is_dir():
         raise StorageError(f"no search {name!r} in {root}; check --name and --storage.")

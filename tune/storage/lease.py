@@ -1,6 +1,6 @@
-"""One search of a name at a time: a lease in its storage, which its owner renews.
+"""Only one running search per name: its driver holds a lease in the storage and renews it.
 
-Two drivers would write over each other's snapshots of Tune. No clocks are compared: whoever finds a lease
+Two drivers would overwrite each other's Tune snapshots. Clocks are not compared: a process that finds a lease
 watches whether it is renewed.
 """
 
@@ -16,29 +16,28 @@ from typing import Any
 from tune.storage.files import Storage, StorageError
 
 _FILE = "lease.json"
-_RENEWAL = 5.0
+_RENEW_SECONDS = 5.0
 """Seconds between two renewals."""
-_UNRENEWED = 6
-"""After so many times that span without a renewal the owner counts as dead."""
-_SETTLING = 1.0
-"""Seconds after which the last of several who took a lease at once is known."""
+_MAX_MISSED_RENEWALS = 6
+"""Number of missed renewals after which the owner counts as dead."""
+_SETTLE_SECONDS = 1.0
+"""Seconds to wait after taking the lease; of several processes that took it at once, the last one then holds it."""
 
 
 @contextmanager
 def only_search(storage: Storage, name: str, on_loss: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lease of the search whose storage this is; given back at the end.
+    """Hold the lease of the search in this storage; released at the end.
 
-    A lease whose owner is known to be dead on this machine is taken over at once, that of another machine
-    once it has not been renewed for half a minute. Raises ValueError where another search holds it.
-    `on_loss` is called, from a thread, with the reason why this search must end: another took the lease
-    over while this process was stopped or cut off.
+    The lease of a dead process of this machine is taken over at once, that of another machine after half a minute
+    without renewal. Raises ValueError if another search holds it. `on_loss` is called from a thread, with the
+    reason, if this search must end because another took the lease while this process was stopped or cut off.
     """
-    if other := _present(storage):
-        _outlive(storage, other, name)
+    if other := _current_lease(storage):
+        _wait_for_owner_death(storage, other, name)
     mine = {"owner": secrets.token_hex(8), "machine": _machine(), "process": _process("self"), "renewals": 0}
     storage.write_json(_FILE, mine)
-    time.sleep(_SETTLING)
-    if (now := _present(storage)) is None or now["owner"] != mine["owner"]:
+    time.sleep(_SETTLE_SECONDS)
+    if (now := _current_lease(storage)) is None or now["owner"] != mine["owner"]:
         raise ValueError(_refusal(name, now or mine))
     has_ended = threading.Event()
     renewing = threading.Thread(
@@ -50,50 +49,50 @@ def only_search(storage: Storage, name: str, on_loss: Callable[[str], None]) -> 
     finally:
         has_ended.set()
         renewing.join()
-        if (now := _present(storage)) and now["owner"] == mine["owner"]:
+        if (now := _current_lease(storage)) and now["owner"] == mine["owner"]:
             storage.write_json(_FILE, mine | {"owner": ""})
 
 
-def _present(storage: Storage) -> dict[str, Any] | None:
-    """The lease that somebody holds."""
+def _current_lease(storage: Storage) -> dict[str, Any] | None:
+    """The current lease; None if nobody holds it."""
     lease = storage.read_json(_FILE)
     return lease if lease and lease.get("owner") else None
 
 
-def _outlive(storage: Storage, other: dict[str, Any], name: str) -> None:
-    """Return once the owner of a lease is dead.
+def _wait_for_owner_death(storage: Storage, other: dict[str, Any], name: str) -> None:
+    """Wait until the lease's owner is known to be dead.
 
-    Raises ValueError where it lives.
+    Raises ValueError if it is alive.
     """
     if other["machine"] == _machine():
         if _process(other["process"].split()[0]) != other["process"]:
             return
         raise ValueError(_refusal(name, other))
-    unrenewed = 0
-    while unrenewed < _UNRENEWED:
-        time.sleep(_RENEWAL)
-        asked = time.monotonic()
-        now = _present(storage)
+    missed = 0
+    while missed < _MAX_MISSED_RENEWALS:
+        time.sleep(_RENEW_SECONDS)
+        read_started = time.monotonic()
+        now = _current_lease(storage)
         if now is None:
             return
         if now != other:
             raise ValueError(_refusal(name, other))
-        # While the storage is away nobody can renew.
-        unrenewed = unrenewed + 1 if time.monotonic() - asked < _RENEWAL else 0
+        # While the storage does not answer, nobody can renew.
+        missed = missed + 1 if time.monotonic() - read_started < _RENEW_SECONDS else 0
 
 
 def _renew(
     storage: Storage, mine: dict[str, Any], name: str, has_ended: threading.Event, on_loss: Callable[[str], None]
 ) -> None:
-    while not has_ended.wait(_RENEWAL):
+    while not has_ended.wait(_RENEW_SECONDS):
         try:
-            now = _present(storage)
+            now = _current_lease(storage)
             if now is None or now["owner"] != mine["owner"]:
                 on_loss(f"another search has taken {name!r} over; this one ends")
                 return
             mine["renewals"] += 1
             storage.write_json(_FILE, mine)
-        except StorageError:  # nobody else can take it either
+        except StorageError:  # nobody else can take the lease either
             continue
 
 
@@ -106,7 +105,7 @@ def _refusal(name: str, lease: dict[str, Any]) -> str:
 
 
 def _machine() -> str:
-    """Host name and boot of this machine: a name alone may be reused, a boot is shared by containers."""
+    """Host name and boot id of this machine: host names are reused, and containers share a boot id."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -115,7 +114,7 @@ def _machine() -> str:
 
 
 def _process(pid: str) -> str:
-    """A process's id and start, which name it for good; empty where it does not run."""
+    """Id and start time of a process, which identify it uniquely; empty if it is not running."""
     try:
         number, _, rest = Path(f"/proc/{pid}/stat").read_text().partition(" (")
         state, *fields = rest.rpartition(") ")[2].split()

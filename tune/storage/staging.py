@@ -1,8 +1,8 @@
-"""Data sets at an s3:// address: copied once to each node that trains on them, looked at without a copy.
+"""Data sets at an s3:// address: copied once to each node that trains on them, listed without a copy.
 
-A copy holds one category (its folder, and what belongs to no category, as VisA's table of splits) and is
-named by the address and by names, sizes and times of the files in it: other data, another copy. It
-appears verified and complete, or not at all, and every process of the node shares it.
+A copy holds one category: its folder, and files that belong to no category, such as VisA's table of splits. Its
+name depends on the address and on names, sizes and times of its files, so changed data get a new copy. It
+appears verified and complete, or not at all, and all processes of the node share it.
 """
 
 import fcntl
@@ -24,23 +24,23 @@ from tune.storage.files import Storage, StorageError, StoredFile
 from tune.storage.uris import absolute, is_address
 
 _CONNECTIONS = 16
-_in_use: dict[Path, IO[str]] = {}
-"""Locks that keep the copies which this process reads from being removed, until it ends."""
+_copies_in_use: dict[Path, IO[str]] = {}
+"""Locks on the copies that this process reads; they prevent removal until the process ends."""
 
 
 @contextmanager
 def outline(data: str) -> Iterator[Path]:
-    """A folder that names what `data` holds; the folder itself, or for an address a tree of empty images.
+    """A folder with the file names of `data`: the folder itself, or for an address a tree of empty files.
 
-    Layouts are told by names alone and by small tables, which are real. A ValueError of the block names
-    the address instead of the tree. Raises StorageError where the address cannot be listed.
+    Layouts are recognised by names and by small tables, which are downloaded. A ValueError raised in the block
+    names the address instead of the tree. Raises StorageError if the address cannot be listed.
     """
     if not is_address(data):
         yield Path(data)
         return
     storage = Storage(data, "--data")
     files = _listed(storage)
-    with _drawn(files, _name(storage)) as root:
+    with _empty_tree(files, _name(storage)) as root:
         _fetch(storage, [file for file in files if PurePosixPath(file.name).suffix.lower() == ".csv"], root)
         try:
             yield root
@@ -49,7 +49,7 @@ def outline(data: str) -> Iterator[Path]:
 
 
 def content(data: str, root: Path, file: Path) -> bytes:
-    """What is in the file that `outline` names as `file` below `root`."""
+    """Bytes of `file`, a path below the `root` that `outline` returned."""
     if not is_address(data):
         return file.read_bytes()
     with TemporaryDirectory(prefix="dskd-") as temporary:
@@ -59,11 +59,11 @@ def content(data: str, root: Path, file: Path) -> bytes:
 
 
 def local_copy(data: str, category: str, cache_gb: float) -> Path:
-    """The folder to read `category` of `data` from, on this node: `data` itself, or its copy.
+    """The folder on this node from which to read `category` of `data`: `data` itself, or its copy.
 
-    The first process that asks copies, the others wait for it. Copies that no process reads make room,
-    the longest unused first. Raises ValueError where `cache_gb` cannot hold the category or has no room
-    for it beside what is in use, StorageError where it cannot be had.
+    The first process makes the copy, the others wait for it. Unused copies are removed to make room, least
+    recently used first. Raises ValueError if `cache_gb` is too small for the category and the copies in use,
+    StorageError if it cannot be downloaded.
     """
     if not is_address(data):
         return Path(data)
@@ -72,8 +72,8 @@ def local_copy(data: str, category: str, cache_gb: float) -> Path:
     copies = default_folder() / "data"
     copies.mkdir(parents=True, exist_ok=True)
     folder = copies / f"{category}-{_key(storage, files)[:16]}"
-    while not _held(folder):
-        # One copy at a time on a node: each knows how much room there is.
+    while not _lock_copy(folder):
+        # One copy at a time on a node, or two processes would count the same room as free.
         with (copies / "copying.lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not folder.exists():
@@ -87,7 +87,7 @@ def local_copy(data: str, category: str, cache_gb: float) -> Path:
 
 
 def listing_key(data: str, category: str) -> str:
-    """Another one where the category's files, their sizes or times are others; nothing is read."""
+    """Digest of names, sizes and times of the category's files; no file is read."""
     storage = Storage(absolute(data), "--data")
     return _key(storage, _of_category(storage, category))
 
@@ -97,7 +97,7 @@ def _key(storage: Storage, files: Sequence[StoredFile]) -> str:
 
 
 def _name(storage: Storage) -> str:
-    """Of the folder at the address: a category that is the whole address is called by it."""
+    """Name of the folder at the address; it is the category's name if the address is one category."""
     return PurePosixPath(storage.uri).name
 
 
@@ -109,8 +109,8 @@ def _listed(storage: Storage) -> list[StoredFile]:
 
 
 @contextmanager
-def _drawn(files: Sequence[StoredFile], name: str) -> Iterator[Path]:
-    """A folder called `name` with an empty file for each of `files`."""
+def _empty_tree(files: Sequence[StoredFile], name: str) -> Iterator[Path]:
+    """A temporary folder called `name` with an empty file for each of `files`."""
     with TemporaryDirectory(prefix="dskd-") as temporary:
         root = Path(temporary).resolve() / name
         for file in files:
@@ -120,12 +120,12 @@ def _drawn(files: Sequence[StoredFile], name: str) -> Iterator[Path]:
 
 
 def _of_category(storage: Storage, category: str) -> list[StoredFile]:
-    """The files of one category, and those that belong to none.
+    """The files of one category and those that belong to none.
 
-    Raises ValueError where there is no such category.
+    Raises ValueError if there is no such category.
     """
     files = _listed(storage)
-    with _drawn(files, _name(storage)) as root:
+    with _empty_tree(files, _name(storage)) as root:
         folders = {name: folder.relative_to(root).as_posix() for name, folder in find_categories(root).items()}
     if category not in folders:
         raise ValueError(f"no category {category!r} in {storage.uri}; it holds: {', '.join(folders)}.")
@@ -151,16 +151,16 @@ def _fetch(storage: Storage, files: Sequence[StoredFile], root: Path) -> None:
             raise
 
 
-def _held(folder: Path) -> bool:
-    """Whether the copy is complete, and from now on kept for as long as this process runs."""
-    if folder in _in_use:
+def _lock_copy(folder: Path) -> bool:
+    """Lock the copy for as long as this process runs; False if it does not exist."""
+    if folder in _copies_in_use:
         return True
     lock = _lock_file(folder)
     fcntl.flock(lock, fcntl.LOCK_SH)
     if not folder.exists():
         lock.close()
         return False
-    _in_use[folder] = lock
+    _copies_in_use[folder] = lock
     return True
 
 
@@ -169,7 +169,7 @@ def _lock_file(folder: Path) -> IO[str]:
 
 
 def _make_room(copies: Path, num_bytes: int, max_bytes: int, data: str) -> None:
-    """Remove what killed processes left, then copies that no process reads, until `num_bytes` more fit."""
+    """Remove leftovers of killed processes, then unused copies, until `num_bytes` more fit."""
     for leftover in copies.glob(".*"):
         shutil.rmtree(leftover)
     oldest_first = sorted((path for path in copies.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
@@ -181,7 +181,7 @@ def _make_room(copies: Path, num_bytes: int, max_bytes: int, data: str) -> None:
         with _lock_file(path) as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:  # a process reads it
+            except BlockingIOError:  # in use by another process
                 continue
             removed = path.with_name(f".{path.name}")
             path.rename(removed)

@@ -1,4 +1,4 @@
-"""How many categories share the cluster now: fewer and fewer as a search comes to its end."""
+"""How the categories of a search share the cluster's slots and the time budget."""
 
 import math
 import threading
@@ -9,52 +9,52 @@ from typing import Any
 import ray
 import ray.exceptions
 
-_KEPT_SECONDS = 2.0
-"""For so long an answer is taken to hold."""
+_CACHE_SECONDS = 2.0
+"""Cache lifetime of a share, in seconds."""
 
 
 class Shares:
-    """Kept by the driver, asked by every category's study; an actor."""
+    """Number of categories that share the cluster: an actor of the driver, called by every category's study."""
 
     def __init__(self, num_categories: int, side_by_side: int) -> None:
         self._num_left, self._side_by_side = num_categories, side_by_side
 
     def side_by_side(self) -> int:
-        """Categories that are searched at once, at least 1."""
+        """Number of categories searched at once, at least 1."""
         return max(1, min(self._num_left, self._side_by_side))
 
     def end_category(self) -> None:
-        """One category needs the cluster no more."""
+        """Count a category that no longer needs the cluster."""
         self._num_left -= 1
 
 
 class Share:
-    """One study's part of the cluster."""
+    """One study's share of the cluster."""
 
     def __init__(self, shares: Any) -> None:
         self._shares = shares
         self._side_by_side = 1
-        self._asked = -math.inf
+        self._updated = -math.inf
 
     def of(self, slots: int, *, is_limit: bool = False) -> int:
-        """Trials that this study may have at once where the cluster holds `slots`, at least 1.
+        """Trials that this study may run at once if the cluster can hold `slots`, at least 1.
 
-        Rounded up, so that no slot idles; down where the slots are a limit that somebody set.
+        Rounded up, so that no slot is idle; rounded down with `is_limit`, when the user limited the slots.
         """
-        if time.monotonic() - self._asked > _KEPT_SECONDS:
-            # Where nobody answers the driver is gone, and this study goes with it.
+        if time.monotonic() - self._updated > _CACHE_SECONDS:
+            # No answer: the driver is gone, and Ray will end this study too.
             with suppress(ray.exceptions.RayError):
                 self._side_by_side = ray.get(self._shares.side_by_side.remote(), timeout=30)
-            self._asked = time.monotonic()
+            self._updated = time.monotonic()
         return max(1, slots // self._side_by_side if is_limit else -(-slots // self._side_by_side))
 
 
 class BudgetSpentError(Exception):
-    """A category's turn came when the search's time was over."""
+    """The time budget ended before the category could start."""
 
 
 class TimeBudget:
-    """Wall time of a search, shared by categories that are searched some side by side and some after others."""
+    """Wall time of a search, divided among categories that run in parallel and one after another."""
 
     def __init__(self, seconds: float | None, num_categories: int, side_by_side: int) -> None:
         self._end = None if seconds is None else time.time() + seconds
@@ -63,10 +63,10 @@ class TimeBudget:
         self._lock = threading.Lock()
 
     def begin_category(self) -> float | None:
-        """When the category that begins now must end, in seconds since 1970; None: whenever it does.
+        """End of the category that starts now, in seconds since 1970; None: no limit.
 
-        It gets what is left in equal parts for those that wait: what it leaves over is theirs, and none
-        uses up what another needs. Raises BudgetSpentError where nothing is left.
+        The remaining time is divided equally among the waiting categories; time that a category does not use goes
+        to the later ones. Raises BudgetSpentError if no time is left.
         """
         with self._lock:
             rounds = math.ceil(self._num_waiting / self._side_by_side)
@@ -75,5 +75,5 @@ class TimeBudget:
             return None
         now = time.time()
         if now >= self._end:
-            raise BudgetSpentError("the time budget ended before it could begin; the same command begins with it")
+            raise BudgetSpentError("the time budget ended before it could start; the same command starts it")
         return now + (self._end - now) / rounds

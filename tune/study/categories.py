@@ -1,4 +1,4 @@
-"""All categories of a search: a process for each, one writer for what they report, the champions at the end."""
+"""All categories of a search: a process for each, one writer for their events, the champions at the end."""
 
 import dataclasses
 import logging
@@ -34,14 +34,14 @@ from tune.trial.trainable import driver_resources
 
 logger = logging.getLogger(__name__)
 
-# A decorated function would be pickled by value and lose its module's state; this one goes by reference.
-# A cluster that loses nodes for days may lose this one's again and again; it goes on from Tune's last snapshot.
+# A decorated function would be pickled by value and lose its module's state; this one is pickled by reference.
+# Many retries, because its node may be lost often on a spot cluster; it continues from Tune's last snapshot.
 search_task = ray.remote(num_cpus=0, max_retries=100)(search_category)
 
 _Shares = ray.remote(num_cpus=0)(Shares)
 
 _TRACKING_PATIENCE = 300.0
-"""Seconds that a finished category waits for a tracking server that is away."""
+"""Seconds to wait for an absent tracking server after a category has finished."""
 
 
 class CategoryResult(NamedTuple):
@@ -52,11 +52,11 @@ class CategoryResult(NamedTuple):
     num_pruned: int = 0
     num_failed: int = 0
     champion: Champion | None = None
-    """None where no trial finished."""
+    """None if no trial finished."""
     error: str = ""
-    """Why there is no champion; empty where there is one."""
+    """Why there is no champion; empty if there is one."""
     num_interrupted: int = 0
-    """Trials that the time budget ended; the same command continues them."""
+    """Trials interrupted by the time budget; the same command continues them."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for --json."""
@@ -66,9 +66,9 @@ class CategoryResult(NamedTuple):
 def run_search(
     plan: SearchPlan, gpus_per_worker: float, revision: str, tracker: Tracker, progress: SearchProgress
 ) -> list[CategoryResult]:
-    """Search every category of the plan, as many side by side as the cluster now holds trials; results in their order.
+    """Search every category of the plan, at most as many at once as the cluster can hold trials; results in plan order.
 
-    An error in one category is its result and does not stop the others.
+    An error in one category becomes its result and does not stop the others.
     """
     workers = Workers(plan.num_workers, plan.cpus_per_worker, gpus_per_worker)
     search = SharedSearch(plan, workers, revision, tracker, progress)
@@ -76,7 +76,7 @@ def run_search(
     side_by_side = min(len(plan.categories), slots)
     budget = TimeBudget(plan.budget_seconds, len(plan.categories), side_by_side)
     shares: Any = _Shares.options(scheduling_strategy=this_node()).remote(len(plan.categories), side_by_side)
-    # One at a time and apart: a storage that is away must not hold up the events.
+    # In a thread of its own: a storage that does not answer must not delay the events.
     with ThreadPoolExecutor(1, thread_name_prefix="best so far") as noting:
 
         def handle(event: Event) -> None:
@@ -118,20 +118,20 @@ def search_one(search: SharedSearch, category: str, budget: TimeBudget, shares: 
             running = task.remote(search.plan.of_category(category, space), spec, Share(shares), events, deadline)
             study = ray.get(running)
         finally:
-            shares.end_category.remote()  # what comes after takes no trial's place
+            shares.end_category.remote()  # the steps below use no trial's slot
         result, tags = _conclude(search, spec, study)
     except BudgetSpentError as error:
         known = find_champion(search.storage, category)
         result = CategoryResult(category, champion=known, error="" if known else str(error))
         search.progress.say(f"{category}: {error}")
-    except Exception as error:  # whatever it was, the other categories go on
+    except Exception as error:  # the other categories continue after any error
         reason = without_passwords((str(error).strip().splitlines() or [type(error).__name__])[-1])
-        if not isinstance(error, ValueError | OSError):  # those are the user's; this is a fault of ours
+        if not isinstance(error, ValueError | OSError):  # those are user errors; anything else is a bug
             logger.error("%s: %s", category, without_passwords("".join(traceback.format_exception(error))))
         result = CategoryResult(category, error=reason)
     if result.champion is None:
         tags = {"dskd.error": result.error}
-    # Through the queue of the trials' events, which it must not overtake.
+    # In the same queue as the trials' events, so that it comes after them.
     events.put(CategoryEnded(category, "finished" if result.champion else "failed", {}, tags))
     return result
 
@@ -154,7 +154,7 @@ def _spec(search: SharedSearch, category: str) -> TrialSpec:
 
 
 def with_winners(plan: SearchPlan, category: str, progress: SearchProgress) -> Space:
-    """The category's space with the champions that earlier searches found for it; one line for each left out."""
+    """The category's space with its champions from earlier searches; prints a line for each that is left out."""
     space = plan.spaces[category]
     winners = list(space.winners)
     for name in plan.earlier_searches:
@@ -162,7 +162,7 @@ def with_winners(plan: SearchPlan, category: str, progress: SearchProgress) -> S
         champion = find_champion(storage, category)
         document = storage.read_json(f"{champion.folder}/{RECORD_FILE}") if champion else None
         if document is None:
-            progress.say(f"{category}: search {name} has no champion of it to start from")
+            progress.say(f"{category}: search {name} has no champion of this category to start from")
             continue
         try:
             winners.append(space.point_of(DetectorRecord.from_document(document).config))
@@ -181,7 +181,7 @@ def _note_best(search: SharedSearch, event: TrialEnded) -> None:
 
 
 def _conclude(search: SharedSearch, spec: TrialSpec, study: StudyResult) -> tuple[CategoryResult, dict[str, str]]:
-    """What a category's trials came to, and tags for its run in MLflow."""
+    """Summarise a category's trials and register its champion; returns the result and tags for its MLflow run."""
     category, progress = spec.category, search.progress
     result = CategoryResult(
         category, study.num_trials, study.num_pruned, len(study.errors), num_interrupted=study.num_interrupted
@@ -215,7 +215,7 @@ def _conclude(search: SharedSearch, spec: TrialSpec, study: StudyResult) -> tupl
 def _register(
     search: SharedSearch, result: CategoryResult, record: DetectorRecord, detector: Path, figures: Path | None
 ) -> tuple[Champion, dict[str, str]]:
-    """The champion as it now stands in MLflow, and tags of its category's run; unchanged while MLflow is away."""
+    """Register the champion in MLflow; returns it with its run, and tags. Unchanged if MLflow is away."""
     plan, progress, category, champion = search.plan, search.progress, result.category, result.champion
     assert champion is not None
     try:
@@ -249,7 +249,7 @@ def _register(
         remarks=[
             *_log_study(search, category),
             *([] if figures else ["validation: no pictures, an earlier version trained this trial"]),
-            *(["The teacher is untrained: these figures say nothing."] if record.is_untrained_teacher else []),
+            *(["The teacher is untrained: these figures have no meaning."] if record.is_untrained_teacher else []),
         ],
     )
     model = f"{registered.model}/{registered.version}"
@@ -257,7 +257,7 @@ def _register(
 
 
 def _log_study(search: SharedSearch, category: str) -> tuple[str, ...]:
-    """Log pictures of the category's study; a line for each that cannot be drawn, with the reason."""
+    """Log pictures of the category's study; returns a line for each that cannot be drawn, with the reason."""
     with TemporaryDirectory(prefix="dskd-") as temporary:
         missing = draw_study(search.plan.studies, f"{search.plan.name}/{category}", Path(temporary))
         try:

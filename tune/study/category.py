@@ -34,34 +34,33 @@ from tune.study.hooks import (
     detector_uri,
 )
 from tune.trial.asha import REDUCTION, grace_period
-from tune.trial.failures import PATIENCE
+from tune.trial.failures import MAX_RETRY_COST
 from tune.trial.spec import EPOCH, ERROR, OBJECTIVE, TrialSpec
 from tune.trial.trainable import trainable
 
 
 class StudyResult(NamedTuple):
-    """What the trials of a category came to."""
+    """Outcome of a category's trials."""
 
     num_trials: int
     num_pruned: int
     errors: tuple[str, ...]
-    """Why trials failed, one each."""
+    """Reasons of failed trials, one each."""
     best: tuple[str, str] | None
-    """(trial id, address of its detector folder); None where no trial reached its last epoch."""
+    """(trial id, address of its detector folder); None if no trial reached its last epoch."""
     num_interrupted: int = 0
-    """Trials that the deadline ended, and that go on where the study is continued."""
+    """Trials interrupted by the deadline; continuing the study continues them."""
 
 
 def search_category(
     plan: SearchPlan, spec: TrialSpec, share: Share, events: Queue, deadline: float | None
 ) -> StudyResult:
-    """Run or continue the trials of the plan's one category, telling `events` what happens to them.
+    """Run or continue the trials of the plan's only category and put their events into `events`.
 
-    `spec` is what all its trials are told but for their configuration. It runs its `share` of `--max-concurrent`
-    trials, or of as many as the cluster holds at the time. `deadline` is a time in seconds since 1970.
+    All trials use `spec`, each with its own configuration. The category runs its `share` of `--max-concurrent`
+    trials, or of as many as the cluster can hold at that time. `deadline` is in seconds since 1970.
 
-    Meant to run in a Ray task: started again where its process was lost, it goes on from Tune's last
-    snapshot.
+    Meant to run in a Ray task: if its process is lost, a retry continues from Tune's last snapshot.
     """
     _set_up_tune()
     context = StudyContext(plan=plan, spec=spec, share=share, events=events, deadline=deadline)
@@ -78,13 +77,13 @@ def search_category(
                 metric=OBJECTIVE,
                 mode="max",
                 num_samples=plan.trials,
-                # A process that serves trial after trial saves seconds each; one whose workers are stopped
-                # from outside must not live on.
+                # Reusing a process saves seconds per trial; with several workers, which are stopped from
+                # outside, it must not be reused.
                 reuse_actors=spec.num_workers == 1,
                 search_alg=Suggestions(_searcher(plan, name, space)),
                 scheduler=Halving(
                     time_attr=EPOCH,
-                    # Beyond the last epoch, which a trial reaches and ends by itself.
+                    # Above the last epoch, so that a trial ends by itself after its last one.
                     max_t=plan.epochs + 1,
                     grace_period=grace_period(plan.epochs),
                     reduction_factor=REDUCTION,
@@ -95,7 +94,7 @@ def search_category(
             run_config=ray.tune.RunConfig(
                 name=name,
                 storage_path=folder,
-                failure_config=ray.tune.FailureConfig(max_failures=PATIENCE),
+                failure_config=ray.tune.FailureConfig(max_failures=MAX_RETRY_COST),
                 checkpoint_config=ray.tune.CheckpointConfig(num_to_keep=1),
                 callbacks=[Observe(), Sweep()],
                 stop=Deadline(),
@@ -120,7 +119,7 @@ def _searcher(plan: SearchPlan, category: str, space: Space) -> Searcher:
 
 
 def make_sampler(name: SamplerName, seed: int, category: str, num_presets: int) -> optuna.samplers.BaseSampler:
-    """Optuna's sampler of that name; each category draws other suggestions from the same `seed`."""
+    """Optuna's sampler of that name; the same `seed` gives each category different suggestions."""
     seed = zlib.crc32(f"{seed}/{category}".encode())
     if name == "tpe":
         return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=num_presets > 1)
@@ -134,7 +133,7 @@ def make_sampler(name: SamplerName, seed: int, category: str, num_presets: int) 
 
 
 def not_yet_asked_for(points: list[dict[str, Any]], url: str, study_name: str) -> list[dict[str, Any]]:
-    """Those of `points` that no search killed before its first snapshot has put into the study already."""
+    """The `points` that are not yet in the study, where a search killed before its first snapshot may have put some."""
     storage = StudyStorage(url)
     if study_name not in optuna.get_all_study_names(storage):
         return points
@@ -153,7 +152,7 @@ def _summarise(results: ray.tune.ResultGrid, context: StudyContext) -> StudyResu
         if trial_id in context.interrupted:
             num_interrupted += 1
         elif result.error or metrics.get(ERROR):
-            # Tune's own reason may be that of an earlier attempt.
+            # Tune's own error may be from an earlier attempt.
             reason = context.failure_reasons.get(trial_id) or str(metrics.get(ERROR) or result.error)
             errors.append(reason.strip().splitlines()[-1])
         elif metrics.get(EPOCH, 0) < context.plan.epochs or detector is None:
@@ -169,12 +168,12 @@ def _trial_id(trial: Trial) -> str:
 
 
 def _set_up_tune() -> None:
-    """Tune's console and its log files per trial are replaced by the events; snapshots are frequent."""
+    """Configure Tune: no console output or log files per trial, since events replace them; frequent snapshots."""
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "2"
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     keep_aws_keys_out_of_runtime_environments()
-    # Tune would start one trial at a time; the searcher says how many there may be.
+    # By default Tune starts one pending trial at a time; here the searcher limits their number.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = "1000"
     for name in ("ray.tune", "ray.train", "optuna", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)

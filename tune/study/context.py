@@ -1,7 +1,7 @@
-"""What the process of one category knows, for the objects that Ray Tune pickles and revives.
+"""State of one category's process, for the objects that Ray Tune pickles and restores.
 
-Tune pickles its callbacks and its searcher into the experiment's folder and revives them there when a search is
-continued. What must not be pickled, a password or a handle, they find here again.
+Tune pickles its callbacks and its searcher into the experiment's folder and restores them when a search is
+continued. They get what must not be pickled, such as a password or a handle, from here.
 """
 
 from dataclasses import dataclass, field
@@ -16,26 +16,26 @@ from tune.trial.spec import TrialSpec
 
 @dataclass(kw_only=True, slots=True)
 class StudyContext:
-    """One category's search while it runs."""
+    """State of one category's search while it runs."""
 
     plan: SearchPlan
-    """Of this category alone."""
+    """The plan of this category only."""
     spec: TrialSpec
     share: Share
     events: Queue
-    """Takes what happens to the trials to the driver."""
+    """Queue of the trials' events to the driver."""
     deadline: float | None
     """Seconds since 1970; None: no limit."""
     running: set[str] = field(default_factory=set)
-    """Ids of trials that have started and not ended."""
+    """Ids of trials that have started and have not ended."""
     interrupted: set[str] = field(default_factory=set)
-    """Ids of trials that the deadline ended."""
+    """Ids of trials that the deadline interrupted."""
     out_of_memory: set[str] = field(default_factory=set)
-    """Ids of trials whose last failure was want of memory."""
+    """Ids of trials whose last failure was too little memory."""
     failure_reasons: dict[str, str] = field(default_factory=dict)
-    """By trial id, of trials that failed for good."""
+    """Reasons of finally failed trials, by trial id."""
     is_over: bool = False
-    """The deadline has passed."""
+    """Whether the deadline has passed."""
 
     @property
     def category(self) -> str:
@@ -50,11 +50,11 @@ _contexts: list[StudyContext] = []
 
 
 def enter_study(context: StudyContext) -> None:
-    """Make `context` the one of this process, which searches one category at a time."""
+    """Set the context of this process, which searches one category at a time."""
     _contexts[:] = [context]
 
 
 def study_context() -> StudyContext:
     """The context of this process."""
-    assert _contexts, "search_category enters it before Tune revives anything"
+    assert _contexts, "search_category calls enter_study before Tune restores anything"
     return _contexts[0]

@@ -1,4 +1,4 @@
-"""What Ray Tune calls back while a category is searched: searcher, scheduler, stopper and callbacks."""
+"""Objects that Ray Tune calls during the search of a category: searcher, scheduler, stopper and callbacks."""
 
 import math
 import signal
@@ -21,7 +21,7 @@ from tune.runtime.ray_internals import fill_rungs, free, free_abandoned, num_ope
 from tune.storage.uris import DETECTOR_FOLDER
 from tune.study.context import study_context
 from tune.tracking.events import DataUsed, EpochDone, Remarked, Status, TrialEnded, TrialStarted
-from tune.trial.failures import cost, out_of_memory_reason
+from tune.trial.failures import out_of_memory_reason, retry_cost
 from tune.trial.spec import (
     CATEGORY,
     DATA_SHA256,
@@ -35,23 +35,23 @@ from tune.trial.spec import (
 )
 
 _SWEEP_SECONDS = 2.0
-"""Between two looks for what dead trials left reserved."""
+"""Seconds between two clean-ups of resources that dead trials left reserved."""
 
 
 def close_abandoned(study: optuna.Study, known: Set[int]) -> None:
-    """Mark as failed what a killed process asked Optuna for and no snapshot of Tune knows.
+    """Mark as failed the running trials of the study that are in no snapshot of Tune, after a killed process.
 
-    What the study had been told to try is put back: another trial tries it.
+    Enqueued points of such trials are enqueued again, for another trial.
     """
     for trial in study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]):
         if trial.number not in known:
             study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-            if told := trial.system_attrs.get("fixed_params"):
-                study.enqueue_trial(told)
+            if enqueued := trial.system_attrs.get("fixed_params"):
+                study.enqueue_trial(enqueued)
 
 
 def detector_uri(metrics: Mapping[str, Any], checkpoint: ray.tune.Checkpoint | None) -> str | None:
-    """Where a finished trial left its detector; a nested Ray Train job reports the place as a metric."""
+    """Address of a trial's detector, None without a checkpoint; a nested Ray Train job reports it as a metric."""
     path = metrics.get("checkpoint_path") or (checkpoint.path if checkpoint else None)
     if path is None:
         return None
@@ -60,25 +60,24 @@ def detector_uri(metrics: Mapping[str, Any], checkpoint: ray.tune.Checkpoint | N
 
 
 class StudyStorage(optuna.storages.RDBStorage):
-    """Optuna's storage, whose pickled form holds no URL: Tune's snapshots must not carry a password."""
+    """Optuna's storage, pickled without its URL, so that Tune's snapshots contain no password."""
 
     def __init__(self, url: str) -> None:
         super().__init__(url, engine_kwargs={"pool_pre_ping": True})
 
     def __reduce__(self) -> tuple[Any, tuple[()]]:
-        return _revive_storage, ()
+        return _restore_storage, ()
 
 
 class Searcher(OptunaSearch):
     """OptunaSearch for a cluster that grows and shrinks, and for a search killed between two of Tune's snapshots.
 
-    Such a snapshot knows as running what the study already knows as finished: the trial runs its last
-    epochs once more, and what it reports of them is not news to the study. And it does not know the trials
-    that were asked for since: others take their places.
+    In such a snapshot a trial may still be running that the study has as finished: it repeats its last epochs, and
+    the study ignores their results. Trials created after the snapshot are missing in it; others replace them.
     """
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        """None, which means later, while as many trials run as should."""
+        """None, which means "later", while the allowed number of trials is running."""
         context = study_context()
         limit = context.plan.max_concurrent
         slots = limit or count_trials(cluster_nodes(), context.spec.workers)
@@ -96,18 +95,18 @@ class Searcher(OptunaSearch):
             super().on_trial_result(trial_id, result)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """What needs more memory than there is counts as bad; other failures say nothing about the values tried."""
+        """Count a trial that ran out of memory as bad; other failures do not depend on the suggested values."""
         if error and trial_id in study_context().out_of_memory:
             result = {OBJECTIVE: 0.0}
         super().on_trial_complete(trial_id, result, error)
 
 
 class Halving(ASHAScheduler):
-    """ASHA that lets the untuned presets train to their end, so that no search is worse than they are.
+    """ASHA that never stops the untuned presets, so that no search is worse than they are.
 
-    They take their places in the rungs all the same. The rungs themselves are in no snapshot of Tune; of a
-    continued search they are filled from what its trials reported last, or new trials would be compared
-    with nothing, and old ones that go on would enter rungs that they passed long ago with what they reach now.
+    The presets still count in the rungs. Tune's snapshots do not contain the rungs, so in a continued search they
+    are restored from the trials' last reports. Otherwise new trials would be compared with nothing, and continued
+    trials would enter rungs that they passed long ago with their present objective.
     """
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
@@ -121,25 +120,25 @@ class Halving(ASHAScheduler):
         return self.CONTINUE if study_context().space.is_untuned(trial.config) else decision
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
-        """Tune tells the scheduler of every failure, and then the searcher of the last, by the trial's name only."""
+        """Add the failure's retry cost; only the scheduler is called on every failure, the searcher on the last."""
         super().on_trial_error(tune_controller, trial)
-        text = _failures(trial)
-        trial.run_metadata.num_failures += cost(text) - 1  # Tune has counted it as one
-        without_memory = study_context().out_of_memory
-        (without_memory.add if out_of_memory_reason(text) else without_memory.discard)(trial.trial_id)
+        text = _failure_text(trial)
+        trial.run_metadata.num_failures += retry_cost(text) - 1  # Tune has counted 1 already
+        out_of_memory = study_context().out_of_memory
+        (out_of_memory.add if out_of_memory_reason(text) else out_of_memory.discard)(trial.trial_id)
 
 
 class Suggestions(SearchGenerator):
-    """Lets a study be continued with more trials than it was begun with; with fewer, it begins no more."""
+    """Lets a study be continued with another number of trials: with more it starts new ones, with fewer none."""
 
     def set_state(self, state: dict[str, Any]) -> None:
         super().set_state(state | {"total_samples": study_context().plan.trials})
 
 
 class Deadline(ray.tune.Stopper):
-    """Interrupts the study when its time is over, as a person would who means to continue it.
+    """Interrupts the study at its deadline by SIGUSR1, as a user would who wants to continue it later.
 
-    Tune takes a last snapshot then, in which the trials still run; to stop them would end them for good.
+    Tune then takes a last snapshot, in which the trials are still running; stopping them would end them finally.
     """
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
@@ -148,35 +147,35 @@ class Deadline(ray.tune.Stopper):
     def stop_all(self) -> bool:
         context = study_context()
         if context.deadline is not None and time.time() >= context.deadline:
-            assert signal.getsignal(signal.SIGUSR1) is not signal.SIG_DFL, "Tune handles it where it runs a study"
+            assert signal.getsignal(signal.SIGUSR1) is not signal.SIG_DFL, "Tune handles it while it runs a study"
             signal.raise_signal(signal.SIGUSR1)
             context.is_over = True
         return False
 
 
-def _revive_storage() -> StudyStorage:
+def _restore_storage() -> StudyStorage:
     return StudyStorage(study_context().plan.studies)
 
 
 class Observe(ray.tune.Callback):
-    """Sends what happens to the trials of this process's category to the search's driver."""
+    """Sends events of this category's trials to the search's driver."""
 
     def __init__(self) -> None:
-        self._is_recalled = False
-        self._furthest: dict[str, int] = {}
+        self._has_repeated_ends = False
+        self._last_epochs: dict[str, int] = {}
         self._remarks: dict[str, str] = {}
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
-        """A killed driver may never have handed on how trials ended: say it once more, which changes nothing."""
-        if self._is_recalled:
+        """Repeat the events of ended trials once, as a killed driver may have lost them; repeating is harmless."""
+        if self._has_repeated_ends:
             return
-        self._is_recalled = True
+        self._has_repeated_ends = True
         for trial in trials:
             if trial.is_finished():
                 self.on_trial_start(iteration, trials, trial)
                 if trial.last_result:
                     self.on_trial_result(iteration, trials, trial, trial.last_result)
-                _tell_end(trial, trial.status == Trial.ERROR)
+                _send_end(trial, trial.status == Trial.ERROR)
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         context = study_context()
@@ -198,28 +197,28 @@ class Observe(ray.tune.Callback):
         if (remark := result.get(REMARK)) and self._remarks.get(trial.trial_id) != remark:
             self._remarks[trial.trial_id] = remark
             context.events.put(Remarked(category, trial.trial_id, remark))
-        if epoch > self._furthest.get(trial.trial_id, 0):
-            # Failures before a new epoch are forgiven: a cluster that loses nodes for days ends no sound trial.
-            self._furthest[trial.trial_id] = epoch
+        if epoch > self._last_epochs.get(trial.trial_id, 0):
+            # A new epoch resets the failure count, so that lost nodes never end a trial that makes progress.
+            self._last_epochs[trial.trial_id] = epoch
             trial.run_metadata.num_failures = 0
-        when = int(result["timestamp"] * 1000)  # of the result, so that MLflow knows one that it is told twice
+        when = int(result["timestamp"] * 1000)  # the result's own time, so that a repeated event is the same to MLflow
         context.events.put(EpochDone(category, trial.trial_id, epoch, tracked_figures(result), when))
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         _free_workers(trial)
-        _tell_end(trial, False)
+        _send_end(trial, False)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         _free_workers(trial)
-        _tell_end(trial, True)
+        _send_end(trial, True)
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         context = study_context()
-        if context.is_over:  # this was the last step; afterwards Tune calls them all terminated
+        if context.is_over:  # the last step; after it Tune marks all trials as terminated
             context.interrupted.update(trial.trial_id for trial in trials if not trial.is_finished())
 
     def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
-        self.on_step_begin(0, trials)  # where all had ended already, no step is taken
+        self.on_step_begin(0, trials)  # Tune takes no step if all trials had already ended
         context = study_context()
         for trial in trials:
             if trial.trial_id in context.running:
@@ -229,7 +228,7 @@ class Observe(ray.tune.Callback):
 
 
 class Sweep(ray.tune.Callback):
-    """Frees what killed trials left reserved, or the next ones would wait for it for ever."""
+    """Frees resources that killed trials left reserved; otherwise the next trials would wait for them forever."""
 
     def __init__(self) -> None:
         self._swept = -math.inf
@@ -240,17 +239,17 @@ class Sweep(ray.tune.Callback):
             self._swept = time.monotonic()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_swept": -math.inf}  # revived on another machine, whose clock is another one
+        return {"_swept": -math.inf}  # may be restored on another machine, with another clock
 
 
-def _tell_end(trial: Trial, is_lost: bool) -> None:
-    """`is_lost`: it failed too often for Tune to go on."""
+def _send_end(trial: Trial, is_lost: bool) -> None:
+    """Send the trial's end; `is_lost`: it failed too often, and Tune gave up."""
     context = study_context()
     context.running.discard(trial.trial_id)
     last = trial.last_result or {}
     error = str(last.get(ERROR) or "")
     if is_lost:
-        failures = _failures(trial)
+        failures = _failure_text(trial)
         error = context.failure_reasons[trial.trial_id] = out_of_memory_reason(failures) or failures
     is_last = last.get(EPOCH, 0) >= context.plan.epochs
     status: Status = "failed" if error else "finished" if is_last else "pruned"
@@ -259,13 +258,13 @@ def _tell_end(trial: Trial, is_lost: bool) -> None:
     context.events.put(TrialEnded(context.category, trial.trial_id, status, error, objective, detector or ""))
 
 
-def _failures(trial: Trial) -> str:
-    """What Tune wrote about every failure of a trial: here at once, in the storage with its next snapshot."""
+def _failure_text(trial: Trial) -> str:
+    """Tune's text on every failure of a trial; its local file is up to date, the storage only after a snapshot."""
     here = Path(trial.error_file) if trial.error_file else None
     return here.read_text() if here and here.is_file() else str(trial.get_error() or "unknown error")
 
 
 def _free_workers(trial: Trial) -> None:
-    """Take back at once what the workers of an ended trial had reserved: Ray takes seconds, or for ever."""
+    """Free the resources of an ended trial's workers at once: Ray takes seconds, or never does it."""
     if reserved := (trial.last_result or {}).get(PLACEMENT_GROUP):
         free(reserved)

@@ -1,4 +1,4 @@
-"""What a person watching a search sees on stderr: a live table on a terminal, a line per ended trial everywhere."""
+"""Progress of a search on stderr: a line per ended trial, and on a terminal a live table."""
 
 import logging
 import sys
@@ -19,15 +19,15 @@ from tune.trial.spec import OBJECTIVE
 
 
 class TimeShare(NamedTuple):
-    """What ended trials spent their time on, in seconds summed over the trials.
+    """Use of time in seconds, summed over the ended trials.
 
-    A trial's time runs from its start on its place of the cluster to its end as the study heard of it.
+    A trial's time is measured from its start event to its end event.
     """
 
     training: float
-    """Within optimiser steps' epochs: batches, forward, backward, update."""
+    """Training epochs: batches, forward, backward, update."""
     validation: float
-    """Maps and metrics of the validation images after each epoch, and keeping the best weights."""
+    """Maps and metrics of the validation images after each epoch, and storing the best weights."""
     total: float
 
     @property
@@ -52,7 +52,7 @@ class _Trial:
 class _Category:
     running: dict[str, _Trial] = field(default_factory=dict)
     ended: dict[str, int] = field(default_factory=dict)
-    """Trials by how they ended."""
+    """Number of trials by status."""
     durations: list[float] = field(default_factory=list)
     most_running: int = 1
     best: float | None = None
@@ -64,7 +64,7 @@ class _Category:
 
 
 class SearchProgress:
-    """Counts the trials of each category and says what happens to them; safe to use from several threads."""
+    """Counts the trials of each category and prints their ends; thread-safe."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class SearchProgress:
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`epochs` of a whole trial, 0 where unknown; without a `console`, stderr as it is at each line."""
+        """`epochs`: of a complete trial, 0 if unknown; without a `console`, lines go to the current sys.stderr."""
         self._trials = trials
         self._epochs = epochs
         self._console = console
@@ -88,7 +88,7 @@ class SearchProgress:
 
     @contextmanager
     def watching(self, categories: Sequence[str]) -> Iterator[None]:
-        """Keep a table of the categories below all other output while the block runs, if stderr is a terminal."""
+        """While the block runs, show a table of the categories below all other output, if stderr is a terminal."""
         with self._lock:
             for category in categories:
                 self._categories.setdefault(category, _Category())
@@ -97,7 +97,7 @@ class SearchProgress:
             yield
             return
         before = sys.stderr
-        # rich prints what others write to sys.stdout and sys.stderr meanwhile, such as warnings, above the table
+        # rich prints other output to sys.stdout and sys.stderr, such as warnings, above the table
         with Live(console=console, get_renderable=self.table, refresh_per_second=2) as live:
             handlers = [handler for handler in _stream_handlers() if handler.stream is before]
             for handler in handlers:
@@ -111,7 +111,7 @@ class SearchProgress:
                     handler.setStream(before)
 
     def say(self, line: str) -> None:
-        """One line, with the time since the start."""
+        """Print a line with the time since the start."""
         minutes, seconds = divmod(int(self._clock() - self._started), 60)
         text = f"[{minutes:3d}:{seconds:02d}] {line}"
         live = self._live
@@ -121,7 +121,7 @@ class SearchProgress:
             print(text, file=self._console.file if self._console else sys.stderr, flush=True)
 
     def show(self, event: Event) -> None:
-        """Count an event, and say so where a trial has ended."""
+        """Count an event; prints a line for remarks and for ended trials."""
         with self._lock:
             category = self._categories.setdefault(event.category, _Category())
             if isinstance(event, TrialStarted):
@@ -150,7 +150,7 @@ class SearchProgress:
         category.ended[event.status] = category.ended.get(event.status, 0) + 1
         if trial := category.running.pop(event.trial_id, None):
             duration = self._clock() - trial.started
-            # One that ended before this search was continued is told once more, its last epoch in no time.
+            # The events of trials that ended before this search was continued are repeated, all at once.
             if trial.training + trial.validation <= duration:
                 category.durations.append(duration)
                 spent = self._spent
@@ -165,12 +165,12 @@ class SearchProgress:
         )
 
     def time_share(self) -> TimeShare | None:
-        """Of the trials that ended so far; None before the first."""
+        """Use of time by the trials that have ended; None before the first."""
         with self._lock:
             return self._spent if self._spent.total > 0 else None
 
     def table(self) -> RenderableType:
-        """The state of every category, and of the whole search below it."""
+        """Table of all categories, with a line on the whole search below."""
         with self._lock:
             table = Table(expand=False)
             table.add_column("category", no_wrap=True, overflow="ellipsis")
@@ -178,7 +178,7 @@ class SearchProgress:
                 table.add_column(name, justify="right", no_wrap=True, overflow="ellipsis")
             for name, category in self._categories.items():
                 table.add_row(
-                    # not markup: a folder may be called anything
+                    # no markup: a folder may have any name
                     Text(name),
                     f"{category.num_ended}/{self._trials}",
                     str(len(category.running) or "–"),
@@ -193,7 +193,7 @@ class SearchProgress:
             return Group(table, Text(f"{elapsed} so far, about {_clock_time(self.seconds_left())} left"))
 
     def seconds_left(self) -> float | None:
-        """Seconds to the end of the search as its trials went so far; None before anything was measured."""
+        """Estimated seconds to the end of the search; None before any epoch was measured."""
         with self._lock:
             open_ones = [category for category in self._categories.values() if not category.is_over]
             works = [self._work(category) for category in open_ones]
@@ -201,7 +201,7 @@ class SearchProgress:
                 return None
             running = sum(len(category.running) for category in open_ones)
             lefts = [self._left(category) for category in open_ones]
-            # Categories that run share the cluster; one that waits takes the place of one that ends.
+            # Running categories share the cluster; a waiting one starts when another ends.
             total = sum(work for work in works if work is not None) / max(1, running)
             return max([total, *(left for left, each in zip(lefts, open_ones, strict=True) if left and each.running)])
 
@@ -210,7 +210,7 @@ class SearchProgress:
         return None if work is None else work / min(category.most_running, max(1, self._trials - category.num_ended))
 
     def _work(self, category: _Category) -> float | None:
-        """Seconds that the trials of a category still need, summed over them."""
+        """Remaining seconds of a category's trials, summed over the trials."""
         known = category.durations or [each for other in self._categories.values() for each in other.durations]
         now = self._clock()
         whole = [
@@ -226,7 +226,7 @@ class SearchProgress:
         return waiting * mean + sum(self._rest(trial, mean) for trial in category.running.values())
 
     def _rest(self, trial: _Trial, mean: float) -> float:
-        """A running trial is taken for an average one; one that outlasts the average, for a whole one."""
+        """Remaining seconds of a running trial: up to the mean duration, or beyond it up to its last epoch."""
         gone = self._clock() - trial.started
         if gone < mean or not trial.epoch:
             return max(0.0, mean - gone)
@@ -234,10 +234,10 @@ class SearchProgress:
 
 
 def _stream_handlers() -> Iterator["logging.StreamHandler[Any]"]:
-    """Handlers of all loggers that write to a stream, which each of them keeps from its making on."""
+    """All stream handlers of all loggers; each keeps the stream that it was created with."""
     loggers = [logging.root, *logging.root.manager.loggerDict.values()]
     for logger in loggers:
-        for handler in getattr(logger, "handlers", []):  # a placeholder has none
+        for handler in getattr(logger, "handlers", []):  # placeholders have none
             if isinstance(handler, logging.StreamHandler):
                 yield handler
 

@@ -1,4 +1,4 @@
-"""Pictures of one category's study: its history, which parameters mattered, and how the trials lie in the space."""
+"""Text and pictures of one category in MLflow: results, optimisation history, parameter importance, trials."""
 
 import threading
 import warnings
@@ -11,15 +11,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 _FEWEST_TO_COMPARE = 2
 _FEWEST_TO_WEIGH = 8
-"""Trials below which the importance of a dozen parameters is noise, and soon after still is."""
-# Optuna draws through pyplot, which keeps its figures and styles for the whole process.
+"""Minimum number of trials for parameter importance; with fewer it is only noise, with few more still unreliable."""
+# Optuna draws with pyplot, whose figures and styles are global to the process.
 _drawing = threading.Lock()
 
 
 def draw_study(url: str, name: str, folder: Path) -> tuple[str, ...]:
-    """Write `history.png`, `importance.png` and `trials.png` into `folder`, which is made.
+    """Write `history.png`, `importance.png` and `trials.png` to `folder`, which is created.
 
-    A line for each picture that this study cannot give yet, with the reason.
+    Returns a line for each picture that cannot be drawn yet, with the reason.
     """
     study = optuna.load_study(study_name=name, storage=url)
     return draw(study, folder)
@@ -47,7 +47,7 @@ def draw(study: optuna.Study, folder: Path) -> tuple[str, ...]:
             continue
         try:
             _save(plot, study, len(complete), folder / f"{kind}.png")
-        except (ValueError, RuntimeError) as error:  # Optuna's own conditions on a space or its trials
+        except (ValueError, RuntimeError) as error:  # Optuna's own requirements on spaces and trials
             missing.append(f"{kind}.png: {str(error).splitlines()[0][:200]}")
     return tuple(missing)
 
@@ -56,7 +56,7 @@ def _save(plot: Callable[[optuna.Study], Any], study: optuna.Study, num_trials: 
     from matplotlib import pyplot
 
     with _drawing, warnings.catch_warnings(), pyplot.rc_context():
-        warnings.simplefilter("ignore")  # that the functions are new, and that a parameter never varied
+        warnings.simplefilter("ignore")  # experimental functions, parameters that never varied
         pyplot.switch_backend("agg")
         axes = plot(study)
         figure = axes.figure
@@ -87,7 +87,7 @@ def category_note(
     pull: str,
     remarks: Sequence[str],
 ) -> str:
-    """The outcome of a category that has a winner; `counts` are its trials, those pruned and those failed."""
+    """Markdown note on a category with a champion; `counts`: number of trials, of pruned and of failed ones."""
     num_trials, num_pruned, num_failed = counts
     rows = [f"| {label} | {metrics[name]:.4f} |" for label, name in _FIGURES.items() if name in metrics]
     untested = [] if "test/image_auroc" in metrics else ["There is no usable test split: no test figures."]

@@ -1,4 +1,4 @@
-"""MLflow's client: its settings, checks of a server, and what is read from it."""
+"""MLflow's client: its settings, server checks, and reading runs and artifacts."""
 
 import logging
 import os
@@ -11,11 +11,11 @@ from mlflow.tracking import MlflowClient
 
 
 def prepare_client() -> None:
-    """Settings of MLflow's client that must be in place before its first request."""
-    # The writer tries again by itself, for longer and without blocking anyone.
+    """Set environment and log levels of MLflow's client; call it before the first request."""
+    # The outbox retries by itself, for longer and without blocking the search.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-    # Its links would mix with the one JSON document on stdout.
+    # MLflow's links would mix with the JSON document on stdout.
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     for name in ("mlflow.pyfunc", "mlflow.utils.environment", "mlflow.utils.requirements_utils"):
@@ -25,7 +25,7 @@ def prepare_client() -> None:
 
 
 def check_server(uri: str) -> None:
-    """Raise ConnectionError, in one line, where the tracking server does not answer."""
+    """Raise ConnectionError, in one line, if the tracking server does not answer."""
     prepare_client()
     try:
         MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
@@ -35,37 +35,37 @@ def check_server(uri: str) -> None:
 
 
 def registry_client(uri: str) -> MlflowClient:
-    """A client of the tracking server's registered models."""
+    """A client for the registered models of the tracking server."""
     prepare_client()
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
 def without_password(uri: str) -> str:
-    """The URI without its user and password, fit for a log."""
+    """The URI without user and password, safe to log."""
     scheme, separator, rest = uri.partition("://")
     return f"{scheme}{separator}{rest.rpartition('@')[2]}" if "@" in rest else uri
 
 
 def first_line(error: Exception) -> str:
-    """What an error says; MLflow's repeat the server's address, here without a password in it."""
+    """First line of an error, at most 300 characters, without the passwords that MLflow's errors may repeat."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return without_passwords(line)[:300]
 
 
 def without_passwords(text: str) -> str:
-    """An error's text fit for a log: every address in it without its user and password."""
+    """The text without user and password in any of its addresses, safe to log."""
     return re.sub(r"://[^/\s]*@", "://", text)
 
 
 def tracking_ui_command(uri: str) -> str:
-    """What a person types to see the runs."""
+    """Command or address that shows the runs."""
     if uri.startswith(("http://", "https://")):
         return f"open {without_password(uri)}"
     return f"mlflow ui --backend-store-uri {without_password(uri)}"
 
 
 def run_link(uri: str, run_id: str) -> str:
-    """Address of a run's page on a tracking server; the run's id where there is no such server."""
+    """Address of a run's page on a tracking server; the run's id if the URI is no server."""
     if not run_id or not uri.startswith(("http://", "https://")):
         return run_id
     experiment = MlflowClient(tracking_uri=uri).get_run(run_id).info.experiment_id
@@ -73,9 +73,9 @@ def run_link(uri: str, run_id: str) -> str:
 
 
 def params_and_tags(uri: str, run_id: str) -> tuple[dict[str, str], dict[str, str]]:
-    """What a tracked run was given, as the texts that MLflow keeps.
+    """Parameters and tags of a run, as texts.
 
-    Raises ValueError on an unknown run, ConnectionError where the server does not answer.
+    Raises ValueError on an unknown run, ConnectionError if the server does not answer.
     """
     check_server(uri)
     try:
@@ -87,23 +87,25 @@ def params_and_tags(uri: str, run_id: str) -> tuple[dict[str, str], dict[str, st
 
 
 def download(artifact_uri: str, uri: str, folder: Path) -> None:
-    """Put what a models:/ or runs:/ address names into a local folder.
+    """Download the artifacts of a models:/ or runs:/ address to a local folder.
 
-    Raises ValueError where there is nothing, ConnectionError where the server does not answer.
+    Raises ValueError if there are none, ConnectionError if the server does not answer.
     """
     check_server(uri)
-    # A bar for every file would fill a job's log.
+    # A progress bar per file would fill a job's log.
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     try:
         place = _place_of(MlflowClient(tracking_uri=uri, registry_uri=uri), artifact_uri)
         mlflow.artifacts.download_artifacts(place, dst_path=str(folder), tracking_uri=uri, registry_uri=uri)
     except (MlflowException, OSError) as error:
         reason = str(error).splitlines()[0][:300]
-        raise ValueError(f"{artifact_uri} cannot be had from MLflow at {without_password(uri)}: {reason}") from None
+        raise ValueError(
+            f"{artifact_uri} cannot be downloaded from MLflow at {without_password(uri)}: {reason}"
+        ) from None
 
 
 def _place_of(client: MlflowClient, artifact_uri: str) -> str:
-    """Where the artifacts of a model's version lie: left to MLflow, the process's own registry would be asked."""
+    """Artifact address of a model version; MLflow itself would look in the registry of the process's environment."""
     if not artifact_uri.startswith("models:/"):
         return artifact_uri
     name, _, alias = artifact_uri.removeprefix("models:/").partition("@")
@@ -112,6 +114,6 @@ def _place_of(client: MlflowClient, artifact_uri: str) -> str:
     else:
         name, _, version = name.rpartition("/")
     place: str = client.get_model_version_download_uri(name, version)
-    if place.startswith("models:/"):  # a logged model, known by its id
+    if place.startswith("models:/"):  # a logged model's id
         place = client.get_logged_model(place.removeprefix("models:/")).artifact_location
     return place

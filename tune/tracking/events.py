@@ -1,4 +1,4 @@
-"""What happens in a search, as its studies tell its driver: plain values that survive a queue and a line of JSON."""
+"""Events of a search, sent from its studies to its driver: plain values that fit into a queue and a line of JSON."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -14,7 +14,7 @@ class TrialStarted(NamedTuple):
 
 
 class DataUsed(NamedTuple):
-    """What a trial trains and is selected on; sent with its first epoch."""
+    """Data of a trial for training and selection; sent with its first epoch."""
 
     category: str
     trial_id: str
@@ -34,7 +34,7 @@ class EpochDone(NamedTuple):
 
 
 class Remarked(NamedTuple):
-    """What a person should know about a trial that goes on all the same."""
+    """A remark for the user about a trial that continues."""
 
     category: str
     trial_id: str
@@ -48,7 +48,7 @@ class TrialEnded(NamedTuple):
     error: str
     objective: float = 0.0
     detector: str = ""
-    """Address of the finished detector folder, empty where there is none."""
+    """Address of the finished detector folder; empty if there is none."""
 
 
 class CategoryEnded(NamedTuple):

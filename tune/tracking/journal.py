@@ -1,4 +1,4 @@
-"""Events on disk while the tracking server has not taken them: a killed driver loses none."""
+"""Events kept on disk while the tracking server is away, so that a killed driver loses none."""
 
 import json
 import logging
@@ -11,17 +11,17 @@ logger = logging.getLogger(__name__)
 
 
 class Journal:
-    """A file of events, a line of JSON each; there is no file where there are none."""
+    """A file of events, one line of JSON each; the file exists only while there are events."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def read(self) -> list[Event]:
-        """The events in their order; one that was cut off in writing is left out, with a warning."""
+        """The events in order; an incomplete line is skipped with a warning."""
         text = self.path.read_text() if self.path.is_file() else ""
         if text and not text.endswith("\n"):
             with self.path.open("a") as file:
-                file.write("\n")  # what is added must not continue the line that was cut off
+                file.write("\n")  # the next event must not continue an incomplete line
         events: list[Event] = []
         for line in text.splitlines():
             try:
@@ -32,14 +32,14 @@ class Journal:
         return events
 
     def add(self, events: Iterable[Event]) -> None:
-        """Append events; on a disk that has no room they are in memory alone, with a warning."""
+        """Append events; if the disk is full they stay only in memory, with a warning."""
         lines = [json.dumps({"event": type(event).__name__, **event._asdict()}) + "\n" for event in events]
         try:
             with self.path.open("a") as file:
                 file.writelines(lines)
         except OSError as error:
-            logger.warning("%d events for MLflow are in memory alone: %s", len(lines), error)
+            logger.warning("%d events for MLflow are kept only in memory: %s", len(lines), error)
 
     def clear(self) -> None:
-        """Everything has arrived."""
+        """Remove the file: all events have been written to MLflow."""
         self.path.unlink(missing_ok=True)

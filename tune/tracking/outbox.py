@@ -1,7 +1,7 @@
-"""Events on their way to MLflow: delivered in order by one thread, which tries again while the server is away.
+"""A queue of events to MLflow: one thread writes them in order and retries while the server is away.
 
-Training never waits for the tracking server. During an outage the waiting events are in a file too, and a search
-that ends or is killed before the server is back delivers them when it is started again.
+Training never waits for the tracking server. During an outage the waiting events are also kept in a file. If the
+search ends or is killed before the server is back, the next start writes them.
 """
 
 import logging
@@ -24,43 +24,43 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 Insist = Callable[[Callable[[], Result]], Result]
-"""Calls a function until the server has taken it, and gives what it returned."""
+"""Calls a function, retries during an outage, and returns its result."""
 
 FIRST_PAUSE = 0.5
-"""Seconds between the first attempt and the second; each pause is twice the one before."""
+"""Seconds between the first and second attempt; each pause is twice the previous one."""
 LONGEST_PAUSE = 15.0
-_WORTH_A_WARNING = 2.0
-"""Seconds of a pause from which on an outage is reported."""
+_WARNING_PAUSE = 2.0
+"""Pause in seconds from which an outage is reported."""
 
 
 class TrackingUnavailableError(ConnectionError):
-    """The tracking server did not answer for as long as the caller was willing to wait."""
+    """The tracking server did not answer within the caller's time limit."""
 
 
 class TrackingRefusedError(RuntimeError):
-    """The tracking server answered with a refusal, which trying again does not change."""
+    """The tracking server refused the request; a retry would not help."""
 
 
 class Outbox:
-    """Hands events to `write`, one at a time and in their order; those in `unsent` of an earlier search first."""
+    """Passes events to `write`, one at a time and in order; first those that an earlier search left in `unsent`."""
 
     def __init__(self, unsent: Path, write: Callable[[Event], None]) -> None:
         self._write = write
         self._journal = Journal(unsent)
         self._events: deque[Event] = deque(self._journal.read())
-        """Not taken by the server yet, the one that is being written included."""
+        """Events not yet written, including the current one."""
         self._is_journaled = bool(self._events)
-        """Every waiting event is in the journal too; so it is from an outage on, until none waits."""
+        """Whether all waiting events are also in the journal: from the start of an outage until none is waiting."""
         self._is_closing = False
         self._changed = threading.Condition()
-        """Guards the three above."""
+        """Guards the three attributes above."""
         self._writing = threading.Lock()
         self._give_up = threading.Event()
         self._writer = threading.Thread(target=self._deliver, name="mlflow writer", daemon=True)
         self._writer.start()
 
     def put(self, event: Event) -> None:
-        """Hand over an event; returns at once."""
+        """Add an event; returns at once."""
         with self._changed:
             self._events.append(event)
             if self._is_journaled:
@@ -68,7 +68,7 @@ class Outbox:
             self._changed.notify()
 
     def close(self, patience: float) -> int:
-        """Deliver what is left, for at most `patience` seconds; the number of events that stay in the file instead."""
+        """Write the remaining events for at most `patience` seconds; returns how many stay in the file."""
         with self._changed:
             self._is_closing = True
             self._changed.notify()
@@ -80,10 +80,10 @@ class Outbox:
         return len(self._events)
 
     def write_now(self, write: "Callable[[Insist[object]], Result]", patience: float) -> Result:
-        """What `write(insist)` returns, called between two events; `insist` tries again during an outage.
+        """Call `write(insist)` between two events and return its result; `insist` retries a call during an outage.
 
-        Raises TrackingUnavailableError where the server is away for `patience` seconds, TrackingRefusedError where
-        it refuses.
+        Raises TrackingUnavailableError if the server is away for `patience` seconds, TrackingRefusedError if it
+        refuses.
         """
         deadline = time.monotonic() + patience
         if not self._writing.acquire(timeout=patience):
@@ -100,9 +100,9 @@ class Outbox:
             with self._writing:
                 try:
                     self._retried(lambda event=event: self._write(event), None)  # type: ignore[misc]
-                except TrackingUnavailableError:  # given up: it stays in the journal
+                except TrackingUnavailableError:  # gave up; the event stays in the journal
                     return
-                except Exception as error:  # a fault of ours in one event must not stop the others
+                except Exception as error:  # a bug in one event must not stop the others
                     # One line: a traceback may repeat the server's address with a password in it.
                     what = f"{type(event).__name__} of {event.category}"
                     logger.error("could not track %s: %s: %s", what, type(error).__name__, first_line(error))
@@ -113,13 +113,13 @@ class Outbox:
                     self._is_journaled = False
 
     def _next(self) -> Event | None:
-        """The event to deliver, once there is one; None where none will come."""
+        """Wait for the next event; None once the outbox is closing and empty."""
         with self._changed:
             self._changed.wait_for(lambda: self._events or self._is_closing)
             return self._events[0] if self._events else None
 
     def _retried(self, act: Callable[[], Result], patience: float | None) -> Result:
-        """What `act` returns, tried again during an outage for `patience` seconds; None: until `close` gives up."""
+        """Call `act`, retried during an outage for `patience` seconds (None: until `close` gives up); its result."""
         stop = tenacity.stop_when_event_set(self._give_up)
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(_is_outage),
@@ -143,14 +143,14 @@ class Outbox:
 
 def _warn(state: tenacity.RetryCallState) -> None:
     error = state.outcome.exception() if state.outcome else None
-    if state.upcoming_sleep >= _WORTH_A_WARNING and isinstance(error, Exception):
+    if state.upcoming_sleep >= _WARNING_PAUSE and isinstance(error, Exception):
         logger.warning("the MLflow server does not answer, trying again: %s", first_line(error))
 
 
 def _is_outage(error: BaseException) -> bool:
-    """Whether trying again can help: no answer, or the server's own failure, but not a refused request.
+    """Whether a retry can help: no answer or a server error, but not a refused request.
 
-    Artifacts go to other servers too, through other clients.
+    Covers the clients of artifact stores too.
     """
     from botocore.exceptions import BotoCoreError
 

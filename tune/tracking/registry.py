@@ -1,4 +1,4 @@
-"""Detectors as registered models of MLflow: packed to be served, promoted when better, fetched by alias."""
+"""Detectors as registered models of MLflow: packed for serving, promoted if better, fetched by alias."""
 
 import base64
 import importlib.metadata
@@ -36,17 +36,17 @@ SERVING = (
     "torchvision",
     "tqdm",
 )
-"""What `dskd.detector` needs where it is served."""
+"""Packages that `dskd.detector` needs for serving."""
 
 
 class Registration(NamedTuple):
-    """Where a champion stands in MLflow."""
+    """A champion's registered model in MLflow."""
 
     run_id: str
     model: str
     version: str
     alias: str
-    """The alias that now points to it; empty where it was not to be promoted or an earlier version is better."""
+    """The alias that now points to it; empty if it was not promoted."""
 
     @property
     def is_champion(self) -> bool:
@@ -54,21 +54,21 @@ class Registration(NamedTuple):
 
 
 class RegisteredDetector(NamedTuple):
-    """A version of a registered model, and where its run keeps the detector's files."""
+    """A version of a registered model, and the location of the detector's files in its run."""
 
     category: str
     version: str
     trial_id: str
-    """Empty for versions of before it was noted."""
+    """Empty for old versions, which did not record it."""
     run_id: str
     folder: str
-    """Below the run's artifacts."""
+    """Path below the run's artifacts."""
     files: Mapping[str, int]
-    """Sizes in bytes of the files directly in it."""
+    """Sizes in bytes of the files directly in `folder`."""
 
 
 def check_category(category: str) -> None:
-    """Raise ValueError where MLflow cannot hold a category of this name."""
+    """Raise ValueError if MLflow cannot use this category's name."""
     if set(category) & set("/:") or {"'", '"'} <= set(category) or not category.isprintable():
         raise ValueError(
             f"category {category!r} cannot be named in MLflow: no slash, colon or control character, and not both "
@@ -77,13 +77,13 @@ def check_category(category: str) -> None:
 
 
 def quoted(text: str) -> str:
-    """A string in MLflow's filter language, which knows two kinds of quotes and no escape."""
+    """A string literal of MLflow's filter language, which has two kinds of quotes and no escapes."""
     return f'"{text}"' if "'" in text else f"'{text}'"
 
 
 def pack(detector: Path, folder: Path) -> None:
-    """Make `folder` an MLflow model of a detector folder: `served_model.py`, the files, and dskd's code."""
-    # Seconds of imports that the trials' processes, which only send events, can do without.
+    """Write an MLflow model to `folder`: `served_model.py`, the detector's files and the code of dskd."""
+    # Slow imports; the trials' processes only send events and do not need them.
     import mlflow.pyfunc
     import pandas as pd
     from mlflow.models import ModelSignature
@@ -119,7 +119,7 @@ def pack(detector: Path, folder: Path) -> None:
                 params=ParamSchema([ParamSpec("false_alarm_rate", "double", 0.01)]),
             ),
             input_example=pd.DataFrame({"image": [_grey_square()]}),
-            # A local build's suffix (+cpu) names no release that pip could find.
+            # pip finds no release with a local suffix such as +cpu.
             pip_requirements=[f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in SERVING],
         )
 
@@ -133,10 +133,10 @@ def _grey_square() -> str:
 def register(
     client: MlflowClient, category: str, run_id: str, tags: Mapping[str, str], *, promote: bool
 ) -> Registration:
-    """Register what `run_id` holds in `MODEL_FOLDER` as a version of `dskd-<category>`, once.
+    """Register the run's artifacts in `MODEL_FOLDER` as a version of `dskd-<category>`, only once per run.
 
-    The alias (`champion`; `oracle` where `dskd.selection` is that) moves to it unless its present holder, chosen
-    on the same images (`dskd.data_sha256`), has a higher `dskd.objective`.
+    With `promote` the alias (`oracle` if `dskd.selection` is oracle, else `champion`) moves to it unless the version
+    that has it was selected on the same images (`dskd.data_sha256`) and has a higher `dskd.objective`.
     """
     model = f"{_PREFIX}{category}"
     held = _aliases(client, model)
@@ -160,7 +160,7 @@ def register(
 
 
 def _aliases(client: MlflowClient, model: str) -> dict[str, str]:
-    """Version by alias; the model is made where there is none."""
+    """Version by alias; creates the model if it does not exist."""
     try:
         found = client.get_registered_model(model)
     except MlflowException as error:
@@ -170,7 +170,7 @@ def _aliases(client: MlflowClient, model: str) -> dict[str, str]:
             model,
             description="Detector of anomalies; serve it with `mlflow models serve`, or pull it with tune/pull.py.",
         )
-    # Versions that a search returns carry no aliases; the model itself does.
+    # Versions returned by a search have no aliases; the model has them.
     return {name: str(version) for name, version in found.aliases.items()}
 
 
@@ -188,7 +188,7 @@ def registered_categories(client: MlflowClient, alias: str) -> tuple[str, ...]:
 def find_registered(client: MlflowClient, category: str, alias: str) -> RegisteredDetector:
     """The version that `alias` points to.
 
-    Raises ValueError where there is none, or where it holds no detector.
+    Raises ValueError if there is none or if it holds no detector.
     """
     try:
         version: ModelVersion = client.get_model_version_by_alias(f"{_PREFIX}{category}", alias)
@@ -202,7 +202,7 @@ def find_registered(client: MlflowClient, category: str, alias: str) -> Register
     run_id = str(version.run_id)
     root = str(client.get_run(run_id).info.artifact_uri).rstrip("/")
     folder = str(version.source).removeprefix(f"{root}/")
-    # Versions of before detectors were packed to be served are the detector folder itself.
+    # Old versions, not packed for serving, are the detector folder itself.
     for place in (f"{folder}/artifacts/{_DETECTOR}", folder):
         files = {
             Path(file.path).name: int(file.file_size or 0)
@@ -216,9 +216,9 @@ def find_registered(client: MlflowClient, category: str, alias: str) -> Register
 
 
 def fetch(client: MlflowClient, detector: RegisteredDetector, name: str, path: Path) -> None:
-    """Copy one of a registered detector's files to `path`; nothing is done where it lies there in full size already.
+    """Download one file of a registered detector to `path`, unless it is there with its full size.
 
-    Raises OSError where the server does not hand it out.
+    Raises OSError if the download fails.
     """
     if path.exists() and path.stat().st_size == detector.files[name]:
         return

@@ -1,4 +1,4 @@
-"""A run as MLflow knows it, read back: what a training that repeats it must be given."""
+"""Reads a run back from MLflow, with everything that is needed to repeat it."""
 
 import ast
 import os
@@ -12,28 +12,28 @@ from tune.storage.uris import LOCAL_RESULTS
 
 
 class TrackedRun(NamedTuple):
-    """What is known of a run in MLflow."""
+    """A run as recorded in MLflow."""
 
     run_id: str
     config: RunConfig
     unknown_fields: tuple[str, ...]
-    """Fields that the run does not know, as it is older than they are: their defaults stand for them."""
+    """Configuration fields newer than the run; they have their defaults."""
     category: str
     teacher_weights: str
-    """hub, random or a file's name."""
+    """hub, random or the name of a file."""
     textures: str
-    """Name of the folder that fed the synthetic defects, or drawn."""
+    """Name of the folder of texture images for the synthetic defects, or drawn."""
     selection: Selection
     data_sha256: str
-    """Empty where it was not recorded."""
+    """Fingerprint of the training and validation images; empty if not recorded."""
     revision: str
-    """Of the code, empty where it was not recorded."""
+    """Git commit of the code; empty if not recorded."""
 
 
 def tracked_run(uri: str, run_id: str) -> TrackedRun:
     """Read a trial of a search, or a training, from the tracking server at `uri`.
 
-    Raises ValueError where there is no such run or where it is another kind of run.
+    Raises ValueError if there is no such run or if it is another kind of run.
     """
     from tune.tracking.client import params_and_tags
 
@@ -58,9 +58,9 @@ def tracked_run(uri: str, run_id: str) -> TrackedRun:
 
 
 def config_of(params: Mapping[str, str]) -> RunConfig:
-    """The configuration whose fields were logged as texts, exactly; other parameters are left out.
+    """The configuration logged as texts; other parameters are ignored.
 
-    Raises ValueError naming a field whose text is no value of it.
+    Raises ValueError naming a field whose text is not a valid value.
     """
     fields = RunConfig().flat()
     values = {}
@@ -74,9 +74,9 @@ def config_of(params: Mapping[str, str]) -> RunConfig:
 
 
 def tracking_store(tracking_uri: str | None, storage: str | None) -> str:
-    """Where runs are read from: as given, else $MLFLOW_TRACKING_URI, else the file in the local storage folder.
+    """The store to read runs from: as given, else $MLFLOW_TRACKING_URI, else the file in the local storage folder.
 
-    Raises ValueError where that leaves none.
+    Raises ValueError if there is none.
     """
     if found := tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"):
         return found
@@ -87,7 +87,7 @@ def tracking_store(tracking_uri: str | None, storage: str | None) -> str:
 
 
 def code_revision() -> str:
-    """Git commit of this checkout, empty where there is none, as in a Ray job's working_dir."""
+    """Git commit of this checkout; empty without git, as in a Ray job's working_dir."""
     found = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
         capture_output=True,

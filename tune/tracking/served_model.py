@@ -1,7 +1,7 @@
-"""What MLflow serves of a detector: images in, verdicts out.
+"""A detector as served by MLflow: images in, verdicts out.
 
-MLflow runs this file wherever the registered model is loaded, beside the `dskd` that was packed with
-it: code and weights as they are, no pickle. It is no module of the search, which only names it.
+MLflow runs this file wherever the registered model is loaded, together with the packed code of `dskd`;
+code and weights are plain files, no pickle. The search never imports this file, it only packs it.
 """
 
 import base64
@@ -49,7 +49,7 @@ class ServedDetector(PythonModel):
             try:
                 for prediction in self._detector.predict(paths, threshold):
                     rows.append(prediction.to_dict(self._detector.record) | {"image": prediction.path.name})
-            except ValueError as error:  # names the file, whose folder is nobody's business
+            except ValueError as error:  # its message has the file's temporary folder, which callers must not see
                 reason = str(error).replace(f"{temporary}/", "")
                 raise MlflowException.invalid_parameter_value(reason) from None
         return pd.DataFrame(rows)

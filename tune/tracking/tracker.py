@@ -1,4 +1,4 @@
-"""What a search or a training is in MLflow: experiment, runs, parameters, metrics, artifacts and models."""
+"""Writes a search or a training to MLflow: experiment, runs, parameters, metrics, artifacts and models."""
 
 import json
 import time
@@ -16,9 +16,9 @@ from tune.tracking.outbox import Outbox
 from tune.tracking.registry import MODEL_FOLDER, Registration, pack, quoted, register
 
 _DIGEST = 36
-"""Characters that MLflow keeps of a data set's digest."""
+"""Maximum length of a data set's digest in MLflow, in characters."""
 _MAX_VALUE = 5000
-"""Characters of a parameter or tag that every MLflow store takes."""
+"""Maximum length of a parameter or tag that every MLflow store accepts, in characters."""
 
 _RUN_STATUS = {"finished": "FINISHED", "pruned": "KILLED", "failed": "FAILED", "interrupted": "KILLED"}
 
@@ -26,7 +26,7 @@ _RUN_STATUS = {"finished": "FINISHED", "pruned": "KILLED", "failed": "FAILED", "
 class Tracker:
     """One search in MLflow: its experiment, a parent run per category, a child run per trial.
 
-    Runs are found again by their tags, so that a search which is continued writes to the same ones.
+    Runs are found by their tags, so a continued search writes to the same runs.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Tracker:
         unsent: Path,
         has_parents: bool = True,
     ) -> None:
-        """Without parents each trial is a run of its own, as a single training is."""
+        """Without `has_parents` a trial's run has no parent run, as for a single training."""
         prepare_client()
         self._client = MlflowClient(tracking_uri=uri)
         self._registry = MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -52,11 +52,11 @@ class Tracker:
         self._outbox = Outbox(unsent, self._write)
 
     def put(self, event: Event) -> None:
-        """Hand over an event; returns at once."""
+        """Add an event; returns at once."""
         self._outbox.put(event)
 
     def close(self, patience: float) -> int:
-        """Write what is left, for at most `patience` seconds; the number of events that stay in the file instead."""
+        """Write the remaining events for at most `patience` seconds; returns how many stay in the file."""
         return self._outbox.close(patience)
 
     def register_champion(
@@ -71,12 +71,12 @@ class Tracker:
         figures: Path | None = None,
         promote: bool = True,
     ) -> Registration:
-        """Log a detector, packed to be served, and its figures to the trial's run; register it as `dskd-<category>`.
+        """Log a detector, packed for serving, with its metrics to the trial's run; register it as `dskd-<category>`.
 
-        With `promote` it becomes `champion` (`oracle` where the search selects on the test set) unless the present
-        one, chosen on the same images, has a higher validation objective. `figures` is a folder of pictures.
-        Raises TrackingUnavailableError where the server is away for `patience` seconds, TrackingRefusedError where
-        it refuses.
+        With `promote` it gets the alias `champion` (`oracle` if the search selects on the test set) unless the
+        current one, selected on the same images, has a higher validation objective. `figures` is a folder of
+        pictures. Raises TrackingUnavailableError if the server is away for `patience` seconds,
+        TrackingRefusedError if it refuses.
         """
         tags = {
             **self._tags,
@@ -123,7 +123,7 @@ class Tracker:
         tags: Mapping[str, str],
         patience: float,
     ) -> str:
-        """Log a detector folder, its figures and tags to the trial's run, and give its id; nothing is registered.
+        """Log a detector folder, its metrics and tags to the trial's run and return its id; registers nothing.
 
         Errors as `register_champion`.
         """
@@ -155,7 +155,7 @@ class Tracker:
             inputs = [DatasetInput(used, [InputTag("mlflow.data.context", "training")])]
             for each in (run, self._category_run(event.category)):
                 self._client.log_inputs(each, inputs)
-            self._client.set_tag(run, "dskd.data_sha256", event.sha256)  # what tune/train.py --from-run compares
+            self._client.set_tag(run, "dskd.data_sha256", event.sha256)  # compared by tune/train.py --from-run
         elif isinstance(event, EpochDone):
             self._client.log_batch(run, metrics=_metrics(event.metrics, event.epoch, event.time_ms))
         elif isinstance(event, Remarked):
@@ -164,14 +164,16 @@ class Tracker:
             self._client.set_tag(run, "dskd.status", event.status)
             if event.error:
                 self._client.set_tag(run, "dskd.error", event.error[:_MAX_VALUE])
-            elif "dskd.error" in self._client.get_run(run).data.tags:  # of an end that a killed driver saw last
+            elif (
+                "dskd.error" in self._client.get_run(run).data.tags
+            ):  # from an end recorded before the driver was killed
                 self._client.delete_tag(run, "dskd.error")
             self._client.set_terminated(run, _RUN_STATUS[event.status])
 
     def _end_lost_trials(self, parent: str) -> None:
-        """End the runs of trials that a killed search had started and no snapshot of Tune knew of.
+        """End the runs of trials that a killed search started but that are in no snapshot of Tune.
 
-        Others took their places; once a category has ended, none of its trials is running.
+        Other trials replaced them; once a category has ended, none of its trials is running.
         """
         wanted = f"tags.`mlflow.parentRunId` = '{parent}' and attributes.status = 'RUNNING'"
         for lost in self._client.search_runs([self._experiment_id()], wanted):
@@ -212,7 +214,7 @@ class Tracker:
                 else self._client.create_experiment(
                     self._search,
                     artifact_location=self._artifact_location,
-                    # Else its page opens among traces and prompts.
+                    # Otherwise MLflow opens its page on traces and prompts.
                     tags={"mlflow.experimentKind": "custom_model_development"},
                 )
             )

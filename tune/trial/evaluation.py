@@ -1,4 +1,4 @@
-"""The one look at the test images: a finished trial's detector is evaluated and kept as champion."""
+"""The only use of the test images: a finished trial's detector is evaluated and stored as champion."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,9 +16,9 @@ from tune.trial.spec import TrialSpec
 def save_evaluated_champion(
     storage: Storage, spec: TrialSpec, trial_id: str, detector_uri: str, local: Path
 ) -> tuple[Champion, DetectorRecord]:
-    """Evaluate a trial's detector on the test images, where a trial has its place, and keep it with these figures.
+    """Evaluate a trial's detector on the test images, with the resources of a trial, and store it with these figures.
 
-    `local` is a folder that receives the detector too.
+    The detector is also written to the folder `local`.
     """
     evaluation = evaluate_on_test.options(num_cpus=spec.cpus_per_worker, num_gpus=spec.gpus_per_worker)
     threads = max(1, int(spec.cpus_per_worker))
@@ -31,7 +31,7 @@ def evaluate_on_test(
     detector_uri: str, data: str, category: str, num_threads: int, cache_gb: float
 ) -> Mapping[str, float]:
     """`test/…` figures of a stored detector, computed on the cluster; empty without a usable test split."""
-    import torch  # seconds, which the driver can do without
+    import torch  # slow import that the driver does not need
 
     from dskd.detector import Detector
 
@@ -44,6 +44,6 @@ def evaluate_on_test(
         try:
             scores = detector.evaluate(local_copy(data, category, cache_gb), category)
         except ValueError as error:
-            print(f"{category}: no test figures: {error}")  # noqa: T201 - Ray carries it to the driver
+            print(f"{category}: no test figures: {error}")  # noqa: T201 - Ray sends it to the driver
             return {}
     return {f"test/{name}": value for name, value in scores._asdict().items()}

@@ -1,34 +1,34 @@
-"""Why a trial failed, in one line, and how much of its patience that costs, from the pages that Ray writes."""
+"""Why a trial failed, in one line, and its retry cost, read from Ray's long error texts."""
 
 import re
 
 OUT_OF_MEMORY = "out of memory: "
-"""What the reason begins with where memory did not suffice."""
-KILLED = "its process was killed (SIGKILL) or crashed, most likely for want of memory"
+"""First words of the reason if memory was too small."""
+KILLED = "its process was killed (SIGKILL) or crashed, most likely because memory was too small"
 _ADVICE = (
     "use nodes with more memory, fewer trials on each (--cpus-per-worker), or a smaller --batch-size or --image-size"
 )
-# Ray's memory monitor kills before the kernel would, and says what it saw.
+# Ray's memory monitor kills a process before the kernel does, and reports the memory in use.
 _MONITOR = "due to the node running low on memory"
 _SEEN = re.compile(r"Memory on the node \(IP: ([^,]+),[^)]*\) was ([\d.]+)GB used / ([\d.]+)GB limit")
-# A process that ended without a word to its raylet; its node lives on.
+# The process ended without a message to its raylet; its node is still alive.
 _VANISHED = "Worker unexpectedly exits with a connection error"
-# Its node went, and it with it: Ray notices the broken connection first.
+# The process was lost with its node: Ray notices the broken connection first.
 _LOST = re.compile(r"The actor [0-9a-f]+ is unavailable|its node has died|its owner has died")
-# What the other workers meet where one has vanished, often before Ray knows that it has.
+# Errors of the other workers when one has died, often before Ray has noticed.
 _PEER = re.compile(r"Connection (closed|reset) by peer|ncclRemoteError|remote process exited")
-# Tune heads every failure of a trial so, in one file.
+# Header of each failure in Tune's error file of a trial.
 _HEAD = re.compile(r"^Failure # \d+ \(occurred at [^)]*\)$", re.MULTILINE)
 
-PATIENCE = 99
-"""A trial starts again until its failures since its last new epoch have cost more than this."""
+MAX_RETRY_COST = 99
+"""A trial is restarted while the retry costs of its failures since its last new epoch sum to at most this."""
 
 
-def cost(text: str) -> int:
-    """What the last failure costs a trial: a lost node is no fault of its own, which a spot cluster has many of.
+def retry_cost(text: str) -> int:
+    """Retry cost of the trial's last failure: low for a lost node, which is common on a spot cluster.
 
-    So it outlives 99 lost nodes in a row, 9 killed processes of its own or of a worker's peer (by a person, a
-    crash, or for want of memory: nobody can tell), or 3 failures of any other kind.
+    A trial survives 99 lost nodes in a row, 9 killed processes of its own or of another worker (by a person, a
+    crash or too little memory: the text does not tell), or 3 failures of any other kind.
     """
     last = last_failure(text)
     if _MONITOR in last:
@@ -39,14 +39,14 @@ def cost(text: str) -> int:
 
 
 def last_failure(text: str) -> str:
-    """What Tune wrote about the last of a trial's failures."""
+    """Tune's text on the last of a trial's failures."""
     return _HEAD.split(text)[-1].strip()
 
 
 def out_of_memory_reason(text: str) -> str | None:
-    """The reason where a trial last failed because its node's memory did not suffice, or probably so; else None.
+    """The reason if a trial's last failure was, or probably was, too little memory on its node; else None.
 
-    Of several DDP workers one is killed, and the others fail because it is gone: any of them may come last.
+    If one of several DDP workers is killed, the others fail because it is gone: any of them may be reported last.
     """
     last = last_failure(text)
     if _MONITOR in last:

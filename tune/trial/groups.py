@@ -1,4 +1,4 @@
-"""Groups of DDP workers: Ray Train's job of one trial."""
+"""Groups of DDP workers: the Ray Train job of one trial."""
 
 import dataclasses
 import os
@@ -12,14 +12,14 @@ from tune.trial.worker import run_worker
 
 
 def ray_train_job(spec: TrialSpec, run_config: ray.train.RunConfig) -> ray.train.torch.TorchTrainer:
-    """The DDP training of `spec.num_workers` workers, or of as few as `spec.min_workers`.
+    """DDP training with `spec.num_workers` workers, or with down to `spec.min_workers` if that is given.
 
-    Two of Ray Train's defaults are replaced, wherever the environment does not set them.
+    Replaces two of Ray Train's defaults unless the environment sets them.
     """
-    # A cluster may have to grow or to finish other work first; Ray's default takes a minute of that for a failure.
+    # A cluster may have to grow or to finish other work first; by default Ray fails after one minute of waiting.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "86400")
-    # One report of each worker is taken per look at them, and the next one waits: Ray's default of 2 s would be
-    # the least that an epoch takes.
+    # Ray Train takes one report per worker and health check, and the next report waits: with Ray's default of 2 s
+    # no epoch could take less.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
     resources = {"CPU": spec.cpus_per_worker}
     if spec.gpus_per_worker > 0:

@@ -1,4 +1,4 @@
-"""What a trial is told and what it reports: plain values, without torch or Ray."""
+"""Input and reports of a trial: plain values, without torch or Ray."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,28 +12,28 @@ from tune.storage.uris import absolute
 EPOCH = "epoch"
 """Epochs trained so far, counted from 1."""
 OBJECTIVE = "val/best_objective"
-"""Highest validation objective of the epochs so far: what the search compares."""
+"""Highest validation objective of the epochs so far; the search compares trials by it."""
 ERROR = "error"
-"""Why a trial ended that would fail again on every attempt; its objective is 0."""
+"""Reason of a trial that would fail again on every attempt; its objective is 0."""
 CATEGORY = "category"
-"""Category that the trial trained on."""
+"""Category that the trial was trained on."""
 DATA_SHA256 = "data_sha256"
-"""Fingerprint of the images that the trial trained and was validated on."""
+"""Fingerprint of the trial's training and validation images."""
 REMARK = "remark"
-"""What a person should know of a trial that something hinders."""
+"""Remark for the user about a trial that runs under a limitation."""
 PLACEMENT_GROUP = "placement_group"
-"""Hex id of the resources that DDP workers run in."""
+"""Hex id of the placement group of DDP workers."""
 RUNG = "rung/"
-"""With an epoch behind it: the objective at that epoch, reported ever after."""
+"""Prefix before an epoch: the objective at that epoch, repeated in all later reports."""
 SYSTEM = "system/"
-"""Before the names of MLflow's system metrics."""
+"""Prefix of MLflow's system metrics."""
 _TRACKED = ("train/", "val/", "time/", SYSTEM)
-"""What the names of tracked figures begin with."""
+"""Prefixes of the metrics that are tracked in MLflow."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TrialSpec:
-    """What the processes of a trial are told; Ray carries it between machines."""
+    """Everything that the processes of a trial need; Ray sends it to other machines."""
 
     config: Mapping[str, Any]
     """`RunConfig.to_dict()`."""
@@ -45,14 +45,14 @@ class TrialSpec:
     cpus_per_worker: float
     gpus_per_worker: float
     workers_uri: str
-    """Folder under which DDP trials keep their checkpoints."""
+    """Folder or address for the checkpoints of DDP trials."""
     revision: str
-    """Git commit of the code, empty where there is none."""
+    """Git commit of the code; empty if unknown."""
     textures: str = ""
-    """Folder of images that feed the synthetic defects; empty: textures are drawn."""
+    """Folder of texture images for the synthetic defects; empty: textures are drawn."""
     selection: Selection = "val"
     min_workers: int | None = None
-    """Fewest DDP workers that the trial may run with; None: always `num_workers`."""
+    """Smallest number of DDP workers that the trial may run with; None: always `num_workers`."""
 
     @property
     def workers(self) -> Workers:
@@ -63,7 +63,7 @@ class TrialSpec:
         return dataclasses.replace(self, config=config.to_dict())
 
     def tracked_values(self) -> dict[str, Any]:
-        """What MLflow records of a trial beside its configuration; `runs.tracked_run` reads it back."""
+        """Values that MLflow records in addition to the configuration; `runs.tracked_run` reads them back."""
         return {
             "textures": Path(self.textures).name or "drawn",
             "teacher_weights": TeacherSource(self.teacher_weights).name,
@@ -85,7 +85,7 @@ def build_spec(
     workers_uri: str,
     revision: str,
 ) -> TrialSpec:
-    """The one place where a trial's spec is made: all places become absolute."""
+    """Build a trial's spec; all paths become absolute."""
     return TrialSpec(
         config=config.to_dict(),
         data=absolute(data),
@@ -104,21 +104,21 @@ def build_spec(
 
 
 class UnrecoverableTrialError(RuntimeError):
-    """A trial's values or data make it fail wherever it runs; the message says why.
+    """A trial fails wherever it runs because of its values or data; the message gives the reason.
 
-    Raised on one of several workers, which must end together.
+    Raised on one of several workers, so that all of them end.
     """
 
 
 class Report(NamedTuple):
-    """One epoch's figures, and a folder to keep where it is time for a checkpoint."""
+    """Metrics of one epoch, and the checkpoint folder if one is due."""
 
     metrics: dict[str, Any]
     checkpoint: Path | None
 
 
 def tracked_figures(reported: Mapping[str, Any]) -> dict[str, float]:
-    """What MLflow keeps of one epoch's report."""
+    """The metrics of one epoch's report that MLflow records."""
     return {
         name: float(value)
         for name, value in reported.items()

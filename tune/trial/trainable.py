@@ -1,4 +1,4 @@
-"""One trial of a search: what Ray Tune starts, and how it gets its workers."""
+"""One trial of a search: the function that Ray Tune calls, and the resources of its workers."""
 
 import functools
 import hashlib
@@ -20,17 +20,17 @@ from tune.trial.spec import EPOCH, ERROR, OBJECTIVE, TrialSpec, UnrecoverableTri
 from tune.trial.worker import train
 
 MAX_FAILURES = 3
-"""Times that the workers of one Ray Train job start again."""
+"""Maximum number of restarts of a Ray Train job's workers."""
 DRIVER_RESOURCE = "dskd_driver"
-"""Custom resource of nodes that stay: whatever waits for others asks for a bit of it, so that no spot node holds it."""
+"""Custom resource of permanent nodes; processes that only wait request some of it, to stay off spot nodes."""
 _DRIVER_MEMORY = 512 * 2**20
 
 
 def trainable(spec: TrialSpec, space: Space) -> Any:
-    """What Tune runs for every trial of a category, under a name of its own.
+    """The function that Tune calls for every trial of a category, under a unique name.
 
-    Tune hands trainables to its processes through one table of the whole job, by name: were those of two
-    categories called alike, the trials of one would train on the data of the other (seen with Ray 2.60).
+    Tune passes trainables to its processes by name, in one table for the whole job: if two categories used the same
+    name, the trials of one would train on the data of the other (seen with Ray 2.60).
     """
     made: Any = ray.tune.with_resources(
         ray.tune.with_parameters(run_trial, spec=spec, space=space), trial_resources(spec)
@@ -40,10 +40,10 @@ def trainable(spec: TrialSpec, space: Space) -> Any:
 
 
 def run_trial(suggested: Mapping[str, Any], spec: TrialSpec, space: Space) -> None:
-    """Tune's trainable: train with the suggested values, reporting every epoch.
+    """Tune's trainable: train with the suggested values and report every epoch.
 
-    A trial of one worker runs in this process. Several workers are a Ray Train job of their own,
-    named after the trial, so that a trial started again finds its checkpoints.
+    A trial of one worker runs in this process. Several workers run as a Ray Train job named after the trial, so
+    that a restarted trial finds its checkpoints.
     """
     mine = spec.with_config(space.configuration(suggested))
     if mine.num_workers > 1:
@@ -59,7 +59,7 @@ def run_trial(suggested: Mapping[str, Any], spec: TrialSpec, space: Space) -> No
     device = torch.device("cuda" if mine.gpus_per_worker > 0 else "cpu")
     for report in train(mine, WorkerRank(), device, ray.tune.get_checkpoint(), node_is_leaving):
         kept = ray.tune.Checkpoint.from_directory(str(report.checkpoint)) if report.checkpoint else None
-        # Ray gives up after seconds; a trial started again for it would lose minutes.
+        # Ray gives up after seconds; restarting the trial would lose minutes.
         with_retries(functools.partial(ray.tune.report, report.metrics, checkpoint=kept), "keeping a checkpoint")
 
 
@@ -71,10 +71,10 @@ def _train_with_workers(spec: TrialSpec, trial_id: str) -> None:
             storage_path=spec.workers_uri,
             callbacks=[TuneReportCallback(), Reservation()],  # type: ignore[list-item]
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
-            # Tune weighs the failures, and forgives those before an epoch that was news.
+            # Failures are handled by Tune; study.hooks resets their count at every new epoch.
             failure_config=ray.train.FailureConfig(
                 max_failures=0,
-                # Workers that die before they train are another matter to Ray Train, which would start them for ever.
+                # Ray Train counts workers that die before training separately and by default restarts them forever.
                 controller_failure_limit=MAX_FAILURES,  # type: ignore[call-arg]
             ),
         ),
@@ -83,10 +83,10 @@ def _train_with_workers(spec: TrialSpec, trial_id: str) -> None:
 
 
 def trial_resources(spec: TrialSpec) -> ray.tune.PlacementGroupFactory:
-    """What Tune reserves for a trial; the workers of a nested Ray Train job reserve their own."""
+    """Resources that Tune reserves for a trial; the workers of a nested Ray Train job reserve their own."""
     if spec.num_workers > 1:
-        # No CPU: the workers may need every one. Ray refuses an empty reservation, so take the memory
-        # that this waiting process really uses.
+        # No CPU: the workers may need all of them. Ray refuses an empty reservation, so reserve the memory that
+        # this waiting process really uses.
         return ray.tune.PlacementGroupFactory([{"memory": _DRIVER_MEMORY, **driver_resources()}])
     bundle = {"CPU": spec.cpus_per_worker}
     if spec.gpus_per_worker > 0:
@@ -95,8 +95,8 @@ def trial_resources(spec: TrialSpec) -> ray.tune.PlacementGroupFactory:
 
 
 def driver_resources() -> dict[str, float]:
-    """What a process that only waits for others asks for: a thousandth of `dskd_driver`, where a node offers any.
+    """Resources of a process that only waits for others: 0.001 of `dskd_driver`, if the cluster has any.
 
-    Ray Train's controller runs on the node of the process that started it, so it stays off spot nodes too.
+    Ray Train's controller runs on the node of the process that started it, so it also stays off spot nodes.
     """
     return {DRIVER_RESOURCE: 0.001} if DRIVER_RESOURCE in ray.cluster_resources() else {}

@@ -1,4 +1,4 @@
-"""What runs in the processes that compute: one trial's training, alone or as one of several DDP workers."""
+"""The training of one trial in a worker process, alone or as one of several DDP workers."""
 
 import contextlib
 import functools
@@ -46,11 +46,11 @@ from tune.trial.spec import (
 )
 
 CHECKPOINT_SECONDS = float(os.environ.get("DSKD_CHECKPOINT_SECONDS", "60"))
-"""A killed trial loses at most this much training, or one epoch where that takes longer."""
+"""Seconds between checkpoints: a killed trial loses at most this much training, or one epoch if that takes longer."""
 
 
 def run_worker(values: Mapping[str, Any]) -> None:
-    """One DDP worker of a trial; Ray Train calls it with `TrialSpec`'s fields on every worker."""
+    """One DDP worker of a trial; Ray Train calls it on every worker with the fields of `TrialSpec`."""
     spec = TrialSpec(**values)
     context = ray.train.get_context()
     worker = WorkerRank(context.get_world_rank(), context.get_world_size())
@@ -60,7 +60,7 @@ def run_worker(values: Mapping[str, Any]) -> None:
     storage = context.get_storage()
 
     def upload(checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
-        # Ray gives up after seconds; a trial started again for it would lose minutes.
+        # Ray gives up after seconds; restarting the trial would lose minutes.
         persist = functools.partial(storage.persist_current_checkpoint, checkpoint, name)
         kept: ray.train.Checkpoint = with_retries(persist, f"keeping {name}")
         return kept
@@ -73,7 +73,7 @@ def run_worker(values: Mapping[str, Any]) -> None:
         ray.train.report(report.metrics | where, checkpoint=kept, checkpoint_upload_fn=upload)
 
 
-def _stays() -> bool:
+def _never_leaves() -> bool:
     return False
 
 
@@ -82,22 +82,22 @@ def train(
     worker: WorkerRank,
     device: torch.device,
     resumed: "ray.train.Checkpoint | None",
-    is_leaving: Callable[[], bool] = _stays,
+    is_leaving: Callable[[], bool] = _never_leaves,
 ) -> Iterator[Report]:
-    """Train to the last epoch, from `resumed` where given, reporting every epoch.
+    """Train to the last epoch, from the checkpoint `resumed` if given; yields a report after every epoch.
 
-    The first worker's last report carries the finished detector in `detector/`, its earlier ones
-    now and then the state to resume from: so too at the end of every epoch once `is_leaving`, which all
-    workers ask then, says that a node will go. What would fail again on every attempt, a diverged training or one
-    that does not fit in memory, ends with an objective of 0 and the reason under `error`; what one of
-    several workers meets alone is raised as UnrecoverableTrialError.
+    The first worker's last report has the finished detector in `detector/`; earlier ones have a checkpoint every
+    `CHECKPOINT_SECONDS`, or every epoch once `is_leaving` returns True because a node will go. All workers call it
+    after every epoch. A failure that would occur on every attempt, such as a diverged training or too little memory,
+    ends the trial with objective 0 and the reason under `error`. If only one of several workers meets it, it is
+    raised as UnrecoverableTrialError.
     """
     last = 0
     try:
         for report in _train(spec, worker, device, resumed, is_leaving):
             last = int(report.metrics[EPOCH])
             yield report
-    except NonFiniteLossError as error:  # on every worker alike
+    except NonFiniteLossError as error:  # on all workers at once
         yield Report({EPOCH: last + 1, OBJECTIVE: 0.0, ERROR: str(error)}, None)
     except (RuntimeError, MemoryError, ValueError) as error:
         reason = _unrecoverable_reason(error)
@@ -109,9 +109,9 @@ def train(
 
 
 def _unrecoverable_reason(error: Exception) -> str | None:
-    """Why trying again cannot help; None where it may."""
+    """Why a retry cannot help; None if it may."""
     line = (str(error).strip().splitlines() or [""])[0]
-    # torch has a class for the memory of a GPU only.
+    # torch has an exception class only for the memory of a GPU.
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in line:
         return f"{OUT_OF_MEMORY}{line}"
     return line if isinstance(error, ValueError) else None
@@ -145,7 +145,7 @@ def _train(
             run.restore(Path(folder))
     trained = ray.train.torch.prepare_model(run.students) if worker.world_size > 1 else run.students
     saved = time.monotonic()
-    machine_usage(device, default_folder())  # the next one tells what happens from here on
+    machine_usage(device, default_folder())  # starts the measuring period of the next call
     for result, seconds in _timed(run.epochs(trained, worker)):
         epoch = result.epoch
         metrics = {
@@ -175,10 +175,10 @@ def _train(
             write = functools.partial(run.save, Path(temporary))
             if is_last:
                 record, weights = run.detector(spec.revision)
-                # The detector as delivered: its score parameters may be better than those trained with.
+                # Metrics of the final detector, whose score parameters may be better than those used in training.
                 metrics |= {OBJECTIVE: record.metrics["val/objective"], **record.metrics}
                 write = functools.partial(_write_result, Path(temporary), run, record, weights)
-            # What fills a disk may go: another trial's checkpoint on its way to the storage.
+            # A full disk may have room again soon, for example after the upload of another trial's checkpoint.
             with_retries(write, f"writing a checkpoint to {temporary}")
             yield Report(metrics, Path(temporary))
         saved = time.monotonic()
@@ -190,12 +190,12 @@ def _write_result(folder: Path, run: TrainingRun, record: DetectorRecord, weight
 
 
 def _passed(run: TrainingRun) -> list[int]:
-    """The epochs at which the run was compared with others."""
+    """The rungs that the run has passed."""
     return [rung for rung in rungs(run.config.train.epochs) if rung <= run.next_epoch]
 
 
 def _timed(epochs: Iterator[EpochResult]) -> Iterator[tuple[EpochResult, float]]:
-    """Each epoch with the seconds that it and its validation took, without the caller's time in between."""
+    """Each epoch with the seconds of its training and validation; the caller's time in between is not counted."""
     while True:
         started = time.perf_counter()
         result = next(epochs, None)
@@ -205,30 +205,30 @@ def _timed(epochs: Iterator[EpochResult]) -> Iterator[tuple[EpochResult, float]]
 
 
 def _finished(detector: Path, epochs: int) -> Report:
-    """The last report once more: the trial was killed between its last checkpoint and its end."""
+    """Repeat the last report: the trial was killed between its last checkpoint and its end."""
     record = read_record(detector)
     return Report({EPOCH: epochs, OBJECTIVE: record.metrics["val/objective"], **record.metrics}, detector.parent)
 
 
 @functools.lru_cache(maxsize=2)
 def shared_inputs(config: RunConfig, spec: DataSpec, cache_gb: float, device: torch.device) -> tuple[TrainingData, str]:
-    """What the trial trains with, and what a person should know of it, mostly nothing.
+    """Training data of the trial, and a remark for the user, usually empty.
 
-    Kept from trial to trial in a process that serves several: they differ in the students alone, and in
-    whether their teacher is amplified. Two are kept, so that trials with and without stage I may take turns;
-    images and features of both are files of the cache, mapped and not copied.
+    Cached between the trials of a process, which differ only in the students and in whether the teacher is
+    amplified. Two are cached, so that trials with and without stage I may alternate; images and features of both
+    are memory-mapped files of the cache.
     """
     remarks: list[str] = []
     cache = ArrayCache(default_folder(), int(cache_gb * 1e9), remarks.append) if cache_gb > 0 else None
     inputs = prepare(config, spec, device=device, cache=cache)
     reason = remarks[0].partition(";")[0] if remarks else ""
-    return inputs, f"images and features of this trial are in memory alone: {reason}" if reason else ""
+    return inputs, f"images and features of this trial are kept only in memory: {reason}" if reason else ""
 
 
 def machine_usage(device: torch.device, folder: Path) -> dict[str, float]:
-    """Use of CPUs (mean since the last call in this process), memory, the disk of `folder`, and of `device` if a GPU.
+    """Use of CPUs (mean since the last call in this process), memory, the disk of `folder`, and `device` if a GPU.
 
-    All of the machine, whoever uses it. A GPU's load is left out where its driver does not tell it.
+    Measured over the whole machine, all processes included. A GPU's load is left out if its driver does not report it.
     """
     memory, disk = psutil.virtual_memory(), psutil.disk_usage(_existing(folder))
     usage = {
@@ -256,6 +256,6 @@ def _gpu_usage(device: torch.device) -> dict[str, float]:
     }
     try:
         usage[f"{name}_utilization_percentage"] = torch.cuda.utilization(device)
-    except (ModuleNotFoundError, RuntimeError):  # no NVML in this container or partition
+    except (ModuleNotFoundError, RuntimeError):  # NVML is missing in this container or GPU partition
         return usage
     return usage

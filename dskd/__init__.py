@@ -6,6 +6,7 @@ Nothing here imports torch until it is used: `import dskd` is instant.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from dskd.config import VERSION as __version__
 from dskd.config import DataConfig, LossConfig, ModelConfig, RunConfig, ScoreConfig, TrainConfig
 from dskd.presets import PRESETS
 
@@ -13,9 +14,6 @@ if TYPE_CHECKING:
     from dskd.checkpoint import BrokenDetectorError as BrokenDetectorError
     from dskd.detector import Detector as Detector
     from dskd.detector import Prediction as Prediction
-
-__version__ = "0.1.0"
-"""As in pyproject.toml; here for copies that are not installed, as in a served model."""
 
 _LAZY = {"BrokenDetectorError": "dskd.checkpoint", "Detector": "dskd.detector", "Prediction": "dskd.detector"}
 
@@ -30,6 +28,7 @@ __all__ = [
     "RunConfig",
     "ScoreConfig",
     "TrainConfig",
+    "__version__",
 ]
 
 

@@ -17,10 +17,9 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
-from dskd import __version__
 from dskd.atomic import check_can_be_made, file_in_making, folder_in_making
 from dskd.calibration import Threshold
-from dskd.config import RunConfig, Selection, TeacherSource
+from dskd.config import VERSION, RunConfig, Selection, TeacherSource
 from dskd.model.teacher import IMAGENET_MEAN, IMAGENET_STD
 
 SCHEMA_VERSION = 2
@@ -96,7 +95,7 @@ class DetectorRecord:
             "false_alarm_rates": self.guarantee,
             "preprocessing": {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "resize": "bilinear, antialiased"},
             "weights": {"file": WEIGHTS_FILE, "sha256": weights_sha256},
-            "versions": {"dskd": __version__, "python": platform.python_version()}
+            "versions": {"dskd": VERSION, "python": platform.python_version()}
             | {name: version(name) for name in _LIBRARIES},
             "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }

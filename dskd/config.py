@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
+VERSION = "0.1.0"
+"""As in pyproject.toml; here for copies that are not installed, as in a served model."""
+
 Fusion = Literal["sum", "product", "max"]
 StudentFusion = Literal["sum", "product", "max", "noisy-or"]
 Selection = Literal["val", "oracle"]

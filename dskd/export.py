@@ -1,7 +1,6 @@
 """A detector as one ONNX graph, from RGB bytes to anomaly maps and scores, and the proof that it is the same."""
 
 import json
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from dskd.anomaly import anomaly_maps, discrepancies, image_scores
 from dskd.atomic import check_can_be_made, file_in_making
+from dskd.config import VERSION
 from dskd.detector import Detector
 from dskd.evaluate import AnomalyScores
 from dskd.model.teacher import normalize
@@ -212,7 +212,7 @@ def _metadata(detector: Detector) -> dict[str, str]:
     record = detector.record
     values: dict[str, Any] = {
         "schema": SCHEMA_VERSION,
-        "version": version("dskd"),
+        "version": VERSION,
         "category": record.category,
         "image_size": record.config.data.image_size,
         "thresholds": [threshold._asdict() for threshold in record.thresholds],

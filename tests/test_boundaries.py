@@ -177,8 +177,9 @@ def test_the_leaves_do_not_know_each_other() -> None:
 
 def test_public_names_exist_and_are_all_there_is() -> None:
     assert len(set(dskd.__all__)) == len(dskd.__all__)
-    for name in dskd.__all__:
-        assert getattr(dskd, name).__module__.startswith("dskd.") if name != "PRESETS" else dskd.PRESETS
+    assert dskd.PRESETS and dskd.__version__
+    for name in set(dskd.__all__) - {"PRESETS", "__version__"}:
+        assert getattr(dskd, name).__module__.startswith("dskd.")
     with pytest.raises(AttributeError, match="no attribute 'Detektor'"):
         dskd.Detektor  # noqa: B018
 

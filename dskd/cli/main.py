@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from dskd import __version__
 from dskd.arguments import ConfigSource, UsageError, parse, parse_known
 from dskd.cli.output import (
     describe_thresholds,
@@ -26,7 +25,7 @@ from dskd.cli.output import (
     print_scores,
     say,
 )
-from dskd.config import DataSpec, RunConfig, TeacherSource
+from dskd.config import VERSION, DataSpec, RunConfig, TeacherSource
 from dskd.presets import Preset
 
 if TYPE_CHECKING:
@@ -348,7 +347,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "export": export,
         }
         what = "Visual anomaly detection by knowledge distillation."
-        run = parse(commands, given, prog="dskd", description=what, version=__version__)
+        run = parse(commands, given, prog="dskd", description=what, version=VERSION)
         run()
     except UsageError as error:
         say(str(error))

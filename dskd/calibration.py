@@ -26,7 +26,7 @@ def conformal_threshold(normal_scores: Sequence[float], false_alarm_rate: float)
 
     With n exchangeable normal scores the ceil((n + 1)(1 - rate))-th smallest is exceeded by a new
     normal score with probability at most the rate (Vovk et al. 2005; Lei et al. 2018, eq. 2), so
-    1/(n + 1) is the lowest rate that n images can vouch for. The probability is over the draw of the
+    1/(n + 1) is the lowest rate that n images can guarantee. The probability is over the draw of the
     n images and the new one together: a single draw's rate varies around it.
     """
     if not 0 < false_alarm_rate < 1:
@@ -43,7 +43,7 @@ def calibrate(normal_scores: Sequence[float], rates: Iterable[float] = FALSE_ALA
     """Thresholds for each attainable rate, the strictest last; at least one.
 
     Where the images are too few even for the loosest rate, the only entry is the lowest rate
-    that they can vouch for, 1/(n + 1).
+    that they can guarantee, 1/(n + 1).
     """
     if not normal_scores:
         raise ValueError("no held-out normal score to calibrate on; raise validation_fraction.")

@@ -103,7 +103,7 @@ def _scored(settings: ScoringSettings) -> dict[str, Any]:
         connect(settings.address)
         files = ray.put({name: (folder / name).read_bytes() for name in (RECORD_FILE, WEIGHTS_FILE)})
         weights_sha256 = sha256_of(folder / WEIGHTS_FILE)
-    workers = _workers(settings, len(names))
+    workers = choose_workers(settings, len(names))
     _say(f"inspecting {len(names)} images with {workers.number} workers")
     try:
         _stream(settings, names, detector.record.config.data.image_size, files, limit, workers)
@@ -182,7 +182,7 @@ class Workers(NamedTuple):
     gpus: float
 
 
-def _workers(settings: ScoringSettings, num_images: int) -> Workers:
+def choose_workers(settings: ScoringSettings, num_images: int) -> Workers:
     """As asked for, or as many as the cluster holds and the images keep busy.
 
     Raises ValueError where a cluster that was started for this cannot hold them.

@@ -1,4 +1,4 @@
-"""From disagreement to judgement: pure functions from pyramids to anomaly maps to image scores."""
+"""Anomaly maps and image scores: pure functions of feature pyramids."""
 
 import functools
 import math
@@ -129,7 +129,7 @@ def _blur(maps: Tensor, sigma: float) -> Tensor:
 def _blur_matrix(side: int, sigma: float) -> npt.NDArray[np.float32]:
     """The Gaussian along one axis (side, side), the edge pixels mirrored outwards ("reflect" in scipy's words).
 
-    In numpy, so that it is a constant to whoever traces the maps and no part of an exported graph.
+    In numpy, so that it becomes a constant of an exported graph.
     """
     radius = math.floor(BLUR_TRUNCATE * sigma + 0.5)
     offsets = np.arange(-radius, radius + 1)

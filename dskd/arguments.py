@@ -60,7 +60,7 @@ def parse(
 
 
 def parse_into(target: Callable[..., Result], arguments: Sequence[str], *, prog: str) -> Result:
-    """What `target`, a dataclass or a `deferred` function, gives with the arguments: a program of one command.
+    """The result of `target`, a dataclass or a `deferred` function, with the arguments; for programs of one command.
 
     Prints help and exits where that is asked for. Raises UsageError, also for the ValueError of a value that is
     out of range.
@@ -170,6 +170,6 @@ def _spellings(name: str, kind: Any) -> list[str]:
 
 
 def _near(word: str, known: Iterable[str]) -> str:
-    bare = {name.lstrip("-"): name for name in known}  # two dashes in common are no likeness
+    bare = {name.lstrip("-"): name for name in known}  # the two dashes must not count as likeness
     close = difflib.get_close_matches(word.lstrip("-"), bare, n=1)
     return f", did you mean {bare[close[0]]}?" if close else ""

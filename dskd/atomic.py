@@ -1,4 +1,4 @@
-"""Files and folders that appear under their name whole or not at all, whatever is killed meanwhile."""
+"""Atomic writes: a file or folder appears complete or not at all, also when the process is killed."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ def check_can_be_made(path: Path, flag: str) -> None:
 
 @contextmanager
 def file_in_making(path: Path) -> Iterator[Path]:
-    """An empty sibling that takes the place of `path` when the block ends, and vanishes when it fails."""
+    """A temporary file beside `path` that replaces it when the block ends, and is removed when the block fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     os.close(handle)
@@ -33,7 +33,7 @@ def file_in_making(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def folder_in_making(folder: Path) -> Iterator[Path]:
-    """A temporary sibling that takes the place of `folder` when the block ends, and vanishes when it fails."""
+    """A temporary folder that replaces `folder` when the block ends, and is removed when the block fails."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
@@ -44,7 +44,7 @@ def folder_in_making(folder: Path) -> Iterator[Path]:
 
 
 def move_into_place(temporary: Path, folder: Path) -> None:
-    """Give a finished folder the name of a sibling that it replaces where there is one."""
+    """Rename a finished folder to `folder`, replacing an older one."""
     for file in sorted(temporary.rglob("*")):
         if file.is_file():
             _flush(file)

@@ -26,7 +26,7 @@ def conformal_threshold(normal_scores: Sequence[float], false_alarm_rate: float)
 
     With n exchangeable normal scores the ceil((n + 1)(1 - rate))-th smallest is exceeded by a new
     normal score with probability at most the rate (Vovk et al. 2005; Lei et al. 2018, eq. 2), so
-    1/(n + 1) is the lowest rate that n images can vouch for. The probability is over the draw of the
+    1/(n + 1) is the lowest rate that n images can guarantee. The probability is over the draw of the
     n images and the new one together: a single draw's rate varies around it.
 
     >>> conformal_threshold([0.1, 0.4, 0.2, 0.3], 0.4)  # the ceil(5 · 0.6) = 3rd smallest
@@ -48,7 +48,7 @@ def calibrate(normal_scores: Sequence[float], rates: Iterable[float] = FALSE_ALA
     """Thresholds for each attainable rate, the strictest last; at least one.
 
     Where the images are too few even for the loosest rate, the only entry is the lowest rate
-    that they can vouch for, 1/(n + 1).
+    that they can guarantee, 1/(n + 1).
 
     >>> calibrate([0.1, 0.3, 0.2])
     (Threshold(false_alarm_rate=0.25, value=0.3, num_normals=3),)

@@ -48,7 +48,7 @@ class DetectorRecord:
     """Normal images held out from training to select on: file names of training images, or paths below the
     category's folder where it has validation images of its own."""
     calibration_files: tuple[str, ...]
-    """The held-out normal images that the thresholds rest on, named alike; in older records all of them."""
+    """The held-out normal images that the thresholds are computed from, named in the same way; in older records all."""
     epoch: int
     """Epoch, counted from 0, whose students these are."""
     thresholds: tuple[Threshold, ...]
@@ -108,7 +108,7 @@ class DetectorRecord:
         A field that is newer than the document takes its default. Raises KeyError, TypeError or ValueError
         where it does not fit this schema.
         """
-        if "calibration_files" not in document:  # of the time when all held-out images served both
+        if "calibration_files" not in document:  # written when all held-out images both selected and calibrated
             data = {**document["config"]["data"], "calibration_fraction": 0.0}
             document = {
                 **document,
@@ -141,7 +141,7 @@ def write_detector(
     """
     check_replaceable(folder)
     with folder_in_making(folder) as temporary:
-        # In Python's own hand: on a full disk safetensors' and torch's writers raise what is no OSError.
+        # Written by Python: on a full disk the writers of safetensors and torch raise other errors than OSError.
         (temporary / WEIGHTS_FILE).write_bytes(
             safetensors.torch.save({name: value.contiguous() for name, value in weights.items()})
         )
@@ -217,6 +217,6 @@ def sha256_of(path: Path) -> str:
 
 
 def threshold_for(thresholds: Sequence[Threshold], false_alarm_rate: float) -> Threshold:
-    """The strictest stored threshold that is no stricter than asked; the loosest where all are stricter."""
+    """The strictest stored threshold whose false-alarm rate is at least the given one; else the loosest."""
     loose_enough = [threshold for threshold in thresholds if threshold.false_alarm_rate >= false_alarm_rate]
     return loose_enough[-1] if loose_enough else thresholds[0]

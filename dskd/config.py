@@ -74,8 +74,8 @@ class DataConfig:
     validation_fraction: float = 0.2
     """Share of the normal training images held out for validation, in (0, 1); STFPM holds out 0.2."""
     calibration_fraction: float = 0.5
-    """Share of the held-out normals that selection never sees and thresholds alone rest on, in [0, 1); at 0 all
-    of them serve both, and the thresholds' false-alarm rates are approximate."""
+    """Share of the held-out normals that are used for the thresholds alone and never for selection, in [0, 1); at 0 all
+    are used for both, and the thresholds' false-alarm rates are approximate."""
     split_seed: int = 0
     """Seed of the held-out splits and of the synthetic defects drawn on it."""
 

@@ -19,7 +19,8 @@ from dskd.model.amplification import AmplifiedTeacher, build_amplifier
 from dskd.model.network import build_students
 from dskd.model.teacher import Teacher, build_teacher
 
-_CHUNK = 64
+PREDICT_CHUNK = 64
+"""Images that `Detector.predict` holds in memory at a time."""
 _EIGHT_NEIGHBOURS = np.ones((3, 3), np.int8)
 
 
@@ -27,7 +28,7 @@ Verdict = Literal["good", "anomalous", "unreadable"]
 
 
 class Region(NamedTuple):
-    """A box around connected anomalous pixels, in pixels of the inspected (resized) image."""
+    """A box around connected anomalous pixels, in pixels of the resized image."""
 
     left: int
     top: int
@@ -146,8 +147,8 @@ class Detector:
         Raises ValueError naming the file that is not a readable image.
         """
         size = self.record.config.data.image_size
-        for start in range(0, len(paths), _CHUNK):
-            chunk = paths[start : start + _CHUNK]
+        for start in range(0, len(paths), PREDICT_CHUNK):
+            chunk = paths[start : start + PREDICT_CHUNK]
             yield from self.predict_pixels(chunk, load_images(chunk, size), threshold)
 
     def predict_pixels(
@@ -180,7 +181,7 @@ APPROXIMATE = "approximate: the images behind it also selected the model"
 
 
 def chosen_limit(detector: "Detector", false_alarm_rate: float, threshold: float | None) -> tuple[float, str]:
-    """The score above which an image is anomalous, and what is to be said of it; `threshold` stands as it is.
+    """The threshold of the score, and a note on where it comes from; `threshold` is taken as it is where given.
 
     Raises ValueError on a rate outside (0, 1).
     """
@@ -192,8 +193,8 @@ def chosen_limit(detector: "Detector", false_alarm_rate: float, threshold: float
     note = f"threshold {found.value:.4g} for at most {found.false_alarm_rate:.1%} false alarms"
     if found.false_alarm_rate > false_alarm_rate:
         note += (
-            f" ({found.num_normals} held-out normals cannot vouch for {false_alarm_rate:.1%}: "
-            f"that takes {round(1 / false_alarm_rate) - 1})"
+            f" ({found.num_normals} held-out normals cannot guarantee {false_alarm_rate:.1%}: "
+            f"it takes {round(1 / false_alarm_rate) - 1})"
         )
     if detector.record.is_approximate:
         note += f" ({APPROXIMATE})"

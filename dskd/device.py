@@ -1,4 +1,4 @@
-"""Where tensors are computed: the choice of a device, its precision, and the way of images to it."""
+"""The device: its choice, its precision, and the transfer of images to it."""
 
 import re
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ def computing_device(wanted: str) -> torch.device:
 
     TensorFloat-32 is switched off for the whole process: losses, teacher features and scores are then
     float32 on every device, so that a threshold calibrated on a GPU holds on a CPU. The students' training
-    itself runs in bfloat16 on a GPU. For the entry of a command; a library's caller decides for himself.
+    itself runs in bfloat16 on a GPU. Commands call this; users of the library choose for themselves.
 
     Raises ValueError on another name and where there is no usable GPU.
     """

@@ -1,4 +1,4 @@
-"""Maps, scores and metrics of labelled images; the only door to test labels."""
+"""Maps, scores and metrics of labelled images; the only module that reads test labels."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -42,7 +42,7 @@ class LabelledImages(NamedTuple):
 
 
 class AnomalyScores(NamedTuple):
-    """What a detector sees in some images."""
+    """Anomaly maps and scores of some images."""
 
     maps: npt.NDArray[np.float32]
     """(N, S, S); higher is more anomalous, no fixed range."""
@@ -51,7 +51,7 @@ class AnomalyScores(NamedTuple):
 
 
 def label(samples: Sequence[Sample], images: npt.NDArray[np.uint8]) -> LabelledImages:
-    """What folders and mask files say of `images` (N, S, S, 3), those of `samples`."""
+    """Labels and masks of `images` (N, S, S, 3), read from the folders and mask files of `samples`."""
     return LabelledImages(
         images,
         load_masks(samples, images.shape[1]),
@@ -134,7 +134,7 @@ def score_images(
 def disagreements(
     teacher: Teacher | FeatureTable, students: nn.Module, images: npt.NDArray[np.uint8], device: torch.device
 ) -> Discrepancies:
-    """What all score configurations start from, of images (N, S, S, 3), on the CPU."""
+    """The discrepancies of images (N, S, S, 3), on the CPU; every score configuration starts from them."""
     batches = list(_compared(teacher, students, images, device, np.arange(len(images))))
 
     def joined(parts: Sequence[tuple[Tensor, ...] | None]) -> tuple[Tensor, ...] | None:

@@ -1,4 +1,4 @@
-"""What students and amplifiers minimise: pure functions from features to a scalar.
+"""The losses of students and amplifiers: pure functions from features to a scalar.
 
 All of them compare directions of feature vectors, in float32 also under autocast. A vector of zeros has
 no direction and counts as orthogonal to everything, with a finite gradient.

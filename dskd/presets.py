@@ -10,8 +10,8 @@ from dskd.config import AmplificationConfig, LossConfig, ModelConfig, RunConfig,
 
 PRESETS: dict[str, RunConfig] = {
     # Yao, Gao, arXiv 2402.00448. What is public of the paper is silent on the layers, the optimiser and
-    # the fusion; every value here is our reconstruction and not the paper's. A step that falls to zero
-    # stills the student encoder, which swings from epoch to epoch under a constant one.
+    # the fusion; every value here is our reconstruction and not the paper's. A learning rate that falls to zero
+    # stabilises the student encoder, which swings from epoch to epoch under a constant one.
     "dskd": RunConfig(train=TrainConfig(schedule="cosine")),
     # Wang et al., BMVC 2021, arXiv 2103.04257 v3.
     "stfpm": RunConfig(
@@ -44,7 +44,7 @@ _PRESET = "preset"
 def read_config(path: Path, preset: str | None = None) -> RunConfig:
     """The configuration in a TOML file; what it leaves out is the preset's.
 
-    `preset` stands above the file's own, which stands above "dskd".
+    `preset` overrides the file's own, which overrides "dskd".
     Raises ValueError naming the file, and the section and field where one is unknown, of the wrong type or out
     of range.
     """
@@ -75,7 +75,7 @@ def read_config(path: Path, preset: str | None = None) -> RunConfig:
 
 
 def to_toml(config: RunConfig) -> str:
-    """Every field of `config`; `read_config` makes the same of it, whatever the preset.
+    """Every field of `config` as TOML; `read_config` reads back the same, with any preset.
 
     >>> print(to_toml(PRESETS["stfpm"])[:23])
     [data]

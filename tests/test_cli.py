@@ -127,7 +127,7 @@ def test_a_rate_that_the_images_cannot_vouch_for_is_said(
 ) -> None:
     images = mvtec_root / "wood/test/good"
     outcome = dskd("predict", trained[0], images, "--out", tmp_path / "out", "--false-alarm-rate", "0.01")
-    assert "2 held-out normals cannot vouch for 1.0%: that takes 99" in outcome.err[-1]
+    assert "2 held-out normals cannot guarantee 1.0%: it takes 99" in outcome.err[-1]
 
 
 def test_rates_are_said_to_be_approximate_where_the_same_images_selected(mvtec_root: Path, tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_rates_are_said_to_be_approximate_where_the_same_images_selected(mvtec_r
 def test_an_unreadable_image_amid_others_leaves_nothing_half_written(
     trained: tuple[Path, CommandResult], mvtec_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dskd.detector._CHUNK", 1)  # the image before it is through when it is met
+    monkeypatch.setattr("dskd.detector.PREDICT_CHUNK", 1)  # the image before it is through when it is met
     shutil.copytree(mvtec_root / "wood/test/good", tmp_path / "in")
     (tmp_path / "in/001.png").write_bytes((tmp_path / "in/000.png").read_bytes()[:500])
     outcome = dskd("predict", trained[0], tmp_path / "in", "--out", tmp_path / "out")

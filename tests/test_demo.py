@@ -61,7 +61,7 @@ def test_good_pictures_vary_more_than_by_noise(drawn: Path) -> None:
 
 @pytest.mark.parametrize("name", CATEGORIES)
 def test_a_defect_changes_its_place_and_nothing_else(name: str) -> None:
-    product = demo._PRODUCTS[name]
+    product = demo.PRODUCTS[name]
     before = np.random.default_rng(5)
     clean = product.draw(before, 192, None)
     assert clean.dtype == np.float32 and clean.shape == (192, 192, 3)
@@ -85,13 +85,13 @@ def test_the_mask_holds_every_noticeable_change_and_little_else() -> None:
     defective[60:90, 10:30] += 3  # too faint to be marked, and stays
     truth = np.zeros((96, 96), bool)
     truth[30:50, 40:70] = True
-    found = demo._compare(clean, defective)
+    found = demo.find_change(clean, defective)
     assert found is not None
     image, mask = found
     assert (mask == truth).all()
     assert (image[5, 5] == clean[5, 5]).all() and (image[70, 20] == defective[70, 20]).all()
-    assert demo._compare(clean, clean) is None
-    assert demo._compare(clean, clean + np.uint8(9)) is None
+    assert demo.find_change(clean, clean) is None
+    assert demo.find_change(clean, clean + np.uint8(9)) is None
 
 
 def test_the_same_parameters_give_the_same_bytes(drawn: Path, tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_a_finished_set_is_left_alone(drawn: Path, monkeypatch: pytest.MonkeyPat
     def refuse(*_: object) -> None:
         raise AssertionError("drew again")
 
-    monkeypatch.setattr(demo, "_draw_item", refuse)
+    monkeypatch.setattr(demo, "draw_item", refuse)
     draw_dataset(drawn, **SMALL)
     draw_dataset(drawn, categories=CATEGORIES[::-1], **SMALL)
 
@@ -136,14 +136,14 @@ def test_a_root_that_holds_something_else_is_refused(drawn: Path, tmp_path: Path
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    draw_item = demo._draw_item
+    original = demo.draw_item
 
-    def fail_late(root: Path, item: demo._Item, *rest: int) -> None:
+    def fail_late(root: Path, item: demo.Item, *rest: int) -> None:
         if item.number == 1:
             raise OSError("disk full")
-        draw_item(root, item, *rest)
+        original(root, item, *rest)
 
-    monkeypatch.setattr(demo, "_draw_item", fail_late)
+    monkeypatch.setattr(demo, "draw_item", fail_late)
     with pytest.raises(OSError, match="disk full"):
         draw_dataset(tmp_path / "set", categories=("flange",), num_train=2, num_test=2, image_size=64)
     assert list(tmp_path.iterdir()) == []
@@ -158,7 +158,7 @@ def test_two_processes_may_draw_at_once(
     def overtake(*_: object) -> None:
         shutil.copytree(drawn, root, dirs_exist_ok=True)
 
-    monkeypatch.setattr(demo, "_draw_item", overtake)
+    monkeypatch.setattr(demo, "draw_item", overtake)
     monkeypatch.setattr("os.cpu_count", lambda: 1)
     if is_same:
         draw_dataset(root, **SMALL)

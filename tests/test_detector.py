@@ -37,7 +37,7 @@ def test_predictions_come_in_the_order_of_the_paths_whatever_the_chunk(
 ) -> None:
     wanted = photos[::-1]
     whole = list(detector.predict(wanted, 0.1))
-    monkeypatch.setattr(module, "_CHUNK", 3)
+    monkeypatch.setattr(module, "PREDICT_CHUNK", 3)
     chunked = list(detector.predict(wanted, 0.1))
     assert [seen.path for seen in whole] == [seen.path for seen in chunked] == wanted
     assert len({seen.score for seen in whole}) == len(wanted)
@@ -48,7 +48,7 @@ def test_predictions_come_in_the_order_of_the_paths_whatever_the_chunk(
 
 
 def test_predict_works_lazily(detector: Detector, photos: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_CHUNK", 2)
+    monkeypatch.setattr(module, "PREDICT_CHUNK", 2)
     endless = [*photos[:2], Path("unreadable.png")]
     assert len(list(itertools.islice(detector.predict(endless, 0.1), 2))) == 2
     with pytest.raises(ValueError, match=r"unreadable\.png does not exist"):

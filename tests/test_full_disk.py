@@ -32,15 +32,20 @@ def on_a_disk_of(tmp_path: Path) -> Callable[[str], list[str]]:
 def test_a_full_disk_of_the_cache_kills_nobody(on_a_disk_of: Callable[[str], list[str]], tmp_path: Path) -> None:
     """Writing to a sparse file there would end in SIGBUS."""
     body = (
-        "import numpy as np\nfrom pathlib import Path\nfrom dskd.data.cache import ArrayCache\n"
-        f"cache = ArrayCache(Path({str(tmp_path / 'disk')!r}), 10**9)\n"
+        "import sys, numpy as np\nfrom pathlib import Path\nfrom dskd.data.cache import ArrayCache\n"
+        "cache = ArrayCache(Path(sys.argv[1]), 10**9)\n"
         "print(cache.get('small', (1000,), np.uint8, lambda array: array.fill(1)).sum())\n"
         "try:\n    cache.get('large', (2 * 10**6,), np.uint8, lambda array: array.fill(1))\n"
         "except OSError as error:\n    print(error)\n"
-        "print(cache.get('small', (1000,), np.uint8, None).sum(), len(list(Path(cache._folder).glob('*.partial'))))\n"
+        "left = list(Path(sys.argv[1]).glob('*.partial'))\n"
+        "print(cache.get('small', (1000,), np.uint8, None).sum(), len(left))\n"
     )
     done = subprocess.run(
-        [*on_a_disk_of("1m"), sys.executable, "-c", body], capture_output=True, text=True, timeout=60, check=False
+        [*on_a_disk_of("1m"), sys.executable, "-c", body, str(tmp_path / "disk")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 0, (done.returncode, done.stderr)
     first, reason, last = done.stdout.splitlines()

@@ -173,10 +173,10 @@ def test_workers_fill_the_cluster_and_leave_room_to_read_and_write(
 ) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: have)
     if isinstance(expected, Workers):
-        assert scoring._workers(settings("d", **asked), 1000) == expected
+        assert scoring.choose_workers(settings("d", **asked), 1000) == expected
     else:
         with pytest.raises(ValueError, match=expected):
-            scoring._workers(settings("d", **asked), 1000)
+            scoring.choose_workers(settings("d", **asked), 1000)
 
 
 @pytest.mark.parametrize(

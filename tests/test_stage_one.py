@@ -195,11 +195,11 @@ def test_a_batch_without_defects_costs_the_residuals_nothing(inputs: TrainingDat
 def test_more_positions_than_the_limit_are_drawn_without_repetition() -> None:
     features = torch.arange(2 * 3 * 10 * 10, dtype=torch.float32).reshape(2, 3, 10, 10)
     where = np.random.default_rng(0).random((2, 10, 10)) < 0.5
-    chosen = amplify._features_at(features, where, 20, np.random.default_rng(1))
+    chosen = amplify.features_at(features, where, 20, np.random.default_rng(1))
     allowed = {tuple(features[b, :, y, x].tolist()) for b, y, x in np.argwhere(where)}
     rows = {tuple(row) for row in chosen.tolist()}
     assert chosen.shape == (20, 3) and len(rows) == 20 and rows <= allowed
-    every = amplify._features_at(features, where, 1000, np.random.default_rng(1))
+    every = amplify.features_at(features, where, 1000, np.random.default_rng(1))
     assert {tuple(row) for row in every.tolist()} == allowed
 
 

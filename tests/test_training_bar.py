@@ -34,7 +34,7 @@ def test_a_terminal_shows_how_far_the_run_is(
 ) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setattr(training_bar, "_SECONDS", 0.0)
+    monkeypatch.setattr(training_bar, "REFRESH_SECONDS", 0.0)
     watched(TrainingRun.begin(tiny, inputs, CPU))
     shown = terminal.getvalue()
     assert "epoch 1 done\n" in shown and "epoch 2 done\n" in shown

@@ -113,8 +113,12 @@ def test_the_cache_changes_nothing_but_the_work(
 ) -> None:
     cache = ArrayCache(tmp_path / "cache", 10**9)
     filled = prepared(tiny, mvtec_root, cache)
-    monkeypatch.setattr(ArrayCache, "_write", lambda *_: pytest.fail("computed a second time"))
+    written = {file: file.stat().st_ino for file in (tmp_path / "cache").glob("*.npy")}
+    for place in ("dskd.training.inputs.load_images", "dskd.model.features.progress_bar"):
+        monkeypatch.setattr(place, lambda *_, **__: pytest.fail("computed a second time"))
     again = prepared(tiny, mvtec_root, ArrayCache(tmp_path / "cache", 10**9))
+    monkeypatch.undo()
+    assert written and {file: file.stat().st_ino for file in (tmp_path / "cache").glob("*.npy")} == written
     for found in (filled, again):
         np.testing.assert_array_equal(found.train_images, inputs.train_images)
         np.testing.assert_array_equal(found.train_features.rows, inputs.train_features.rows)

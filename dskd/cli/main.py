@@ -47,14 +47,14 @@ def demo_data(out: Positional[Annotated[Path, arg(metavar="OUT")]], /, *, seed: 
 
 
 def check_data(path: Positional[Path], /, *, image_size: int = 256, json: bool = False) -> None:
-    """Read a data folder as training would, and name everything that is wrong with it; exit code 1 if that stops it.
+    """Read a data folder as training does and list its problems; exit code 1 if it cannot be trained on.
 
     Categories may lie in the layout of MVTec AD, MVTec 3D-AD, BTAD, VisA or MT Defects, or as plain folders
     (good/, optional test/<good or defect>/ and ground_truth/<defect>/), at PATH or up to three levels below.
 
     Args:
         path: Folder of categories, or one category.
-        image_size: Size at which to look for defects that vanish when their mask is resized.
+        image_size: Image size of training; a defect whose mask vanishes at this size is reported.
         json: Print one JSON document.
     """
     from dskd.data.check import check_data
@@ -88,21 +88,21 @@ def train(
 ) -> None:
     """Train a detector on the good images of one category.
 
-    The same command again goes on where a killed one stopped.
+    After an interruption the same command resumes the training.
 
     Args:
         data: Folder of categories, or one category; dskd check-data names the layouts.
         out: Detector folder to write.
         settings: What the run is.
         category: Which category; may be left out where the folder holds one.
-        config: TOML file of the fields below, in sections as --print-config writes them; flags stand above it.
-        preset: Method whose configuration the file and the other flags change.
+        config: TOML file of the fields below, in sections as --print-config writes them; flags override it.
+        preset: Method to start from; the file and the other flags change it.
         print_config: Print the configuration as TOML, and train nothing.
         textures: Folder of images, such as DTD, that feed the synthetic defects; else textures are drawn.
         teacher_weights: hub, a .safetensors or .pth file, or random (untrained, for wiring tests).
         device: auto, cpu, cuda or cuda:N.
-        restart: Throw away what an interrupted training into the same folder had reached.
-        checkpoint_seconds: Training that a kill may cost, or one epoch where that takes longer; 0: save every epoch.
+        restart: Discard the saved state of an interrupted training into the same folder.
+        checkpoint_seconds: Seconds between saves of the training state, after whole epochs; 0: save after every epoch.
         cache_dir: Folder of decoded images and teacher features, shared by all runs.
         cache_gb: Size in GB that the cache may reach; 0 turns it off.
         json: Print one JSON document with the validation figures and every epoch's losses.
@@ -177,7 +177,7 @@ def train(
 
 
 def _train(run: "TrainingRun", unfinished: Path, checkpoint_seconds: float) -> None:
-    """Train to the last epoch, telling how it goes, and now and then saving how far it is."""
+    """Train to the last epoch with progress on stderr, saving the state every `checkpoint_seconds`."""
     from dskd.show.training_bar import TrainingBar
     from dskd.training.loop import Step
 
@@ -286,12 +286,12 @@ def export(
     opset: int = 18,
     json: bool = False,
 ) -> None:
-    """Write a detector as an ONNX graph, from RGB bytes to maps and scores, that agrees with it.
+    """Export a detector to ONNX (RGB bytes in, maps and scores out), and check that both agree.
 
     Args:
         detector: Detector folder.
         onnx: File to write; an older export of that name is replaced.
-        images: Image files or folders on which both must agree; generated ones unless given.
+        images: Image files or folders for the check; generated ones unless given.
         opset: ONNX operator set, 18 to 25.
         json: Print one JSON document.
     """
@@ -336,7 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; bad input ends with one line on stderr and exit code 2."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # the names of files need not be text
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
     try:
         commands: dict[str, Callable[..., None]] = {
             "demo-data": demo_data,
@@ -362,7 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _TrainDefaults(ConfigSource):
-    """The flags of `train` that decide what its other flags are unless given."""
+    """The flags of `train` that set the defaults of its other flags."""
 
     print_config: bool = False
 

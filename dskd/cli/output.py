@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from dskd.metrics import Scores
     from dskd.training.run import EpochResult
 
-_MANY_NOTES = 5  # of one kind in one folder: more are counted, not printed
+_MANY_NOTES = 5  # of one kind in one folder; more are only counted
 
 
 def epoch_document(progress: "EpochResult") -> dict[str, float | None]:

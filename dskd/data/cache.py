@@ -29,7 +29,7 @@ class NoRoomError(OSError):
 class ArrayCache:
     """Content-keyed arrays below `folder`, the least recently used removed beyond `max_bytes`.
 
-    Where the disk has no room, `when_full` is told why and the array is computed in memory and not kept;
+    On a full disk `when_full` is called with the reason and the array is computed in memory and not kept;
     without it NoRoomError is raised. Safe for any number of processes of one machine: a lock per key lets one of
     them compute while the others wait, and is free when its holder dies. An entry in use is removed without harm on
     POSIX; Windows does not let go of it, and it stays.
@@ -120,9 +120,9 @@ class ArrayCache:
             ) from None
 
     def _make_room(self, name: str, num_bytes: int) -> None:
-        """Forget what killed processes left, and the oldest entries until `num_bytes` more fit.
+        """Remove the partial files of killed processes, and the least recently used entries until `num_bytes` more fit.
 
-        The caller holds the lock of `name`: what lies there half-written is nobody's any more.
+        The caller holds the lock of `name`, so its own partial files have no owner.
         """
         for leftover in self._folder.glob("*.partial"):
             if leftover.name.startswith(f"{name}-") or not _is_being_written(leftover):
@@ -161,7 +161,7 @@ def _is_being_written(partial: Path) -> bool:
 
 
 def _removed(path: Path) -> bool:
-    """Whether the file is gone now; Windows keeps one that a process has open."""
+    """Remove a file; False where Windows refuses because a process has it open."""
     try:
         path.unlink(missing_ok=True)
     except PermissionError:
@@ -170,7 +170,7 @@ def _removed(path: Path) -> bool:
 
 
 def _reserve_blocks(path: Path, start: int) -> None:
-    """Have the disk hold all of a file that is zero from `start` on. Raises OSError where it has no room."""
+    """Reserve the disk space of a file that is zero from `start` on. Raises OSError where it has no room."""
     with path.open("r+b") as file:
         size = os.fstat(file.fileno()).st_size
         if hasattr(os, "posix_fallocate"):
@@ -183,5 +183,5 @@ def _reserve_blocks(path: Path, start: int) -> None:
 
 
 def default_folder() -> Path:
-    """Where entries lie unless told otherwise: `dskd` in the user's cache folder (XDG on Linux)."""
+    """The default cache folder: `dskd` in the user's cache folder (XDG on Linux)."""
     return user_cache_path("dskd", appauthor=False)

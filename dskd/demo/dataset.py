@@ -35,12 +35,12 @@ _NOTICEABLE = 8  # of 255
 _ATTEMPTS = 40  # of a defect to be seen; most need one
 
 
-class _Product(NamedTuple):
+class Product(NamedTuple):
     draw: Draw
     defects: tuple[str, ...]
 
 
-class _Item(NamedTuple):
+class Item(NamedTuple):
     """One picture of the data set."""
 
     category: str
@@ -101,7 +101,7 @@ def draw_dataset(
         for folder in {(made / path).parent for item in items for path in item.files}:
             folder.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            list(pool.map(lambda item: _draw_item(made, item, image_size, seed), items))
+            list(pool.map(lambda item: draw_item(made, item, image_size, seed), items))
         (made / _MANIFEST).write_text(json.dumps(request, indent=2) + "\n")
         try:
             made.rename(root)
@@ -125,16 +125,16 @@ def _check_request(categories: tuple[str, ...], num_train: int, num_test: int, i
         raise ValueError(f"seed must not be negative, got {seed}.")
 
 
-def _plan(categories: tuple[str, ...], num_train: int, num_test: int) -> Iterator[_Item]:
+def _plan(categories: tuple[str, ...], num_train: int, num_test: int) -> Iterator[Item]:
     for category in categories:
-        kinds = _PRODUCTS[category].defects
-        yield from (_Item(category, "train", "good", number) for number in range(num_train))
-        yield from (_Item(category, "test", "good", number) for number in range(num_test - num_test // 2))
+        kinds = PRODUCTS[category].defects
+        yield from (Item(category, "train", "good", number) for number in range(num_train))
+        yield from (Item(category, "test", "good", number) for number in range(num_test - num_test // 2))
         for number in range(num_test // 2):
-            yield _Item(category, "test", kinds[number % len(kinds)], number // len(kinds))
+            yield Item(category, "test", kinds[number % len(kinds)], number // len(kinds))
 
 
-def _is_done(root: Path, request: dict[str, Any], items: list[_Item]) -> bool:
+def _is_done(root: Path, request: dict[str, Any], items: list[Item]) -> bool:
     """False where `root` may be written; ValueError where it holds something else."""
     if not root.exists():
         return False
@@ -154,8 +154,8 @@ def _is_done(root: Path, request: dict[str, Any], items: list[_Item]) -> bool:
     return True
 
 
-def _draw_item(root: Path, item: _Item, image_size: int, seed: int) -> None:
-    product, scale = _PRODUCTS[item.category], 2 if image_size >= 128 else 3
+def draw_item(root: Path, item: Item, image_size: int, seed: int) -> None:
+    product, scale = PRODUCTS[item.category], 2 if image_size >= 128 else 3
 
     def numbers(*purpose: int) -> Generator:
         key = zlib.crc32(f"{item.category}/{item.split}/{item.defect}".encode())
@@ -174,13 +174,13 @@ def _draw_item(root: Path, item: _Item, image_size: int, seed: int) -> None:
 
 def _first_visible(clean: Bytes, attempt: Callable[[int], Bytes]) -> tuple[Bytes, Mask]:
     for number in range(_ATTEMPTS):
-        found = _compare(clean, attempt(number))
+        found = find_change(clean, attempt(number))
         if found is not None:
             return found
     raise AssertionError(f"none of {_ATTEMPTS} drawings of a defect can be seen.")
 
 
-def _compare(clean: Bytes, defective: Bytes) -> tuple[Bytes, Mask] | None:
+def find_change(clean: Bytes, defective: Bytes) -> tuple[Bytes, Mask] | None:
     """The defective picture and its mask; None where the defect is hidden, outside or too faint."""
     difference = np.abs(defective.astype(np.int16) - clean).max(axis=2)
     labels, count = ndimage.label(difference > _NOTICEABLE, structure=np.ones((3, 3)))
@@ -194,8 +194,8 @@ def _compare(clean: Bytes, defective: Bytes) -> tuple[Bytes, Mask] | None:
     return np.where(specks[..., None], clean, defective), mask
 
 
-_PRODUCTS: dict[str, _Product] = {
-    "board": _Product(draw_board, ("missing_part", "open_track", "residue", "scratch", "skewed_part", "solder_bridge")),
-    "fabric": _Product(draw_fabric, ("broken_thread", "foreign_fibre", "hole", "misweave", "stain")),
-    "flange": _Product(draw_flange, ("chip", "dent", "missing_hole", "rust", "scratch")),
+PRODUCTS: dict[str, Product] = {
+    "board": Product(draw_board, ("missing_part", "open_track", "residue", "scratch", "skewed_part", "solder_bridge")),
+    "fabric": Product(draw_fabric, ("broken_thread", "foreign_fibre", "hole", "misweave", "stain")),
+    "flange": Product(draw_flange, ("chip", "dent", "missing_hole", "rust", "scratch")),
 }

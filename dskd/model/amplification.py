@@ -94,7 +94,7 @@ class Amplifier(nn.Module):
 class AmplifiedTeacher(Teacher):
     """A frozen teacher behind a frozen amplifier.
 
-    A Teacher to all that take one, which is why it inherits.
+    It inherits from Teacher so that it can be used wherever one is.
     """
 
     def __init__(self, teacher: Teacher, amplifier: Amplifier) -> None:

@@ -1,4 +1,4 @@
-"""The deep feature embedding between the two students: what is left of a pyramid when it must be small."""
+"""The deep feature embedding between the two students: a pyramid condensed into one small map."""
 
 import itertools
 

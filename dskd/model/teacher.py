@@ -41,7 +41,7 @@ class TeacherUnavailableError(ValueError):
 
 
 class Teacher(nn.Module):
-    """A backbone that never learns: no gradients, and eval mode whatever `train` is told."""
+    """A frozen backbone: no gradients, and always in eval mode."""
 
     def __init__(self, features: nn.Module) -> None:
         super().__init__()

@@ -11,7 +11,7 @@ from dskd.evaluate import AnomalyScores, LabelledImages
 from dskd.metrics import Curve
 
 _CORNERS = 2000
-"""Corners that are drawn of a curve: a map's pixels give millions, which no screen shows."""
+"""Points drawn of a curve, whose pixels give millions of points."""
 
 
 class _Panel(NamedTuple):

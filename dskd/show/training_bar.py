@@ -1,4 +1,4 @@
-"""A bar that follows a training on a terminal."""
+"""A progress bar of a training on a terminal."""
 
 import shutil
 import sys
@@ -11,8 +11,8 @@ from dskd.device import WorkerRank
 from dskd.training.loop import Step, epoch_batches
 from dskd.training.run import TrainingRun
 
-_SECONDS = 0.5
-"""Between two looks at the loss: each makes the host wait for a GPU."""
+REFRESH_SECONDS = 0.5
+"""Seconds between two readings of the loss; each makes the host wait for the GPU."""
 
 
 class TrainingBar:
@@ -26,7 +26,7 @@ class TrainingBar:
             total=train.epochs * per_epoch,
             initial=run.next_epoch * per_epoch,
             unit=" images",
-            mininterval=_SECONDS,
+            mininterval=REFRESH_SECONDS,
             ncols=shutil.get_terminal_size().columns,  # 80 where a terminal does not know; tqdm would draw nothing
             leave=False,
             disable=not sys.stderr.isatty(),
@@ -41,7 +41,7 @@ class TrainingBar:
         self._bar.close()
 
     def advance(self, step: Step) -> None:
-        """Count a step; where the bar is drawn anew, with its loss."""
+        """Count a step; a redrawn bar shows its loss."""
         if self._bar.update(step.num_images):
             self._bar.set_postfix_str(f"loss {step.loss.item():.4f}", refresh=False)
 

@@ -1,4 +1,4 @@
-"""The validation of a finished detector as pictures: its curves, and the images it is surest and least sure of."""
+"""Pictures of a detector's validation: its curves, and its best and worst scored images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +33,7 @@ def write_figures(folder: Path, run: TrainingRun, record: DetectorRecord) -> Non
     draw_curves(seen, truth, title).savefig(folder / "curves.png", dpi=100)
     best, worst = extremes(seen, truth)
     for name, chosen in (("best", best), ("worst", worst)):
-        # JPEG: a tenth of the bytes, in a picture that only eyes read.
+        # JPEG: a tenth of the bytes, in a picture for people only.
         contact_sheet(_overlays(seen, truth, chosen, record)).save(folder / f"{name}.jpg", quality=85)
 
 

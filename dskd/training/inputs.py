@@ -32,7 +32,7 @@ class TrainingData(NamedTuple):
     """The amplified one where `amplification` asks for it."""
     teacher_source: str
     teacher_sha256: str
-    """Of the pretrained weights, without the amplifier's."""
+    """SHA-256 of the pretrained weights, without the amplifier's."""
     train_images: npt.NDArray[np.uint8]
     train_features: FeatureTable
     validation: LabelledImages
@@ -41,12 +41,12 @@ class TrainingData(NamedTuple):
     validation_features: FeatureTable
     validation_files: tuple[str, ...]
     calibration_images: npt.NDArray[np.uint8]
-    """Held-out normals that the thresholds rest on; the same as select where none are set apart for it."""
+    """Held-out normals that the thresholds are computed from; those that select where calibration_fraction is 0."""
     calibration_features: FeatureTable
     calibration_files: tuple[str, ...]
     data_sha256: str
     num_validation_defects: int
-    """Real ones."""
+    """Real labelled defects among the validation images."""
     num_textures: int
     textures_sha256: str
     amplification: AmplificationConfig = AmplificationConfig()
@@ -62,10 +62,12 @@ def prepare(
     progress: bool = False,
     on_amplification: Callable[[AmplificationEpoch], object] = lambda epoch: None,
 ) -> TrainingData:
-    """Decode, split, amplify the teacher, draw the validation defects and run it, each at most once per machine.
+    """Decode and split the images, amplify the teacher, draw the validation defects and compute the features.
+
+    With a cache each of it is done at most once per machine.
 
     Of `config` only what `RunConfig.for_inputs` keeps is read. `on_amplification` is called after every epoch of
-    stage I that is computed now, and for none that the cache knows. In a process group every process gets the
+    stage I that is computed now, and not for cached ones. In a process group every process gets the
     amplifier of the first. With `progress` a bar counts what takes long, on a terminal. With the selection "oracle"
     the held-out normals stay out of training all the same.
     Raises ValueError on unusable data, textures or weights, NonFiniteLossError where stage I diverges.

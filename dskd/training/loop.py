@@ -27,7 +27,7 @@ class Step(NamedTuple):
     num_images: int
     """Images of the batch, over all workers."""
     loss: Tensor
-    """Scalar on the training device, this worker's; to read it waits for the device."""
+    """This worker's loss, a scalar on the training device; reading it waits for the device."""
 
 
 class Epoch(NamedTuple):
@@ -125,7 +125,7 @@ def fit(
             scalars = torch.stack([terms.total, terms.encoder, terms.decoder, terms.hard]).detach()
             losses.append(torch.cat([scalars, terms.levels.flatten()]))
             yield Step(len(indices) * worker.world_size, scalars[0])
-        # Read once an epoch: to look at every step would make the host wait for the GPU.
+        # Read once per epoch: reading every step would make the host wait for the GPU.
         table = mean_over_workers(torch.stack(losses).double()).cpu()  # (steps, 4 + 2 * levels)
         loss, encoder, decoder, hard = table[:, :4].mean(dim=0).tolist()
         if not math.isfinite(loss):
@@ -142,7 +142,7 @@ def _divergence(
     teacher_features: FeatureTable,
     config: RunConfig,
 ) -> str:
-    """What to tell of `losses` (steps, 4 + 2 * levels) that are not all finite: the first step of them counts."""
+    """The error message for `losses` (steps, 4 + 2 * levels) that are not all finite; it names the first such step."""
     step = int(losses[:, 0].isfinite().logical_not().nonzero()[0])
     levels = config.model.levels
     wrong = losses[step, 4:].isfinite().logical_not().unflatten(0, (2, len(levels)))  # (2, levels)

@@ -1,4 +1,4 @@
-"""The folder beside a detector in the making: it outlives a killed training, and belongs to one process at a time."""
+"""The folder with the state of an unfinished training; it survives a kill, and one process at a time holds it."""
 
 import os
 import shutil
@@ -17,10 +17,10 @@ _PATIENCE = 0.5
 
 @contextmanager
 def training_folder(out: Path, *, restart: bool = False) -> Iterator[Path]:
-    """`<out>.training`, held by this process until the block ends; what it needs to go on is kept in there.
+    """`<out>.training`, locked by this process until the block ends; it holds the state to resume from.
 
-    The folder is removed when the block ends well, or fails before any state was saved. `restart` throws an
-    older state away. Raises ValueError where another process trains into `out`.
+    The folder is removed when the block ends well, or fails before any state was saved. `restart` discards an
+    older state. Raises ValueError where another process trains into `out`.
     """
     folder = out.with_name(f"{out.name}.training")
     lock = _take_lock(folder, out)
@@ -44,12 +44,12 @@ def training_folder(out: Path, *, restart: bool = False) -> Iterator[Path]:
 
 
 def has_state(folder: Path) -> bool:
-    """Whether a training was interrupted in there after it had saved its state."""
+    """Whether the folder holds the saved state of an interrupted training."""
     return (folder / STATE_FILE).is_file()
 
 
 def _take_lock(folder: Path, out: Path) -> FileLock:
-    """The held lock; it is free when the process dies, however it dies."""
+    """The acquired lock; the system releases it when the process dies."""
     lock = FileLock(folder / _LOCK_FILE)
     while True:
         folder.mkdir(parents=True, exist_ok=True)

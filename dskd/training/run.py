@@ -35,11 +35,11 @@ class EpochResult(NamedTuple):
     """On held-out normals, synthetic defects, and real labelled ones where there are some."""
     objective: float
     best_objective: float
-    """Highest objective of the epochs so far: what a search compares, as it is what a run keeps."""
+    """Highest objective of the epochs so far; a search compares it, as a run keeps its best epoch."""
 
 
 def objective(scores: Scores) -> float:
-    """The one honest figure that selects: mean of image AUROC and AUPRO on the validation images."""
+    """The figure that selects epochs and trials: mean of image AUROC and AUPRO on the validation images."""
     return (scores.image_auroc + scores.aupro) / 2
 
 
@@ -58,7 +58,7 @@ class TrainingRun:
     best_scores: Scores | None = None
     best_weights: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     history: list[EpochResult] = dataclasses.field(default_factory=list)
-    """Every epoch so far, those before an interruption included."""
+    """All epochs so far, including those before an interruption."""
 
     @classmethod
     def begin(
@@ -139,7 +139,7 @@ class TrainingRun:
             ) from error
 
     def save(self, folder: Path) -> None:
-        """Write all that is needed to go on training exactly as if never interrupted; whole or not at all.
+        """Write the state to resume from, atomically; a resumed training equals an uninterrupted one.
 
         Raises OSError where it cannot be written.
         """
@@ -160,7 +160,7 @@ class TrainingRun:
             partial.write_bytes(content.getbuffer())
 
     def restore(self, folder: Path) -> None:
-        """Go on from what `save` wrote.
+        """Resume from what `save` wrote.
 
         Raises ValueError when it is damaged or belongs to another configuration, data or teacher.
         """
@@ -187,7 +187,7 @@ class TrainingRun:
         self.history = [EpochResult(Epoch(*epoch), Scores(*scores), *rest) for epoch, scores, *rest in state["history"]]
 
     def _identity(self) -> dict[str, Any]:
-        """By name, all that decides what this training gives: two runs alike in it go the same way."""
+        """Everything that decides the result of this training, by name; runs with equal values train alike."""
         inputs = self.inputs
         return self.config.flat() | {
             "category": inputs.category,

@@ -158,7 +158,7 @@ def _halves(
 
 
 def _on_grid(found: Discrepancies) -> Discrepancies:
-    """Every level on the grid: what all candidates would otherwise do anew."""
+    """Every level on the grid, computed once for all candidates."""
 
     def resize(levels: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
         if levels is None:

@@ -137,8 +137,8 @@ def stage_losses(
     for level, features, defect, normal in zip(amplifier.levels, pyramid, defects, normals, strict=True):
         assert isinstance(level, LevelAmplifier)
         gate_loss = gate_loss + focal_loss(level.gate(features), torch.from_numpy(defect).to(features.device))
-        unchanged = _features_at(features, normal, MAX_NORMAL, rng)
-        abnormal = _features_at(features, defect, MAX_ABNORMAL, rng)
+        unchanged = features_at(features, normal, MAX_NORMAL, rng)
+        abnormal = features_at(features, defect, MAX_ABNORMAL, rng)
         amplified = abnormal + level.residual(abnormal[:, :, None, None])[:, :, 0, 0]
         residual_loss = residual_loss + amplification_loss(unchanged, abnormal, amplified, margin=margin)
     return gate_loss, residual_loss
@@ -176,7 +176,7 @@ def _schedule(config: AmplificationConfig) -> TrainConfig:
 
 
 def _object_patches(images: npt.NDArray[np.uint8], sizes: Sequence[tuple[int, int]]) -> list[npt.NDArray[np.bool_]]:
-    """Per level, which positions (N, H, W) lie on the object: all of them where it fills the image."""
+    """Per level, which positions (N, H, W) lie on the object; all of them where it fills the image."""
     of_images = [patch_masks(find_foreground(image)[None], sizes) for image in images]
     return [np.concatenate(of_level) for of_level in zip(*of_images, strict=True)]
 
@@ -189,7 +189,7 @@ def _draw_ahead(
     epoch: int,
     textures: npt.NDArray[np.uint8] | None,
 ) -> Iterator[tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]]:
-    """Every batch's images and masks, the next one drawn while the caller works on this one."""
+    """Images and masks of every batch; the next batch is drawn while the caller uses this one."""
 
     def start(batch: npt.NDArray[np.int64]) -> list[Future[tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]]]:
         return [threads.submit(draw_example, images[index], index, seed, epoch, textures) for index in batch.tolist()]
@@ -202,7 +202,7 @@ def _draw_ahead(
         yield np.stack(pictures), np.stack(masks)
 
 
-def _features_at(
+def features_at(
     features: Float[Tensor, "b c h w"], where: npt.NDArray[np.bool_], limit: int, rng: np.random.Generator
 ) -> Float[Tensor, "n c"]:
     """The vectors of up to `limit` of the positions `where` (B, H, W), drawn without replacement."""

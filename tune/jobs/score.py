@@ -106,7 +106,7 @@ def _scored(settings: ScoringSettings) -> dict[str, Any]:
         connect(settings.address)
         files = ray.put({name: (folder / name).read_bytes() for name in (RECORD_FILE, WEIGHTS_FILE)})
         weights_sha256 = sha256_of(folder / WEIGHTS_FILE)
-    workers = _workers(settings, len(names))
+    workers = choose_workers(settings, len(names))
     say(f"inspecting {len(names)} images with {workers.number} workers")
     try:
         _stream(settings, names, detector.record.config.data.image_size, files, limit, workers)
@@ -177,7 +177,7 @@ def image_names(images: str) -> list[str]:
     return names
 
 
-def _workers(settings: ScoringSettings, num_images: int) -> Workers:
+def choose_workers(settings: ScoringSettings, num_images: int) -> Workers:
     """Workers as given, or as many as the cluster can hold and the images can occupy.
 
     Raises ValueError if a cluster started for this inspection cannot hold them.

@@ -180,8 +180,8 @@ def test_labelled_defects_without_normals_leave_the_seeded_split(
     found = prepared(tiny, tmp_path)
     assert found.validation_files == inputs.validation_files and found.num_validation_defects == 3
     np.testing.assert_array_equal(found.train_images, inputs.train_images)
-    for joined, alone in zip(found.validation, inputs.validation, strict=True):
-        np.testing.assert_array_equal(joined[:-3], alone)
+    for name, joined in found.validation._asdict().items():
+        np.testing.assert_array_equal(joined[:-3], getattr(inputs.validation, name))
 
 
 def test_textures_change_some_of_the_drawn_defects_and_their_cached_features(

@@ -1,11 +1,21 @@
 """What continuous integration runs: installs nothing unasked, and agrees with the hooks of a commit."""
 
+import importlib.resources
+import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
+import jsonschema
 import pytest
+import yaml
+
+from dskd.cli.main import main
+from dskd.demo.dataset import draw_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,3 +59,81 @@ def test_continuous_integration_installs_what_is_missing(checkout: Path) -> None
 def test_no_script_of_ci_writes_below_etc() -> None:
     for path in (ROOT / ".ci").iterdir():
         assert ">/etc" not in path.read_text().replace(" ", ""), path
+
+
+def workflow() -> dict[Any, Any]:
+    loaded: dict[Any, Any] = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    return loaded
+
+
+def problems(document: dict[Any, Any]) -> list[str]:
+    """Of a GitHub workflow against its schema, and against what this project asks of one."""
+    schemas = importlib.resources.files("check_jsonschema") / "builtin_schemas/vendor"
+    schema = json.loads((schemas / "github-workflows.json").read_text())
+    written = {("on" if key is True else key): value for key, value in document.items()}  # YAML 1.1 reads `on` as true
+    found = [error.message for error in jsonschema.Draft7Validator(schema).iter_errors(written)]
+    if written.get("permissions") != {"contents": "read"}:
+        found.append("more than reading is permitted")
+    if not written.get("concurrency", {}).get("cancel-in-progress"):
+        found.append("an outdated run goes on")
+    for job in written["jobs"].values():
+        if "timeout-minutes" not in job:
+            found.append("a job may run for six hours")
+        for step in job["steps"]:
+            if "uses" in step and not re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", step["uses"]):
+                found.append(f"{step['uses']} may change under us: name a commit")
+    return found
+
+
+def test_the_workflow_is_valid_and_asks_for_little() -> None:
+    assert problems(workflow()) == []
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        {"permissions": "write-all"},
+        {"concurrency": {"group": "ci"}},
+        {
+            "jobs": {
+                "test": {"runs-on": "ubuntu-24.04", "timeout-minutes": 1, "steps": [{"uses": "actions/checkout@v4"}]}
+            }
+        },
+        {"jobs": {"test": {"runs-on": "ubuntu-24.04", "steps": [{"run": ".ci/run"}]}}},
+        {"jobs": {"test": {"timeout-minutes": 1, "steps": [{"run": ".ci/run"}]}}},
+        {"job": {}},
+    ],
+)
+def test_a_mistake_in_the_workflow_is_found(mistake: dict[str, Any]) -> None:
+    assert problems(workflow() | mistake)
+
+
+def test_the_workflow_calls_every_check_on_both_ends_of_the_supported_pythons() -> None:
+    job = workflow()["jobs"]["everything"]
+    assert job["strategy"]["matrix"]["python"] == ["3.11", "3.13"] and job["steps"][-1]["run"] == ".ci/run"
+
+
+def test_the_commands_for_other_systems_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here at least, on fewer and smaller images; the workflow runs them on Windows and macOS."""
+    job = workflow()["jobs"]["elsewhere"]
+    assert {name.partition("-")[0] for name in job["strategy"]["matrix"]["os"]} == {"windows", "macos"}
+    install, draw, *commands = [step["run"] for step in job["steps"] if "run" in step]
+    assert "cluster" not in install and draw == "python -m dskd demo-data drawn"
+    monkeypatch.chdir(tmp_path)
+    draw_dataset(Path("drawn"), categories=("flange",), num_train=12, num_test=6, image_size=64)
+    for command in commands:
+        words = shlex.split(command)
+        assert words[:3] == ["python", "-m", "dskd"]
+        main(words[3:])
+    assert Path("detector.onnx").is_file() and list(Path("verdicts").rglob("*.png"))
+
+
+def test_a_commit_is_checked_as_the_quick_stage_checks() -> None:
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [each["repo"] for each in hooks] == ["local"], "no network is needed"
+    entries = [hook["entry"] for hook in hooks[0]["hooks"]]
+    assert all(hook["language"] == "system" and hook["always_run"] for hook in hooks[0]["hooks"])
+    stage = re.search(r"^for check in ([a-z ]+); do step", (ROOT / ".ci/test").read_text(), re.MULTILINE)
+    known = re.search(r"set -- ([a-z ]+); fi", (ROOT / ".ci/check").read_text())
+    assert stage is not None and known is not None
+    assert entries == [f".ci/check {name}" for name in stage[1].split()] and stage[1] == known[1]

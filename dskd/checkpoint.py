@@ -20,6 +20,7 @@ from torch import Tensor
 from dskd.atomic import check_can_be_made, file_in_making, folder_in_making
 from dskd.calibration import Threshold
 from dskd.config import RunConfig, Selection
+from dskd.data.depth import PixelScale
 from dskd.model.teacher import IMAGENET_MEAN, IMAGENET_STD
 
 SCHEMA_VERSION = 2
@@ -66,6 +67,9 @@ class DetectorRecord:
     """Fingerprint of those files."""
     selection: Selection = "val"
     """What chose the epoch; figures of an "oracle" detector have seen the test labels."""
+    scale: PixelScale | None = None
+    """How images of more than 8 bits are read, found in the training images; None in older records, whose images of
+    16 bits lose the low 8."""
 
     @property
     def is_untrained_teacher(self) -> bool:
@@ -92,6 +96,7 @@ class DetectorRecord:
             **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
             "config": self.config.to_dict(),
             "thresholds": [threshold._asdict() for threshold in self.thresholds],
+            "scale": dataclasses.asdict(self.scale) if self.scale else None,
             "false_alarm_rates": self.guarantee,
             "preprocessing": {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "resize": "bilinear, antialiased"},
             "weights": {"file": WEIGHTS_FILE, "sha256": weights_sha256},
@@ -126,6 +131,7 @@ class DetectorRecord:
                 "thresholds": tuple(Threshold(**threshold) for threshold in document["thresholds"]),
                 "validation_files": tuple(document["validation_files"]),
                 "calibration_files": tuple(document["calibration_files"]),
+                "scale": PixelScale(**document["scale"]) if document.get("scale") else None,
             }
         )
 

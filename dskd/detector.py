@@ -1,6 +1,6 @@
 """A finished detector: load a folder, inspect images."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -106,15 +106,16 @@ class Detector:
         size = self.record.config.data.image_size
         for start in range(0, len(paths), _CHUNK):
             chunk = paths[start : start + _CHUNK]
-            images = load_images(chunk, size)
+            images = load_images(chunk, size, scale=self.record.scale)
             seen = self.score_images(images)
             for path, image, heat, score in zip(chunk, images, seen.maps, seen.scores.tolist(), strict=True):
                 regions = find_regions(heat, threshold)
                 yield Prediction(path, score, threshold, score > threshold, regions, image, heat)
 
-    def evaluate(self, data: Path, category: str) -> Scores:
-        """All metrics on the labelled test split of a category."""
-        truth = labelled_test_split(data, category, self.record.config.data.image_size)
+    def evaluate(self, data: Path, category: str, on_note: Callable[[str], object] = lambda note: None) -> Scores:
+        """All metrics on the labelled test split of a category; notes and errors as `labelled_test_split`."""
+        size = self.record.config.data.image_size
+        truth = labelled_test_split(data, category, size, self.record.scale, on_note)
         return compute_metrics(self.score_images(truth.images), truth)
 
 

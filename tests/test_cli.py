@@ -15,7 +15,7 @@ from PIL import Image
 from dskd.checkpoint import RECORD_FILE, WEIGHTS_FILE, read_record
 from dskd.cli.main import main
 from dskd.data.datasets import fingerprint
-from dskd.data.images import IMAGE_SUFFIXES
+from dskd.data.files import IMAGE_SUFFIXES
 from dskd.detector import UNTRAINED_TEACHER
 
 TINY = [

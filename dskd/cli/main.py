@@ -150,6 +150,8 @@ def train(
                 f"gate loss {epoch.gate_loss:.4f}  residual loss {epoch.residual_loss:.4f}  {epoch.seconds:.1f} s"
             ),
         )
+        for note in inputs.notes:
+            say(note)
         if inputs.teacher_source == "random":
             say(UNTRAINED_TEACHER)
         run = TrainingRun.begin(settings, inputs, place)
@@ -222,7 +224,7 @@ def evaluate(
         json: Print one JSON document.
     """
     loaded = _load(detector, device)
-    scores = loaded.evaluate(data, category or loaded.record.category)
+    scores = loaded.evaluate(data, category or loaded.record.category, say)
     if json:
         print_json(
             {
@@ -398,7 +400,7 @@ def _load(folder: Path, device: str) -> "Detector":
 
 
 def _image_files(given: Sequence[Path]) -> list[Path]:
-    from dskd.data.images import IMAGE_SUFFIXES
+    from dskd.data.files import IMAGE_SUFFIXES
 
     files: list[Path] = []
     for path in given:

@@ -219,6 +219,7 @@ class TrainingRun:
             num_textures=inputs.num_textures,
             textures_sha256=inputs.textures_sha256,
             selection=inputs.selection,
+            scale=inputs.scale,
             calibration_files=inputs.calibration_files,
             epoch=self.best_epoch,
             thresholds=calibrate(seen.scores.tolist()),

@@ -22,7 +22,8 @@ import ray.exceptions
 import torch
 
 from dskd.checkpoint import RECORD_FILE, WEIGHTS_FILE, read_record, sha256_of
-from dskd.data.images import IMAGE_SUFFIXES, load_image
+from dskd.data.files import IMAGE_SUFFIXES
+from dskd.data.images import load_image
 from dskd.detector import UNTRAINED_TEACHER, Detector, Prediction, chosen_limit, find_regions
 from dskd.device import computing_device
 from dskd.show.overlays import overlay

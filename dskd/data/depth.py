@@ -74,7 +74,7 @@ class PixelScale:
         if len(stated) == len(levels) and high <= max(stated):
             bits = max(8, max(stated).bit_length())
         else:
-            bits = next(bits for bits in _CAMERA_BITS if high < 2**bits)
+            bits = next((bits for bits in _CAMERA_BITS if high < 2**bits), 64)
         return cls(kind=kind, step=float(2 ** (bits - 8)))
 
     @property

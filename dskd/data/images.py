@@ -115,7 +115,7 @@ def image_size(path: Path) -> tuple[int, int]:
         if image is None:
             values = _tiff(path).values
             return values.shape[1], values.shape[0]
-        turned = _orientation(image) >= 5
+        turned = _orientation(image) >= 5 and image.format != "TIFF"  # there Pillow has turned the size too
         return (image.height, image.width) if turned else (image.width, image.height)
 
 
@@ -377,18 +377,17 @@ def _is_tiff(path: Path) -> bool:
         return file.read(4) in _TIFF_SIGNATURES
 
 
-def _rawmode(image: ImageFile.ImageFile) -> str:
-    if not image.tile:
-        return ""
-    args = image.tile[0].args
-    return str(args[0] if isinstance(args, tuple) and args else args)
+def _rawmode(tile: Any) -> str:
+    return str(tile.args[0] if isinstance(tile.args, tuple) and tile.args else tile.args)
 
 
 def _is_deep(image: ImageFile.ImageFile) -> bool:
-    rawmode = _rawmode(image)
-    # 16 bits of print colours, or of premultiplied ones, go by their high byte
+    rawmodes = {_rawmode(tile) for tile in image.tile}
     return (
-        image.mode[0] in "IF" or (";16" in rawmode and not rawmode.startswith(("CMYK", "RGBa"))) or _is_odd_tiff(image)
+        image.mode[0] in "IF"
+        # 16 bits of print colours, or of premultiplied ones, go by their high byte
+        or any(";16" in name and not name.startswith(("CMYK", "RGBa")) for name in rawmodes)
+        or _is_odd_tiff(image)
     )
 
 
@@ -404,18 +403,18 @@ def _is_odd_tiff(image: ImageFile.ImageFile) -> bool:
 def _decoded(path: Path) -> "Image.Image | _Deep":
     """Upright pixels of 8 bits in Pillow's hands, or the values of deeper ones."""
     with _opened(path) as image:
-        if image is None:
+        if image is None or _is_odd_tiff(image):
             return _tiff(path)
-        orientation = _orientation(image)
-        if _is_odd_tiff(image):
-            found = _tiff(path)
-            return found._replace(values=_upright(found.values, orientation))
+        is_deep, rawmodes = _is_deep(image), {_rawmode(tile) for tile in image.tile}
+        orientation = _orientation(image)  # may decode a PNG, whose metadata may stand behind its pixels
         if image.format == "TIFF":
+            if orientation >= 5:
+                image.filename = ""  # a mapped file would be taken for one of width by height
             orientation = 1  # Pillow turns it
-        if not _is_deep(image):
+        if not is_deep:
             image.load()
             return image.transpose(_TURNS[orientation]) if orientation != 1 else image
-        found = _deep(path, image)
+        found = _deep(path, image, rawmodes)
         return found._replace(values=_upright(found.values, orientation))
 
 
@@ -428,14 +427,16 @@ def _orientation(image: Image.Image) -> int:
     return int(found) if found in _TURNS else 1
 
 
-def _deep(path: Path, image: ImageFile.ImageFile) -> _Deep:
+def _deep(path: Path, image: ImageFile.ImageFile, rawmodes: set[str]) -> _Deep:
     stated = None
     if image.format == "TIFF":
         stated = _stated(image.tag_v2.get(281), image.tag_v2.get(258, (16,)))  # type: ignore[attr-defined]
-    rawmode = _rawmode(image)
     if image.mode[0] in "IF":
         image.load()
         return _Deep(np.asarray(image), stated)
+    if image.format == "TIFF" and image.tag_v2.get(284) == 2:  # type: ignore[attr-defined] # colours in planes
+        return _tiff(path)
+    (rawmode,) = rawmodes
     # Pillow keeps the high byte of 16-bit colours alone; decoded once more under another name, the low ones too.
     if rawmode.startswith("LA"):
         both = _decoded_as(path, "RGBA").astype(np.uint16)
@@ -473,6 +474,7 @@ def _tiff(path: Path) -> _Deep:
                 (page,) = pages
                 _check_pixels(path, page.imagewidth, page.imagelength)
                 stated = _stated(page.tags.valueof(281), (page.bitspersample,))
+                orientation = page.tags.valueof(274, 1)
                 values = page.asarray()
                 if page.axes == "SYX":
                     values = np.moveaxis(values, 0, -1)
@@ -482,7 +484,7 @@ def _tiff(path: Path) -> _Deep:
             raise ValueError(f"its values are {values.dtype} of shape {values.shape}, not grey or RGB")
         if values.ndim == 3 and values.shape[2] == 1:
             values = values[..., 0]
-    return _Deep(values, stated)
+    return _Deep(_upright(values, orientation), stated)
 
 
 def _upright(values: npt.NDArray[Any], orientation: int) -> npt.NDArray[Any]:

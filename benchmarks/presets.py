@@ -30,7 +30,7 @@ import torch
 import tyro
 
 from dskd import metrics
-from dskd.config import RunConfig
+from dskd.config import DataSpec, RunConfig, TeacherSource
 from dskd.data.cache import ArrayCache, default_folder
 from dskd.data.datasets import find_categories
 from dskd.evaluate import compute_metrics, labelled_test_split, score_images
@@ -189,21 +189,22 @@ def missing_and_known(options: Options) -> Iterator[dict[str, Any]]:
     known = finished_runs(options.results)
     wanted = methods(options)
     for category in options.categories or tuple(find_categories(options.data)):
-        inputs: dict[Any, TrainingData] = {}
+        inputs: dict[RunConfig, TrainingData] = {}
         for seed in options.seeds:
             for name, unseeded in wanted.items():
                 config = unseeded.with_values({"seed": seed})
-                needs = (config.data, config.model.backbone, config.model.levels, config.amplification)
+                needs = config.for_inputs()
                 if needs not in inputs:
                     inputs[needs] = prepare(
-                        *needs[:3],
-                        data=options.data,
-                        category=category,
-                        teacher_weights=options.teacher_weights,
+                        config,
+                        DataSpec(
+                            data=options.data,
+                            category=category,
+                            teacher=TeacherSource(options.teacher_weights),
+                            textures=options.textures,
+                        ),
                         device=device,
                         cache=cache,
-                        textures=options.textures,
-                        amplification=config.amplification,
                         on_amplification=lambda epoch: print(
                             f"stage I epoch {epoch.number + 1}  {epoch.seconds:.1f} s", file=sys.stderr, flush=True
                         ),

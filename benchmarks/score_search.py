@@ -18,7 +18,7 @@ from statistics import mean, median
 import torch
 import tyro
 
-from dskd.config import ScoreConfig
+from dskd.config import DataSpec, ScoreConfig, TeacherSource
 from dskd.data.cache import ArrayCache, default_folder
 from dskd.data.datasets import find_categories
 from dskd.evaluate import compute_metrics, disagreements, labelled_test_split, score_images
@@ -54,15 +54,10 @@ def row(options: Options, category: str) -> str:
         {"image_size": options.image_size, "epochs": options.epochs, "batch_size": options.batch_size}
     )
     inputs = prepare(
-        config.data,
-        config.model.backbone,
-        config.model.levels,
-        data=options.data,
-        category=category,
-        teacher_weights=options.teacher_weights,
+        config,
+        DataSpec(data=options.data, category=category, teacher=TeacherSource(options.teacher_weights)),
         device=device,
         cache=ArrayCache(default_folder(), int(20e9)),
-        amplification=config.amplification,
     )
     run = TrainingRun.begin(config, inputs, device)
     for progress in run.epochs():

@@ -13,8 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dskd.config import Fusion, ScoreConfig
-
-Pyramid = tuple[Float[Tensor, "b _ _ _"], ...]
+from dskd.distances import Pyramid, position_distances
 
 BLUR_REFERENCE = 256
 """Map side, in pixels, that `blur_sigma` is meant for."""
@@ -39,7 +38,7 @@ def discrepancies(teacher: Pyramid, encoder: Pyramid | None, decoder: Pyramid | 
     def compare(student: Pyramid) -> tuple[Tensor, ...]:
         return tuple(
             # Rounding can leave a negative distance, of which a product's fractional power is not a number.
-            (1 - F.cosine_similarity(target.float(), level.float(), dim=1)).clamp_min(0)
+            position_distances(target, level).clamp_min(0)
             for target, level in zip(teacher, student, strict=True)
         )
 

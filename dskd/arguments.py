@@ -1,31 +1,29 @@
 """Command lines to commands, with bad usage answered in one line.
 
-tyro makes the flags from the signatures and the help from the docstrings. Its answer to a mistake is a framed
-text of many lines, though, which no log and no script wants; here it becomes `UsageError`.
+tyro makes the flags from the signatures and the help from the docstrings. What it prints about a mistake is a
+framed text of many lines, which no log and no script wants; here it becomes `UsageError`.
 """
 
-import contextlib
 import dataclasses
 import difflib
 import functools
 import inspect
-import io
-import os
-import re
-import sys
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
 
+# tyro 1.0.17 has no public way to get a mistake as data: `console_outputs=False` drops the message, and all else
+# prints it framed. This module is private but documented for this use, so pyproject.toml holds tyro below 1.1.
+# An event that is unknown here is printed by tyro as it is.
+from tyro import _errors as mistakes
+
 from dskd.config import RunConfig
-from dskd.presets import PRESETS
+from dskd.presets import PRESETS, Preset, read_config
 
-_ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _ALWAYS_KNOWN = ("help", "tyro-print-completion", "tyro-write-completion")
-
 
 Result = TypeVar("Result")
 
@@ -39,20 +37,18 @@ def parse(
 ) -> Callable[[], None]:
     """The command named by the first of `arguments`, ready to be called with what the others say.
 
-    Prints help and exits where that is asked for. Raises UsageError, and the ValueError of a configuration
+    Prints help and exits where that is asked for. Raises UsageError, also for the ValueError of a configuration
     that is out of range.
     """
     name = arguments[0] if arguments else ""
     if name not in commands and not name.startswith("-"):
         what = f"unknown command {name}{_near(name, commands)}" if name else "no command given"
         raise UsageError(f"{prog}: error: {what}; there are: {', '.join(commands)}")
-    if name in commands:
-        prog = f"{prog} {name}"
-        _refuse_unknown(arguments[1:], _flags(commands[name]), prog)
-    with _one_line_of_mistakes(prog, arguments):
+    known = _flags(commands[name]) if name in commands else list(_ALWAYS_KNOWN)
+    with mistakes.on_parse_error(_one_line(f"{prog} {name}" if name in commands else prog, known)):
         command: Callable[[], None] = tyro.extras.subcommand_cli_from_dict(
             {name: deferred(command) for name, command in commands.items()},
-            prog=prog.split()[0],
+            prog=prog,
             description=description,
             args=arguments,
         )
@@ -62,27 +58,21 @@ def parse(
 def parse_into(target: Callable[..., Result], arguments: Sequence[str], *, prog: str) -> Result:
     """What `target`, a dataclass or a `deferred` function, gives with the arguments: a program of one command.
 
-    Prints help and exits where that is asked for. Raises UsageError, and the ValueError of a value that is
+    Prints help and exits where that is asked for. Raises UsageError, also for the ValueError of a value that is
     out of range.
     """
-    _refuse_unknown(arguments, _flags(target), prog)
-    with _one_line_of_mistakes(prog, arguments):
+    with mistakes.on_parse_error(_one_line(prog, _flags(target))):
         return tyro.cli(target, prog=prog, args=arguments)
 
 
-@contextlib.contextmanager
-def _one_line_of_mistakes(prog: str, arguments: Sequence[str]) -> Iterator[None]:
-    said = io.StringIO()
-    try:
-        # Only what tyro says of a mistake: help goes to stdout, and the command itself runs later.
-        wants_help = not {"-h", "--help"}.isdisjoint(arguments)
-        with contextlib.redirect_stderr(said), contextlib.nullcontext() if wants_help else _wide_lines():
-            yield
-    except SystemExit as end:
-        if not end.code:
-            raise
-        raise UsageError(f"{prog}: error: {_unframed(said.getvalue())}; see {prog} --help") from None
-    sys.stderr.write(said.getvalue())
+def parse_known(target: type[Result], arguments: Sequence[str], *, prog: str) -> Result:
+    """The dataclass `target` with the flags that it knows; all other arguments are left to a later `parse`.
+
+    For what decides the defaults of other flags, which the help shows. Raises UsageError.
+    """
+    with mistakes.on_parse_error(_one_line(prog, _flags(target))):
+        found, _ = tyro.cli(target, prog=prog, args=arguments, return_unknown_args=True, add_help=False)
+    return found
 
 
 def deferred(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
@@ -97,12 +87,63 @@ def deferred(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
     return take
 
 
-def _refuse_unknown(words: Sequence[str], flags: Iterable[str], prog: str) -> None:
-    known = {f"--{flag}" for flag in flags}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConfigSource:
+    """The flags that say where the values of a configuration's other flags come from."""
+
+    config: Path | None = None
+    preset: Preset | None = None
+
+    def read(self) -> RunConfig:
+        """The configuration of the file, or of the preset. Raises ValueError as `read_config`."""
+        if self.config is not None:
+            return read_config(self.config, self.preset)
+        return PRESETS[self.preset or "dskd"]
+
+
+def _one_line(prog: str, known_flags: Iterable[str]) -> mistakes.ParseErrorHook:
+    """A hook that raises a mistake in the arguments of `prog` as UsageError."""
+
+    def raise_it(event: mistakes.ParseErrorEvent, /) -> None:
+        if message := _message(event, [f"--{flag}" for flag in known_flags]):
+            raise UsageError(f"{prog}: error: {' '.join(message.split()).rstrip('.')}; see {prog} --help")
+
+    return raise_it
+
+
+def _message(event: mistakes.ParseErrorEvent, known: Sequence[str]) -> str | None:
+    """What is wrong, in one line; None for what only tyro knows how to say."""
+    match event:
+        case mistakes.UnrecognizedArgs(tokens=tokens):
+            return _unexpected(tokens, known)
+        case mistakes.MissingArgs(unrecognized_tokens=tokens) if any(word.startswith("--") for word in tokens):
+            # A required flag that is only mistyped.
+            return _unexpected(tokens, known)
+        case mistakes.MissingArgs(missing_arguments=missing):
+            words = [
+                str(each.arg.lowered.metavar)
+                if each.arg.is_positional()
+                else f"{each.arg.display_name()} {each.arg.lowered.metavar}"
+                for each in missing
+            ]
+            return f"missing {', '.join(words)}"
+        case mistakes.BadValue(reason="too_few_values", argument=argument):
+            return f"Missing value for argument '{argument.display_name()}'"
+        case mistakes.InvalidChoice(value=value, argument=argument, choices=choices):
+            return f"invalid choice '{value}' for argument '{argument.display_name()}', there are: {', '.join(choices)}"
+        case mistakes.InstantiationFailure(message=message, argument=argument):
+            if argument is None:
+                return message  # a configuration's own message names its field
+            return f"{argument.lowered.metavar if argument.is_positional() else argument.display_name()}: {message}"
+    return None
+
+
+def _unexpected(words: Sequence[str], known: Sequence[str]) -> str:
     for word in words:
-        flag = word.partition("=")[0].replace("_", "-")
-        if flag.startswith("--") and flag not in known:
-            raise UsageError(f"{prog}: error: unknown flag {flag}{_near(flag, known)}; see {prog} --help")
+        if word.startswith("--"):
+            flag = word.partition("=")[0].replace("_", "-")
+            return f"unknown flag {flag}{_near(flag, known)}"
+    return f"unexpected {' '.join(words)}"
 
 
 def _flags(command: Callable[..., Any]) -> list[str]:
@@ -128,62 +169,3 @@ def _near(word: str, known: Iterable[str]) -> str:
     bare = {name.lstrip("-"): name for name in known}  # two dashes in common are no likeness
     close = difflib.get_close_matches(word.lstrip("-"), bare, n=1)
     return f", did you mean {bare[close[0]]}?" if close else ""
-
-
-def _unframed(box: str) -> str:
-    """The message in tyro's box, in one line; what does not look like one comes whole.
-
-    The box is drawn with lines above and below the message, in ASCII where stdout is not UTF-8.
-    """
-    blocks: list[list[str]] = [[]]
-    for line in _ANSI.sub("", box).splitlines():
-        if line.startswith("╭") or re.fullmatch(r"[│ ]*[─-]+[│ ]*", line):
-            blocks.append([])
-        else:
-            blocks[-1].append(line[2:].strip("│").rstrip())
-    message = blocks[1] if len(blocks) > 1 else box.splitlines()
-    if message and message[0].startswith("Missing from"):
-        # Each missing argument is indented by four, its help by eight.
-        return f"missing {', '.join(line.strip() for line in message if re.match(r' {4}[^ ]', line))}"
-    text = " ".join(line.strip() for line in message if line.strip()).rstrip(".")
-    text = re.sub(r"^Error parsing (__tyro\S*|[A-Z]\w*): ", "", text)  # a configuration's own message names its field
-    text = re.sub(r"^Error parsing (\S+): ", r"\1: ", text)
-    return re.sub(r"^Unrecognized options: ", "unexpected ", text) or "cannot be understood"
-
-
-@contextlib.contextmanager
-def _wide_lines() -> Iterator[None]:
-    """tyro asks for the terminal's width; in a line without end it breaks no word."""
-    before = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = "10000"
-    try:
-        yield
-    finally:
-        del os.environ["COLUMNS"]
-        if before is not None:
-            os.environ["COLUMNS"] = before
-
-
-def default_config(arguments: Sequence[str]) -> RunConfig:
-    """What the flags of a configuration stand at unless given, as the preset and the file in the arguments say.
-
-    They are looked up before all flags are parsed, since the help shows these values.
-    """
-    preset = value_of("--preset", arguments)
-    if preset not in PRESETS:
-        preset = None  # the parser refuses a bad name, and says which there are
-    if file := value_of("--config", arguments):
-        from dskd.presets import read_config
-
-        return read_config(Path(file), preset)
-    return PRESETS[preset or "dskd"]
-
-
-def value_of(wanted: str, arguments: Sequence[str]) -> str | None:
-    """The last value given for a flag, as the parser takes it."""
-    found = None
-    for position, word in enumerate(arguments):
-        flag, equals, value = word.partition("=")
-        if flag == wanted:
-            found = value if equals else "".join(arguments[position + 1 : position + 2])
-    return found

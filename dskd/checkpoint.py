@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dskd.atomic import check_can_be_made, file_in_making, folder_in_making
 from dskd.calibration import Threshold
-from dskd.config import RunConfig, Selection
+from dskd.config import RunConfig, Selection, TeacherSource
 from dskd.data.depth import PixelScale
 from dskd.model.teacher import IMAGENET_MEAN, IMAGENET_STD
 
@@ -73,7 +73,7 @@ class DetectorRecord:
 
     @property
     def is_untrained_teacher(self) -> bool:
-        return self.teacher == "random"
+        return TeacherSource(self.teacher).is_untrained
 
     @property
     def is_approximate(self) -> bool:

@@ -5,6 +5,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Self
 
 Fusion = Literal["sum", "product", "max"]
@@ -24,6 +25,41 @@ def _require_weights(name: str, weights: tuple[float, ...]) -> None:
         all(w >= 0 for w in weights) and sum(weights) > 0,
         f"{name} must be non-negative and not all zero, got {weights}.",
     )
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherSource:
+    """Where the weights of a teacher come from: what `--teacher-weights` says."""
+
+    weights: str
+    """hub (timm's pretrained weights), random (untrained, to test the wiring), or a .safetensors or .pth file."""
+
+    @property
+    def is_file(self) -> bool:
+        return self.weights not in ("hub", "random")
+
+    @property
+    def is_untrained(self) -> bool:
+        return self.weights == "random"
+
+    @property
+    def name(self) -> str:
+        """What records say of it: hub, random, or the file's name without its folder."""
+        return Path(self.weights).name if self.is_file else self.weights
+
+    def absolute(self) -> Self:
+        """The same for a process with another working folder, on this node or another."""
+        return type(self)(str(Path(self.weights).absolute())) if self.is_file else self
+
+    def check_exists(self) -> None:
+        """Raise ValueError where it should be a file and is none; what is in the file is not read."""
+        _require(
+            not self.is_file or Path(self.weights).is_file(),
+            f"--teacher-weights must be hub, random or an existing file, got {self.weights!r}.",
+        )
+
+    def __str__(self) -> str:
+        return self.weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -275,6 +311,35 @@ class RunConfig:
     def flat(self) -> dict[str, Any]:
         """Every field by its own name, without the sections: what MLflow shows as parameters."""
         return {name: value for section in self.to_dict().values() for name, value in section.items()}
+
+    def for_inputs(self) -> "RunConfig":
+        """The same with every field at its default that `dskd.training.inputs.prepare` does not read.
+
+        Equal for runs that may share their images, teacher and features.
+        """
+        ones = (1.0,) * len(self.model.levels)
+        return RunConfig(
+            data=self.data,
+            model=ModelConfig(backbone=self.model.backbone, levels=self.model.levels),
+            loss=LossConfig(level_weights=ones),
+            score=ScoreConfig(score_level_weights=ones),
+            amplification=self.amplification,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataSpec:
+    """What a run is trained with, beside its configuration: images, teacher and what selects."""
+
+    data: Path
+    """Folder of categories, or one category."""
+    category: str
+    teacher: TeacherSource
+    textures: Path | None = None
+    """Folder of images that feed the synthetic defects; None: textures are drawn."""
+    selection: Selection = "val"
+    """What chooses the epoch; "oracle" puts the labelled test images in the place of the validation images, to
+    reproduce papers that select by them."""
 
 
 def _build(cls: type[_Config], values: Mapping[str, Any], where: str) -> _Config:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,9 @@ from dskd.model.teacher import Teacher, build_teacher
 
 _CHUNK = 64
 _EIGHT_NEIGHBOURS = np.ones((3, 3), np.int8)
+
+
+Verdict = Literal["good", "anomalous", "unreadable"]
 
 
 class Region(NamedTuple):
@@ -49,6 +52,45 @@ class Prediction(NamedTuple):
     """(S, S, 3)"""
     map: npt.NDArray[np.float32]
     """(S, S)"""
+
+    @property
+    def verdict(self) -> Verdict:
+        return "anomalous" if self.is_anomalous else "good"
+
+    def to_dict(self, record: DetectorRecord, *, overlay: str | None = None) -> dict[str, Any]:
+        """The prediction as plain values: one line of `dskd predict`, one row of `tune/score.py`, one served answer.
+
+        `overlay` is where its picture lies. The boxes in `regions`, none where the image is good, are in pixels of
+        the square of side `map_size` that the image was resized to.
+        """
+        return _prediction_fields(record, str(self.path), self.threshold, self.verdict) | {
+            "score": self.score,
+            "is_anomalous": self.is_anomalous,
+            "regions": [region._asdict() for region in self.regions] if self.is_anomalous else [],
+            "overlay": overlay,
+        }
+
+
+def unreadable_to_dict(record: DetectorRecord, image: str, threshold: float, error: str) -> dict[str, Any]:
+    """`Prediction.to_dict` of an image that cannot be read: `error` says why, score and regions are None."""
+    return _prediction_fields(record, image, threshold, "unreadable") | {"error": error}
+
+
+def _prediction_fields(record: DetectorRecord, image: str, threshold: float, verdict: Verdict) -> dict[str, Any]:
+    """All fields of a prediction, in their order; what the image alone can tell is None."""
+    return {
+        "image": image,
+        "verdict": verdict,
+        "score": None,
+        "threshold": threshold,
+        "is_anomalous": None,
+        "regions": None,
+        "map_size": record.config.data.image_size,
+        "overlay": None,
+        "category": record.category,
+        "teacher": record.teacher,
+        "error": None,
+    }
 
 
 class Detector:
@@ -106,11 +148,15 @@ class Detector:
         size = self.record.config.data.image_size
         for start in range(0, len(paths), _CHUNK):
             chunk = paths[start : start + _CHUNK]
-            images = load_images(chunk, size, scale=self.record.scale)
-            seen = self.score_images(images)
-            for path, image, heat, score in zip(chunk, images, seen.maps, seen.scores.tolist(), strict=True):
-                regions = find_regions(heat, threshold)
-                yield Prediction(path, score, threshold, score > threshold, regions, image, heat)
+            yield from self.predict_pixels(chunk, load_images(chunk, size, scale=self.record.scale), threshold)
+
+    def predict_pixels(
+        self, paths: Sequence[Path], images: npt.NDArray[np.uint8], threshold: float
+    ) -> Iterator[Prediction]:
+        """Verdicts on RGB images (N, S, S, 3), S as in training, that were read from `paths`."""
+        seen = self.score_images(images)
+        for path, image, heat, score in zip(paths, images, seen.maps, seen.scores.tolist(), strict=True):
+            yield Prediction(path, score, threshold, score > threshold, find_regions(heat, threshold), image, heat)
 
     def evaluate(self, data: Path, category: str, on_note: Callable[[str], object] = lambda note: None) -> Scores:
         """All metrics on the labelled test split of a category; notes and errors as `labelled_test_split`."""

@@ -12,8 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dskd.config import LossConfig
-
-Pyramid = tuple[Float[Tensor, "b _ _ _"], ...]
+from dskd.distances import Pyramid, position_distances
 
 
 class LossTerms(NamedTuple):
@@ -29,14 +28,6 @@ class LossTerms(NamedTuple):
     """Hard-patch loss of both students, the decoder's times decoder_weight; 0 where hkd_weight is."""
     levels: Float[Tensor, "2 levels"]
     """Matching loss of each level without its weight, encoder then decoder: tells where a loss stops being finite."""
-
-
-def position_distances(teacher: Float[Tensor, "b c h w"], student: Float[Tensor, "b c h w"]) -> Float[Tensor, "b h w"]:
-    """1 - cos of the two feature vectors at each position, in [0, 2] up to rounding.
-
-    Half the squared distance of the normalised vectors: Wang et al., arXiv 2103.04257, equation 1.
-    """
-    return 1 - F.cosine_similarity(teacher.float(), student.float(), dim=1)
 
 
 def position_loss(teacher: Float[Tensor, "b c h w"], student: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:

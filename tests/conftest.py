@@ -15,7 +15,16 @@ from numpy.random import Generator
 from PIL import Image
 
 from dskd.checkpoint import write_detector
-from dskd.config import DataConfig, LossConfig, ModelConfig, RunConfig, ScoreConfig, TrainConfig
+from dskd.config import (
+    DataConfig,
+    DataSpec,
+    LossConfig,
+    ModelConfig,
+    RunConfig,
+    ScoreConfig,
+    TeacherSource,
+    TrainConfig,
+)
 from dskd.training.inputs import TrainingData, prepare
 from dskd.training.run import TrainingRun
 
@@ -85,12 +94,8 @@ def tiny() -> RunConfig:
 @pytest.fixture(scope="session")
 def inputs(mvtec_root: Path, tiny: RunConfig) -> TrainingData:
     return prepare(
-        tiny.data,
-        tiny.model.backbone,
-        tiny.model.levels,
-        data=mvtec_root,
-        category="tile",
-        teacher_weights="random",
+        tiny,
+        DataSpec(data=mvtec_root, category="tile", teacher=TeacherSource("random")),
         device=torch.device("cpu"),
         cache=None,
     )

@@ -9,7 +9,10 @@ from dskd.cli.main import main
 BAD = {
     "": "dskd: error: no command given; there are: demo-data, check-data, train, evaluate, predict, export",
     "trian": "dskd: error: unknown command trian, did you mean train?; there are: ",
-    "--version": "dskd: error: unexpected --version; see dskd --help",
+    "--nonsense": "dskd: error: unknown flag --nonsense; see dskd --help",
+    "train --dta d --out o": "dskd train: error: unknown flag --dta, did you mean --data?; see dskd train --help",
+    "train --data d --out o --levels 1 --nonsense": "dskd train: error: unknown flag --nonsense; see dskd train --help",
+    "train --data d --out o --preset": "dskd train: error: Missing value for argument '--preset'",
     "train --data d --out o --epoch 3": (
         "dskd train: error: unknown flag --epoch, did you mean --epochs?; see dskd train --help"
     ),

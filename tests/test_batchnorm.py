@@ -18,7 +18,7 @@ from dskd.model.batchnorm import SharedBatchNorm2d, share_batchnorm
 from dskd.model.features import feature_table
 from dskd.model.network import build_students
 from dskd.model.teacher import build_teacher
-from dskd.training.loop import build_optimizer, fit
+from dskd.training.loop import Epoch, build_optimizer, fit
 
 CPU = torch.device("cpu")
 RUN = RunConfig(
@@ -56,7 +56,8 @@ def losses(worker: WorkerRank) -> list[float]:
         students = nn.parallel.DistributedDataParallel(students)
     optimizer = build_optimizer(optimizer_of, RUN.train)
     table = feature_table(teacher, images, CPU)
-    return [epoch.loss for epoch in fit(students, optimizer, images, table, RUN, device=CPU, worker=worker)]
+    taken = fit(students, optimizer, images, table, RUN, device=CPU, worker=worker)
+    return [each.loss for each in taken if isinstance(each, Epoch)]
 
 
 def work(rank: int, port: int, folder: Path) -> None:

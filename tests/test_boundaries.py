@@ -62,6 +62,11 @@ def test_no_line_of_the_library_imports_the_cluster(path: Path) -> None:
     assert not FORBIDDEN & set(imports(path))
 
 
+def test_the_application_does_not_go_through_the_command_line() -> None:
+    for path in modules("tune"):
+        assert "dskd.cli" not in path.read_text(), path
+
+
 def test_only_the_tracking_folder_imports_mlflow() -> None:
     found = {path.parent for path in modules("tune") if "mlflow" in imports(path)}
     assert found == {ROOT / "tune" / "tracking"}

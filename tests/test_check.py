@@ -9,7 +9,7 @@ import tifffile
 import torch
 from PIL import Image
 
-from dskd.config import RunConfig
+from dskd.config import DataSpec, RunConfig, TeacherSource
 from dskd.data.check import Problem, check_data
 from dskd.training import inputs as inputs
 from dskd.training.inputs import prepare
@@ -228,9 +228,11 @@ def test_every_problem_is_named_and_stops_training_where_it_says_so(
         assert problem.path.name in problem.message or problem.path == nut
     try:
         prepare(
-            tiny.data, tiny.model.backbone, tiny.model.levels, data=nut.parent, category="nut",
-            teacher_weights="random", device=torch.device("cpu"), cache=None,
-        )  # fmt: skip
+            tiny,
+            DataSpec(data=nut.parent, category="nut", teacher=TeacherSource("random")),
+            device=torch.device("cpu"),
+            cache=None,
+        )
         trains = True
     except (ValueError, OSError):
         trains = False

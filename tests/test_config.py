@@ -6,13 +6,23 @@ import json
 import math
 import re
 import typing
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dskd import config
 from dskd.cli import main as cli
-from dskd.config import AmplificationConfig, DataConfig, LossConfig, ModelConfig, RunConfig, ScoreConfig, TrainConfig
+from dskd.config import (
+    AmplificationConfig,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    RunConfig,
+    ScoreConfig,
+    TeacherSource,
+    TrainConfig,
+)
 from dskd.presets import PRESETS
 from tune.settings.search import SearchSettings
 
@@ -154,3 +164,40 @@ def test_presets_are_the_published_wirings() -> None:
     assert (aand.model, aand.score) == (PRESETS["rd4ad"].model, PRESETS["rd4ad"].score)
     assert (aand.loss.hkd_weight, aand.loss.hkd_hardest, aand.loss.decoder_hkd_margin) == (1.0, 10, 0.0)
     assert (aand.amplification.amplification_epochs, aand.train.epochs, aand.train.schedule) == (100, 120, "multistep")
+
+
+@pytest.mark.parametrize(
+    ("weights", "name", "is_file", "is_untrained"),
+    [
+        ("hub", "hub", False, False),
+        ("random", "random", False, True),
+        ("weights/mine.pth", "mine.pth", True, False),
+        ("./hub", "hub", True, False),
+    ],
+)
+def test_a_teacher_source_knows_what_it_is(weights: str, name: str, is_file: bool, is_untrained: bool) -> None:
+    source = TeacherSource(weights)
+    assert (source.name, source.is_file, source.is_untrained) == (name, is_file, is_untrained)
+    assert str(source) == weights and hash(source) == hash(TeacherSource(weights))
+    assert source.absolute() == (TeacherSource(f"{Path.cwd() / weights}") if is_file else source)
+
+
+def test_a_teacher_source_that_is_no_file_is_told_before_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / "mine.pth").touch()
+    for weights in ("hub", "random", str(tmp_path / "mine.pth")):
+        TeacherSource(weights).check_exists()
+    with pytest.raises(
+        ValueError, match=r"--teacher-weights must be hub, random or an existing file, got '.*none.pth'"
+    ):
+        TeacherSource(str(tmp_path / "none.pth")).check_exists()
+
+
+def test_runs_that_differ_in_their_students_alone_share_their_inputs() -> None:
+    run = RunConfig(model=ModelConfig(levels=(1, 2)), loss=LossConfig(level_weights=(1.0, 2.0)),
+                    score=ScoreConfig(score_level_weights=(1.0, 3.0)))  # fmt: skip
+    same = run.with_values({"learning_rate": 0.1, "student_decoder": False, "hkd_weight": 1.0, "blur_sigma": 0.0})
+    assert hash(same.for_inputs()) == hash(run.for_inputs()) and same.for_inputs() == run.for_inputs()
+    for name, value in (
+        ("image_size", 64), ("split_seed", 1), ("backbone", "resnet34"), ("levels", (2, 3)), ("amplification", True),
+    ):  # fmt: skip
+        assert run.with_values({name: value}).for_inputs() != run.for_inputs(), name

@@ -21,10 +21,11 @@ from dskd.checkpoint import DetectorRecord
 from dskd.cli.main import main
 from dskd.config import RunConfig, ScoreConfig
 from dskd.detector import UNTRAINED_TEACHER, Detector
+from dskd.distances import Pyramid
 from dskd.export import ParityError, build_model, check_exportable, compare, export_onnx, generated_images
 from dskd.model.amplification import AmplifiedTeacher, build_amplifier
 from dskd.model.network import StudentPyramids, build_students
-from dskd.model.teacher import Pyramid, build_teacher
+from dskd.model.teacher import build_teacher
 from dskd.presets import PRESETS
 
 NETWORK: dict[str, Any] = {

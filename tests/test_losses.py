@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dskd.config import LossConfig
+from dskd.distances import position_distances
 from dskd.losses import (
     amplification_loss,
     distillation_loss,
     flattened_loss,
     focal_loss,
     hard_patch_loss,
-    position_distances,
     position_loss,
 )
 

@@ -1,6 +1,7 @@
 """Registered models: served as they judge, fetched by alias, of today and of before they could be served."""
 
 import base64
+import io
 import json
 import shutil
 import struct
@@ -13,6 +14,7 @@ import mlflow.pyfunc
 import pandas as pd
 import pytest
 from mlflow.exceptions import MlflowException
+from mlflow.pyfunc.scoring_server import predictions_to_json
 from mlflow.tracking import MlflowClient
 
 from dskd.checkpoint import RECORD_FILE, WEIGHTS_FILE, read_record
@@ -41,6 +43,13 @@ def rows(*contents: bytes) -> pd.DataFrame:
     return pd.DataFrame({"image": [base64.b64encode(content).decode() for content in contents]})
 
 
+def predictions_text(found: pd.DataFrame) -> str:
+    """What MLflow's scoring server sends."""
+    text = io.StringIO()
+    predictions_to_json(found, text)
+    return text.getvalue()
+
+
 def test_a_served_detector_says_what_the_detector_says(
     served: mlflow.pyfunc.PyFuncModel, detector_folder: Path, mvtec_root: Path
 ) -> None:
@@ -53,9 +62,11 @@ def test_a_served_detector_says_what_the_detector_says(
         assert found["score"].tolist() == [each.score for each in expected]
         assert found["threshold"].tolist() == [threshold] * len(paths)
         assert found["is_anomalous"].tolist() == [each.is_anomalous for each in expected]
-        assert [json.loads(text) for text in found["regions"]] == [
-            [region._asdict() for region in each.regions] for each in expected
-        ]
+        assert found["regions"].tolist() == [[region._asdict() for region in each.regions] for each in expected]
+    signature = served.metadata.signature
+    assert signature is not None and signature.outputs.input_names() == list(found.columns)
+    answer = json.loads(predictions_text(found))["predictions"]
+    assert [row["regions"] for row in answer] == found["regions"].tolist() and answer[0]["overlay"] is None
 
 
 def bomb() -> bytes:

@@ -1,10 +1,13 @@
+import base64
 import json
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+import mlflow.pyfunc
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 import ray
@@ -12,11 +15,13 @@ from PIL import Image
 
 from dskd.cli.main import predict
 from dskd.detector import Detector
+from dskd.predict import PREDICTIONS_FILE, predict_images
 from tune import score
 from tune.jobs import score as scoring
 from tune.jobs.score import SCHEMA, Inspector, Workers, decode, fetch_detector, image_names
 from tune.settings.score import ScoringSettings
 from tune.storage.files import Storage
+from tune.tracking.registry import pack
 from tune.tracking.tracker import Tracker
 
 
@@ -65,9 +70,10 @@ def test_verdicts_are_those_of_predict_and_an_unreadable_image_is_a_row(
 ) -> None:
     names = image_names(str(images))
     rows = rows_of(names, f"{scheme}{images}", detector_folder, tmp_path / "out", "anomalous", monkeypatch)
-    assert [row["path"] for row in rows] == [f"{scheme}{images}/{name}" for name in names]
+    assert [row["image"] for row in rows] == [f"{scheme}{images}/{name}" for name in names]
     (broken,) = [row for row in rows if row["error"]]
-    assert broken["path"].endswith("good/001b.JPG") and f"{images}/good/001b.JPG is not a readable" in broken["error"]
+    assert broken["image"].endswith("good/001b.JPG") and f"{images}/good/001b.JPG is not a readable" in broken["error"]
+    assert broken["verdict"] == "unreadable" and list(broken) == SCHEMA.names
     assert broken["score"] is broken["is_anomalous"] is broken["regions"] is broken["overlay"] is None
 
     (images / "good" / "001b.JPG").unlink()
@@ -77,15 +83,41 @@ def test_verdicts_are_those_of_predict_and_an_unreadable_image_is_a_row(
     sound = [row for row in rows if not row["error"]]
     assert len(sound) == len(expected) == 8 and {row["is_anomalous"] for row in sound} == {True, False}
     for row in sound:
-        there = expected[row["path"].removeprefix("file://")]
+        there = expected[row["image"].removeprefix("file://")]
         assert row["score"] == pytest.approx(there["score"], rel=1e-6)
         assert row["is_anomalous"] == (there["verdict"] == "anomalous") and row["threshold"] == there["threshold"]
-        boxes = [[region[side] for side in ("left", "top", "right", "bottom")] for region in json.loads(row["regions"])]
+        boxes = [[region[side] for side in ("left", "top", "right", "bottom")] for region in row["regions"]]
         assert boxes == [[region[side] for side in ("left", "top", "right", "bottom")] for region in there["regions"]]
         assert (row["overlay"] is not None) == row["is_anomalous"]
         if row["overlay"]:
             assert Image.open(tmp_path / "out" / row["overlay"]).width > 0
     assert len(list((tmp_path / "out").rglob("*.png"))) == sum(row["is_anomalous"] for row in sound)
+
+
+def test_predict_score_and_the_served_model_say_the_same_in_the_same_words(
+    images: Path, detector_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (images / "good" / "001b.JPG").unlink()
+    names = image_names(str(images))
+    detector, paths = Detector.load(detector_folder), [images / name for name in names]
+    told = predict_images(detector, paths, tmp_path / "told").predictions
+    lines = (tmp_path / "told" / PREDICTIONS_FILE).read_text().splitlines()
+    assert [json.loads(line) for line in lines] == told
+    scored = rows_of(names, str(images), detector_folder, tmp_path / "scored", "all", monkeypatch)
+    pack(detector_folder, tmp_path / "model")
+    served_model = mlflow.pyfunc.load_model(str(tmp_path / "model"))
+    texts = [base64.b64encode(path.read_bytes()).decode() for path in paths]
+    served = served_model.predict(pd.DataFrame({"image": texts})).to_dict("records")
+
+    assert {line["verdict"] for line in told} == {"good", "anomalous"}
+    assert all(bool(line["regions"]) == line["is_anomalous"] == (line["verdict"] == "anomalous") for line in told)
+    assert [row["image"] for row in served] == [f"row {number}" for number in range(8)]
+    for one, other, third in zip(told, scored, served, strict=True):
+        assert list(one) == list(other) == list(third)
+        assert one["image"] == other["image"] and other["overlay"] and one["overlay"] and third["overlay"] is None
+        own = {"image", "overlay"}
+        assert {k: v for k, v in one.items() if k not in own} == {k: v for k, v in other.items() if k not in own}
+        assert {k: v for k, v in one.items() if k not in own} == {k: v for k, v in third.items() if k not in own}
 
 
 def test_overlays_are_drawn_of_all_or_of_none(

@@ -42,7 +42,7 @@ def run(*words: object, env: dict[str, str]) -> subprocess.CompletedProcess[str]
 
 def verdicts(folder: Path) -> dict[str, dict[str, Any]]:
     rows = pyarrow.parquet.read_table(folder / "verdicts").to_pylist()
-    return {row["path"]: row for row in rows}
+    return {row["image"]: row for row in rows}
 
 
 @pytest.fixture

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import socket
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
-from dskd.config import AmplificationConfig, RunConfig, TrainConfig
+from dskd.config import AmplificationConfig, DataSpec, RunConfig, TeacherSource, TrainConfig
 from dskd.device import WorkerRank
 from dskd.evaluate import compute_metrics_shared
 from dskd.metrics import Scores
@@ -299,7 +300,8 @@ def linear_run(config: RunConfig, worker: WorkerRank, table: FeatureTable) -> tu
     students: nn.Module = DistributedDataParallel(network) if worker.world_size > 1 else network
     images = default_rng(0).integers(0, 256, (len(table.rows), 32, 32, 3), np.uint8)
     optimizer = build_optimizer(students, config.train)
-    return list(fit(students, optimizer, images, table, config, device=CPU, worker=worker)), network
+    taken = fit(students, optimizer, images, table, config, device=CPU, worker=worker)
+    return [each for each in taken if isinstance(each, Epoch)], network
 
 
 def random_table() -> FeatureTable:
@@ -326,17 +328,11 @@ def one_of_two(rank: int, port: int, values: dict[str, Any], root: str, out: str
     )
     config, worker = RunConfig.from_dict(values), WorkerRank(rank, 2)
     epochs, network = linear_run(linear_config(config), worker, random_table())
-    model = config.model
-    inputs = prepare(
-        config.data, model.backbone, model.levels, data=Path(root), category="tile", teacher_weights="random",
-        device=CPU, cache=None,
-    )  # fmt: skip
-    amplified = prepare(
-        config.data, model.backbone, model.levels, data=Path(root), category="tile", teacher_weights="random",
-        device=CPU, cache=None,
-        # As if the two machines had rounded differently in stage I.
-        amplification=AmplificationConfig(amplification=True, amplification_epochs=1, amplification_seed=rank),
-    )  # fmt: skip
+    data = DataSpec(data=Path(root), category="tile", teacher=TeacherSource("random"))
+    inputs = prepare(config, data, device=CPU, cache=None)
+    # As if the two machines had rounded differently in stage I.
+    own = AmplificationConfig(amplification=True, amplification_epochs=1, amplification_seed=rank)
+    amplified = prepare(dataclasses.replace(config, amplification=own), data, device=CPU, cache=None)
     scores = validate(config, inputs, worker)
     run = TrainingRun.begin(config, inputs, CPU, num_workers=2)
     progress = list(run.epochs(DistributedDataParallel(run.students), worker))

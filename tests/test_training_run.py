@@ -9,7 +9,7 @@ import torch
 
 from dskd.calibration import calibrate
 from dskd.checkpoint import write_detector
-from dskd.config import AmplificationConfig, RunConfig
+from dskd.config import AmplificationConfig, DataSpec, RunConfig, Selection, TeacherSource
 from dskd.data.cache import ArrayCache
 from dskd.data.images import load_image, load_mask
 from dskd.detector import Detector
@@ -26,11 +26,16 @@ CPU = torch.device("cpu")
 AMPLIFIED = AmplificationConfig(amplification=True, amplification_epochs=2, amplification_batch_size=4, memory_size=5)
 
 
-def prepared(config: RunConfig, data: Path, cache: ArrayCache | None = None, **options: Any) -> TrainingData:
-    return prepare(
-        config.data, config.model.backbone, config.model.levels, data=data, category="tile", teacher_weights="random",
-        device=CPU, cache=cache, amplification=config.amplification, **options,
-    )  # fmt: skip
+def prepared(
+    config: RunConfig,
+    data: Path,
+    cache: ArrayCache | None = None,
+    textures: Path | None = None,
+    selection: Selection = "val",
+    **options: Any,
+) -> TrainingData:
+    spec = DataSpec(data=data, category="tile", teacher=TeacherSource("random"), textures=textures, selection=selection)
+    return prepare(config, spec, device=CPU, cache=cache, **options)
 
 
 def test_held_out_images_take_no_part_in_training(tiny: RunConfig, inputs: TrainingData, mvtec_root: Path) -> None:
@@ -292,9 +297,11 @@ def test_a_local_teacher_is_named_by_its_file(
 ) -> None:
     torch.save(inputs.teacher.features.state_dict(), tmp_path / "mine.pth")
     found = prepare(
-        tiny.data, tiny.model.backbone, tiny.model.levels, data=mvtec_root, category="tile",
-        teacher_weights=str(tmp_path / "mine.pth"), device=CPU, cache=None,
-    )  # fmt: skip
+        tiny,
+        DataSpec(data=mvtec_root, category="tile", teacher=TeacherSource(str(tmp_path / "mine.pth"))),
+        device=CPU,
+        cache=None,
+    )
     assert found.teacher_source == "mine.pth"
     assert found.teacher_sha256 == inputs.teacher_sha256
 

@@ -87,7 +87,8 @@ def test_what_cannot_fit_in_memory_or_be_read_ends_the_trial_with_its_reason(
         assert report.metrics["objective"] == 0 and report.metrics["error"].startswith("out of memory: ")
         # Alone among several workers it must not go on to report: the others wait for it in the middle of a step.
         patch.setattr(
-            "tune.trial.worker._materials", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("GPU full"))
+            "tune.trial.worker.shared_inputs",
+            lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("GPU full")),
         )
         with pytest.raises(UnrecoverableTrialError, match="out of memory: GPU full"):
             list(train(mine, WorkerRank(1, 2), CPU, None))
@@ -126,7 +127,7 @@ def test_trials_with_and_without_stage_one_take_turns_at_the_cost_of_one_prepara
 ) -> None:
     prepared = []
     monkeypatch.setattr(worker, "prepare", lambda *a, **k: (prepared.append(1), stage.prepare(*a, **k))[1])
-    worker._materials.cache_clear()
+    worker.shared_inputs.cache_clear()
     for config in (tiny.with_values({"epochs": 1}), amplified) * 2:
         (report,) = train(spec(config, mvtec_root), WorkerRank(), CPU, None)
         assert report.metrics["objective"] > 0

@@ -5,14 +5,15 @@ test images with one of them. The teacher comes from the hub where that answers;
 untrained one stands in, and every output says so.
 """
 
-import json
 import sys
 from pathlib import Path
 
 from dskd.checkpoint import read_record
-from dskd.cli.main import predict
 from dskd.demo.dataset import CATEGORIES, draw_dataset
+from dskd.detector import UNTRAINED_TEACHER, Detector
+from dskd.device import computing_device
 from dskd.model.teacher import TeacherUnavailableError, build_teacher
+from dskd.predict import describe_prediction, find_images, predict_images
 from dskd.presets import PRESETS
 from tune.jobs.search import launch
 from tune.pull import pull
@@ -48,9 +49,18 @@ def main() -> None:
     pull(("all",), to=detectors, name=settings.name, storage=settings.storage)
     category = max(CATEGORIES, key=lambda name: read_record(detectors / name).metrics["val/objective"])
     verdicts = _next_free(_HOME / "verdicts")
-    predict(detectors / category, (_HOME / "data" / category / "test",), out=verdicts, false_alarm_rate=0.05)
-    lines = (verdicts / "predictions.jsonl").read_text().splitlines()
-    highest = max((json.loads(line) for line in lines), key=lambda verdict: float(verdict["score"]))
+    detector = Detector.load(detectors / category, str(computing_device("auto")))
+    summary = predict_images(
+        detector,
+        find_images([_HOME / "data" / category / "test"]),
+        verdicts,
+        false_alarm_rate=0.05,
+        on_prediction=lambda seen: print(describe_prediction(seen)),  # noqa: T201
+    )
+    highest = max(summary.predictions, key=lambda prediction: float(prediction["score"]))
+    _say(summary.describe())
+    if detector.record.is_untrained_teacher:
+        _say(UNTRAINED_TEACHER)
     _say(
         f"\nLook at          {verdicts / highest['overlay']}\n"
         f"Compare runs     .venv/bin/mlflow ui --backend-store-uri {settings.tracking}\n"

@@ -1,5 +1,6 @@
 """Entry: `python tune/train.py --data DIR --category C --to DIR` trains one detector, locally or as a Ray job."""
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ from typing import Annotated
 
 from tyro.conf import OmitArgPrefixes
 
-from dskd.arguments import UsageError, default_config, deferred, parse_into, value_of
+from dskd.arguments import ConfigSource, UsageError, deferred, parse_into, parse_known
 from dskd.config import RunConfig
 from dskd.presets import Preset
 from tune.jobs.train import differences, teacher_weights_of
@@ -91,16 +92,23 @@ def train(
     sys.exit(launch_training(request, as_json=json))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Defaults(ConfigSource):
+    """The flags that decide what the flags of the configuration are unless given."""
+
+    from_run: str | None = None
+    tracking_uri: str | None = None
+    storage: str | None = None
+
+
 def _config_of(arguments: Sequence[str]) -> RunConfig:
     """What the flags of the configuration stand at unless given: the run's to repeat, or the preset's or file's."""
-    run_id = value_of("--from-run", arguments)
-    if run_id is None or not {"-h", "--help"}.isdisjoint(arguments):
-        return default_config(arguments)
-    if other := [flag for flag in ("--preset", "--config") if value_of(flag, arguments) is not None]:
-        raise ValueError(f"--from-run and {other[0]} exclude each other: both say what the configuration is.")
-    return tracked_run(
-        tracking_store(value_of("--tracking-uri", arguments), value_of("--storage", arguments)), run_id
-    ).config
+    chosen = parse_known(_Defaults, arguments, prog="tune/train.py")
+    if chosen.from_run is None or not {"-h", "--help"}.isdisjoint(arguments):
+        return chosen.read()
+    if other := [flag for flag in ("preset", "config") if getattr(chosen, flag) is not None]:
+        raise ValueError(f"--from-run and --{other[0]} exclude each other: both say what the configuration is.")
+    return tracked_run(tracking_store(chosen.tracking_uri, chosen.storage), chosen.from_run).config
 
 
 def main() -> None:

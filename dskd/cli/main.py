@@ -4,6 +4,7 @@ What people read goes to stderr; stdout carries results, with --json one JSON do
 else. torch is imported only by the commands that compute, so that help comes at once.
 """
 
+import dataclasses
 import functools
 import io
 import math
@@ -11,11 +12,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from dskd.arguments import UsageError, default_config, parse
+from dskd.arguments import ConfigSource, UsageError, parse, parse_known
 from dskd.cli.output import (
     describe_thresholds,
     epoch_document,
@@ -23,9 +24,8 @@ from dskd.cli.output import (
     print_report,
     print_scores,
     say,
-    to_json_line,
 )
-from dskd.config import RunConfig
+from dskd.config import DataSpec, RunConfig, TeacherSource
 from dskd.presets import Preset
 
 if TYPE_CHECKING:
@@ -133,18 +133,13 @@ def train(
     place = computing_device(device)
     cache = ArrayCache(cache_dir or default_folder(), int(cache_gb * 1e9)) if cache_gb > 0 else None
     with training_folder(out, restart=restart) as unfinished:
+        teacher = TeacherSource(teacher_weights)
         inputs = prepare(
-            settings.data,
-            settings.model.backbone,
-            settings.model.levels,
-            data=data,
-            category=category,
-            teacher_weights=teacher_weights,
+            settings,
+            DataSpec(data=data, category=category, teacher=teacher, textures=textures),
             device=place,
             cache=cache,
-            textures=textures,
             progress=True,
-            amplification=settings.amplification,
             on_amplification=lambda epoch: say(
                 f"stage I epoch {epoch.number + 1:3d}/{settings.amplification.amplification_epochs}  "
                 f"gate loss {epoch.gate_loss:.4f}  residual loss {epoch.residual_loss:.4f}  {epoch.seconds:.1f} s"
@@ -152,7 +147,7 @@ def train(
         )
         for note in inputs.notes:
             say(note)
-        if inputs.teacher_source == "random":
+        if teacher.is_untrained:
             say(UNTRAINED_TEACHER)
         run = TrainingRun.begin(settings, inputs, place)
         if has_state(unfinished):
@@ -260,47 +255,26 @@ def predict(
         device: auto, cpu, cuda or cuda:N.
         json: Print one JSON document.
     """
-    from dskd.atomic import folder_in_making
-    from dskd.detector import UNTRAINED_TEACHER, chosen_limit
-    from dskd.show.overlays import overlay
+    from dskd.predict import check_out, describe_prediction, find_images, predict_images
 
-    if out.exists():
-        raise ValueError(f"{out} exists; choose another --out, results are never overwritten.")
+    check_out(out)
     loaded = _load(detector, device)
-    paths = _image_files(images)
-    limit, note = chosen_limit(loaded, false_alarm_rate, threshold)
-    verdicts: list[dict[str, Any]] = []
-    with folder_in_making(out) as folder:
-        for index, seen in enumerate(loaded.predict(paths, limit)):
-            picture = f"overlays/{index:05d}_{seen.path.parent.name}_{seen.path.stem}.png"
-            (folder / "overlays").mkdir(exist_ok=True)
-            overlay(seen, UNTRAINED_TEACHER if loaded.record.is_untrained_teacher else "").save(folder / picture)
-            verdict = "anomalous" if seen.is_anomalous else "good"
-            verdicts.append(
-                {
-                    "image": str(seen.path),
-                    "score": seen.score,
-                    "threshold": seen.threshold,
-                    "verdict": verdict,
-                    "regions": [region._asdict() for region in seen.regions] if seen.is_anomalous else [],
-                    "map_size": loaded.record.config.data.image_size,
-                    "overlay": picture,
-                    "teacher": loaded.record.teacher,
-                }
-            )
-            if not json:
-                print(f"{verdict:9}  {seen.score:10.4g}  {seen.path}")
-        lines = "".join(to_json_line(verdict) + "\n" for verdict in verdicts)
-        (folder / "predictions.jsonl").write_text(lines)
-    num_anomalous = sum(verdict["verdict"] == "anomalous" for verdict in verdicts)
-    say(f"{num_anomalous} of {len(verdicts)} anomalous; {note}; overlays in {out / 'overlays'}")
+    summary = predict_images(
+        loaded,
+        find_images(images),
+        out,
+        false_alarm_rate=false_alarm_rate,
+        threshold=threshold,
+        on_prediction=lambda seen: None if json else print(describe_prediction(seen)),
+    )
+    say(f"{summary.describe()}; overlays in {out / 'overlays'}")
     if json:
         print_json(
             {
                 "out": str(out),
-                "num_anomalous": num_anomalous,
+                "num_anomalous": summary.num_anomalous,
                 "false_alarm_rates": loaded.record.guarantee,
-                "predictions": verdicts,
+                "predictions": summary.predictions,
             }
         )
 
@@ -325,11 +299,12 @@ def export(
     """
     from dskd.data.images import load_images
     from dskd.export import INPUT, OUTPUTS, ParityError, check_exportable, export_onnx, generated_images
+    from dskd.predict import find_images
 
     check_exportable(onnx, opset)
     loaded = _load(detector, "cpu")
     size = loaded.record.config.data.image_size
-    pixels = load_images(_image_files(images), size) if images else generated_images(size)
+    pixels = load_images(find_images(images), size) if images else generated_images(size)
     source = "given" if images else "generated"
     try:
         parity = export_onnx(loaded, onnx, pixels, opset)
@@ -365,13 +340,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # the names of files need not be text
     try:
-        if given[:1] == ["train"] and {"--print-config", "--print_config"} & set(given):
-            # Nothing is read and nothing written: neither folder needs to be named.
-            given[1:1] = ["--data", ".", "--out", "."]
         commands: dict[str, Callable[..., None]] = {
             "demo-data": demo_data,
             "check-data": check_data,
-            "train": functools.partial(train, settings=default_config(given)),
+            "train": _train_command(given[1:]) if given[:1] == ["train"] else train,
             "evaluate": evaluate,
             "predict": predict,
             "export": export,
@@ -389,6 +361,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _TrainDefaults(ConfigSource):
+    """The flags of `train` that decide what its other flags are unless given."""
+
+    print_config: bool = False
+
+
+def _train_command(arguments: Sequence[str]) -> Callable[..., None]:
+    """`train` with the defaults of the preset and the file that `arguments` name."""
+    chosen = parse_known(_TrainDefaults, arguments, prog="dskd train")
+    command = functools.partial(train, settings=chosen.read())
+    # To print a configuration nothing is read and nothing written: neither folder needs to be named.
+    return functools.partial(command, data=Path(), out=Path()) if chosen.print_config else command
+
+
 def _load(folder: Path, device: str) -> "Detector":
     from dskd.detector import UNTRAINED_TEACHER, Detector
     from dskd.device import computing_device
@@ -397,22 +384,3 @@ def _load(folder: Path, device: str) -> "Detector":
     if detector.record.is_untrained_teacher:
         say(UNTRAINED_TEACHER)
     return detector
-
-
-def _image_files(given: Sequence[Path]) -> list[Path]:
-    from dskd.data.files import IMAGE_SUFFIXES
-
-    files: list[Path] = []
-    for path in given:
-        if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-            if not found:
-                raise ValueError(f"{path} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}).")
-            files += found
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise ValueError(f"image {path} does not exist.")
-    if not files:
-        raise ValueError("no image given; name image files or folders after the detector.")
-    return files

@@ -78,10 +78,6 @@ def print_scores(scores: "Scores") -> None:
         print(f"{name:14} {value:.4f}")
 
 
-def to_json_line(document: dict[str, Any]) -> str:
-    return json.dumps(document, allow_nan=True)
-
-
 def print_json(document: dict[str, Any]) -> None:
     print(json.dumps(document, indent=2))
 

@@ -392,12 +392,12 @@ def _is_deep(image: ImageFile.ImageFile) -> bool:
 
 
 def _is_odd_tiff(image: ImageFile.ImageFile) -> bool:
-    """Whether a TIFF has values that Pillow reads as others: signed bytes, or unsigned ones of 32 bits."""
+    """Whether a TIFF has values that Pillow takes for others: signed bytes, unsigned 32 bits, deep colours in planes."""
     if image.format != "TIFF":
         return False
     tags = image.tag_v2  # type: ignore[attr-defined]
-    bits, kinds = tags.get(258, (1,)), tags.get(339, (1,))
-    return bool((max(bits) == 32 and kinds[0] == 1) or (max(bits) == 8 and kinds[0] == 2))
+    bits, kind, are_planes = max(tags.get(258, (1,))), tags.get(339, (1,))[0], tags.get(284, 1) == 2
+    return bool((bits == 32 and kind == 1) or (bits == 8 and kind == 2) or (bits > 8 and are_planes))
 
 
 def _decoded(path: Path) -> "Image.Image | _Deep":
@@ -434,8 +434,6 @@ def _deep(path: Path, image: ImageFile.ImageFile, rawmodes: set[str]) -> _Deep:
     if image.mode[0] in "IF":
         image.load()
         return _Deep(np.asarray(image), stated)
-    if image.format == "TIFF" and image.tag_v2.get(284) == 2:  # type: ignore[attr-defined] # colours in planes
-        return _tiff(path)
     (rawmode,) = rawmodes
     # Pillow keeps the high byte of 16-bit colours alone; decoded once more under another name, the low ones too.
     if rawmode.startswith("LA"):

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dskd.model.teacher import Pyramid, Teacher
+from dskd.distances import Pyramid
+from dskd.model.teacher import Teacher
 
 MAX_HIDDEN = 1024
 """Most hidden channels of a level's perceptrons, which otherwise have twice the level's."""

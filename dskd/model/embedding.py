@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dskd.distances import Pyramid
 from dskd.model.students import level_halvings, residual_stage
-from dskd.model.teacher import Pyramid
 
 
 class DeepFeatureEmbedding(nn.Module):

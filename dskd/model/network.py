@@ -7,9 +7,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dskd.config import ModelConfig
+from dskd.distances import Pyramid
 from dskd.model.embedding import DeepFeatureEmbedding
 from dskd.model.students import StudentDecoder, StudentEncoder, block_style
-from dskd.model.teacher import Pyramid, Teacher
+from dskd.model.teacher import Teacher
 
 
 class StudentPyramids(NamedTuple):

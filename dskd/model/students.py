@@ -10,7 +10,8 @@ from jaxtyping import Float
 from timm.models.resnet import Bottleneck
 from torch import Tensor, nn
 
-from dskd.model.teacher import Pyramid, create_features
+from dskd.distances import Pyramid
+from dskd.model.teacher import create_features
 
 Scale = Literal["down", "same", "up"]
 

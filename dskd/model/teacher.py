@@ -14,8 +14,8 @@ from jaxtyping import Float, UInt8
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-Pyramid = tuple[Float[Tensor, "b _ _ _"], ...]
-"""Feature maps of one batch, the shallowest level first."""
+from dskd.config import TeacherSource
+from dskd.distances import Pyramid
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -88,7 +88,8 @@ def build_teacher(backbone: str, levels: tuple[int, ...], weights: str) -> Teach
     Raises TeacherUnavailableError where the hub cannot be reached; ValueError on an unknown backbone or level
     and on a file that is missing, unreadable or does not fit.
     """
-    if weights == "hub":
+    source = TeacherSource(weights)
+    if not (source.is_file or source.is_untrained):
         path = _hub_file(backbone)
         # timm's own loading, since it translates each architecture's older parameter names.
         overlay = {"file": str(path)}
@@ -96,7 +97,7 @@ def build_teacher(backbone: str, levels: tuple[int, ...], weights: str) -> Teach
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(RANDOM_TEACHER_SEED)
         features = create_features(backbone, levels)
-    if weights != "random":
+    if source.is_file:
         _load_weights(features, Path(weights))
     return Teacher(features)
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.utils import parameters_to_vector
 
-from dskd.config import AmplificationConfig, DataConfig, Selection
+from dskd.config import AmplificationConfig, DataConfig, DataSpec, RunConfig, Selection
 from dskd.data.cache import ArrayCache
 from dskd.data.datasets import NUM_VALIDATION_DEFECTS, fingerprint, read_category, split_calibration, split_normals
 from dskd.data.defects import choose_textures, load_textures
@@ -59,44 +59,37 @@ class TrainingData(NamedTuple):
 
 
 def prepare(
-    config: DataConfig,
-    backbone: str,
-    levels: tuple[int, ...],
+    config: RunConfig,
+    spec: DataSpec,
     *,
-    data: Path,
-    category: str,
-    teacher_weights: str,
     device: torch.device,
     cache: ArrayCache | None,
-    textures: Path | None = None,
     progress: bool = False,
-    amplification: AmplificationConfig = AmplificationConfig(),  # noqa: B008 - frozen
     on_amplification: Callable[[AmplificationEpoch], object] = lambda epoch: None,
-    selection: Selection = "val",
 ) -> TrainingData:
     """Decode, split, amplify the teacher, draw the validation defects and run it, each at most once per machine.
 
-    `teacher_weights` is "hub", "random" or a file; `textures` a folder of images that feed the synthetic
-    defects, instead of drawn ones. `on_amplification` hears of every epoch of stage I that is computed here
-    and now, and of none that the cache knows. In a process group every process gets the amplifier of the
-    first. With `progress` a bar counts what takes long, on a terminal. The `selection` "oracle" puts the labelled
-    test images in the place of the validation images, to reproduce papers that select by them; the held-out normals
-    stay out of training all the same.
+    Of `config` only what `RunConfig.for_inputs` keeps is read. `on_amplification` is called after every epoch of
+    stage I that is computed now, and for none that the cache knows. In a process group every process gets the
+    amplifier of the first. With `progress` a bar counts what takes long, on a terminal. With the selection "oracle"
+    the held-out normals stay out of training all the same.
     Raises ValueError on unusable data, textures or weights, NonFiniteLossError where stage I diverges.
     """
-    teacher = build_teacher(backbone, levels, teacher_weights).to(device)
+    data, category, amplification = config.data, spec.category, config.amplification
+    backbone, levels = config.model.backbone, config.model.levels
+    teacher = build_teacher(backbone, levels, spec.teacher.weights).to(device)
     teacher_sha256 = weights_fingerprint(teacher)
-    texture_files = choose_textures(textures) if textures is not None else []
-    texture_images = load_textures(texture_files, config.image_size) if texture_files else None
-    samples = read_category(data, category)
+    texture_files = choose_textures(spec.textures) if spec.textures is not None else []
+    texture_images = load_textures(texture_files, data.image_size) if texture_files else None
+    samples = read_category(spec.data, category)
     notes = [samples.describe()]
     scale = find_scale([sample.path for sample in samples.train])
-    train, held, held_names = split_normals(samples, config.validation_fraction, config.split_seed)
+    train, held, held_names = split_normals(samples, data.validation_fraction, data.split_seed)
     defects = [sample for sample in samples.validation if sample.is_defective]
 
     def pixels(chosen: Sequence[Sample], what: str) -> tuple[npt.NDArray[np.uint8], str]:
         paths = [sample.path for sample in chosen]
-        return _pixels(paths, config, scale, cache, f"reading {what}" if progress else None)
+        return _pixels(paths, data, scale, cache, f"reading {what}" if progress else None)
 
     train_images, train_sha256 = pixels(train, "training images")
     held_images, held_sha256 = pixels(held, "held-out images")
@@ -114,20 +107,20 @@ def prepare(
             on_amplification,
         )
     names = dict(zip(held, held_names, strict=True))
-    selecting, calibrating = split_calibration(held, config.calibration_fraction, config.split_seed)
+    selecting, calibrating = split_calibration(held, data.calibration_fraction, data.split_seed)
     selection_images = held_images[[held.index(sample) for sample in selecting]]
     calibration_images = held_images[[held.index(sample) for sample in calibrating]]
-    if selection == "oracle":
+    if spec.selection == "oracle":
         defects = []
-        validation = labelled_test_split(data, category, config.image_size, scale, notes.append)
+        validation = labelled_test_split(spec.data, category, data.image_size, scale, notes.append)
         if not validation.masks.any():
             raise ValueError(
-                f"category {category} in {data} has no masks of its test defects: AUPRO, a half of the objective of "
-                "selection 'oracle', cannot be computed."
+                f"category {category} in {spec.data} has no masks of its test defects: AUPRO, a half of the objective "
+                "of selection 'oracle', cannot be computed."
             )
     else:
         validation = synthetic_validation(
-            selection_images, seed=config.split_seed, num_defective=NUM_VALIDATION_DEFECTS, textures=texture_images
+            selection_images, seed=data.split_seed, num_defective=NUM_VALIDATION_DEFECTS, textures=texture_images
         )
     if defects:
         defect_images, defect_sha256 = pixels(defects, "validation defects")
@@ -141,13 +134,13 @@ def prepare(
     return TrainingData(
         category=category,
         teacher=teacher,
-        teacher_source=teacher_weights if teacher_weights in ("hub", "random") else Path(teacher_weights).name,
+        teacher_source=spec.teacher.name,
         teacher_sha256=teacher_sha256,
         train_images=train_images,
         train_features=features(train_images, "training images"),
         validation=validation,
         validation_features=features(validation.images, "validation images"),
-        validation_files=() if selection == "oracle" else tuple(names[sample] for sample in selecting),
+        validation_files=() if spec.selection == "oracle" else tuple(names[sample] for sample in selecting),
         calibration_images=calibration_images,
         calibration_features=features(calibration_images, "calibration images"),
         calibration_files=tuple(names[sample] for sample in calibrating),
@@ -156,7 +149,7 @@ def prepare(
         num_textures=len(texture_files),
         textures_sha256=textures_sha256,
         amplification=amplification,
-        selection=selection,
+        selection=spec.selection,
         scale=scale,
         notes=tuple(notes),
     )

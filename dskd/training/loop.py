@@ -1,4 +1,4 @@
-"""TrainingRun on normal images: `fit` yields one `Epoch` at a time, and the caller decides what follows."""
+"""The training of students on normal images: `fit` yields steps and epochs, and the caller decides what follows."""
 
 import math
 import time
@@ -95,8 +95,8 @@ def fit(
     device: torch.device,
     worker: WorkerRank = WorkerRank(),  # noqa: B008 - an immutable tuple
     first_epoch: int = 0,
-) -> Iterator[Epoch]:
-    """Train `students` in place on normal images (N, S, S, 3), yielding after every epoch.
+) -> Iterator[Step | Epoch]:
+    """Train `students` in place on normal images (N, S, S, 3), yielding every step, and the epoch after its steps.
 
     `students` maps (images, teacher pyramid) to student pyramids and may be wrapped for DDP. All
     state lies in `students` and `optimizer`: save both after an epoch, restore them and pass the
@@ -104,24 +104,6 @@ def fit(
 
     Raises NonFiniteLossError at the end of the epoch in which a loss is not a finite number.
     """
-    taken = fit_steps(
-        students, optimizer, images, teacher_features, config, device=device, worker=worker, first_epoch=first_epoch
-    )
-    return (each for each in taken if isinstance(each, Epoch))
-
-
-def fit_steps(
-    students: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    images: npt.NDArray[np.uint8],
-    teacher_features: FeatureTable,
-    config: RunConfig,
-    *,
-    device: torch.device,
-    worker: WorkerRank = WorkerRank(),  # noqa: B008 - an immutable tuple
-    first_epoch: int = 0,
-) -> Iterator[Step | Epoch]:
-    """`fit` for those who watch: every step is yielded as well, before the epoch that it belongs to."""
     on_gpu = device.type == "cuda"
     for epoch in range(first_epoch, config.train.epochs):
         started = time.perf_counter()

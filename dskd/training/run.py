@@ -20,7 +20,7 @@ from dskd.model.batchnorm import share_batchnorm
 from dskd.model.network import build_students
 from dskd.model.teacher import UNREADABLE
 from dskd.training.inputs import TrainingData
-from dskd.training.loop import Epoch, NonFiniteLossError, Step, build_optimizer, fit_steps
+from dskd.training.loop import Epoch, NonFiniteLossError, Step, build_optimizer, fit
 from dskd.training.score_search import search_scores
 
 STATE_FILE = "training.pt"
@@ -92,9 +92,9 @@ class TrainingRun:
         trained: nn.Module | None = None,
         worker: WorkerRank = WorkerRank(),  # noqa: B008 - an immutable tuple
     ) -> Iterator[Step | EpochResult]:
-        """`epochs` for those who watch: every optimiser step is yielded as well."""
+        """`epochs` with every optimiser step yielded as well, before its epoch."""
         inputs = self.inputs
-        training = fit_steps(
+        training = fit(
             trained or self.students,
             self.optimizer,
             inputs.train_images,

@@ -1,6 +1,6 @@
 """Stage I of AAND: an amplifier learns on synthetic defects what the frozen teacher should tell apart.
 
-`fit_amplifier` yields one epoch at a time, as `dskd.train.fit` does for the students, which come after it
+`fit_amplifier` yields one epoch at a time, as `dskd.training.loop.fit` does for the students, which come after it
 and see good images only (Tang et al., arXiv 2405.02068).
 """
 
@@ -20,9 +20,10 @@ from torch import Tensor
 from dskd.config import AmplificationConfig, TrainConfig
 from dskd.data.defects import add_defects, find_foreground
 from dskd.device import WorkerRank, to_device
+from dskd.distances import Pyramid
 from dskd.losses import amplification_loss, focal_loss
 from dskd.model.amplification import Amplifier, LevelAmplifier
-from dskd.model.teacher import Pyramid, Teacher, normalize
+from dskd.model.teacher import Teacher, normalize
 from dskd.training.loop import NonFiniteLossError, build_optimizer, epoch_batches, learning_rate
 
 CLEAN_SHARE = 0.2

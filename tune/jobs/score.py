@@ -24,7 +24,7 @@ import torch
 from dskd.checkpoint import RECORD_FILE, WEIGHTS_FILE, read_record, sha256_of
 from dskd.data.files import IMAGE_SUFFIXES
 from dskd.data.images import load_image
-from dskd.detector import UNTRAINED_TEACHER, Detector, Prediction, chosen_limit, find_regions
+from dskd.detector import UNTRAINED_TEACHER, Detector, Prediction, chosen_limit, unreadable_to_dict
 from dskd.device import computing_device
 from dskd.show.overlays import overlay
 from tune.runtime.cluster import connect
@@ -34,20 +34,25 @@ from tune.storage.uris import absolute, is_address
 from tune.tracking.client import download
 
 VERDICTS, OVERLAYS, SUMMARY = "verdicts", "overlays", "summary.json"
+_REGION = pa.struct(
+    [*((side, pa.int32()) for side in ("left", "top", "right", "bottom")), pa.field("peak", pa.float64())]
+)
 SCHEMA = pa.schema(
     [
-        ("path", pa.string()),
+        ("image", pa.string()),
+        ("verdict", pa.string()),
         ("score", pa.float64()),
         ("threshold", pa.float64()),
         ("is_anomalous", pa.bool_()),
-        ("regions", pa.string()),  # JSON: a list of boxes in pixels of the resized image
-        ("map_size", pa.int32()),  # side of that image
+        ("regions", pa.list_(_REGION)),
+        ("map_size", pa.int32()),
         ("overlay", pa.string()),  # below OUT
+        ("category", pa.string()),
         ("teacher", pa.string()),
         ("error", pa.string()),
     ]
 )
-"""A row per image. Where an image cannot be read `error` says why, and score, verdict and regions are null."""
+"""A row per image: `Prediction.to_dict`. Where an image cannot be read `error` says why, and the score is null."""
 _DECODING_CPUS, _WRITING_CPUS = 0.5, 0.25
 """What a decoding and a writing task reserve; the detectors leave room for one of each."""
 _ROWS_OF_A_TASK = 256
@@ -291,28 +296,18 @@ class Inspector:
     def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
         """A row of `SCHEMA` per image; the overlays are written meanwhile."""
         record = self._detector.record
-        known = {"threshold": self._limit, "map_size": record.config.data.image_size, "teacher": record.teacher}
+        images = [f"{self._images}/{name}" for name in batch["name"]]
         rows: list[dict[str, Any]] = [
-            {"path": f"{self._images}/{name}", "error": str(error) or None, **known}
-            for name, error in zip(batch["name"], batch["error"], strict=True)
+            unreadable_to_dict(record, image, self._limit, str(error))
+            for image, error in zip(images, batch["error"], strict=True)
         ]
-        sound = [index for index, row in enumerate(rows) if row["error"] is None]
-        seen = self._detector.score_images(batch["pixels"][sound]) if sound else None
-        for position, index in enumerate(sound):
-            assert seen is not None
-            score = float(seen.scores[position])
-            is_anomalous = score > self._limit
-            regions = find_regions(seen.maps[position], self._limit) if is_anomalous else ()
-            rows[index] |= {
-                "score": score,
-                "is_anomalous": is_anomalous,
-                "regions": json.dumps([region._asdict() for region in regions]),
-            }
-            if self._overlays == "all" or (self._overlays == "anomalous" and is_anomalous):
-                image, heat = batch["pixels"][index], seen.maps[position]
-                name = str(batch["name"][index])
-                prediction = Prediction(Path(name), score, self._limit, is_anomalous, regions, image, heat)
-                rows[index]["overlay"] = self._draw(name, prediction)
+        sound = [index for index, error in enumerate(batch["error"]) if not error]
+        names = [Path(str(batch["name"][index])) for index in sound]
+        found = self._detector.predict_pixels(names, batch["pixels"][sound], self._limit) if sound else ()
+        for index, prediction in zip(sound, found, strict=True):
+            is_drawn = self._overlays == "all" or (self._overlays == "anomalous" and prediction.is_anomalous)
+            picture = self._draw(str(batch["name"][index]), prediction) if is_drawn else None
+            rows[index] = prediction.to_dict(record, overlay=picture) | {"image": images[index]}
         return pa.Table.from_pylist(rows, schema=SCHEMA)
 
     def _draw(self, name: str, prediction: Prediction) -> str:

@@ -85,7 +85,7 @@ def _measured(task: SpeedTask) -> Speed:
     from dskd.model.features import feature_table
     from dskd.model.network import build_students
     from dskd.model.teacher import Teacher, build_teacher
-    from dskd.training.loop import Step, build_optimizer, fit_steps
+    from dskd.training.loop import Step, build_optimizer, fit
     from dskd.training.stage_one import amplifier_optimizer, fit_amplifier
 
     torch.set_num_threads(max(1, int(task.cpus_per_worker)))
@@ -120,7 +120,7 @@ def _measured(task: SpeedTask) -> Speed:
         batch = images[np.resize(np.arange(len(images)), num_images)]
         table = feature_table(teacher, batch, device)
         one_batch = config.with_values({"batch_size": num_images, "epochs": 1000})
-        taken = fit_steps(students, optimizer, batch, table, one_batch, device=device)
+        taken = fit(students, optimizer, batch, table, one_batch, device=device)
         steps = (each for each in taken if isinstance(each, Step))
         next(steps).loss.item()  # to read a loss waits for the device
         times: list[float] = []

@@ -80,13 +80,15 @@ def quoted(text: str) -> str:
 
 
 def pack(detector: Path, folder: Path) -> None:
-    """Make `folder` an MLflow model of a detector folder: `tune/served_model.py`, the files, and dskd's code."""
+    """Make `folder` an MLflow model of a detector folder: `served_model.py`, the files, and dskd's code."""
     # Seconds of imports that the trials' processes, which only send events, can do without.
     import mlflow.pyfunc
     import pandas as pd
     from mlflow.models import ModelSignature
-    from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema
+    from mlflow.types.schema import Array, ColSpec, Object, ParamSchema, ParamSpec, Property, Schema
 
+    sides = [Property(side, "long") for side in ("left", "top", "right", "bottom")]
+    region = Object([*sides, Property("peak", "double")])
     with TemporaryDirectory(prefix="dskd-") as temporary:
         # MLflow keeps the folder's own name, and refuses a link.
         named = shutil.copytree(detector, Path(temporary) / _DETECTOR)
@@ -99,11 +101,17 @@ def pack(detector: Path, folder: Path) -> None:
                 inputs=Schema([ColSpec("string", "image")]),
                 outputs=Schema(
                     [
+                        ColSpec("string", "image"),
+                        ColSpec("string", "verdict"),
                         ColSpec("double", "score"),
                         ColSpec("double", "threshold"),
                         ColSpec("boolean", "is_anomalous"),
-                        ColSpec("string", "regions"),
-                        ColSpec("long", "image_size"),
+                        ColSpec(Array(region), "regions"),
+                        ColSpec("long", "map_size"),
+                        ColSpec("string", "overlay", required=False),
+                        ColSpec("string", "category"),
+                        ColSpec("string", "teacher"),
+                        ColSpec("string", "error", required=False),
                     ]
                 ),
                 params=ParamSchema([ParamSpec("false_alarm_rate", "double", 0.01)]),

@@ -6,7 +6,6 @@ it: code and weights as they are, no pickle. It is no module of the search, whic
 
 import base64
 import binascii
-import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -36,9 +35,8 @@ class ServedDetector(PythonModel):
     ) -> pd.DataFrame:
         """A row per image of the column `image`, each the base64 text of a PNG, JPEG or other image file.
 
-        Columns: `score`, `threshold`, `is_anomalous`, `regions` (a JSON list of boxes, the highest peak
-        first) and `image_size`, the side of the square in whose pixels the boxes are. The parameter
-        `false_alarm_rate` chooses among the stored thresholds. An image that cannot be read, or is a
+        The columns are those of `Prediction.to_dict`, with "row 0" and so on for the name of the image. The
+        parameter `false_alarm_rate` chooses among the stored thresholds. An image that cannot be read, or is a
         decompression bomb, is an error that names its row, counted from 0; then no row has a verdict.
         """
         threshold = self._detector.threshold(float((params or {}).get(FALSE_ALARM_RATE, 0.01))).value
@@ -49,16 +47,8 @@ class ServedDetector(PythonModel):
                 paths.append(Path(temporary, f"row {number}"))
                 paths[-1].write_bytes(_decoded(text, number))
             try:
-                for verdict in self._detector.predict(paths, threshold):
-                    rows.append(
-                        {
-                            "score": float(verdict.score),
-                            "threshold": float(threshold),
-                            "is_anomalous": bool(verdict.is_anomalous),
-                            "regions": json.dumps([region._asdict() for region in verdict.regions]),
-                            "image_size": verdict.image.shape[0],
-                        }
-                    )
+                for prediction in self._detector.predict(paths, threshold):
+                    rows.append(prediction.to_dict(self._detector.record) | {"image": prediction.path.name})
             except ValueError as error:  # names the file, whose folder is nobody's business
                 reason = str(error).replace(f"{temporary}/", "")
                 raise MlflowException.invalid_parameter_value(reason) from None

@@ -17,7 +17,7 @@ import ray.util
 import torch
 
 from dskd.checkpoint import RECORD_FILE, DetectorRecord, read_record, write_detector
-from dskd.config import AmplificationConfig, DataConfig, RunConfig, Selection
+from dskd.config import DataSpec, RunConfig, TeacherSource
 from dskd.data.cache import ArrayCache, default_folder
 from dskd.detector import Detector
 from dskd.device import WorkerRank, computing_device
@@ -125,19 +125,14 @@ def _train(
     torch.set_num_threads(max(1, int(spec.cpus_per_worker)))
     device = computing_device(str(device))
     config = RunConfig.from_dict(spec.config)
-    inputs, remark = _materials(
-        config.data,
-        config.model.backbone,
-        config.model.levels,
-        spec.data,
-        spec.category,
-        spec.teacher_weights,
-        spec.cache_gb,
-        str(device),
-        config.amplification,
-        spec.textures,
-        spec.selection,
+    data = DataSpec(
+        data=local_copy(spec.data, spec.category, spec.cache_gb),
+        category=spec.category,
+        teacher=TeacherSource(spec.teacher_weights),
+        textures=Path(spec.textures) if spec.textures else None,
+        selection=spec.selection,
     )
+    inputs, remark = shared_inputs(config.for_inputs(), data, spec.cache_gb, device)
     run = TrainingRun.begin(config, inputs, device, worker.world_size)
     if resumed is not None:
         with contextlib.ExitStack() as downloaded:
@@ -208,19 +203,7 @@ def _finished(detector: Path, epochs: int) -> Report:
 
 
 @functools.lru_cache(maxsize=2)
-def _materials(
-    config: DataConfig,
-    backbone: str,
-    levels: tuple[int, ...],
-    data: str,
-    category: str,
-    teacher_weights: str,
-    cache_gb: float,
-    device: str,
-    amplification: AmplificationConfig,
-    textures: str,
-    selection: Selection,
-) -> tuple[TrainingData, str]:
+def shared_inputs(config: RunConfig, spec: DataSpec, cache_gb: float, device: torch.device) -> tuple[TrainingData, str]:
     """What the trial trains with, and what a person should know of it, mostly nothing.
 
     Kept from trial to trial in a process that serves several: they differ in the students alone, and in
@@ -229,19 +212,7 @@ def _materials(
     """
     remarks: list[str] = []
     cache = ArrayCache(default_folder(), int(cache_gb * 1e9), remarks.append) if cache_gb > 0 else None
-    inputs = prepare(
-        config,
-        backbone,
-        levels,
-        data=local_copy(data, category, cache_gb),
-        category=category,
-        teacher_weights=teacher_weights,
-        device=torch.device(device),
-        cache=cache,
-        textures=Path(textures) if textures else None,
-        amplification=amplification,
-        selection=selection,
-    )
+    inputs = prepare(config, spec, device=device, cache=cache)
     reason = remarks[0].partition(";")[0] if remarks else ""
     return inputs, f"images and features of this trial are in memory alone: {reason}" if reason else ""
 

@@ -52,7 +52,7 @@ def main() -> None:
     detector = Detector.load(detectors / category, str(computing_device("auto")))
     summary = predict_images(
         detector,
-        find_images([_HOME / "data" / category / "test"]),
+        find_images([_HOME / "data" / category / "test"]).images,
         verdicts,
         false_alarm_rate=0.05,
         on_prediction=lambda seen: print(describe_prediction(seen)),  # noqa: T201

@@ -4,13 +4,16 @@ What people read goes to stderr; stdout carries results, with --json one JSON do
 else. torch is imported only by the commands that compute, so that help comes at once.
 """
 
+import contextlib
 import dataclasses
 import functools
 import io
 import math
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,7 +32,7 @@ from dskd.config import DataSpec, RunConfig, TeacherSource
 from dskd.presets import Preset
 
 if TYPE_CHECKING:
-    from dskd.detector import Detector
+    from dskd.detector import Detector, Prediction, Unreadable
     from dskd.training.run import TrainingRun
 
 
@@ -244,28 +247,39 @@ def predict(
     device: str = "auto",
     json: bool = False,
 ) -> None:
-    """Inspect images: a verdict for each, with the anomalous regions drawn.
+    """Inspect images: a verdict for each, with the anomalous regions drawn; exit code 1 if some cannot be read.
 
     Args:
         detector: Detector folder.
         images: Image files, or folders that are searched for them.
-        out: Folder for predictions.jsonl and an overlay per image.
+        out: Folder for predictions.jsonl, written as the verdicts come, and an overlay per image.
         false_alarm_rate: Share of good images that may be called anomalous, in (0, 1).
         threshold: Score above which an image is anomalous, instead of the calibrated one.
         device: auto, cpu, cuda or cuda:N.
         json: Print one JSON document.
     """
+    from dskd.detector import Unreadable, chosen_limit
     from dskd.predict import check_out, describe_prediction, find_images, predict_images
 
     check_out(out)
     loaded = _load(detector, device)
+    found = find_images(images)
+    chosen_limit(loaded, false_alarm_rate, threshold)  # what is wrong with it is said before anything else
+    say(f"{len(found.images)} images" + (f"; not read: {found.describe()}" if found.describe() else ""))
+
+    def tell(seen: "Prediction | Unreadable") -> None:
+        if isinstance(seen, Unreadable):
+            say(f"unreadable: {seen.error}")
+        if not json:
+            print(describe_prediction(seen), flush=True)
+
     summary = predict_images(
         loaded,
-        find_images(images),
+        found.images,
         out,
         false_alarm_rate=false_alarm_rate,
         threshold=threshold,
-        on_prediction=lambda seen: None if json else print(describe_prediction(seen)),
+        on_prediction=tell,
     )
     say(f"{summary.describe()}; overlays in {out / 'overlays'}")
     if json:
@@ -273,10 +287,15 @@ def predict(
             {
                 "out": str(out),
                 "num_anomalous": summary.num_anomalous,
+                "num_unreadable": summary.num_unreadable,
+                "num_clipped": summary.num_clipped,
+                "not_read": {"others": dict(found.others), "left_out": dict(found.left_out)},
                 "false_alarm_rates": loaded.record.guarantee,
                 "predictions": summary.predictions,
             }
         )
+    if summary.num_unreadable or found.closed:
+        sys.exit(1)
 
 
 def export(
@@ -304,7 +323,9 @@ def export(
     check_exportable(onnx, opset)
     loaded = _load(detector, "cpu")
     size = loaded.record.config.data.image_size
-    pixels = load_images(find_images(images), size) if images else generated_images(size)
+    pixels = (
+        load_images(find_images(images).images, size, scale=loaded.record.scale) if images else generated_images(size)
+    )
     source = "given" if images else "generated"
     try:
         parity = export_onnx(loaded, onnx, pixels, opset)
@@ -349,16 +370,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "export": export,
         }
         run = parse(commands, given, prog="dskd", description="Visual anomaly detection by knowledge distillation.")
-        run()
+        with _terminated_cleanly():
+            run()
     except UsageError as error:
         say(str(error))
         sys.exit(2)
     except (ValueError, FloatingPointError, OSError) as error:
         say(f"dskd: error: {error}")
         sys.exit(2)
+    except _Terminated:
+        say("dskd: terminated; what was written so far stays")
+        sys.exit(143)
     except KeyboardInterrupt:
-        say("dskd: interrupted")
+        say("dskd: interrupted; what was written so far stays")
         sys.exit(130)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came, as from a batch system or a service manager."""
+
+
+@contextlib.contextmanager
+def _terminated_cleanly() -> Iterator[None]:
+    """SIGTERM as an exception, which lets files be closed and half-made folders be removed."""
+
+    def stop(number: int, frame: object) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

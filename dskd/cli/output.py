@@ -79,7 +79,7 @@ def print_scores(scores: "Scores") -> None:
 
 
 def print_json(document: dict[str, Any]) -> None:
-    print(json.dumps(document, indent=2))
+    print(json.dumps(document, indent=2, allow_nan=False))
 
 
 def say(line: str) -> None:

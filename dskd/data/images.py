@@ -392,7 +392,7 @@ def _is_deep(image: ImageFile.ImageFile) -> bool:
 
 
 def _is_odd_tiff(image: ImageFile.ImageFile) -> bool:
-    """Whether a TIFF has values that Pillow takes for others: signed bytes, unsigned 32 bits, deep colours in planes."""
+    """Whether Pillow takes a TIFF's values for others: signed bytes, unsigned 32 bits, deep colours in planes."""
     if image.format != "TIFF":
         return False
     tags = image.tag_v2  # type: ignore[attr-defined]

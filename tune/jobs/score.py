@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -21,10 +22,11 @@ import ray.data
 import ray.exceptions
 import torch
 
-from dskd.checkpoint import RECORD_FILE, WEIGHTS_FILE, read_record, sha256_of
-from dskd.data.files import IMAGE_SUFFIXES
-from dskd.data.images import load_image
-from dskd.detector import UNTRAINED_TEACHER, Detector, Prediction, chosen_limit, unreadable_to_dict
+from dskd.checkpoint import RECORD_FILE, WEIGHTS_FILE, DetectorRecord, read_record, sha256_of
+from dskd.data.depth import PixelScale
+from dskd.data.files import IMAGE_SUFFIXES, Walk, is_image_name, is_left_out, walk
+from dskd.data.images import load_pixels
+from dskd.detector import UNTRAINED_TEACHER, Detector, Prediction, Unreadable, chosen_limit, unreadable_to_dict
 from dskd.device import computing_device
 from dskd.show.overlays import overlay
 from tune.runtime.cluster import connect
@@ -47,6 +49,7 @@ SCHEMA = pa.schema(
         ("regions", pa.list_(_REGION)),
         ("map_size", pa.int32()),
         ("overlay", pa.string()),  # below OUT
+        ("num_clipped", pa.int64()),  # values beyond the scale of images of more than 8 bits
         ("category", pa.string()),
         ("teacher", pa.string()),
         ("error", pa.string()),
@@ -107,7 +110,7 @@ def _scored(settings: ScoringSettings) -> dict[str, Any]:
     workers = _workers(settings, len(names))
     _say(f"inspecting {len(names)} images with {workers.number} workers")
     try:
-        _stream(settings, names, detector.record.config.data.image_size, files, limit, workers)
+        _stream(settings, names, detector.record, files, limit, workers)
     except ray.exceptions.RayError as error:
         raise ScoringError(str(error).strip().splitlines()[-1]) from None
     counts = _counts(settings.out)
@@ -159,14 +162,20 @@ def image_names(images: str) -> list[str]:
     Raises ValueError where there is none, or a name that is no text.
     """
     if is_address(images):
-        found = [file.name for file in Storage(images, "--images").files("")]
+        given = [PurePosixPath(file.name) for file in Storage(images, "--images").files("")]
+        kept = [name for name in given if not is_left_out(name)]
+        names = sorted(name.as_posix() for name in kept if is_image_name(name))
+        others = Counter(name.suffix.lower() for name in kept if not is_image_name(name))
+        unread = Walk((), others, {"hidden or service": len(given) - len(kept)} if len(kept) < len(given) else {}, ())
     elif Path(images).is_dir():
-        found = [path.relative_to(images).as_posix() for path in Path(images).rglob("*") if not path.is_dir()]
+        unread = walk(Path(images))
+        names = [path.relative_to(images).as_posix() for path in unread.images]
     else:
         raise ValueError(f"--images {images} is no folder; give a folder or s3://bucket/path.")
-    names = sorted(name for name in found if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES)
     if not names:
         raise ValueError(f"--images {images} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+    if unread.describe():
+        _say(f"not read: {unread.describe()}")
     for name in names:
         try:
             name.encode()
@@ -210,7 +219,7 @@ def _workers(settings: ScoringSettings, num_images: int) -> Workers:
 def _stream(
     settings: ScoringSettings,
     names: Sequence[str],
-    image_size: int,
+    record: DetectorRecord,
     detector: "ray.ObjectRef[dict[str, bytes]]",
     limit: float,
     workers: Workers,
@@ -224,7 +233,7 @@ def _stream(
     num_blocks = max(math.ceil(len(names) / _ROWS_OF_A_TASK), min(len(names), 2 * workers.number))
     rows = ray.data.from_items([{"name": name} for name in names], override_num_blocks=num_blocks)
     rows.map_batches(
-        functools.partial(decode, images=images, image_size=image_size),
+        functools.partial(decode, images=images, image_size=record.config.data.image_size, scale=record.scale),
         batch_size=settings.batch_size,
         batch_format="numpy",
         num_cpus=_DECODING_CPUS,
@@ -246,22 +255,25 @@ def _stream(
     ).write_parquet(root, filesystem=files, ray_remote_args={"num_cpus": _WRITING_CPUS})
 
 
-def decode(batch: dict[str, np.ndarray], images: str, image_size: int) -> dict[str, np.ndarray]:
+def decode(
+    batch: dict[str, np.ndarray], images: str, image_size: int, scale: PixelScale | None = None
+) -> dict[str, np.ndarray]:
     """Pixels (B, S, S, 3) of files called `name` below `images`, or the reason why there are none."""
     storage = Storage(images, "--images") if is_address(images) else None
     pixels = np.zeros((len(batch["name"]), image_size, image_size, 3), np.uint8)
+    num_clipped = np.zeros(len(pixels), np.int64)
 
     def read(index: int) -> str:
         name = str(batch["name"][index])
         try:
             if storage is None:
-                pixels[index] = load_image(Path(images) / name, image_size)
+                pixels[index], num_clipped[index] = load_pixels(Path(images) / name, image_size, scale)
                 return ""
             with TemporaryDirectory(prefix="dskd-") as temporary:
                 file = Path(temporary) / PurePosixPath(name).name
                 storage.fetch(name, file)
                 try:
-                    pixels[index] = load_image(file, image_size)
+                    pixels[index], num_clipped[index] = load_pixels(file, image_size, scale)
                 except ValueError as error:
                     return str(error).replace(str(file), f"{images}/{name}")
         except (ValueError, StorageError) as error:
@@ -270,7 +282,7 @@ def decode(batch: dict[str, np.ndarray], images: str, image_size: int) -> dict[s
 
     with ThreadPoolExecutor(_CONNECTIONS if storage else 1) as pool:
         errors = list(pool.map(read, range(len(pixels))))
-    return {"name": batch["name"], "error": np.array(errors, object), "pixels": pixels}
+    return {"name": batch["name"], "error": np.array(errors, object), "pixels": pixels, "num_clipped": num_clipped}
 
 
 class Inspector:
@@ -303,8 +315,12 @@ class Inspector:
         ]
         sound = [index for index, error in enumerate(batch["error"]) if not error]
         names = [Path(str(batch["name"][index])) for index in sound]
-        found = self._detector.predict_pixels(names, batch["pixels"][sound], self._limit) if sound else ()
+        clipped = batch["num_clipped"][sound].tolist()
+        found = self._detector.predict_pixels(names, batch["pixels"][sound], self._limit, clipped)
         for index, prediction in zip(sound, found, strict=True):
+            if isinstance(prediction, Unreadable):
+                rows[index]["error"] = prediction.error
+                continue
             is_drawn = self._overlays == "all" or (self._overlays == "anomalous" and prediction.is_anomalous)
             picture = self._draw(str(batch["name"][index]), prediction) if is_drawn else None
             rows[index] = prediction.to_dict(record, overlay=picture) | {"image": images[index]}

@@ -51,7 +51,7 @@ def read_space(path: Path) -> SpaceFile:
     Raises ValueError naming file and entry where it is unknown, of the wrong type, or an empty range.
     """
     try:
-        document = tomllib.loads(path.read_text())
+        document = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--space {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
     except tomllib.TOMLDecodeError as error:

@@ -102,9 +102,7 @@ def inspect_mixed(detector: Detector, photo: Path, tmp_path: Path, count: int) -
     assert json.loads((tmp_path / "out" / SUMMARY_FILE).read_text())["num_images"] == len(written)
 
 
-def test_a_folder_of_mixed_files_is_inspected_to_its_end(
-    detector: Detector, mvtec_root: Path, tmp_path: Path
-) -> None:
+def test_a_folder_of_mixed_files_is_inspected_to_its_end(detector: Detector, mvtec_root: Path, tmp_path: Path) -> None:
     inspect_mixed(detector, mvtec_root / "tile/test/good/000.png", tmp_path, 80)
 
 

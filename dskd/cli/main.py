@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -360,6 +361,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # the names of files need not be text
+    # of odd metadata in sound images; what is wrong with an image is an error that names it
+    warnings.filterwarnings("ignore", module="PIL")
     try:
         commands: dict[str, Callable[..., None]] = {
             "demo-data": demo_data,

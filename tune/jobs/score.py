@@ -7,7 +7,7 @@ import logging
 import math
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
@@ -62,6 +62,10 @@ _ROWS_OF_A_TASK = 256
 _CONNECTIONS = 8
 
 
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)  # noqa: T201
+
+
 class ScoringError(Exception):
     """The inspection broke off; its output has no summary."""
 
@@ -96,7 +100,8 @@ def _scored(settings: ScoringSettings) -> dict[str, Any]:
     if there := out.names(""):
         finished = "the results of another inspection" if SUMMARY in there else "an unfinished output or other files"
         raise ValueError(f"--out {settings.out} holds {finished}; choose another, results are never overwritten.")
-    names = image_names(settings.images)
+    notes: list[str] = []
+    names = image_names(settings.images, notes.append)
     out.probe()
     with TemporaryDirectory(prefix="dskd-") as temporary:
         folder = fetch_detector(settings, Path(temporary))
@@ -108,6 +113,8 @@ def _scored(settings: ScoringSettings) -> dict[str, Any]:
         files = ray.put({name: (folder / name).read_bytes() for name in (RECORD_FILE, WEIGHTS_FILE)})
         weights_sha256 = sha256_of(folder / WEIGHTS_FILE)
     workers = _workers(settings, len(names))
+    for note in notes:
+        _say(note)
     _say(f"inspecting {len(names)} images with {workers.number} workers")
     try:
         _stream(settings, names, detector.record, files, limit, workers)
@@ -156,8 +163,8 @@ def fetch_detector(settings: ScoringSettings, temporary: Path) -> Path:
     return found[0]
 
 
-def image_names(images: str) -> list[str]:
-    """Names of all image files below a folder or an address, in order.
+def image_names(images: str, on_note: Callable[[str], object] = _say) -> list[str]:
+    """Names of all image files below a folder or an address, in order; `on_note` hears what is not read there.
 
     Raises ValueError where there is none, or a name that is no text.
     """
@@ -175,7 +182,7 @@ def image_names(images: str) -> list[str]:
     if not names:
         raise ValueError(f"--images {images} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}).")
     if unread.describe():
-        _say(f"not read: {unread.describe()}")
+        on_note(f"not read: {unread.describe()}")
     for name in names:
         try:
             name.encode()
@@ -344,7 +351,3 @@ def _counts(out: str) -> dict[str, int]:
         "num_anomalous": rows.count_rows(filter=pc.field("is_anomalous")),
         "num_unreadable": rows.count_rows(filter=pc.field("error").is_valid()),
     }
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)  # noqa: T201

@@ -55,6 +55,8 @@ def calibrate(normal_scores: Sequence[float], rates: Iterable[float] = FALSE_ALA
     """
     if not normal_scores:
         raise ValueError("no held-out normal score to calibrate on; raise validation_fraction.")
+    if not all(map(math.isfinite, normal_scores)):
+        raise ValueError("scores of held-out normal images are not finite: no threshold can rest on them.")
     attainable = [conformal_threshold(normal_scores, rate) for rate in sorted(rates, reverse=True)]
     found = tuple(threshold for threshold in attainable if threshold is not None)
     if found:

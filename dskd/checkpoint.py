@@ -9,10 +9,12 @@ import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
+import msgspec
 import numpy as np
 import safetensors.torch
+import torch
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
@@ -20,6 +22,7 @@ from torch import Tensor
 from dskd.atomic import check_can_be_made, file_in_making, folder_in_making
 from dskd.calibration import Threshold
 from dskd.config import VERSION, RunConfig, Selection, TeacherSource
+from dskd.data.depth import PixelScale
 from dskd.model.teacher import IMAGENET_MEAN, IMAGENET_STD
 
 SCHEMA_VERSION = 2
@@ -66,6 +69,9 @@ class DetectorRecord:
     """Fingerprint of those files."""
     selection: Selection = "val"
     """What chose the epoch; figures of an "oracle" detector have seen the test labels."""
+    scale: PixelScale | None = None
+    """How images of more than 8 bits are read, found in the training images; None in older records, whose images of
+    16 bits lose the low 8."""
 
     @property
     def is_untrained_teacher(self) -> bool:
@@ -92,6 +98,7 @@ class DetectorRecord:
             **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
             "config": self.config.to_dict(),
             "thresholds": [threshold._asdict() for threshold in self.thresholds],
+            "scale": dataclasses.asdict(self.scale) if self.scale else None,
             "false_alarm_rates": self.guarantee,
             "preprocessing": {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "resize": "bilinear, antialiased"},
             "weights": {"file": WEIGHTS_FILE, "sha256": weights_sha256},
@@ -99,36 +106,74 @@ class DetectorRecord:
             | {name: version(name) for name in _LIBRARIES},
             "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
-        return json.dumps(document, indent=2) + "\n"
+        return json.dumps(document, indent=2, allow_nan=False) + "\n"
 
     @classmethod
-    def from_document(cls, document: Mapping[str, Any]) -> Self:
-        """The record in a parsed `detector.json`.
+    def from_document(cls, values: Mapping[str, Any]) -> Self:
+        """The record in a parsed `detector.json`, every field of its type and within its bounds.
 
-        A field that is newer than the document takes its default. Raises KeyError, TypeError or ValueError
-        where it does not fit this schema.
+        A field that is newer than the document takes its default. Raises ValueError where it does not fit this schema.
         """
-        if "calibration_files" not in document:  # written when all held-out images both selected and calibrated
-            data = {**document["config"]["data"], "calibration_fraction": 0.0}
-            document = {
-                **document,
-                "config": {**document["config"], "data": data},
-                "calibration_files": document["validation_files"],
-            }
-        fields = [
-            field.name
-            for field in dataclasses.fields(cls)
-            if field.name in document or field.default is dataclasses.MISSING
-        ]
+        document = msgspec.convert(values, _Document)
+        for number in (*document.metrics.values(), *(each.value for each in document.thresholds)):
+            if not math.isfinite(number):
+                raise ValueError(f"a threshold or figure is not finite: {number}")
+        config = document.config
+        calibration_files = document.calibration_files
+        if calibration_files is None:  # of the time when all held-out images served both
+            config = {**config, "data": {**config.get("data", {}), "calibration_fraction": 0.0}}
+            calibration_files = document.validation_files
+        given = {field.name: getattr(document, field.name) for field in dataclasses.fields(cls)}
         return cls(
-            **{name: document[name] for name in fields}
+            **given
             | {
-                "config": RunConfig.from_dict(document["config"]),
-                "thresholds": tuple(Threshold(**threshold) for threshold in document["thresholds"]),
-                "validation_files": tuple(document["validation_files"]),
-                "calibration_files": tuple(document["calibration_files"]),
+                "config": RunConfig.from_dict(config),
+                "thresholds": tuple(Threshold(*msgspec.structs.astuple(each)) for each in document.thresholds),
+                "calibration_files": calibration_files,
             }
         )
+
+
+class _Threshold(msgspec.Struct):
+    """`Threshold` as it stands in the file."""
+
+    false_alarm_rate: Annotated[float, msgspec.Meta(gt=0, lt=1)]
+    value: float
+    num_normals: Annotated[int, msgspec.Meta(ge=1)]
+
+
+_Text = Annotated[str, msgspec.Meta(max_length=4096)]
+
+
+class _Weights(msgspec.Struct):
+    sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class _Document(msgspec.Struct, kw_only=True):
+    """What a `detector.json` may hold; fields that are not named here are passed over."""
+
+    category: _Text
+    config: dict[str, dict[str, Any]]
+    teacher: _Text
+    teacher_sha256: _Text
+    data_sha256: _Text
+    validation_files: tuple[_Text, ...]
+    calibration_files: tuple[_Text, ...] | None = None
+    epoch: Annotated[int, msgspec.Meta(ge=0)]
+    thresholds: Annotated[list[_Threshold], msgspec.Meta(min_length=1, max_length=1000)]
+    metrics: dict[_Text, float]
+    revision: _Text = ""
+    num_validation_defects: Annotated[int, msgspec.Meta(ge=0)] = 0
+    num_textures: Annotated[int, msgspec.Meta(ge=0)] = 0
+    textures_sha256: _Text = ""
+    selection: Selection = "val"
+    scale: PixelScale | None = None
+    weights: _Weights
+
+
+def first_not_finite(weights: Mapping[str, Tensor]) -> str | None:
+    """Name of the first tensor that holds NaN or infinity; None where all are finite."""
+    return next((name for name, value in weights.items() if not torch.isfinite(value).all()), None)
 
 
 def write_detector(
@@ -136,10 +181,12 @@ def write_detector(
 ) -> None:
     """Write a detector folder; `folder` appears complete, replacing an older detector of that name.
 
-    Raises ValueError when `folder` exists and is no detector, which is never overwritten, OSError where it
-    cannot be written.
+    Raises ValueError when `folder` exists and is no detector, which is never overwritten, and on weights that are not
+    finite, OSError where it cannot be written.
     """
     check_replaceable(folder)
+    if name := first_not_finite(weights):
+        raise ValueError(f"the weights {name!r} are not finite: {folder} would judge nothing, and is not written.")
     with folder_in_making(folder) as temporary:
         # Written by Python: on a full disk the writers of safetensors and torch raise other errors than OSError.
         (temporary / WEIGHTS_FILE).write_bytes(
@@ -175,7 +222,9 @@ def read_record(folder: Path) -> DetectorRecord:
         if not (folder / name).is_file():
             raise BrokenDetectorError(f"{folder} is not a detector folder: it has no {name}.")
     try:
-        document = json.loads(path.read_text())
+        content = path.read_bytes()
+        # Python's own reader: names of files need not be text, which stricter ones refuse
+        document = json.loads(content, parse_constant=_no_number)
         schema = document["schema"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BrokenDetectorError(f"{path} is damaged ({error!r}); fetch the detector again.") from None
@@ -185,11 +234,9 @@ def read_record(folder: Path) -> DetectorRecord:
         )
     try:
         record = DetectorRecord.from_document(document)
-        if not record.thresholds:
-            raise ValueError("no threshold")
         expected = document["weights"]["sha256"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise BrokenDetectorError(f"{path} is damaged ({error!r}); fetch the detector again.") from None
+    except (ValueError, TypeError) as error:
+        raise BrokenDetectorError(f"{path} is damaged ({error}); fetch the detector again.") from None
     if (found := sha256_of(folder / WEIGHTS_FILE)) != expected:
         raise BrokenDetectorError(
             f"{folder / WEIGHTS_FILE} was changed or cut short: sha256 {found[:12]}…, expected {expected[:12]}…; "
@@ -205,9 +252,18 @@ def read_detector(folder: Path) -> tuple[DetectorRecord, dict[str, Tensor]]:
     """
     record = read_record(folder)
     try:
-        return record, safetensors.torch.load_file(folder / WEIGHTS_FILE)
+        weights = safetensors.torch.load_file(folder / WEIGHTS_FILE)
     except (SafetensorError, OSError) as error:
         raise BrokenDetectorError(f"{folder / WEIGHTS_FILE} cannot be read ({error}).") from None
+    if name := first_not_finite(weights):
+        raise BrokenDetectorError(
+            f"{folder / WEIGHTS_FILE} holds values that are not finite, in {name!r}: it would call every image good."
+        )
+    return record, weights
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def sha256_of(path: Path) -> str:

@@ -1,6 +1,8 @@
 """What a run is: everything that changes a result is a field here, and nothing else is."""
 
 import dataclasses
+import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -16,11 +18,24 @@ StudentFusion = Literal["sum", "product", "max", "noisy-or"]
 Selection = Literal["val", "oracle"]
 """What chooses epochs and trials: validation images without test labels, or, as papers do, the test images."""
 _Config = typing.TypeVar("_Config")
+_MAX_IMAGE_SIZE, _MAX_DEPTH, _MAX_LEVELS, _MAX_MEMORY_SIZE = 8192, 100, 16, 100_000
+"""Far above what anyone trains with: a detector.json that asks for more would only fill the memory of who loads it."""
 
 
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise ValueError(message)
+
+
+def _require_finite(section: object) -> None:
+    """NaN passes every comparison that refuses a range's outside: ask for it by itself."""
+    for each in dataclasses.fields(section):  # type: ignore[arg-type]
+        value = getattr(section, each.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            _require(
+                not isinstance(number, float) or math.isfinite(number),
+                f"{each.name} must be a finite number, got {number}.",
+            )
 
 
 def _require_weights(name: str, weights: tuple[float, ...]) -> None:
@@ -80,9 +95,11 @@ class DataConfig:
     """Seed of the held-out splits and of the synthetic defects drawn on it."""
 
     def __post_init__(self) -> None:
+        _require_finite(self)
         _require(
-            self.image_size >= 32 and self.image_size % 32 == 0,
-            f"image_size must be a positive multiple of 32 (backbone stride), got {self.image_size}.",
+            32 <= self.image_size <= _MAX_IMAGE_SIZE and self.image_size % 32 == 0,
+            f"image_size must be a positive multiple of 32 (backbone stride), at most {_MAX_IMAGE_SIZE}, "
+            f"got {self.image_size}.",
         )
         _require(
             0 < self.validation_fraction < 1,
@@ -115,6 +132,7 @@ class ModelConfig:
     """Residual blocks of the deep feature embedding, at least 1; RD4AD: 2 for ResNet18, 3 for WideResNet50-2."""
 
     def __post_init__(self) -> None:
+        _require_finite(self)
         _require(
             self.student_encoder or self.student_decoder,
             "student_encoder and student_decoder are both off: nothing to train.",
@@ -123,9 +141,18 @@ class ModelConfig:
             self.student_encoder or not self.student_decoder or self.decoder_input == "teacher",
             f"decoder_input {self.decoder_input!r} needs student_encoder; use decoder_input 'teacher' (RD4AD).",
         )
-        _require(self.embedding_depth >= 1, f"embedding_depth must be at least 1, got {self.embedding_depth}.")
         _require(
-            len(self.levels) > 0 and list(self.levels) == sorted(set(self.levels)) and self.levels[0] >= 0,
+            re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", self.backbone) is not None,
+            f"backbone must be the plain name of a timm model, not an address or a path, got {self.backbone!r}.",
+        )
+        _require(
+            1 <= self.embedding_depth <= _MAX_DEPTH,
+            f"embedding_depth must lie in 1 to {_MAX_DEPTH}, got {self.embedding_depth}.",
+        )
+        _require(
+            0 < len(self.levels) <= _MAX_LEVELS
+            and list(self.levels) == sorted(set(self.levels))
+            and self.levels[0] >= 0,
             f"levels must be ascending timm feature indices, got {self.levels}.",
         )
 
@@ -152,6 +179,7 @@ class LossConfig:
     """The same margin for the decoder."""
 
     def __post_init__(self) -> None:
+        _require_finite(self)
         _require_weights("level_weights (loss)", self.level_weights)
         _require(self.decoder_weight >= 0, f"decoder_weight must not be negative, got {self.decoder_weight}.")
         _require(self.hkd_weight >= 0, f"hkd_weight must not be negative, got {self.hkd_weight}.")
@@ -184,6 +212,7 @@ class ScoreConfig:
     0: none, as in all four papers."""
 
     def __post_init__(self) -> None:
+        _require_finite(self)
         _require_weights("score_level_weights", self.score_level_weights)
         students = (self.encoder_score_weight, self.decoder_score_weight)
         _require_weights("student score weights", students)
@@ -217,6 +246,7 @@ class TrainConfig:
     """Seed of the students' initial weights and of the order of the images."""
 
     def __post_init__(self) -> None:
+        _require_finite(self)
         _require(self.epochs >= 1, f"epochs must be at least 1, got {self.epochs}.")
         _require(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}.")
         _require(self.learning_rate > 0, f"learning_rate must be positive, got {self.learning_rate}.")
@@ -245,8 +275,13 @@ class AmplificationConfig:
     """Learnt vectors of a gate for the normal, and as many for the abnormal; AAND 50."""
 
     def __post_init__(self) -> None:
+        _require_finite(self)
         for name in ("amplification_epochs", "amplification_batch_size", "memory_size"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}.")
+        _require(
+            self.memory_size <= _MAX_MEMORY_SIZE,
+            f"memory_size must be at most {_MAX_MEMORY_SIZE}, got {self.memory_size}.",
+        )
         _require(
             self.amplification_learning_rate > 0,
             f"amplification_learning_rate must be positive, got {self.amplification_learning_rate}.",
@@ -276,6 +311,7 @@ class RunConfig:
     amplification: AmplificationConfig = field(default_factory=AmplificationConfig)
 
     def __post_init__(self) -> None:
+        _require_finite(self)
         for name, weights in (
             ("level_weights (loss)", self.loss.level_weights),
             ("score_level_weights", self.score.score_level_weights),
@@ -375,5 +411,7 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         raise TypeError(f"{where}: no rule to read {kind}.")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if kind is float and isinstance(value, float):
+        _require(math.isfinite(value), f"{where} must be a finite number, got {value}.")
     _require(type(value) is kind, f"{where} must be of type {kind.__name__}, got {value!r}.")
     return value

@@ -1,6 +1,7 @@
 """A finished detector: load a folder, inspect images."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -12,7 +13,8 @@ from torch import nn
 
 from dskd.calibration import Threshold
 from dskd.checkpoint import BrokenDetectorError, DetectorRecord, read_detector, threshold_for
-from dskd.data.images import load_images
+from dskd.data.files import UnreadableImageError
+from dskd.data.images import Pixels, in_threads, load_pixels
 from dskd.evaluate import AnomalyScores, compute_metrics, labelled_test_split, score_images
 from dskd.metrics import Scores
 from dskd.model.amplification import AmplifiedTeacher, build_amplifier
@@ -53,6 +55,8 @@ class Prediction(NamedTuple):
     """(S, S, 3)"""
     map: npt.NDArray[np.float32]
     """(S, S)"""
+    num_clipped: int = 0
+    """Values of the image beyond the scale of images of more than 8 bits: what is brighter there was not seen."""
 
     @property
     def verdict(self) -> Verdict:
@@ -69,7 +73,25 @@ class Prediction(NamedTuple):
             "is_anomalous": self.is_anomalous,
             "regions": [region._asdict() for region in self.regions] if self.is_anomalous else [],
             "overlay": overlay,
+            "num_clipped": self.num_clipped,
         }
+
+
+class Unreadable(NamedTuple):
+    """An image without a verdict."""
+
+    path: Path
+    threshold: float
+    error: str
+    """One line that names the file and says why."""
+
+    @property
+    def verdict(self) -> Verdict:
+        return "unreadable"
+
+    def to_dict(self, record: DetectorRecord) -> dict[str, Any]:
+        """As `Prediction.to_dict`: `error` says why, score and regions are None."""
+        return unreadable_to_dict(record, str(self.path), self.threshold, self.error)
 
 
 def unreadable_to_dict(record: DetectorRecord, image: str, threshold: float, error: str) -> dict[str, Any]:
@@ -88,6 +110,7 @@ def _prediction_fields(record: DetectorRecord, image: str, threshold: float, ver
         "regions": None,
         "map_size": record.config.data.image_size,
         "overlay": None,
+        "num_clipped": None,
         "category": record.category,
         "teacher": record.teacher,
         "error": None,
@@ -144,24 +167,68 @@ class Detector:
     def predict(self, paths: Sequence[Path], threshold: float) -> Iterator[Prediction]:
         """Verdicts in the order of `paths`, a bounded number of images in memory at a time.
 
-        Raises ValueError naming the file that is not a readable image.
+        Raises ValueError naming the file that is not a readable image, and on a threshold that is no finite number.
         """
-        size = self.record.config.data.image_size
+        for found in self.inspect(paths, threshold):
+            if isinstance(found, Unreadable):
+                raise UnreadableImageError(found.error)
+            yield found
+
+    def inspect(self, paths: Sequence[Path], threshold: float) -> Iterator[Prediction | Unreadable]:
+        """As `predict`, which goes on after an image that cannot be read or judged, and says why there is no verdict.
+
+        Raises ValueError on a threshold that is no finite number.
+        """
+        check_threshold(threshold)
+        size, scale = self.record.config.data.image_size, self.record.scale
+
+        def load(path: Path) -> Pixels | str:
+            try:
+                return load_pixels(path, size, scale)
+            except ValueError as error:
+                return str(error)
+
         for start in range(0, len(paths), PREDICT_CHUNK):
             chunk = paths[start : start + PREDICT_CHUNK]
-            yield from self.predict_pixels(chunk, load_images(chunk, size), threshold)
+            loaded = in_threads(load, chunk)
+            sound = [index for index, each in enumerate(loaded) if not isinstance(each, str)]
+            pixels = [each for each in loaded if not isinstance(each, str)]
+            seen = self.predict_pixels(
+                [chunk[index] for index in sound],
+                np.stack([each.rgb for each in pixels]) if pixels else np.empty((0, size, size, 3), np.uint8),
+                threshold,
+                [each.num_clipped for each in pixels],
+            )
+            for path, each in zip(chunk, loaded, strict=True):
+                yield Unreadable(path, threshold, each) if isinstance(each, str) else next(seen)
 
     def predict_pixels(
-        self, paths: Sequence[Path], images: npt.NDArray[np.uint8], threshold: float
-    ) -> Iterator[Prediction]:
-        """Verdicts on RGB images (N, S, S, 3), S as in training, that were read from `paths`."""
-        seen = self.score_images(images)
-        for path, image, heat, score in zip(paths, images, seen.maps, seen.scores.tolist(), strict=True):
-            yield Prediction(path, score, threshold, score > threshold, find_regions(heat, threshold), image, heat)
+        self,
+        paths: Sequence[Path],
+        images: npt.NDArray[np.uint8],
+        threshold: float,
+        num_clipped: Sequence[int] | None = None,
+    ) -> Iterator[Prediction | Unreadable]:
+        """Verdicts on RGB images (N, S, S, 3), S as in training, that were read from `paths`.
 
-    def evaluate(self, data: Path, category: str) -> Scores:
-        """All metrics on the labelled test split of a category."""
-        truth = labelled_test_split(data, category, self.record.config.data.image_size)
+        An image whose score or map is not finite has none. `num_clipped` are the counts of clipped values.
+        """
+        if not len(images):
+            return
+        seen = self.score_images(images)
+        counts = num_clipped or [0] * len(images)
+        found = zip(paths, images, seen.maps, seen.scores.tolist(), counts, strict=True)
+        for path, image, heat, score, clipped in found:
+            if not (math.isfinite(score) and np.isfinite(heat).all()):
+                yield Unreadable(path, threshold, f"{path} gets no finite score, so that no verdict can be given.")
+                continue
+            regions = find_regions(heat, threshold)
+            yield Prediction(path, score, threshold, score > threshold, regions, image, heat, clipped)
+
+    def evaluate(self, data: Path, category: str, on_note: Callable[[str], object] = lambda note: None) -> Scores:
+        """All metrics on the labelled test split of a category; notes and errors as `labelled_test_split`."""
+        size = self.record.config.data.image_size
+        truth = labelled_test_split(data, category, size, self.record.scale, on_note)
         return compute_metrics(self.score_images(truth.images), truth)
 
 
@@ -183,9 +250,10 @@ APPROXIMATE = "approximate: the images behind it also selected the model"
 def chosen_limit(detector: "Detector", false_alarm_rate: float, threshold: float | None) -> tuple[float, str]:
     """The threshold of the score, and a note on where it comes from; `threshold` is taken as it is where given.
 
-    Raises ValueError on a rate outside (0, 1).
+    Raises ValueError on a rate outside (0, 1) and on a threshold that is no finite number.
     """
     if threshold is not None:
+        check_threshold(threshold)
         return threshold, f"threshold {threshold:g} as given"
     if not 0 < false_alarm_rate < 1:
         raise ValueError(f"--false-alarm-rate must lie in (0, 1), got {false_alarm_rate}.")
@@ -199,3 +267,9 @@ def chosen_limit(detector: "Detector", false_alarm_rate: float, threshold: float
     if detector.record.is_approximate:
         note += f" ({APPROXIMATE})"
     return found.value, note
+
+
+def check_threshold(threshold: float) -> None:
+    """Raise ValueError on NaN, above which no score lies, and on infinite thresholds, which end all inspection."""
+    if not math.isfinite(threshold):
+        raise ValueError(f"--threshold must be a finite number, got {threshold}.")

@@ -1,6 +1,6 @@
 """Maps, scores and metrics of labelled images; the only module that reads test labels."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from dskd import metrics
 from dskd.anomaly import Discrepancies, anomaly_maps, discrepancies, image_scores
 from dskd.config import RunConfig
-from dskd.data.datasets import read_category
+from dskd.data.datasets import read_test_split
 from dskd.data.defects import add_defects
+from dskd.data.depth import PixelScale
 from dskd.data.images import load_images, load_masks
 from dskd.data.samples import Sample
 from dskd.device import to_device
@@ -50,11 +51,20 @@ class AnomalyScores(NamedTuple):
     """(N,)"""
 
 
-def label(samples: Sequence[Sample], images: npt.NDArray[np.uint8]) -> LabelledImages:
-    """Labels and masks of `images` (N, S, S, 3), read from the folders and mask files of `samples`."""
+def _unheard(note: str) -> None:
+    pass
+
+
+def label(
+    samples: Sequence[Sample], images: npt.NDArray[np.uint8], on_note: Callable[[str], object] = _unheard
+) -> LabelledImages:
+    """Labels and masks of `images` (N, S, S, 3), read from the folders and mask files of `samples`.
+
+    `on_note` as in `load_masks`.
+    """
     return LabelledImages(
         images,
-        load_masks(samples, images.shape[1]),
+        load_masks(samples, images.shape[1], on_note),
         np.array([sample.is_defective for sample in samples], np.bool_),
         np.array([sample.mask is not None or not sample.is_defective for sample in samples], np.bool_),
         np.arange(len(samples)),
@@ -88,19 +98,34 @@ def synthetic_validation(
     )
 
 
-def labelled_test_split(data: Path, category: str, image_size: int) -> LabelledImages:
+def labelled_test_split(
+    data: Path,
+    category: str,
+    image_size: int,
+    scale: PixelScale | None = None,
+    on_note: Callable[[str], object] = _unheard,
+) -> LabelledImages:
     """The labelled test split of a category; nothing that selects or tunes may call this.
 
-    Raises ValueError where the category has no test images of both kinds.
+    `scale` is the detector's, of images of more than 8 bits. `on_note` hears how many files are used and left out,
+    and of masks and images that are worth a look. Raises ValueError where the category has no test images of both
+    kinds, or a mask that cannot be told or has another shape than its image.
     """
-    samples = read_category(data, category).test
+    found = read_test_split(data, category)
+    samples = found.test
+    on_note(found.describe())
     num_defective = sum(sample.is_defective for sample in samples)
     if num_defective in (0, len(samples)):
         raise ValueError(
             f"category {category} in {data} needs good and defective test images to be evaluated, "
             f"got {len(samples) - num_defective} good and {num_defective} defective."
         )
-    return label(samples, load_images([sample.path for sample in samples], image_size))
+
+    def clipped(path: Path, count: int) -> None:
+        on_note(f"{path} has {count} values beyond the scale of the training images; they are clipped.")
+
+    paths = [sample.path for sample in samples]
+    return label(samples, load_images(paths, image_size, scale=scale, on_clipped=clipped), on_note)
 
 
 @torch.inference_mode()

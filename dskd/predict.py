@@ -1,30 +1,42 @@
 """Inspect image files with a finished detector, and write verdicts and overlays into a folder."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dskd.atomic import folder_in_making
-from dskd.data.images import IMAGE_SUFFIXES
-from dskd.detector import UNTRAINED_TEACHER, Detector, Prediction, chosen_limit
+from dskd.atomic import check_can_be_made
+from dskd.data.files import IMAGE_SUFFIXES, Walk, count_unread, walk
+from dskd.detector import UNTRAINED_TEACHER, Detector, Prediction, Unreadable, chosen_limit
 from dskd.show.overlays import overlay
 
 PREDICTIONS_FILE = "predictions.jsonl"
 OVERLAYS_FOLDER = "overlays"
+SUMMARY_FILE = "summary.json"
+_MAX_NAME_BYTES = 200
+"""Of an overlay's name: file systems allow 255, and an image's own name may take them all."""
 
 
 class PredictionSummary(NamedTuple):
     """What was found in all images together."""
 
     num_anomalous: int
+    num_unreadable: int
+    num_clipped: int
+    """Images with values beyond the scale of images of more than 8 bits."""
     note: str
     """Where the threshold comes from."""
     predictions: list[dict[str, Any]]
     """The lines of `predictions.jsonl`, in the order of the images."""
 
     def describe(self) -> str:
-        return f"{self.num_anomalous} of {len(self.predictions)} anomalous; {self.note}"
+        found = f"{self.num_anomalous} of {len(self.predictions)} anomalous"
+        if self.num_unreadable:
+            found += f", {self.num_unreadable} unreadable"
+        if self.num_clipped:
+            found += f", {self.num_clipped} with clipped values"
+        return f"{found}; {self.note}"
 
 
 def predict_images(
@@ -34,57 +46,97 @@ def predict_images(
     *,
     false_alarm_rate: float = 0.01,
     threshold: float | None = None,
-    on_prediction: Callable[[Prediction], object] = lambda prediction: None,
+    on_prediction: Callable[[Prediction | Unreadable], object] = lambda prediction: None,
 ) -> PredictionSummary:
-    """Inspect images and write `out`: predictions.jsonl and an overlay per image; it appears complete, or not at all.
+    """Inspect images and write `out`: a line of predictions.jsonl per image, as it comes, and an overlay per image.
 
-    The threshold is the detector's for `false_alarm_rate` in (0, 1), unless `threshold` is given.
-    `on_prediction` is called after every image. Raises ValueError where `out` exists, on an impossible rate and on a
-    file that is no readable image.
+    An image that cannot be read has a line that says why. What was written stays when the inspection is cut short;
+    summary.json, which comes last, tells that all images were seen. The threshold is the detector's for
+    `false_alarm_rate` in (0, 1), unless `threshold` is given. `on_prediction` is called after every image. Raises
+    ValueError where `out` exists, also when another inspection makes it at the same time, and on an impossible rate
+    or threshold.
     """
-    check_out(out)
     limit, note = chosen_limit(detector, false_alarm_rate, threshold)
+    make_out(out)
+    (out / OVERLAYS_FOLDER).mkdir()
     caption = UNTRAINED_TEACHER if detector.record.is_untrained_teacher else ""
     lines: list[dict[str, Any]] = []
-    with folder_in_making(out) as folder:
-        (folder / OVERLAYS_FOLDER).mkdir()
-        for index, seen in enumerate(detector.predict(paths, limit)):
-            picture = f"{OVERLAYS_FOLDER}/{index:05d}_{seen.path.parent.name}_{seen.path.stem}.png"
-            overlay(seen, caption).save(folder / picture)
-            lines.append(seen.to_dict(detector.record, overlay=picture))
+    num_clipped = 0
+    with (out / PREDICTIONS_FILE).open("x", encoding="utf-8") as file:
+        for index, seen in enumerate(detector.inspect(paths, limit)):
+            if isinstance(seen, Unreadable):
+                line = seen.to_dict(detector.record)
+            else:
+                picture = f"{OVERLAYS_FOLDER}/{_overlay_name(index, seen.path)}"
+                overlay(seen, caption).save(out / picture)
+                line = seen.to_dict(detector.record, overlay=picture)
+                num_clipped += seen.num_clipped > 0
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+            file.flush()  # a process that is killed loses nothing of it
+            lines.append(line)
             on_prediction(seen)
-        (folder / PREDICTIONS_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    num_anomalous = sum(line["verdict"] == "anomalous" for line in lines)
-    return PredictionSummary(num_anomalous, note, lines)
+    summary = PredictionSummary(
+        sum(line["verdict"] == "anomalous" for line in lines),
+        sum(line["verdict"] == "unreadable" for line in lines),
+        num_clipped,
+        note,
+        lines,
+    )
+    document = {"schema": 1, "num_images": len(lines), **summary._asdict(), "threshold": limit}
+    document.pop("predictions")
+    (out / SUMMARY_FILE).write_text(json.dumps(document, indent=2, allow_nan=False) + "\n")
+    return summary
+
+
+def _overlay_name(index: int, path: Path) -> str:
+    name = os.fsencode(f"{index:05d}_{path.parent.name}_{path.stem}")[:_MAX_NAME_BYTES]
+    return f"{name.decode('utf-8', 'ignore')}.png"
 
 
 def check_out(out: Path) -> None:
-    """Raise ValueError where `out` exists: ask before the detector is loaded."""
-    if out.exists():
-        raise ValueError(f"{out} exists; choose another --out, results are never overwritten.")
+    """Raise ValueError where `out` exists or cannot be made: ask before the detector is loaded."""
+    if out.exists() or out.is_symlink():
+        raise _exists(out)
+    check_can_be_made(out, "--out")
 
 
-def describe_prediction(prediction: Prediction) -> str:
+def make_out(out: Path) -> None:
+    """Make the folder `out`; of two inspections that do so at once, the second gets the ValueError."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir()
+    except FileExistsError:
+        raise _exists(out) from None
+
+
+def _exists(out: Path) -> ValueError:
+    return ValueError(f"{out} exists; choose another --out, results are never overwritten.")
+
+
+def describe_prediction(prediction: Prediction | Unreadable) -> str:
     """Verdict, score and file in one line."""
-    return f"{prediction.verdict:9}  {prediction.score:10.4g}  {prediction.path}"
+    if isinstance(prediction, Unreadable):
+        return f"{prediction.verdict:10}  {'':10}  {prediction.path}"
+    return f"{prediction.verdict:10}  {prediction.score:10.4g}  {prediction.path}"
 
 
-def find_images(paths: Sequence[Path]) -> list[Path]:
-    """The image files among `paths`, and in folders and all their subfolders, in order.
+def find_images(paths: Sequence[Path]) -> Walk:
+    """The image files among `paths`, and in folders and all their subfolders, in order; and what is not read there.
 
-    Raises ValueError where there is none, and on a path that does not exist.
+    A file that is named is taken whatever its name, also a link that leads nowhere, which is then unreadable. Raises
+    ValueError where there is no image, and on a path that does not exist.
     """
-    files: list[Path] = []
+    found: list[Walk] = []
     for path in paths:
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-            if not found:
+            walked = walk(path)
+            if not walked.images:
                 raise ValueError(f"{path} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}).")
-            files += found
-        elif path.is_file():
-            files.append(path)
+            found.append(walked)
+        elif os.path.lexists(path):
+            found.append(Walk((path,), {}, {}, ()))
         else:
             raise ValueError(f"image {path} does not exist.")
-    if not files:
+    if not found:
         raise ValueError("no image given; name image files or folders after the detector.")
-    return files
+    return count_unread(found)

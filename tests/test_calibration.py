@@ -98,3 +98,9 @@ def test_the_stored_threshold_is_never_stricter_than_asked() -> None:
     assert threshold_for(stored, 0.01) == middle
     assert threshold_for(stored, 0.005) == middle
     assert threshold_for(stored, 0.0001) == strict
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scores_that_are_not_finite_give_no_threshold(value: float) -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        calibrate([0.1, value, 0.2])

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
@@ -27,6 +28,15 @@ def mask(path: Path, size: tuple[int, int] = (SIZE, SIZE), side: int = 8) -> Pat
     pixels = np.zeros((size[1], size[0]), np.uint8)
     pixels[1 : 1 + side, 1 : 1 + side] = 255
     Image.fromarray(pixels).save(path)
+    return path
+
+
+def deep(path: Path, kind: type, corner: float = 0) -> Path:
+    pixels: np.ndarray = (
+        np.random.default_rng(0).uniform(0, 1 if kind == np.float32 else 900, (SIZE, SIZE)).astype(kind)
+    )
+    pixels[0, 0] = corner
+    tifffile.imwrite(path, pixels)
     return path
 
 
@@ -150,7 +160,45 @@ PROBLEMS: dict[str, tuple[Act, str, str, str]] = {
         lambda n: paint(n / "overview.JPG", 50), "note", "unread file", "overview.JPG",
     ),
     "hidden file": (
-        lambda n: (n / "train/good/._1.png").write_bytes(b"x"), "note", "unread file", "train/good/._1.png",
+        lambda n: (n / "train/good/._1.png").write_bytes(b"x"), "note", "files not read", ".",
+    ),
+    "files of other kinds": (
+        lambda n: (n / "train/good/list.csv").write_text("1,2"), "note", "files not read", ".",
+    ),
+    "files of other kinds outside": (
+        lambda n: (n.parent / "readme.txt").write_text("1,2"), "note", "files not read", "..",
+    ),
+    "mask of most of the image": (
+        lambda n: Image.eval(Image.open(n / "ground_truth/bent/1_mask.png"), lambda v: 255 - v).save(
+            n / "ground_truth/bent/1_mask.png"
+        ),
+        "note", "mask of most of the image", "ground_truth/bent/1_mask.png",
+    ),
+    "integers and fractions": (
+        lambda n: (deep(n / "train/good/5.tif", np.uint16), deep(n / "train/good/6.tif", np.float32)),
+        "error", "mixed depths", "train/good",
+    ),
+    "more bits than trained on": (
+        lambda n: deep(n / "validation/good/5.tif", np.uint16),
+        "error", "unreadable image", "validation/good/5.tif",
+    ),
+    "not a number": (
+        lambda n: deep(n / "train/good/5.tif", np.float32, np.nan),
+        "error", "unreadable image", "train/good/5.tif",
+    ),
+    "several pages": (
+        lambda n: Image.new("L", (8, 8)).save(
+            n / "train/good/5.tif", save_all=True, append_images=[Image.new("L", (8, 8))]
+        ),
+        "error", "unreadable image", "train/good/5.tif",
+    ),
+    "brighter than any training image": (
+        lambda n: (
+            [deep(n / f"train/good/{index}.tif", np.uint16, 900 + index) for index in range(5, 9)],
+            deep(n / "test/bent/1.tif", np.uint16, 4000),
+            without(n, "test/bent/1.png"),  # type: ignore[func-returns-value]
+        ),
+        "note", "clipped values", "test/bent/1.tif",
     ),
     "stray image above": (
         lambda n: paint(n.parent / "all.png", 50), "note", "unread file", "../all.png",

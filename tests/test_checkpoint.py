@@ -30,6 +30,7 @@ from dskd.checkpoint import (
     write_detector,
 )
 from dskd.config import RunConfig
+from dskd.data.depth import PixelScale
 from dskd.detector import Detector
 
 WEIGHTS = {"teacher.a": torch.arange(6.0).reshape(2, 3), "students.b": torch.tensor([7], dtype=torch.int64)}
@@ -86,6 +87,26 @@ def edited(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], objec
     return lambda folder: edit(folder, change)
 
 
+def with_text(old: str, new: str) -> Callable[[Path], object]:
+    """A record that no JSON writer of ours would write."""
+
+    def act(folder: Path) -> None:
+        text = (folder / RECORD_FILE).read_text()
+        assert old in text
+        (folder / RECORD_FILE).write_text(text.replace(old, new, 1))
+
+    return act
+
+
+def not_finite(folder: Path, value: float) -> None:
+    """Weights with one such value, beside a record that vouches for them."""
+    weights = safetensors.torch.load_file(folder / WEIGHTS_FILE)
+    name = next(name for name, tensor in weights.items() if tensor.is_floating_point() and "students" in name)
+    weights[name].view(-1)[0] = value
+    safetensors.torch.save_file(weights, folder / WEIGHTS_FILE)
+    edit(folder, lambda document: document["weights"].update(sha256=sha256_of(folder / WEIGHTS_FILE)))
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no such folder": (shutil.rmtree, RECORD_FILE),
     "no record": (lambda folder: (folder / RECORD_FILE).unlink(), RECORD_FILE),
@@ -102,6 +123,38 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "an unknown field": (edited(lambda record: record["config"]["train"].update(momentum=1)), "momentum"),
     "an impossible value": (edited(lambda record: record["config"]["data"].update(image_size=33)), "image_size"),
     "no hash": (edited(lambda record: record.pop("weights")), "weights"),
+    "an address as backbone": (
+        edited(lambda record: record["config"]["model"].update(backbone="hf-hub:someone/net")),
+        "backbone must be",
+    ),
+    "a path as backbone": (
+        edited(lambda record: record["config"]["model"].update(backbone="local-dir:/tmp/net")),
+        "backbone must be",
+    ),
+    "a threshold that is no number": (with_text('"value": ', '"value": NaN, "was": '), "damaged"),
+    "an infinite threshold": (with_text('"value": ', '"value": Infinity, "was": '), "damaged"),
+    "a threshold beyond all numbers": (with_text('"value": ', '"value": 1e999, "was": '), "damaged"),
+    "a threshold of text": (edited(lambda record: record["thresholds"][0].update(value="0.1")), "Expected `float`"),
+    "an impossible rate": (edited(lambda record: record["thresholds"][0].update(false_alarm_rate=2)), "< 1"),
+    "a figure that is no number": (with_text('"metrics": {', '"metrics": {"val/x": NaN, '), "damaged"),
+    "a setting that is no number": (with_text('"learning_rate": ', '"learning_rate": NaN, "x": '), "damaged"),
+    "an epoch below 0": (edited(lambda record: record.update(epoch=-1)), ">= 0"),
+    "a category that is a list": (edited(lambda record: record.update(category=["screw"])), "Expected `str`"),
+    "a teacher without end": (edited(lambda record: record.update(teacher="x" * 10_000)), "length"),
+    "images of a terabyte": (edited(lambda record: record["config"]["data"].update(image_size=2**20)), "image_size"),
+    "a network without end": (
+        edited(lambda record: record["config"]["model"].update(embedding_depth=10**9)),
+        "embedding_depth",
+    ),
+    "an unknown scale": (edited(lambda record: record.update(scale={"kind": "other"})), "damaged"),
+    "a scale of nothing": (
+        edited(lambda record: record.update(scale={"kind": "integer", "step": 0})),
+        "step above 0",
+    ),
+    "nested without end": (
+        lambda folder: (folder / RECORD_FILE).write_text("[" * 100_000),
+        RECORD_FILE,
+    ),
     "linked weights": (linked(WEIGHTS_FILE), "symbolic link"),
     "linked record": (linked(RECORD_FILE), "symbolic link"),
 }
@@ -132,6 +185,36 @@ def test_a_record_from_before_a_field_existed_is_read_with_its_default(copied: P
     edit(copied, lambda document: [document.pop(name) for name in ("num_textures", "textures_sha256")])
     edit(copied, lambda document: document.pop("num_validation_defects"))
     assert read_record(copied) == before and before.num_validation_defects == 0
+
+
+def test_a_record_from_before_there_was_a_scale_reads_sixteen_bits_as_it_did(copied: Path) -> None:
+    assert read_record(copied).scale == PixelScale(kind="none")
+    edit(copied, lambda document: document.pop("scale"))
+    assert read_record(copied).scale is None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_though_the_record_vouches_for_them(value: float, copied: Path) -> None:
+    not_finite(copied, value)
+    read_record(copied)
+    for read in (read_detector, Detector.load):
+        with pytest.raises(BrokenDetectorError, match=r"model\.safetensors holds values that are not finite, in 'stud"):
+            read(copied)
+
+
+def test_a_scale_is_kept(record: DetectorRecord, tmp_path: Path) -> None:
+    scaled = dataclasses.replace(record, scale=PixelScale(kind="integer", step=16.0))
+    write_detector(tmp_path / "screw", scaled, WEIGHTS)
+    assert read_record(tmp_path / "screw") == scaled
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_written(value: float, record: DetectorRecord, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'w' are not finite"):
+        write_detector(tmp_path / "screw", record, {"w": torch.tensor([1.0, value])})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        dataclasses.replace(record, metrics={"val/x": value}).to_json("ab" * 32)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_older_detector_is_replaced_whole(record: DetectorRecord, tmp_path: Path) -> None:

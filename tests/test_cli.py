@@ -15,7 +15,7 @@ from PIL import Image
 from dskd.checkpoint import RECORD_FILE, WEIGHTS_FILE, read_record
 from dskd.cli.main import main
 from dskd.data.datasets import fingerprint
-from dskd.data.images import IMAGE_SUFFIXES
+from dskd.data.files import IMAGE_SUFFIXES
 from dskd.detector import UNTRAINED_TEACHER
 
 TINY = [
@@ -59,7 +59,7 @@ def test_train_writes_a_detector_with_a_preview(trained: tuple[Path, CommandResu
     assert record.config.model.levels == (1, 2) and record.config.train.epochs == 1
     with Image.open(folder / "preview.png") as preview:
         assert preview.size[0] > 0
-    assert outcome.err[0] == UNTRAINED_TEACHER
+    assert outcome.err[:2] == ["wood: 12 training, 0 validation, 8 test images", UNTRAINED_TEACHER]
     assert any(line.startswith("epoch   1/1  loss ") for line in outcome.err)
 
 
@@ -70,7 +70,7 @@ def test_evaluate_prints_one_json_document(trained: tuple[Path, CommandResult], 
     assert (document["category"], document["teacher"]) == ("wood", "random")
     for name in ("image_auroc", "pixel_auroc", "aupro"):
         assert 0 <= document[name] <= 1
-    assert outcome.err == [UNTRAINED_TEACHER]
+    assert outcome.err == [UNTRAINED_TEACHER, "wood: 12 training, 0 validation, 8 test images"]
     spoken = dskd("evaluate", trained[0], "--data", mvtec_root)
     figures = dict(line.split() for line in spoken.out.splitlines())
     assert float(figures["aupro"]) == pytest.approx(document["aupro"], abs=1e-4)
@@ -142,17 +142,22 @@ def test_rates_are_said_to_be_approximate_where_the_same_images_selected(mvtec_r
     assert "approximate" not in given.err[-1]
 
 
-def test_an_unreadable_image_amid_others_leaves_nothing_half_written(
-    trained: tuple[Path, CommandResult], mvtec_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_unreadable_image_amid_others_is_a_row_that_says_why(
+    trained: tuple[Path, CommandResult], mvtec_root: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("dskd.detector.PREDICT_CHUNK", 1)  # the image before it is through when it is met
     shutil.copytree(mvtec_root / "wood/test/good", tmp_path / "in")
     (tmp_path / "in/001.png").write_bytes((tmp_path / "in/000.png").read_bytes()[:500])
-    outcome = dskd("predict", trained[0], tmp_path / "in", "--out", tmp_path / "out")
-    assert outcome.code == 2 and outcome.err[0] == UNTRAINED_TEACHER and len(outcome.err) == 2
-    assert outcome.err[1].startswith(f"dskd: error: {tmp_path / 'in/001.png'} is not a readable image")
-    assert [line.split()[-1] for line in outcome.out.splitlines()] == [str(tmp_path / "in/000.png")]
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    (tmp_path / "in/notes.txt").write_text("no image")
+    outcome = dskd("predict", trained[0], tmp_path / "in", "--out", tmp_path / "out", "--json")
+    assert outcome.code == 1 and outcome.err[1] == "4 images; not read: 1 files that are no images (1 .txt)"
+    assert outcome.err[2].startswith(f"unreadable: {tmp_path / 'in/001.png'} is not a readable image")
+    told = json.loads(outcome.out)
+    assert (told["num_unreadable"], told["not_read"]) == (1, {"others": {".txt": 1}, "left_out": {}})
+    rows = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").read_text().splitlines()]
+    assert rows == told["predictions"] and [Path(row["image"]).name for row in rows] == [f"00{n}.png" for n in range(4)]
+    assert [row["verdict"] == "unreadable" for row in rows] == [False, True, False, False]
+    assert "not a readable image" in rows[1]["error"] and rows[1]["score"] is None and rows[1]["overlay"] is None
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["in", "out"]
 
 
 def test_the_preset_decides_the_defaults_and_flags_change_them(mvtec_root: Path, tmp_path: Path) -> None:
@@ -325,9 +330,13 @@ BAD: dict[str, tuple[Callable[[Place], list[Any]], str]] = {
         lambda p: ["predict", p.detector, p.tmp / "gone.png", "--out", p.new],
         "gone.png does not exist",
     ),
-    "predicting an unreadable image": (
-        lambda p: ["predict", p.detector, image(p), with_file(p, "bad.png", b"bad"), "--out", p.new],
-        "bad.png is not a readable image",
+    "a threshold that is no number": (
+        lambda p: ["predict", p.detector, image(p), "--out", p.new, "--threshold", "nan"],
+        "--threshold must be a finite number, got nan",
+    ),
+    "an infinite threshold": (
+        lambda p: ["predict", p.detector, image(p), "--out", p.new, "--threshold=-inf"],
+        "--threshold must be a finite number, got -inf",
     ),
     "predicting an empty folder": (lambda p: ["predict", p.detector, p.tmp, "--out", p.new], "holds no image"),
     "predicting into an existing folder": (
@@ -354,6 +363,9 @@ BAD: dict[str, tuple[Callable[[Place], list[Any]], str]] = {
 }
 
 
+COUNTED = "tile: 12 training, 0 validation, 8 test images"
+
+
 @pytest.mark.parametrize("kind", BAD)
 def test_bad_input_ends_in_one_line_and_leaves_nothing(
     kind: str, mvtec_root: Path, detector_folder: Path, tmp_path: Path
@@ -363,7 +375,7 @@ def test_bad_input_ends_in_one_line_and_leaves_nothing(
     before = sorted(tmp_path.rglob("*"))
     outcome = dskd(*command)
     assert outcome.code == 2, outcome
-    said = [line for line in outcome.err if line != UNTRAINED_TEACHER]
+    said = [line for line in outcome.err if line not in (UNTRAINED_TEACHER, COUNTED)]
     assert len(said) == 1 and said[0].startswith("dskd: error: ") and message in said[0], outcome.err
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -82,7 +82,10 @@ def test_unknown_name_is_answered_with_the_known_ones(values: dict[str, Any], kn
         ("learning_rate", "0.1"), ("seed", -1), ("seed", None), ("amplification", 1), ("amplification_epochs", 0),
         ("amplification_batch_size", 0), ("amplification_learning_rate", 0.0), ("amplification_margin", -0.1),
         ("amplification_margin", math.nan), ("amplification_weight", -1.0), ("amplification_seed", -1),
-        ("memory_size", 0), ("student_fusion", "or"),
+        ("memory_size", 0), ("student_fusion", "or"), ("learning_rate", math.inf), ("level_weights", (1, math.inf, 1)),
+        ("decoder_weight", math.nan), ("hkd_weight", math.inf), ("backbone", "hf-hub:timm/resnet18.a1_in1k"),
+        ("backbone", "hf_hub:someone/net"), ("backbone", "local-dir:net"), ("backbone", "../net"), ("backbone", ""),
+        ("image_size", 2**20), ("embedding_depth", 10**6), ("memory_size", 10**9),
     ],
 )  # fmt: skip
 def test_wrong_type_or_range_is_one_line_naming_the_field(name: str, value: Any) -> None:
@@ -200,3 +203,12 @@ def test_runs_that_differ_in_their_students_alone_share_their_inputs() -> None:
         ("image_size", 64), ("split_seed", 1), ("backbone", "resnet34"), ("levels", (2, 3)), ("amplification", True),
     ):  # fmt: skip
         assert run.with_values({name: value}).for_inputs() != run.for_inputs(), name
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
+def test_no_number_of_any_section_may_be_other_than_finite(section: type, value: float) -> None:
+    for field in dataclasses.fields(section):
+        if field.type in (float, "float"):
+            with pytest.raises(ValueError, match=field.name):
+                section(**{field.name: value})

@@ -10,6 +10,7 @@ from dskd.data.datasets import (
     fingerprint,
     hold_out,
     read_category,
+    read_test_split,
     split_calibration,
     split_normals,
 )
@@ -107,7 +108,8 @@ def test_a_mask_without_an_image_is_refused(tmp_path: Path) -> None:
     paint(folder / "ground_truth/bent/0_mask.png", mode="L")
     paint(folder / "ground_truth/bent/1_mask.png", mode="L")
     with pytest.raises(ValueError, match=r"bent/1_mask\.png has no image 1\.\* among the bent images"):
-        read_category(tmp_path, "nut")
+        read_test_split(tmp_path, "nut")
+    assert len(read_category(tmp_path, "nut").train) == 2, "what is wrong with test masks forbids no training"
 
 
 def test_a_single_training_image_is_too_few(tmp_path: Path) -> None:
@@ -121,7 +123,27 @@ def test_other_files_beside_the_images_are_passed_over(tmp_path: Path) -> None:
     (good / "notes.txt").write_text("no image")
     paint(good / "sub/9.png")
     paint(good / "3.PNG")
-    assert [sample.path.name for sample in read_category(tmp_path, "nut").train] == ["0.png", "1.png", "3.PNG"]
+    found = read_category(tmp_path, "nut")
+    assert [sample.path.name for sample in found.train] == ["0.png", "1.png", "3.PNG", "9.png"]
+    assert "4 training" in found.describe() and "1 .txt" in found.describe()
+
+
+def test_held_out_images_of_several_folders_are_named_by_their_place(tmp_path: Path) -> None:
+    good = category(tmp_path / "nut", num_train=0) / "train/good"
+    for lot in ("lot1", "lot2"):
+        for index in range(3):
+            paint(good / lot / f"{index}.png")
+    _, held, names = split_normals(read_category(tmp_path, "nut"), 0.5, 0)
+    assert [good / name for name in names] == [sample.path for sample in held] and len(set(names)) == 3
+
+
+def test_a_test_split_alone_can_be_evaluated_and_is_nothing_to_train_on(tmp_path: Path) -> None:
+    folder = tmp_path / "nut"
+    paint(folder / "test/good/0.png")
+    paint(folder / "test/bent/0.png")
+    assert [sample.defect for sample in read_test_split(tmp_path, "nut").test] == ["bent", "good"]
+    with pytest.raises(ValueError, match="no category in"):
+        read_category(tmp_path, "nut")
 
 
 def samples(folder: str, names: list[str]) -> list[Sample]:

@@ -1,4 +1,5 @@
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 from PIL import Image
 
 from dskd.data.check import check_data
-from dskd.data.datasets import Category, find_categories, hold_out, read_category
+from dskd.data.datasets import Category, find_categories, hold_out, read_category, read_test_split
 from dskd.data.images import load_masks, read_mask
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -243,9 +244,80 @@ FAULTS = {
 def test_what_cannot_be_told_is_refused_in_one_line(kind: str, tmp_path: Path) -> None:
     build, message = FAULTS[kind]
     build(tmp_path / "part")
+    concerns_test_masks_alone = build in (orphan_folder, two_masks, two_images)
+    if concerns_test_masks_alone:
+        assert len(read(tmp_path).train) == 3
     with pytest.raises(ValueError, match=message) as raised:
-        read(tmp_path)
+        (read_test_split if concerns_test_masks_alone else read_category)(tmp_path, "part")
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("spelling", ["good", "Good", "GOOD", "good ", "OK", "ok", "normal", "Normal", "defect_free"])
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_normal_images_are_known_in_every_spelling_of_their_folder(split: str, spelling: str, tmp_path: Path) -> None:
+    folder = mvtec(tmp_path / "part")
+    paint(folder / split / spelling / "7.png")
+    found = [sample for sample in getattr(read(tmp_path), split) if sample.path.name == "7.png"]
+    assert [sample.defect for sample in found] == ["good"]
+
+
+@pytest.mark.parametrize("spelling", ["Good", "good ", "OK", "Ok", "Normal"])
+@pytest.mark.parametrize("build", [mvtec, plain])
+def test_a_category_is_known_by_its_normal_folder_in_other_spellings(
+    build: Callable[[Path], Path], spelling: str, tmp_path: Path
+) -> None:
+    folder = build(tmp_path / "part")
+    there = folder / ("train/good" if build is mvtec else "good")
+    there.rename(there.with_name(spelling))
+    found = read(tmp_path)
+    assert len(found.train) == 3 and Counter(sample.defect for sample in found.test) == {"good": 1, "bent": 2}
+
+
+@pytest.mark.parametrize("name", [".ipynb_checkpoints", "@eaDir", "__MACOSX", ".git", "Thumbs", "#recycle"])
+def test_service_folders_are_no_class_and_their_files_no_images(name: str, tmp_path: Path) -> None:
+    folder = mvtec(tmp_path / "part")
+    before = read(tmp_path)
+    for place in ("train/good", "test", "test/bent", "test/good", "validation", "ground_truth", "ground_truth/bent"):
+        paint(folder / place / name / "0.png")
+    after = read(tmp_path)
+    assert (after.train, after.validation, after.test) == (before.train, before.validation, before.test)
+    assert read_test_split(tmp_path, "part").test == before.test
+    assert f"7 {name}" in after.describe()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["0", "0_mask", "0-mask", "0 mask", "0_Mask", "0_gt", "0_label", "0_ground_truth", "0_segmentation"],
+)
+def test_a_mask_is_known_by_what_people_write_after_the_name_of_its_image(name: str, tmp_path: Path) -> None:
+    folder = mvtec(tmp_path / "part")
+    (folder / "ground_truth/bent/0_mask.png").rename(folder / f"ground_truth/bent/{name}.png")
+    masks = [sample.mask for sample in read_test_split(tmp_path, "part").test]
+    assert masks == [folder / f"ground_truth/bent/{name}.png", None, None]
+
+
+def test_images_and_masks_in_folders_of_folders_are_paired_by_their_place(tmp_path: Path) -> None:
+    folder = mvtec(tmp_path / "part")
+    for lot in ("lot1", "lot2"):
+        paint(folder / f"train/good/{lot}/0.png")
+        paint(folder / f"test/bent/{lot}/5.png")
+        mask(folder / f"ground_truth/bent/{lot}/5_gt.png")
+    paint(folder / "test/bent/lot2/6.png")
+    mask(folder / "ground_truth/bent/6.png")
+    found = read_test_split(tmp_path, "part")
+    assert len(found.train) == 5
+    pairs = {str(s.path.relative_to(folder / "test/bent")): s.mask for s in found.test if s.is_defective}
+    bent = folder / "ground_truth/bent"
+    assert pairs == {
+        "0.png": bent / "0_mask.png", "1.png": None, "lot1/5.png": bent / "lot1/5_gt.png",
+        "lot2/5.png": bent / "lot2/5_gt.png", "lot2/6.png": bent / "6.png",
+    }  # fmt: skip
+
+
+def test_a_mask_folder_in_another_case_belongs_to_its_defect(tmp_path: Path) -> None:
+    folder = mvtec(tmp_path / "part")
+    (folder / "ground_truth/bent").rename(folder / "ground_truth/Bent ")
+    assert read_test_split(tmp_path, "part").test[0].mask == folder / "ground_truth/Bent /0_mask.png"
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real images are not beside this checkout")

@@ -87,3 +87,8 @@ def test_a_bad_file_is_one_line_naming_file_section_and_field(
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"gone\.toml cannot be read: No such file"):
         read_config(tmp_path / "gone.toml")
+
+
+def test_a_file_that_an_editor_gave_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_bytes(b"\xef\xbb\xbf[train]\r\nepochs = 7\r\n")
+    assert read_config(tmp_path / "run.toml").train.epochs == 7

@@ -11,9 +11,11 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 import ray
+import tifffile
 from PIL import Image
 
 from dskd.cli.main import predict
+from dskd.data.depth import PixelScale
 from dskd.detector import Detector
 from dskd.predict import PREDICTIONS_FILE, predict_images
 from tune import score
@@ -48,6 +50,29 @@ def test_every_image_below_a_folder_or_an_address_is_found(images: Path, tmp_pat
     for wrong, message in ((tmp_path / "empty", "holds no image"), (tmp_path / "none", "is no folder")):
         with pytest.raises(ValueError, match=message):
             image_names(str(wrong))
+
+
+def test_hidden_and_service_files_are_no_images_anywhere(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = image_names(str(images))
+    for place in ("@eaDir/x.png/thumb.jpg", "__MACOSX/a.png", "good/._001.png", ".cache/a.png"):
+        (images / place).parent.mkdir(parents=True, exist_ok=True)
+        (images / place).write_bytes(b"x")
+    for address in (str(images), f"file://{images}"):
+        capsys.readouterr()
+        assert image_names(address) == before
+        said = capsys.readouterr().err
+        assert "1 .txt" in said and "4 hidden or service files" in said
+
+
+def test_deep_images_take_the_scale_of_the_detector_and_clipped_values_are_counted(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", np.full((32, 32), 100 * 16, np.uint16))
+    tifffile.imwrite(tmp_path / "b.tif", np.full((32, 32), 5000, np.uint16))
+    names = {"name": np.array(["a.tif", "b.tif"], object)}
+    seen = decode(names, str(tmp_path), 32, PixelScale(kind="integer", step=16.0))
+    assert seen["error"].tolist() == ["", ""] and seen["num_clipped"].tolist() == [0, 32 * 32]
+    assert (seen["pixels"][0] == 100).all() and (seen["pixels"][1] == 255).all()
+    refused = decode(names, str(tmp_path), 32, PixelScale(kind="none"))
+    assert all("8 bits per channel" in error for error in refused["error"])
 
 
 def rows_of(

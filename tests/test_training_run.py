@@ -395,3 +395,13 @@ def test_a_run_is_refused_the_inputs_of_another_stage_one(amplified: RunConfig, 
     with pytest.raises(ValueError, match="the same amplification") as raised:
         TrainingRun.begin(amplified, inputs, CPU)
     assert "\n" not in str(raised.value)
+
+
+def test_batches_of_one_image_and_one_position_are_explained_before_training(mvtec_root: Path, tiny: RunConfig) -> None:
+    deep = tiny.with_values({"levels": (1, 2, 3), "level_weights": (1,) * 3, "score_level_weights": (1,) * 3})
+    config = deep.with_values({"batch_size": 1})
+    spec = DataSpec(data=mvtec_root, category="tile", teacher=TeacherSource("random"))
+    inputs = prepare(config, spec, device=torch.device("cpu"), cache=None)
+    with pytest.raises(ValueError, match=r"batches of one image at image_size 32 .* raise --batch-size"):
+        TrainingRun.begin(config, inputs, torch.device("cpu"))
+    TrainingRun.begin(deep, inputs, torch.device("cpu"))

@@ -4,13 +4,17 @@ What people read goes to stderr; stdout carries results, with --json one JSON do
 else. torch is imported only by the commands that compute, so that help comes at once.
 """
 
+import contextlib
 import dataclasses
 import functools
 import io
 import math
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,7 +33,7 @@ from dskd.config import VERSION, DataSpec, RunConfig, TeacherSource
 from dskd.presets import Preset
 
 if TYPE_CHECKING:
-    from dskd.detector import Detector
+    from dskd.detector import Detector, Prediction, Unreadable
     from dskd.training.run import TrainingRun
 
 
@@ -145,6 +149,8 @@ def train(
                 f"gate loss {epoch.gate_loss:.4f}  residual loss {epoch.residual_loss:.4f}  {epoch.seconds:.1f} s"
             ),
         )
+        for note in inputs.notes:
+            say(note)
         if teacher.is_untrained:
             say(UNTRAINED_TEACHER)
         run = TrainingRun.begin(settings, inputs, place)
@@ -217,7 +223,7 @@ def evaluate(
         json: Print one JSON document.
     """
     loaded = _load(detector, device)
-    scores = loaded.evaluate(data, category or loaded.record.category)
+    scores = loaded.evaluate(data, category or loaded.record.category, say)
     if json:
         print_json(
             {
@@ -242,28 +248,39 @@ def predict(
     device: str = "auto",
     json: bool = False,
 ) -> None:
-    """Inspect images: a verdict for each, with the anomalous regions drawn.
+    """Inspect images: a verdict for each, with the anomalous regions drawn; exit code 1 if some cannot be read.
 
     Args:
         detector: Detector folder.
         images: Image files, or folders that are searched for them.
-        out: Folder for predictions.jsonl and an overlay per image.
+        out: Folder for predictions.jsonl, written as the verdicts come, and an overlay per image.
         false_alarm_rate: Share of good images that may be called anomalous, in (0, 1).
         threshold: Score above which an image is anomalous, instead of the calibrated one.
         device: auto, cpu, cuda or cuda:N.
         json: Print one JSON document.
     """
+    from dskd.detector import Unreadable, chosen_limit
     from dskd.predict import check_out, describe_prediction, find_images, predict_images
 
     check_out(out)
     loaded = _load(detector, device)
+    found = find_images(images)
+    chosen_limit(loaded, false_alarm_rate, threshold)  # what is wrong with it is said before anything else
+    say(f"{len(found.images)} images" + (f"; not read: {found.describe()}" if found.describe() else ""))
+
+    def tell(seen: "Prediction | Unreadable") -> None:
+        if isinstance(seen, Unreadable):
+            say(f"unreadable: {seen.error}")
+        if not json:
+            print(describe_prediction(seen), flush=True)
+
     summary = predict_images(
         loaded,
-        find_images(images),
+        found.images,
         out,
         false_alarm_rate=false_alarm_rate,
         threshold=threshold,
-        on_prediction=lambda seen: None if json else print(describe_prediction(seen)),
+        on_prediction=tell,
     )
     say(f"{summary.describe()}; overlays in {out / 'overlays'}")
     if json:
@@ -271,10 +288,15 @@ def predict(
             {
                 "out": str(out),
                 "num_anomalous": summary.num_anomalous,
+                "num_unreadable": summary.num_unreadable,
+                "num_clipped": summary.num_clipped,
+                "not_read": {"others": dict(found.others), "left_out": dict(found.left_out)},
                 "false_alarm_rates": loaded.record.guarantee,
                 "predictions": summary.predictions,
             }
         )
+    if summary.num_unreadable or found.closed:
+        sys.exit(1)
 
 
 def export(
@@ -302,7 +324,9 @@ def export(
     check_exportable(onnx, opset)
     loaded = _load(detector, "cpu")
     size = loaded.record.config.data.image_size
-    pixels = load_images(find_images(images), size) if images else generated_images(size)
+    pixels = (
+        load_images(find_images(images).images, size, scale=loaded.record.scale) if images else generated_images(size)
+    )
     source = "given" if images else "generated"
     try:
         parity = export_onnx(loaded, onnx, pixels, opset)
@@ -337,6 +361,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
+    # warnings on odd metadata of sound images; a faulty image is an error that names it
+    warnings.filterwarnings("ignore", module="PIL")
     try:
         commands: dict[str, Callable[..., None]] = {
             "demo-data": demo_data,
@@ -348,16 +374,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
         what = "Visual anomaly detection by knowledge distillation."
         run = parse(commands, given, prog="dskd", description=what, version=VERSION)
-        run()
+        with _terminated_cleanly():
+            run()
     except UsageError as error:
         say(str(error))
         sys.exit(2)
     except (ValueError, FloatingPointError, OSError) as error:
         say(f"dskd: error: {error}")
         sys.exit(2)
+    except _Terminated:
+        say("dskd: terminated; what was written so far stays")
+        sys.exit(143)
     except KeyboardInterrupt:
-        say("dskd: interrupted")
+        say("dskd: interrupted; what was written so far stays")
         sys.exit(130)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came, as from a batch system or a service manager."""
+
+
+@contextlib.contextmanager
+def _terminated_cleanly() -> Iterator[None]:
+    """SIGTERM as an exception, which lets files be closed and half-made folders be removed."""
+
+    def stop(number: int, frame: object) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

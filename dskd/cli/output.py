@@ -40,6 +40,11 @@ def print_report(report: "Report") -> None:
             print(f"  {split:11} {_counted(counts)}")
         if category.extent:
             print(f"  {'size':11} {_span(category.extent.width)} x {_span(category.extent.height)} pixels")
+        depths = ", ".join(f"{count} of {name}" for name, count in category.depths.items())
+        if category.values:
+            low, high = category.values
+            depths += f" ({low:g} to {high:g}; {category.scale or 'no common scale'})"
+        print(f"  {'depth':11} {depths or 'no image can be read'}")
     errors = [problem for problem in report.problems if problem.severity == "error"]
     for problem in errors:
         print(f"error: {problem.message}")
@@ -74,7 +79,7 @@ def print_scores(scores: "Scores") -> None:
 
 
 def print_json(document: dict[str, Any]) -> None:
-    print(json.dumps(document, indent=2))
+    print(json.dumps(document, indent=2, allow_nan=False))
 
 
 def say(line: str) -> None:

@@ -1,15 +1,15 @@
 """What is in a data folder, and everything that is wrong with it: said before a training fails or misleads."""
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from dskd.data.datasets import CategoryFolder, scan, too_few
-from dskd.data.images import is_image, progress_bar, read_image, read_mask, resize_mask
+from dskd.data.datasets import CategoryFolder, scan, too_few, unread_images
+from dskd.data.depth import Levels, PixelScale
+from dskd.data.files import Walk, walk
+from dskd.data.images import in_threads, is_same_shape, read_levels, read_mask, read_pixels, resize_mask
 from dskd.data.layouts import Listing
 from dskd.data.samples import Sample
 
@@ -49,6 +49,16 @@ class CategoryReport(NamedTuple):
     """Images per split and defect, "good" among them."""
     extent: Extent | None
     """None where no image can be read."""
+    depths: Mapping[str, int]
+    """Readable images by the depth of their values: "8 bits", "integer" or "float"."""
+    values: tuple[float, float] | None
+    """Lowest and highest value of the images of more than 8 bits; None where there are none."""
+    scale: str
+    """Which value is black and which white; empty where the training images have no common scale."""
+    unread: Walk
+    """What its folder holds beside images."""
+    num_strays: int
+    """Images that its layout has no place for."""
 
 
 class Report(NamedTuple):
@@ -77,6 +87,14 @@ class Report(NamedTuple):
                     "counts": {split: dict(counts) for split, counts in category.counts.items()},
                     "width": category.extent.width if category.extent else None,
                     "height": category.extent.height if category.extent else None,
+                    "depths": dict(category.depths),
+                    "values": category.values,
+                    "scale": category.scale,
+                    "unread": {
+                        "images": category.num_strays,
+                        "others": dict(category.unread.others),
+                        "left_out": dict(category.unread.left_out),
+                    },
                 }
                 for category in self.categories
             ],
@@ -93,11 +111,13 @@ class _Look(NamedTuple):
     """(width, height); None where the image cannot be read."""
     content: bytes
     """Hash of the pixels."""
+    levels: Levels | None
+    """None for 8 bits."""
     problems: tuple[Problem, ...]
 
 
 def check_data(root: Path, image_size: int = 256, *, progress: bool = False) -> Report:
-    """Read every image and mask of every category at or below `root`, on all cores.
+    """Read every image and mask of every category at or below `root`, on all cores, within bounded memory.
 
     A defect that vanishes when its mask is resized to `image_size` is noted. With `progress` a bar counts
     the images on a terminal. Raises ValueError where `root` does not exist or holds no category.
@@ -131,43 +151,95 @@ def _same_names(found: Iterable[CategoryFolder]) -> Iterator[Problem]:
 def _check_category(place: CategoryFolder, image_size: int, progress: bool) -> tuple[CategoryReport, list[Problem]]:
     (layout,) = place.layouts
     listing = layout.read(place.folder)
-    problems = [Problem("error", "layout", place.name, fault.path, fault.message, True) for fault in listing.faults]
-    if (fault := too_few(listing.train, place.folder, layout)) and not (listing.faults and not listing.train):
-        problems.append(Problem("error", "too few images", place.name, place.folder / layout.landmark, fault, True))
+    problems = [
+        Problem("error", "layout", place.name, fault.path, fault.message, fault.split != "test")
+        for fault in listing.faults
+    ]
+    if (fault := too_few(listing, place.folder, layout)) and not (listing.faults and not listing.train):
+        folder = listing.normals or place.folder / layout.landmark
+        problems.append(Problem("error", "too few images", place.name, folder, fault, True))
+    scale, wrong_scale = _scale_of(place, listing)
     tasks = [(split, sample) for split in _SPLITS for sample in getattr(listing, split)]
 
     def look(task: tuple[Split, Sample]) -> _Look:
-        return _look(place.name, *task, image_size)
+        return _look(place.name, *task, image_size, scale)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        label = f"checking {place.name}" if progress else None
-        looks = list(progress_bar(pool.map(look, tasks), label, len(tasks), "image"))
+    looks = in_threads(
+        look,
+        tasks,
+        [sample.path for _, sample in tasks],
+        progress=f"checking {place.name}" if progress else None,
+        also=lambda task: [task[1].mask] if task[1].mask else [],
+    )
+    problems += wrong_scale
     problems += [problem for each in looks for problem in each.problems]
     problems += _repeats(place.name, looks)
     problems += _missing_sides(place, listing)
-    used = {path for _, sample in tasks for path in (sample.path, sample.mask)} | {f.path for f in listing.faults}
-    for path in _image_files(place.folder):
-        if path not in used and not layout.leaves_out(PurePosixPath(path.relative_to(place.folder).as_posix())):
-            message = f"{path} is not read: {layout.name} has no place for it."
-            problems.append(Problem("note", "unread file", place.name, path, message))
+    strays = unread_images(place.folder, layout, listing)
+    for path in strays:
+        message = f"{path} is not read: {layout.name} has no place for it."
+        problems.append(Problem("note", "unread file", place.name, path, message))
+    found = walk(place.folder)
+    if found.num_unread or found.closed:
+        message = f"{place.folder} holds files that are not read: {found.describe()}."
+        problems.append(Problem("note", "files not read", place.name, place.folder, message))
     counts = {split: dict(Counter(sample.defect for sample in getattr(listing, split))) for split in _SPLITS}
     sizes = [each.size for each in looks if each.size]
     widths, heights = [width for width, _ in sizes], [height for _, height in sizes]
     extent = Extent((min(widths), max(widths)), (min(heights), max(heights))) if sizes else None
-    return CategoryReport(place.name, place.folder, layout.name, counts, extent), problems
+    levels = [each.levels for each in looks if each.levels is not None]
+    kinds = ["8 bits" if look.levels is None else _kind(look.levels) for look in looks if look.size]
+    report = CategoryReport(
+        place.name,
+        place.folder,
+        layout.name,
+        counts,
+        extent,
+        dict(Counter(kinds)),
+        (min(each.low for each in levels), max(each.high for each in levels)) if levels else None,
+        scale.describe() if scale else "",
+        found,
+        len(strays),
+    )
+    return report, problems
 
 
-def _look(category: str, split: Split, sample: Sample, image_size: int) -> _Look:
+def _kind(levels: Levels) -> str:
+    return "float" if levels.is_float else "integer"
+
+
+def _scale_of(place: CategoryFolder, listing: Listing) -> tuple[PixelScale | None, list[Problem]]:
+    """The scale that training would find; None, and why, where it would fail. Unreadable files are said elsewhere."""
+    found = []
+    for sample in listing.train:
+        try:
+            found.append(read_levels(sample.path))
+        except ValueError:
+            continue
+    try:
+        return PixelScale.of([levels for levels in found if levels is not None]), []
+    except ValueError as error:
+        folder = listing.normals or place.folder
+        message = f"{folder}: {error}"
+        return None, [Problem("error", "mixed depths", place.name, folder, message, True)]
+
+
+def _look(category: str, split: Split, sample: Sample, image_size: int, scale: PixelScale | None) -> _Look:
     matters = split != "test"
     try:
-        pixels = read_image(sample.path)
+        levels = read_levels(sample.path)
+        pixels, num_clipped = read_pixels(sample.path, scale)
     except ValueError as error:
         problem = Problem("error", "unreadable image", category, sample.path, str(error), matters)
-        return _Look(split, sample, None, b"", (problem,))
+        return _Look(split, sample, None, b"", None, (problem,))
     height, width = pixels.shape[:2]
-    content = hashlib.blake2b(pixels.tobytes() + f"{width}x{height}".encode(), digest_size=16).digest()
+    digest = hashlib.blake2b(pixels.data, digest_size=16)  # of the array itself: a copy may take a gigabyte
+    digest.update(f"{width}x{height}".encode())
     problems = tuple(_mask_problems(category, sample, (width, height), image_size, matters))
-    return _Look(split, sample, (width, height), content, problems)
+    if num_clipped:
+        message = f"{sample.path} has {num_clipped} values beyond the scale of the training images; they are clipped."
+        problems += (Problem("note", "clipped values", category, sample.path, message),)
+    return _Look(split, sample, (width, height), digest.digest(), levels, problems)
 
 
 def _mask_problems(
@@ -187,11 +259,14 @@ def _mask_problems(
     if (width, height) != size:
         message = f"mask {sample.mask} is {width} x {height} pixels, its image {size[0]} x {size[1]}"
         # both are resized to one square, so that a mask of the image's shape at another scale still lies right
-        if abs(width * size[1] - height * size[0]) <= max(*size, width, height):
+        if is_same_shape((width, height), size):
             yield Problem("note", "mask at another scale", category, sample.mask, f"{message}; it is scaled to fit.")
         else:
             message = f"{message}: another shape, so it may mark the wrong place."
-            yield Problem("error", "mask of another shape", category, sample.mask, message)
+            yield Problem("error", "mask of another shape", category, sample.mask, message, matters)
+    if (share := float(mask.mean())) > 0.5:
+        message = f"mask {sample.mask} marks {share:.0%} of its image as defect; is it inverted?"
+        yield Problem("note", "mask of most of the image", category, sample.mask, message)
     if not mask.any():
         message = f"mask {sample.mask} is empty: the pixels of this defective image count as normal."
         yield Problem("note", "empty mask", category, sample.mask, message)
@@ -233,10 +308,11 @@ def _missing_sides(place: CategoryFolder, listing: Listing) -> Iterator[Problem]
 
 
 def _files_outside(root: Path, categories: list[Path]) -> Iterator[Problem]:
-    for path in _image_files(root):
+    found = walk(root)
+    for path in found.images:
         if not any(path.is_relative_to(folder) for folder in categories):
             yield Problem("note", "unread file", "", path, f"{path} is not read: it belongs to no category.")
-
-
-def _image_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if is_image(path))
+    outside = found.num_unread - sum(walk(folder).num_unread for folder in categories)
+    if outside > 0:
+        message = f"{root} holds {outside} more files that are not read, outside of its categories."
+        yield Problem("note", "files not read", "", root, message)

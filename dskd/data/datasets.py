@@ -1,11 +1,13 @@
 """From a data folder to the samples of a category: which images exist, and which are held out from training."""
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from dskd.data.layouts import LAYOUTS, SPLIT_FOLDERS, Layout, recognised
+from dskd.data.files import class_folders, walk
+from dskd.data.layouts import LAYOUTS, SPLIT_FOLDERS, TEST_ONLY, Layout, Listing, has_test_split, recognised
 from dskd.data.samples import Sample, split_key
 
 NUM_VALIDATION_DEFECTS = 32
@@ -22,6 +24,15 @@ class Category(NamedTuple):
     validation: tuple[Sample, ...] = ()
     """Normal and labelled defective images that the layout or the user keeps for validation; mostly none."""
     folder: Path = Path()
+    unread: str = ""
+    """A few words on the files in its folder that are not read: how many of which kind."""
+
+    def describe(self) -> str:
+        """One line on what is used and what is left out."""
+        used = (
+            f"{self.name}: {len(self.train)} training, {len(self.validation)} validation, {len(self.test)} test images"
+        )
+        return f"{used}; not read: {self.unread}" if self.unread else used
 
 
 class CategoryFolder(NamedTuple):
@@ -44,14 +55,16 @@ class CategoryFolder(NamedTuple):
         return f"{self.folder} is ambiguous, it holds {found}; keep one of them."
 
 
-def scan(root: Path) -> tuple[CategoryFolder, ...]:
+def scan(root: Path, *, with_test_only: bool = False) -> tuple[CategoryFolder, ...]:
     """Every category's folder at or up to three levels below `root`, in path order.
+
+    With `with_test_only` also those that have a test split and nothing to train on.
 
     Raises ValueError when `root` does not exist or holds none.
     """
     if not root.is_dir():
         raise ValueError(f"data folder {root} does not exist; --data takes a folder of categories.")
-    found = tuple(_category_folders(root.resolve(), _MAX_DEPTH))
+    found = tuple(_category_folders(root.resolve(), _MAX_DEPTH, with_test_only, set()))
     if not found:
         wanted = ", ".join(f"{layout.landmark} ({layout.name})" for layout in LAYOUTS)
         raise ValueError(
@@ -60,13 +73,18 @@ def scan(root: Path) -> tuple[CategoryFolder, ...]:
     return found
 
 
-def _category_folders(folder: Path, depth: int) -> Iterator[CategoryFolder]:
-    if layouts := recognised(folder):
+def _category_folders(folder: Path, depth: int, with_test_only: bool, entered: set[Path]) -> Iterator[CategoryFolder]:
+    if (real := folder.resolve()) in entered:  # a link back to a folder above
+        return
+    layouts = recognised(folder)
+    if not layouts and with_test_only and has_test_split(folder):
+        layouts = (TEST_ONLY,)
+    if layouts:
         yield CategoryFolder(folder, layouts)
     elif depth > 0:
-        for child in sorted(folder.iterdir()):
-            if child.is_dir() and not child.name.startswith(".") and child.name not in SPLIT_FOLDERS:
-                yield from _category_folders(child, depth - 1)
+        for child in class_folders(folder):
+            if child.name not in SPLIT_FOLDERS:
+                yield from _category_folders(child, depth - 1, with_test_only, entered | {real})
 
 
 def find_categories(root: Path) -> dict[str, Path]:
@@ -77,9 +95,9 @@ def find_categories(root: Path) -> dict[str, Path]:
     return {name: found.folder for name, found in _by_name(root).items()}
 
 
-def _by_name(root: Path) -> dict[str, CategoryFolder]:
+def _by_name(root: Path, *, with_test_only: bool = False) -> dict[str, CategoryFolder]:
     by_name: dict[str, CategoryFolder] = {}
-    for found in scan(root):
+    for found in scan(root, with_test_only=with_test_only):
         if found.fault:
             raise ValueError(found.fault)
         if found.name in by_name:
@@ -89,28 +107,64 @@ def _by_name(root: Path) -> dict[str, CategoryFolder]:
 
 
 def read_category(root: Path, name: str) -> Category:
-    """The samples of category `name` under `root`, each split in the order of its layout.
+    """The samples of category `name` under `root`, to train on, each split in the order of its layout.
 
-    Raises ValueError on an unknown category, fewer than two images to train on, or a fault of the layout
-    such as a mask that has no image.
+    Raises ValueError on an unknown category, fewer than two images to train on, or a fault of the layout that touches
+    training or validation, such as a validation mask that has no image. Those of the test split stop only evaluating.
     """
-    categories = _by_name(root)
+    folder, layout, listing = _listed(root, name, with_test_only=False)
+    if faults := [fault for fault in listing.faults if fault.split != "test"]:
+        raise ValueError(faults[0].message)
+    if fault := too_few(listing, folder, layout):
+        raise ValueError(fault)
+    return _as_category(name, folder, layout, listing)
+
+
+def read_test_split(root: Path, name: str) -> Category:
+    """The labelled test samples of category `name` under `root`, to evaluate on; it needs nothing to train on.
+
+    Raises ValueError on an unknown category, and where what belongs to the test split cannot be told.
+    """
+    folder, layout, listing = _listed(root, name, with_test_only=True)
+    if faults := [fault for fault in listing.faults if fault.split == "test" or not listing.test]:
+        raise ValueError(faults[0].message)
+    return _as_category(name, folder, layout, listing)
+
+
+def _listed(root: Path, name: str, *, with_test_only: bool) -> tuple[Path, Layout, Listing]:
+    categories = _by_name(root, with_test_only=with_test_only)
     if name not in categories:
         raise ValueError(f"no category {name!r} in {root}; it holds: {', '.join(categories)}.")
     folder, (layout,) = categories[name]
-    listing = layout.read(folder)
-    if listing.faults:
-        raise ValueError(listing.faults[0].message)
-    if fault := too_few(listing.train, folder, layout):
-        raise ValueError(fault)
-    return Category(name, listing.train, listing.test, listing.validation, folder)
+    return folder, layout, layout.read(folder)
 
 
-def too_few(train: Sequence[Sample], folder: Path, layout: Layout) -> str | None:
+def _as_category(name: str, folder: Path, layout: Layout, listing: Listing) -> Category:
+    stray = unread_images(folder, layout, listing)
+    found = walk(folder)
+    words = [f"{len(stray)} images without a place in {layout.name}"] if stray else []
+    words += [found.describe()] if found.describe() else []
+    return Category(name, listing.train, listing.test, listing.validation, folder, ", ".join(words))
+
+
+def unread_images(folder: Path, layout: Layout, listing: Listing) -> list[Path]:
+    """Image files in a category's folder that its layout gives no place, in path order."""
+    used = {path for split in listing[:3] for sample in split for path in (sample.path, sample.mask)}
+    used |= {fault.path for fault in listing.faults}
+    return [
+        path
+        for path in walk(folder).images
+        if path not in used and not layout.leaves_out(PurePosixPath(path.relative_to(folder).as_posix()))
+    ]
+
+
+def too_few(listing: Listing, folder: Path, layout: Layout) -> str | None:
     """One line where the images are too few to train on and hold some out."""
-    if len(train) >= 2:
+    if len(listing.train) >= 2:
         return None
-    return f"{folder / layout.landmark} holds {len(train)} images; training needs at least 2."
+    return (
+        f"{listing.normals or folder / layout.landmark} holds {len(listing.train)} images; training needs at least 2."
+    )
 
 
 def split_normals(
@@ -124,7 +178,9 @@ def split_normals(
     if held := tuple(sample for sample in category.validation if not sample.is_defective):
         return category.train, held, tuple(sample.path.relative_to(category.folder).as_posix() for sample in held)
     train, held = hold_out(category.train, fraction, seed)
-    return train, held, tuple(sample.path.name for sample in held)
+    # by path below the folder of all training images where they lie in several, whose file names may be alike
+    base = Path(os.path.commonpath([sample.path.parent for sample in category.train]))
+    return train, held, tuple(sample.path.relative_to(base).as_posix() for sample in held)
 
 
 def hold_out(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:

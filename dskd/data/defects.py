@@ -14,8 +14,11 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageEnhance, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from scipy import ndimage
+
+from dskd.data.files import UnreadableImageError, list_images
+from dskd.data.images import read_image
 
 Bytes: TypeAlias = NDArray[np.uint8]
 Floats: TypeAlias = NDArray[np.float32]
@@ -81,7 +84,7 @@ def choose_textures(folder: Path, limit: int = 64, seed: int = 0) -> list[Path]:
     """
     if limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}.")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _TEXTURE_SUFFIXES and path.is_file())
+    paths = [path for path in list_images(folder) if path.suffix.lower() in _TEXTURE_SUFFIXES and path.is_file()]
     if not paths:
         raise ValueError(f"no texture in {folder}: expected png or jpg files there or in folders below it.")
     chosen = np.sort(np.random.default_rng(seed).permutation(len(paths))[:limit])
@@ -162,10 +165,10 @@ def _check_images(name: str, images: NDArray[Any]) -> None:
 
 def _read_texture(path: Path, size: int) -> Bytes:
     try:
-        with Image.open(path) as file:
-            return np.asarray(ImageOps.fit(file.convert("RGB"), (size, size), Image.Resampling.BILINEAR))
-    except (OSError, UnidentifiedImageError) as error:
+        picture = Image.fromarray(read_image(path))
+    except UnreadableImageError as error:
         raise ValueError(f"texture {path} cannot be read as an image; remove or replace it.") from error
+    return np.asarray(ImageOps.fit(picture, (size, size), Image.Resampling.BILINEAR))
 
 
 def _unit(shape: tuple[int, ...]) -> float:

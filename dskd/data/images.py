@@ -1,62 +1,129 @@
-"""From image files to pixels."""
+"""From image files to pixels.
 
+Every way in goes through `read_pixels`: turned upright as its EXIF says, one page, 8 bits by the category's scale,
+on black where it is transparent. What cannot be read so is refused by name.
+"""
+
+import logging
 import os
-import warnings
-from collections.abc import Iterable, Sequence
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+import tifffile
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from tqdm import tqdm
 
+from dskd.data.depth import Levels, PixelScale, check_finite, high_byte
+from dskd.data.files import UnreadableImageError, check_regular
 from dskd.data.samples import Sample
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
-_CLASS_NUMBER_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
+MAX_PIXELS = 512_000_000
+"""Larger files are refused as decompression bombs; line scans of more than 300 million pixels are not."""
+DECODING_BYTES = 1 << 30
+"""Memory that all threads together may take to decode; one image that needs more is decoded alone."""
+_BYTES_PER_PIXEL = 12
+"""What decoding and resizing take at their peak, measured with Pillow on RGB: two buffers of 4 bytes, and room."""
+_MAX_THREADS = 16
+_SOFT_MASK_PEAK = 250
+_FEW_VALUES = 16
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns a picture of each EXIF orientation upright."""
+_TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_LOW_BYTES = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
+"""Byte order under which Pillow's 16-bit unpackers, which keep the high byte, keep the low one."""
+
+logging.getLogger("tifffile").addHandler(logging.NullHandler())  # what is wrong with a file is said by our errors
 
 
-def is_image(path: Path) -> bool:
-    """Whether the name is an image's and no folder has it; a broken link counts, so that reading it names it."""
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()
+class Pixels(NamedTuple):
+    """One image as a network takes it."""
+
+    rgb: npt.NDArray[np.uint8]
+    """(H, W, 3)"""
+    num_clipped: int
+    """Pixels or channels beyond the scale of images of more than 8 bits."""
 
 
-def list_images(folder: Path) -> list[Path]:
-    """Image files directly inside `folder`, sorted by name; empty when the folder does not exist.
+def read_pixels(path: Path, scale: PixelScale | None = None) -> Pixels:
+    """RGB pixels at the file's own size, upright; without `scale` 16 bits lose their low 8.
 
-    Leaves hidden files out: what macOS writes beside each image on a foreign disk is named like one.
+    Raises UnreadableImageError naming the file where it is no plain file, cannot be decoded, has several pages, is
+    too large, or has values that `scale` does not fit.
     """
-    return sorted(path for path in folder.glob("*") if is_image(path) and not path.name.startswith("."))
+    image, num_clipped = _in_rgb(path, scale)
+    return Pixels(np.asarray(image), num_clipped)
 
 
-def read_image(path: Path) -> npt.NDArray[np.uint8]:
-    """RGB pixels (H, W, 3) at the file's own size.
+def read_image(path: Path, scale: PixelScale | None = None) -> npt.NDArray[np.uint8]:
+    """RGB pixels (H, W, 3) at the file's own size; errors as `read_pixels`."""
+    return read_pixels(path, scale).rgb
 
-    Raises ValueError naming the file when it cannot be decoded or is too large to be a photograph.
+
+def load_pixels(path: Path, size: int, scale: PixelScale | None = None) -> Pixels:
+    """Pixels (size, size), resized bilinearly with antialiasing, without crop; errors as `read_pixels`."""
+    image, num_clipped = _in_rgb(path, scale)
+    return Pixels(np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)), num_clipped)
+
+
+def load_image(path: Path, size: int, scale: PixelScale | None = None) -> npt.NDArray[np.uint8]:
+    """RGB pixels (size, size, 3) as `load_pixels`."""
+    return load_pixels(path, size, scale).rgb
+
+
+def read_levels(path: Path) -> Levels | None:
+    """Lowest and highest value of an image of more than 8 bits; None for others, which are not decoded.
+
+    Errors as `read_pixels`, also where a value is not finite.
     """
     with _opened(path) as image:
-        return np.asarray(_eight_bit(image).convert("RGB"))
+        if image is not None and not _is_deep(image):
+            return None
+    decoded = _decoded(path)
+    if isinstance(decoded, Image.Image):
+        return None
+    values, stated = decoded.values, decoded.stated
+    is_float = values.dtype.kind == "f"
+    if is_float:
+        with _named(path):
+            check_finite(values)
+    return Levels(float(values.min()), float(values.max()), is_float, stated)
 
 
-def load_image(path: Path, size: int) -> npt.NDArray[np.uint8]:
-    """RGB pixels (size, size, 3), resized bilinearly with antialiasing, without crop; errors as `read_image`."""
+def find_scale(paths: Sequence[Path]) -> PixelScale:
+    """The scale of a category with these training images, read on all cores; errors as `read_levels`."""
+    return PixelScale.of([levels for levels in in_threads(read_levels, paths) if levels is not None])
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(width, height) of the upright image, from its header; errors as `read_pixels`."""
     with _opened(path) as image:
-        rgb = _eight_bit(image).convert("RGB")
-        return np.asarray(rgb.resize((size, size), Image.Resampling.BILINEAR))
+        if image is None:
+            values = _tiff(path).values
+            return values.shape[1], values.shape[0]
+        turned = _orientation(image) >= 5 and image.format != "TIFF"  # there Pillow has turned the size too
+        return (image.height, image.width) if turned else (image.width, image.height)
 
 
 def check_header(path: Path) -> None:
     """Raise ValueError, naming the file, where its header is no image's or a PNG is cut short; nothing is decoded."""
-    try:
-        with Image.open(path) as image:
-            if image.format == "PNG" and not _ends_as_png(path):
-                image.verify()
-    except FileNotFoundError:
-        raise ValueError(f"image {path} does not exist.") from None
-    except (Image.DecompressionBombError, UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path} is not a readable image ({error}); replace or remove it.") from None
+    with _opened(path) as image, _named(path):
+        if image is not None and image.format == "PNG" and not _ends_as_png(path):
+            image.verify()
 
 
 def _ends_as_png(path: Path) -> bool:
@@ -66,14 +133,26 @@ def _ends_as_png(path: Path) -> bool:
 
 
 def read_mask(path: Path, above: int = 127) -> npt.NDArray[np.bool_]:
-    """Defect pixels (H, W) of a mask file at its own size: those with a grey level above `above`.
+    """Defect pixels (H, W) of a mask file at its own size, upright, read by what it holds.
 
-    With `above` 0 any number but 0 is a defect, also the entries of a palette and 16-bit ones. Errors as `read_image`.
+    With `above` 0 any number but 0 is a defect, also the entries of a palette and 16-bit ones. Otherwise a mask is
+    one of: two values, of which the higher is the defect; grey levels up to white, cut in their middle (`above` for
+    8 bits); a few low numbers, where any but 0 is a defect; soft levels up to another peak, cut at half of it. A
+    palette's colours count, its entries where those are no greys; of colours the strongest channel; and a colour
+    of which nothing is told but by an alpha channel is read from that. Errors as `read_pixels`.
     """
-    with _opened(path) as image:
-        if above == 0 and image.mode in _CLASS_NUMBER_MODES:
-            return np.asarray(image) > 0
-        return np.asarray(_eight_bit(image).convert("L")) > above
+    decoded = _decoded(path)
+    if not isinstance(decoded, Image.Image):
+        values = decoded.values
+        if values.ndim == 3:
+            values = values[..., : min(3, values.shape[2])].max(axis=2)
+        with _named(path):
+            check_finite(values)
+        return values > 0 if above == 0 else values > _cut(values, 127)
+    if above == 0 and decoded.mode in ("1", "L", "P"):
+        return np.asarray(decoded) > 0
+    grey = _grey_mask(decoded)
+    return grey > (above if above == 0 else _cut(grey, above))
 
 
 def resize_mask(mask: npt.NDArray[np.bool_], size: int) -> npt.NDArray[np.bool_]:
@@ -87,64 +166,410 @@ def load_mask(path: Path, size: int, above: int = 127) -> npt.NDArray[np.bool_]:
 
 
 def load_images(
-    paths: Sequence[Path], size: int, out: npt.NDArray[np.uint8] | None = None, *, progress: str | None = None
+    paths: Sequence[Path],
+    size: int,
+    out: npt.NDArray[np.uint8] | None = None,
+    *,
+    scale: PixelScale | None = None,
+    on_clipped: Callable[[Path, int], object] = lambda path, count: None,
+    progress: str | None = None,
 ) -> npt.NDArray[np.uint8]:
     """Pixels (N, size, size, 3) of many files, decoded on all cores; written into `out` where given.
 
-    With `progress` a bar of that name counts the files on a terminal. Errors as `read_image`.
+    `on_clipped` hears of every image that has values beyond `scale`, and how many. With `progress` a bar of that name
+    counts the files on a terminal. Errors as `read_pixels`.
     """
     pixels = np.empty((len(paths), size, size, 3), np.uint8) if out is None else out
 
-    def load(index: int) -> None:
-        pixels[index] = load_image(paths[index], size)
+    def load(index: int) -> int:
+        pixels[index], num_clipped = load_pixels(paths[index], size, scale)
+        return num_clipped
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in progress_bar(pool.map(load, range(len(paths))), progress, len(paths), "image"):
-            pass
+    counts = in_threads(load, range(len(paths)), paths, progress=progress)
+    for path, num_clipped in zip(paths, counts, strict=True):
+        if num_clipped:
+            on_clipped(path, num_clipped)
     return pixels
 
 
-def load_masks(samples: Sequence[Sample], size: int) -> npt.NDArray[np.bool_]:
-    """Defect pixels (N, size, size); all false where a sample has no mask."""
+def load_masks(
+    samples: Sequence[Sample], size: int, on_note: Callable[[str], object] = lambda note: None
+) -> npt.NDArray[np.bool_]:
+    """Defect pixels (N, size, size); all false where a sample has no mask.
+
+    `on_note` hears of masks that mark more than half of their image. Raises ValueError as `read_pixels`, and where
+    a mask has another shape than its image, so that it would mark the wrong place.
+    """
     masks = np.zeros((len(samples), size, size), np.bool_)
     for index, sample in enumerate(samples):
         if sample.mask is not None:
-            masks[index] = load_mask(sample.mask, size, sample.mask_above)
+            mask = read_mask(sample.mask, sample.mask_above)
+            width, height = image_size(sample.path)
+            if not is_same_shape((mask.shape[1], mask.shape[0]), (width, height)):
+                raise ValueError(
+                    f"mask {sample.mask} is {mask.shape[1]} x {mask.shape[0]} pixels, its image {width} x {height}: "
+                    "another shape, so it may mark the wrong place; draw it again, or remove it."
+                )
+            if (share := float(mask.mean())) > 0.5:
+                on_note(f"mask {sample.mask} marks {share:.0%} of its image as defect; is it inverted?")
+            masks[index] = resize_mask(mask, size)
     return masks
 
 
-def _opened(path: Path) -> Image.Image:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path)
-            try:
-                # other threads switch the filter too, so the warning may have been missed
-                if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                    raise Image.DecompressionBombError(
-                        f"{image.width} x {image.height} pixels are more than {Image.MAX_IMAGE_PIXELS}"
-                    )
-                image.load()
-            except BaseException:
-                image.close()  # Pillow leaves the file open where it cannot be decoded
-                raise
-    except FileNotFoundError:
-        raise ValueError(f"image {path} does not exist.") from None
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is refused as a decompression bomb: {error}") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path} is not a readable image ({error}); replace or remove it.") from None
-    return image
-
-
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """Pillow clips 16-bit grey at 255 on conversion; scale it to 8 bits instead."""
-    if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    return image
+def is_same_shape(mask: tuple[int, int], image: tuple[int, int]) -> bool:
+    """Whether two (width, height) are of one shape at any scale, as both are resized to one square."""
+    return abs(mask[0] * image[1] - mask[1] * image[0]) <= max(*mask, *image)
 
 
 T = TypeVar("T")
+S = TypeVar("S")
+
+
+def in_threads(
+    work: Callable[[T], S],
+    items: Sequence[T],
+    files: Sequence[Path] | None = None,
+    *,
+    progress: str | None = None,
+    also: Callable[[T], Sequence[Path]] = lambda item: (),
+) -> list[S]:
+    """`work` of every item, in order, in a thread per core, as many at once as their images leave memory for.
+
+    `files` are the images that the items decode, the items themselves unless given; `also` names more of an item.
+    """
+    names: Sequence[Any] = items if files is None else files
+
+    def guarded(index: int) -> S:
+        with _room.taken(sum(_decoding_bytes(path) for path in (names[index], *also(items[index])))):
+            return work(items[index])
+
+    threads = min(
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, _MAX_THREADS
+    )
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            return list(progress_bar(pool.map(guarded, range(len(items))), progress, len(items), "image"))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+class _Room:
+    """Memory that several threads share; who needs more than there is waits, or goes alone."""
+
+    def __init__(self) -> None:
+        self._free = threading.Condition()
+        self._taken = 0
+
+    @contextmanager
+    def taken(self, num_bytes: int) -> Iterator[None]:
+        with self._free:
+            self._free.wait_for(lambda: self._taken == 0 or self._taken + num_bytes <= DECODING_BYTES)
+            self._taken += num_bytes
+        try:
+            yield
+        finally:
+            with self._free:
+                self._taken -= num_bytes
+                self._free.notify_all()
+
+
+_room = _Room()
+
+
+def _decoding_bytes(path: Path) -> int:
+    """What decoding a file may take, from its header; 0 where it cannot be read, which is said when it is."""
+    try:
+        with _opened(path) as image:
+            if image is None:
+                return path.stat().st_size * 4
+            return image.width * image.height * (_BYTES_PER_PIXEL * (2 if _is_deep(image) else 1))
+    except (ValueError, OSError):
+        return 0
+
+
+class _Deep(NamedTuple):
+    """Values of more than 8 bits per channel."""
+
+    values: npt.NDArray[Any]
+    """(H, W) grey, or (H, W, C) with grey and alpha, RGB, or RGB and alpha."""
+    stated: int | None
+
+
+_limit_lock = threading.Lock()
+_num_readers = 0
+_pillows_limit: int | None = None
+
+
+@contextmanager
+def _own_limit() -> Iterator[None]:
+    """Pillow's limit of pixels off, as `MAX_PIXELS` stands in its place; back on when no thread reads any more."""
+    global _num_readers, _pillows_limit
+    with _limit_lock:
+        if _num_readers == 0:
+            _pillows_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        _num_readers += 1
+    try:
+        yield
+    finally:
+        with _limit_lock:
+            _num_readers -= 1
+            if _num_readers == 0:
+                Image.MAX_IMAGE_PIXELS = _pillows_limit
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors of decoders, and incomplete ones of ours, as one line that names the file."""
+    try:
+        yield
+    except UnreadableImageError:
+        raise
+    except Exception as error:  # a damaged file makes decoders raise errors of every type
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UnreadableImageError(f"{path} is not a readable image ({reason}); replace or remove it.") from None
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[ImageFile.ImageFile | None]:
+    """The file's one page, not decoded yet; None for a TIFF that Pillow does not know."""
+    check_regular(path)
+    with _named(path), _own_limit():
+        try:
+            image = Image.open(path)
+        except UnidentifiedImageError:
+            if _is_tiff(path):
+                yield None
+                return
+            raise
+        with image:
+            _check_pixels(path, image.width, image.height)
+            if (num_pages := _num_pages(image)) > 1:
+                raise UnreadableImageError(
+                    f"{path} has {num_pages} pages, of which one alone could be seen; split it into files."
+                )
+            yield image
+
+
+def _check_pixels(path: Path, width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise UnreadableImageError(
+            f"{path} is refused as a decompression bomb: {width} x {height} pixels are more than {MAX_PIXELS}."
+        )
+
+
+def _num_pages(image: ImageFile.ImageFile) -> int:
+    """Pages or frames that show something of their own: not the previews that cameras and microscopes add."""
+    if image.format == "MPO" or getattr(image, "n_frames", 1) == 1:
+        return 1
+    if image.format != "TIFF":
+        return int(getattr(image, "n_frames", 1))
+    count = 0
+    for page in range(getattr(image, "n_frames", 1)):
+        image.seek(page)
+        count += page == 0 or not int(image.tag_v2.get(254, 0)) & 0b101  # type: ignore[attr-defined]
+    image.seek(0)
+    return count
+
+
+def _is_tiff(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) in _TIFF_SIGNATURES
+
+
+def _rawmode(tile: Any) -> str:
+    return str(tile.args[0] if isinstance(tile.args, tuple) and tile.args else tile.args)
+
+
+def _is_deep(image: ImageFile.ImageFile) -> bool:
+    rawmodes = {_rawmode(tile) for tile in image.tile}
+    return (
+        image.mode[0] in "IF"
+        # 16 bits of print colours, or of premultiplied ones, go by their high byte
+        or any(";16" in name and not name.startswith(("CMYK", "RGBa")) for name in rawmodes)
+        or _is_odd_tiff(image)
+    )
+
+
+def _is_odd_tiff(image: ImageFile.ImageFile) -> bool:
+    """Whether Pillow takes a TIFF's values for others: signed bytes, unsigned 32 bits, deep colours in planes."""
+    if image.format != "TIFF":
+        return False
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    bits, kind, are_planes = max(tags.get(258, (1,))), tags.get(339, (1,))[0], tags.get(284, 1) == 2
+    return bool((bits == 32 and kind == 1) or (bits == 8 and kind == 2) or (bits > 8 and are_planes))
+
+
+def _decoded(path: Path) -> "Image.Image | _Deep":
+    """Upright pixels of 8 bits in Pillow's hands, or the values of deeper ones."""
+    with _opened(path) as image:
+        if image is None or _is_odd_tiff(image):
+            return _tiff(path)
+        is_deep, rawmodes = _is_deep(image), {_rawmode(tile) for tile in image.tile}
+        orientation = _orientation(image)  # may decode a PNG, whose metadata may stand behind its pixels
+        if image.format == "TIFF":
+            if orientation >= 5:
+                image.filename = ""  # a mapped file would be taken for one of width by height
+            orientation = 1  # Pillow turns it
+        if not is_deep:
+            image.load()
+            return image.transpose(_TURNS[orientation]) if orientation != 1 else image
+        found = _deep(path, image, rawmodes)
+        return found._replace(values=_upright(found.values, orientation))
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's, 1 to 8; 1 where there is none or it cannot be read."""
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged metadata of a sound image
+        return 1
+    return int(found) if found in _TURNS else 1
+
+
+def _deep(path: Path, image: ImageFile.ImageFile, rawmodes: set[str]) -> _Deep:
+    stated = None
+    if image.format == "TIFF":
+        stated = _stated(image.tag_v2.get(281), image.tag_v2.get(258, (16,)))  # type: ignore[attr-defined]
+    if image.mode[0] in "IF":
+        image.load()
+        return _Deep(np.asarray(image), stated)
+    (rawmode,) = rawmodes
+    # Pillow keeps the high byte of 16-bit colours alone; decoded once more under another name, the low ones too.
+    if rawmode.startswith("LA"):
+        both = _decoded_as(path, "RGBA").astype(np.uint16)
+        return _Deep(both[..., 0::2] << 8 | both[..., 1::2], stated)
+    image.load()
+    high = np.asarray(image).astype(np.uint16)
+    name, _, order = rawmode.partition(";16")
+    return _Deep(high << 8 | _decoded_as(path, f"{name};16{_LOW_BYTES[order]}"), stated)
+
+
+def _decoded_as(path: Path, rawmode: str) -> npt.NDArray[np.uint8]:
+    with Image.open(path) as image:
+        (tile, *others) = image.tile
+        args = (rawmode, *tile.args[1:]) if isinstance(tile.args, tuple) else rawmode
+        image.tile = [each._replace(args=args) for each in (tile, *others)]
+        return np.asarray(image)
+
+
+def _stated(highest: Any, bits: Any) -> int | None:
+    value = max(highest) if isinstance(highest, tuple) else highest
+    return int(value) if isinstance(value, int) and 0 < value < 2 ** max(bits) - 1 else None
+
+
+def _tiff(path: Path) -> _Deep:
+    """A TIFF that Pillow does not read, or reads as other values; floating-point colours, 32 and 64 bits, …"""
+    with _named(path):
+        try:
+            with tifffile.TiffFile(path) as file:
+                every = [page.aspage() for page in file.pages]
+                pages = [page for page in every if not page.is_reduced and not page.is_mask]
+                if len(pages) != 1:
+                    raise UnreadableImageError(
+                        f"{path} has {len(pages)} pages, of which one alone could be seen; split it into files."
+                    )
+                (page,) = pages
+                _check_pixels(path, page.imagewidth, page.imagelength)
+                stated = _stated(page.tags.valueof(281), (page.bitspersample,))
+                orientation = page.tags.valueof(274, 1)
+                values = page.asarray()
+                if page.axes == "SYX":
+                    values = np.moveaxis(values, 0, -1)
+        except tifffile.TiffFileError as error:
+            raise ValueError(str(error)) from None
+        if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] > 4) or values.dtype.kind not in "uifb":
+            raise ValueError(f"its values are {values.dtype} of shape {values.shape}, not grey or RGB")
+        if values.ndim == 3 and values.shape[2] == 1:
+            values = values[..., 0]
+    return _Deep(_upright(values, orientation), stated)
+
+
+def _upright(values: npt.NDArray[Any], orientation: int) -> npt.NDArray[Any]:
+    """As EXIF's orientation 1 to 8 says: which side of the array the top and the left of the picture are."""
+    if orientation in (5, 6, 7, 8):
+        values = values.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        values = values[::-1]
+    if orientation in (2, 3, 6, 7):
+        values = values[:, ::-1]
+    return np.ascontiguousarray(values)
+
+
+def _in_rgb(path: Path, scale: PixelScale | None) -> tuple[Image.Image, int]:
+    """The upright image in 8-bit RGB, and how many values were clipped."""
+    decoded = _decoded(path)
+    with _named(path):
+        if isinstance(decoded, Image.Image):
+            seen = _on_black(decoded)
+            return (seen if seen.mode == "RGB" else seen.convert("RGB")), 0
+        values = decoded.values
+        alpha = None
+        if values.ndim == 3 and values.shape[2] in (2, 4):
+            top = np.iinfo(values.dtype).max if values.dtype.kind != "f" else 1.0
+            alpha, values = values[..., -1:] / top, values[..., :-1]
+        levels, num_clipped = (high_byte(values), 0) if scale is None else scale.apply(values)
+        if alpha is not None:
+            levels = np.rint(levels * alpha.clip(0, 1)).astype(np.uint8)
+        if levels.ndim == 3 and levels.shape[2] == 1:
+            levels = levels[..., 0]
+        image = Image.fromarray(levels)
+        return (image if image.mode == "RGB" else image.convert("RGB")), num_clipped
+
+
+def _on_black(image: Image.Image) -> Image.Image:
+    """An opaque image as it is; a transparent one on black, so that no pixel counts that nobody sees."""
+    if not image.has_transparency_data:
+        return image
+    seen = image.convert("RGBA")
+    ground = Image.new("RGBA", seen.size, (0, 0, 0, 255))
+    ground.alpha_composite(seen)
+    return ground
+
+
+def _grey_mask(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """Grey levels (H, W) of a mask of any 8-bit mode; see `read_mask`."""
+    if image.mode == "P" and not image.has_transparency_data:
+        entries = np.asarray(image)
+        used = np.unique(entries)
+        colours = _palette(image)[used]
+        are_greys = bool((colours.max(axis=1) == colours.min(axis=1)).all())
+        if not are_greys or colours.max() == 0:
+            is_black = colours.max(axis=1) == 0
+            ground = used[is_black] if is_black.sum() == 1 else np.zeros(1, entries.dtype)
+            return np.where(np.isin(entries, ground), 0, 255).astype(np.uint8)
+        return np.asarray(image.convert("L"))
+    if image.has_transparency_data:
+        seen = np.asarray(image.convert("RGBA"))
+        colours, alpha = seen[..., :3], seen[..., 3]
+        visible = colours[alpha > 0]
+        if alpha.min() < 255 and (not visible.size or (visible == visible[0]).all()):
+            return np.asarray(alpha)
+        return np.asarray((colours.max(axis=2).astype(np.uint16) * alpha // 255).astype(np.uint8))
+    if image.mode in ("1", "L"):
+        return np.asarray(image.convert("L"))
+    return np.asarray(np.asarray(image.convert("RGB")).max(axis=2))
+
+
+def _palette(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """Colours (256, 3) of a palette's entries; black beyond its end."""
+    table = np.zeros((256, 3), np.uint8)
+    colours = np.array(image.getpalette("RGB") or (), np.uint8).reshape(-1, 3)
+    table[: len(colours)] = colours
+    return table
+
+
+def _cut(values: npt.NDArray[Any], middle: int) -> float:
+    """The level above which a mask's pixel is a defect; `middle` is that of 8-bit grey, whose white is 255."""
+    found = np.flatnonzero(np.bincount(values.reshape(-1))) if values.dtype == np.uint8 else np.unique(values)
+    top = float(found[-1])
+    if found.size <= 2:
+        return float(found[0]) if found.size == 2 else 0.0
+    if _SOFT_MASK_PEAK <= top <= 255:
+        return float(middle)
+    if 64_000 <= top <= 65_535:
+        return 32_767.0
+    return 0.0 if found.size <= _FEW_VALUES else top / 2
 
 
 def progress_bar(steps: Iterable[T], label: str | None, total: int, unit: str) -> Iterable[T]:

@@ -3,7 +3,7 @@
 A category's folder holds, with `…` for image files:
 
 MVTec AD      train/good/…  test/<good or defect>/…  ground_truth/<defect>/…   (a mask is named as its image, or
-              as its image with `_mask`; VisA as re-organised by its authors' tool is this layout too)
+              as its image with `_mask`, `-gt` and the like; VisA as re-organised by its authors' tool is this too)
 MVTec 3D-AD   {train,validation,test}/<good or defect>/{rgb,gt}/…              (the depth images in xyz stay unread)
 BTAD          train/ok/…  test/{ok,ko}/…  ground_truth/ko/…                    (suffixes of all kinds)
 VisA          Data/{Images,Masks}/…, split by ../split_csv/1cls.csv            (masks hold the defect's number)
@@ -12,18 +12,28 @@ plain folder  good/…, the rest as MVTec AD
 
 Where the normal images lie in train/good, train/ok or good, people may add validation images of their own:
 validation/<good or defect>/…, with masks in validation_ground_truth/<defect>/….
+
+Folders of normal images are known in other spellings too (`is_normal_name`), and images in folders below a class's
+belong to the class. Hidden and service folders are no class.
 """
 
 import csv
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from dskd.data.images import list_images
+from dskd.data.files import class_folders, list_images
 from dskd.data.samples import Sample, split_key
 
 SPLIT_FOLDERS = frozenset({"train", "validation", "test", "ground_truth", "validation_ground_truth"})
 """Folders inside of a category: never one themselves."""
+_NORMAL_NAMES = frozenset(
+    {"good", "ok", "okay", "normal", "nominal", "pass", "passed", "io", "gut", "defectfree", "nodefect", "nodefects"}
+)
+_MASK_WORDS = re.compile(r"[ _.-]+(mask|masks|gt|ground[ _-]?truth|label|labels|seg|segmentation|annotation)$", re.I)
+"""What stands after an image's name in the name of its mask."""
 _VISA_COLUMNS = ("object", "split", "label", "image", "mask")
 _MT_TEST_SHARE = 0.2
 _MT_SEED = 0
@@ -35,6 +45,8 @@ class Fault(NamedTuple):
     path: Path
     message: str
     """One line that names the file and says what is wrong."""
+    split: Literal["train", "validation", "test"] = "train"
+    """What it spoils: what is wrong in the test split alone forbids evaluating, and no training."""
 
 
 class Listing(NamedTuple):
@@ -46,6 +58,8 @@ class Listing(NamedTuple):
     """Held-out normals and labelled defects, where the layout or the user has some."""
     test: tuple[Sample, ...]
     faults: tuple[Fault, ...]
+    normals: Path | None = None
+    """The folder of the normal training images, where it is another than the layout's landmark."""
 
 
 class Layout(NamedTuple):
@@ -65,29 +79,53 @@ def recognised(folder: Path) -> tuple[Layout, ...]:
     return tuple(layout for layout in LAYOUTS if layout.recognises(folder))
 
 
-def _read_mvtec(folder: Path) -> Listing:
-    return _read_splits(folder, folder / "train" / "good", "good")
+def is_normal_name(name: str) -> bool:
+    """Whether a folder of that name holds normal images: good, OK, Normal, `good `, defect_free, … in any case."""
+    return re.sub(r"[ _-]", "", name).casefold() in _NORMAL_NAMES
+
+
+def normal_folders(folder: Path) -> list[Path]:
+    """The folders directly inside `folder` whose name is one of normal images, in order."""
+    return [child for child in class_folders(folder) if is_normal_name(child.name)]
+
+
+def _read_train(folder: Path) -> Listing:
+    return _read_splits(folder, normal_folders(folder / "train"))
 
 
 def _read_plain(folder: Path) -> Listing:
-    return _read_splits(folder, folder / "good", "good")
+    return _read_splits(folder, normal_folders(folder))
 
 
-def _read_btad(folder: Path) -> Listing:
-    return _read_splits(folder, folder / "train" / "ok", "ok")
+def _read_splits(folder: Path, train: Sequence[Path]) -> Listing:
+    validation, wrong_validation = _read_split(folder / "validation", folder / "validation_ground_truth", "validation")
+    test, wrong_test = _read_split(folder / "test", folder / "ground_truth", "test")
+    normals = [image for each in train for image in list_images(each)]
+    return Listing(_normals(normals), validation, test, wrong_validation + wrong_test, train[0] if train else None)
 
 
-def _read_splits(folder: Path, train: Path, normal: str) -> Listing:
-    validation, wrong_validation = _read_split(folder / "validation", folder / "validation_ground_truth", normal)
-    test, wrong_test = _read_split(folder / "test", folder / "ground_truth", normal)
-    return Listing(_normals(list_images(train)), validation, test, wrong_validation + wrong_test)
+Evaluated = Literal["validation", "test"]
 
 
-def _read_split(images: Path, masks: Path, normal: str) -> tuple[tuple[Sample, ...], tuple[Fault, ...]]:
+def _read_split(images: Path, masks: Path, split: Evaluated) -> tuple[tuple[Sample, ...], tuple[Fault, ...]]:
     """Samples of the folders below `images`, with masks of the same-named folders below `masks`."""
-    defects = {child.name for folder in (images, masks) for child in folder.glob("*") if child.is_dir()} - {normal}
-    found = {name: _paired(list_images(images / name), list_images(masks / name), name) for name in defects}
-    found[normal] = _normals(list_images(images / normal)), ()
+    classes = class_folders(images)
+    defects = [child for child in classes if not is_normal_name(child.name)]
+    good = [image for child in classes if is_normal_name(child.name) for image in list_images(child)]
+    mask_folders = [child for child in class_folders(masks) if not is_normal_name(child.name)]
+    normal = next((child.name for child in classes if is_normal_name(child.name)), "good")
+    found: dict[str, tuple[tuple[Sample, ...], tuple[Fault, ...]]] = {normal: (_normals(good), ())}
+    for child in defects:
+        of_it = [each for each in mask_folders if each.name == child.name] or [
+            each
+            for each in mask_folders
+            if _plain_name(each.name) == _plain_name(child.name) and each.name not in {other.name for other in defects}
+        ]
+        found[child.name] = _paired(child, of_it, child.name.strip(), split)
+        mask_folders = [each for each in mask_folders if each not in of_it]
+    for child in mask_folders:
+        samples, faults = found.get(child.name, ((), ()))
+        found[child.name] = samples, faults + _paired(images / child.name, [child], child.name, split)[1]
     ordered = [found[name] for name in sorted(found)]
     return (
         tuple(sample for samples, _ in ordered for sample in samples),
@@ -95,49 +133,72 @@ def _read_split(images: Path, masks: Path, normal: str) -> tuple[tuple[Sample, .
     )
 
 
+def _plain_name(name: str) -> str:
+    return name.strip().casefold()
+
+
 def _normals(paths: Iterable[Path]) -> tuple[Sample, ...]:
     return tuple(Sample(path, "good", None) for path in paths)
 
 
-def _paired(images: Sequence[Path], masks: Sequence[Path], defect: str) -> tuple[tuple[Sample, ...], tuple[Fault, ...]]:
-    """Defective samples with the mask of the same stem, or of that stem and `_mask`; suffixes may differ."""
-    stems = {image.stem for image in images}
-    mask_of: dict[str, Path] = {}
+def _paired(
+    images: Path, masks: Iterable[Path], defect: str, split: Evaluated
+) -> tuple[tuple[Sample, ...], tuple[Fault, ...]]:
+    """The defective images below `images`, each with its mask below one of the folders `masks`."""
+    placed = [(path, path.relative_to(images).parent) for path in list_images(images)]
+    drawn = [(path, path.relative_to(folder).parent) for folder in masks for path in list_images(folder)]
+    return _matched(placed, drawn, defect, split)
+
+
+def _matched(
+    images: Sequence[tuple[Path, Path]], masks: Sequence[tuple[Path, Path]], defect: str, split: Evaluated
+) -> tuple[tuple[Sample, ...], tuple[Fault, ...]]:
+    """Defective samples with the mask of the same stem, or of that stem and a word for a mask; suffixes may differ.
+
+    Files come with their place below the folder of the class. A mask belongs to the image of the same place, or
+    else to the only image of its name.
+    """
+    stems = {(place, image.stem) for image, place in images}
+    only = Counter(image.stem for image, _ in images)
+    places = {image.stem: place for image, place in images}
+    mask_of: dict[tuple[Path, str], Path] = {}
     faults = []
-    for mask in masks:
-        stem = mask.stem if mask.stem in stems else mask.stem.removesuffix("_mask")
-        if stem not in stems:
-            faults.append(Fault(mask, f"mask {mask} has no image {stem}.* among the {defect} images."))
-        elif stem in mask_of:
-            faults.append(Fault(mask, f"mask {mask} and {mask_of[stem].name} belong to one image; remove one."))
+    for mask, place in masks:
+        names = [mask.stem, _MASK_WORDS.sub("", mask.stem)]
+        keys = [(place, name) for name in names if (place, name) in stems]
+        keys += [(places[name], name) for name in names if only[name] == 1]
+        if not keys:
+            faults.append(Fault(mask, f"mask {mask} has no image {names[1]}.* among the {defect} images.", split))
+        elif keys[0] in mask_of:
+            message = f"mask {mask} and {mask_of[keys[0]].name} belong to one image; remove one."
+            faults.append(Fault(mask, message, split))
         else:
-            mask_of[stem] = mask
-    seen: dict[str, Path] = {}
-    for image in images:
-        if image.stem in mask_of and image.stem in seen:
-            faults.append(
-                Fault(image, f"image {image} and {seen[image.stem].name} share one mask {mask_of[image.stem]}.")
-            )
-        seen[image.stem] = image
-    return tuple(Sample(image, defect, mask_of.get(image.stem)) for image in images), tuple(faults)
+            mask_of[keys[0]] = mask
+    seen: dict[tuple[Path, str], Path] = {}
+    for image, place in images:
+        key = place, image.stem
+        if key in mask_of and key in seen:
+            message = f"image {image} and {seen[key].name} share one mask {mask_of[key]}."
+            faults.append(Fault(image, message, split))
+        seen[key] = image
+    return tuple(Sample(image, defect, mask_of.get((place, image.stem))) for image, place in images), tuple(faults)
 
 
 def _read_mvtec_3d(folder: Path) -> Listing:
-    validation, wrong_validation = _read_3d_split(folder / "validation")
-    test, wrong_test = _read_3d_split(folder / "test")
-    train = _normals(list_images(folder / "train" / "good" / "rgb"))
-    return Listing(train, validation, test, wrong_validation + wrong_test)
+    validation, wrong_validation = _read_3d_split(folder / "validation", "validation")
+    test, wrong_test = _read_3d_split(folder / "test", "test")
+    normals = [image for child in normal_folders(folder / "train") for image in list_images(child / "rgb")]
+    return Listing(_normals(normals), validation, test, wrong_validation + wrong_test)
 
 
-def _read_3d_split(split: Path) -> tuple[tuple[Sample, ...], tuple[Fault, ...]]:
+def _read_3d_split(folder: Path, split: Evaluated) -> tuple[tuple[Sample, ...], tuple[Fault, ...]]:
     samples: tuple[Sample, ...] = ()
     faults: tuple[Fault, ...] = ()
-    for folder in sorted(child for child in split.glob("*") if child.is_dir()):
-        images = list_images(folder / "rgb")
-        if folder.name == "good":
-            samples += _normals(images)
+    for child in class_folders(folder):
+        if is_normal_name(child.name):
+            samples += _normals(list_images(child / "rgb"))
         else:
-            paired, wrong = _paired(images, list_images(folder / "gt"), folder.name)
+            paired, wrong = _paired(child / "rgb", [child / "gt"], child.name.strip(), split)
             samples, faults = samples + paired, faults + wrong
     return samples, faults
 
@@ -162,7 +223,8 @@ def _read_visa(folder: Path) -> Listing:
     for number, row in rows:
         files = [folder.parent / row[column] for column in ("image", "mask") if row[column]]
         if absent := [path for path in files if not path.is_file()]:
-            faults.append(Fault(absent[0], f"{table}, line {number}: {absent[0]} does not exist."))
+            split: Literal["train", "test"] = "test" if row["split"] == "test" else "train"
+            faults.append(Fault(absent[0], f"{table}, line {number}: {absent[0]} does not exist.", split))
         elif not row["image"] or row["split"] not in splits or row["label"] not in ("normal", "anomaly"):
             wanted = "an image, split train or test, label normal or anomaly"
             faults.append(
@@ -192,12 +254,12 @@ def _read_mt(folder: Path) -> Listing:
     kept = set(ranked[: round(_MT_TEST_SHARE * len(ranked))])
     test = _normals(path for path in free if path in kept)
     faults: tuple[Fault, ...] = ()
-    for child in sorted(folder.glob("MT_*")):
-        if child.name != "MT_Free" and child.is_dir():
+    for child in class_folders(folder):
+        if child.name.startswith("MT_") and child.name != "MT_Free":
             files = list_images(child / "Imgs")
-            images = [path for path in files if _is_mt_photograph(path)]
-            masks = [path for path in files if path.suffix.lower() == ".png"]
-            paired, wrong = _paired(images, masks, child.name.removeprefix("MT_").lower())
+            images = [(path, path.parent) for path in files if _is_mt_photograph(path)]
+            masks = [(path, path.parent) for path in files if path.suffix.lower() == ".png"]
+            paired, wrong = _matched(images, masks, child.name.removeprefix("MT_").lower(), "test")
             test, faults = test + paired, faults + wrong
     return Listing(_normals(path for path in free if path not in kept), (), test, faults)
 
@@ -211,12 +273,31 @@ def _holds(landmark: str) -> Callable[[Path], bool]:
 
 
 def _is_mvtec(folder: Path) -> bool:
-    good = folder / "train" / "good"
-    return good.is_dir() and (not (good / "rgb").is_dir() or bool(list_images(good)))
+    return any(
+        child.name.strip().casefold() != "ok"
+        and (not (child / "rgb").is_dir() or bool(list_images(child, is_deep=False)))
+        for child in normal_folders(folder / "train")
+    )
+
+
+def _is_btad(folder: Path) -> bool:
+    return any(child.name.strip().casefold() == "ok" for child in normal_folders(folder / "train"))
+
+
+def _is_mvtec_3d(folder: Path) -> bool:
+    return any((child / "rgb").is_dir() for child in normal_folders(folder / "train"))
 
 
 def _is_plain(folder: Path) -> bool:
-    return (folder / "good").is_dir() and folder.name not in SPLIT_FOLDERS
+    if folder.name in SPLIT_FOLDERS:
+        return False
+    # a category may be called "ok" or "normal": in another spelling than ours the folder must hold images itself
+    return any(child.name == "good" or bool(list_images(child, is_deep=False)) for child in normal_folders(folder))
+
+
+def has_test_split(folder: Path) -> bool:
+    """Whether `folder` has a labelled test split as MVTec AD lays it out, whatever else it lacks."""
+    return folder.name not in SPLIT_FOLDERS and bool(normal_folders(folder / "test"))
 
 
 def _reads_all(_: PurePosixPath) -> bool:
@@ -228,13 +309,15 @@ def _is_mask_of_normal_tile(file: PurePosixPath) -> bool:
 
 
 def _is_depth_or_mask_of_normal(file: PurePosixPath) -> bool:
-    return file.parent.name == "xyz" or file.parts[1:-1] == ("good", "gt")
+    return file.parent.name == "xyz" or (file.parent.name == "gt" and is_normal_name(file.parent.parent.name))
 
 
+TEST_ONLY = Layout("a test split alone", "test/good", has_test_split, _read_train, _reads_all)
+"""Enough to evaluate; no category to train on."""
 LAYOUTS = (
-    Layout("MVTec AD", "train/good", _is_mvtec, _read_mvtec, _reads_all),
-    Layout("MVTec 3D-AD", "train/good/rgb", _holds("train/good/rgb"), _read_mvtec_3d, _is_depth_or_mask_of_normal),
-    Layout("BTAD", "train/ok", _holds("train/ok"), _read_btad, _reads_all),
+    Layout("MVTec AD", "train/good", _is_mvtec, _read_train, _reads_all),
+    Layout("MVTec 3D-AD", "train/good/rgb", _is_mvtec_3d, _read_mvtec_3d, _is_depth_or_mask_of_normal),
+    Layout("BTAD", "train/ok", _is_btad, _read_train, _reads_all),
     Layout("VisA", "Data/Images", _holds("Data/Images"), _read_visa, _reads_all),
     Layout("MT Defects", "MT_Free/Imgs", _holds("MT_Free/Imgs"), _read_mt, _is_mask_of_normal_tile),
     Layout("plain folder", "good", _is_plain, _read_plain, _reads_all),

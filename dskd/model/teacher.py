@@ -173,6 +173,8 @@ def _load_weights(features: nn.Module, path: Path) -> None:
                 f"teacher weights {path}: {name!r} must have shape {tuple(tensor.shape)}, "
                 f"got {tuple(match.shape)}; give a state dict of the run's backbone."
             )
+        if not torch.isfinite(match).all():
+            raise ValueError(f"teacher weights {path}: {name!r} holds values that are not finite; give another file.")
         found[name] = match
     features.load_state_dict(found)
 

@@ -15,7 +15,8 @@ from dskd.config import AmplificationConfig, DataConfig, DataSpec, RunConfig, Se
 from dskd.data.cache import ArrayCache
 from dskd.data.datasets import NUM_VALIDATION_DEFECTS, fingerprint, read_category, split_calibration, split_normals
 from dskd.data.defects import choose_textures, load_textures
-from dskd.data.images import load_images
+from dskd.data.depth import PixelScale
+from dskd.data.images import find_scale, load_images
 from dskd.data.samples import Sample
 from dskd.evaluate import LabelledImages, join, label, labelled_test_split, synthetic_validation
 from dskd.model.amplification import AmplifiedTeacher, build_amplifier
@@ -51,6 +52,10 @@ class TrainingData(NamedTuple):
     textures_sha256: str
     amplification: AmplificationConfig = AmplificationConfig()
     selection: Selection = "val"
+    scale: PixelScale | None = None
+    """How images of more than 8 bits are read, found in all normal training images."""
+    notes: tuple[str, ...] = ()
+    """What is worth saying of the images: how many are used and left out, odd masks, clipped values."""
 
 
 def prepare(
@@ -79,11 +84,14 @@ def prepare(
     texture_files = choose_textures(spec.textures) if spec.textures is not None else []
     texture_images = load_textures(texture_files, data.image_size) if texture_files else None
     samples = read_category(spec.data, category)
+    notes = [samples.describe()]
+    scale = find_scale([sample.path for sample in samples.train])
     train, held, held_names = split_normals(samples, data.validation_fraction, data.split_seed)
     defects = [sample for sample in samples.validation if sample.is_defective]
 
     def pixels(chosen: Sequence[Sample], what: str) -> tuple[npt.NDArray[np.uint8], str]:
-        return _pixels([sample.path for sample in chosen], data, cache, f"reading {what}" if progress else None)
+        paths = [sample.path for sample in chosen]
+        return _pixels(paths, data, scale, cache, f"reading {what}" if progress else None)
 
     train_images, train_sha256 = pixels(train, "training images")
     held_images, held_sha256 = pixels(held, "held-out images")
@@ -106,7 +114,7 @@ def prepare(
     calibration_images = held_images[[held.index(sample) for sample in calibrating]]
     if spec.selection == "oracle":
         defects = []
-        validation = labelled_test_split(spec.data, category, data.image_size)
+        validation = labelled_test_split(spec.data, category, data.image_size, scale, notes.append)
         if not validation.masks.any():
             raise ValueError(
                 f"category {category} in {spec.data} has no masks of its test defects: AUPRO, a half of the objective "
@@ -118,7 +126,7 @@ def prepare(
         )
     if defects:
         defect_images, defect_sha256 = pixels(defects, "validation defects")
-        validation = join(validation, label(defects, defect_images))
+        validation = join(validation, label(defects, defect_images, notes.append))
         masks_sha256 = fingerprint(sample.mask for sample in defects if sample.mask is not None)
         content += defect_sha256 + masks_sha256
 
@@ -144,6 +152,8 @@ def prepare(
         textures_sha256=textures_sha256,
         amplification=amplification,
         selection=spec.selection,
+        scale=scale,
+        notes=tuple(notes),
     )
 
 
@@ -184,11 +194,11 @@ def _amplified(
 
 
 def _pixels(
-    paths: list[Path], config: DataConfig, cache: ArrayCache | None, progress: str | None
+    paths: list[Path], config: DataConfig, scale: PixelScale, cache: ArrayCache | None, progress: str | None
 ) -> tuple[npt.NDArray[np.uint8], str]:
     content = fingerprint(paths)
     if cache is None:
-        return load_images(paths, config.image_size, progress=progress), content
+        return load_images(paths, config.image_size, scale=scale, progress=progress), content
     shape = (len(paths), config.image_size, config.image_size, 3)
-    fill = lambda out: load_images(paths, config.image_size, out, progress=progress)  # noqa: E731
-    return cache.get(f"bilinear pixels|{content}", shape, np.uint8, fill), content
+    fill = lambda out: load_images(paths, config.image_size, out, scale=scale, progress=progress)  # noqa: E731
+    return cache.get(f"upright bilinear pixels|{scale}|{content}", shape, np.uint8, fill), content

@@ -1,11 +1,13 @@
 """One category's run: train the students on prepared inputs, keep those of the best epoch."""
 
+import copy
 import dataclasses
 import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,12 +15,12 @@ from dskd.atomic import file_in_making
 from dskd.calibration import calibrate
 from dskd.checkpoint import DetectorRecord
 from dskd.config import RunConfig
-from dskd.device import WorkerRank
+from dskd.device import WorkerRank, to_device
 from dskd.evaluate import compute_metrics, compute_metrics_shared, disagreements, score_images
 from dskd.metrics import Scores
 from dskd.model.batchnorm import share_batchnorm
 from dskd.model.network import build_students
-from dskd.model.teacher import UNREADABLE
+from dskd.model.teacher import UNREADABLE, normalize
 from dskd.training.inputs import TrainingData
 from dskd.training.loop import Epoch, NonFiniteLossError, Step, build_optimizer, fit
 from dskd.training.score_search import search_scores
@@ -67,7 +69,7 @@ class TrainingRun:
         """Untrained students, initialised from the configuration's seed alike on every worker.
 
         Several workers share their BatchNorm statistics. Raises ValueError where `inputs` were prepared
-        for another stage I.
+        for another stage I, and where a batch holds one value per channel, which BatchNorm cannot train on.
         """
         if config.amplification != inputs.amplification:
             raise ValueError(
@@ -75,6 +77,7 @@ class TrainingRun:
                 f"{inputs.amplification} and {config.amplification}; prepare with the run's."
             )
         students: nn.Module = build_students(config.model, inputs.teacher, config.train.seed).to(device)
+        _check_batch_of_one(students, config, inputs, device)
         if num_workers > 1:
             students = share_batchnorm(students, device)
         return cls(config, inputs, device, students, build_optimizer(students, config.train))
@@ -219,6 +222,7 @@ class TrainingRun:
             num_textures=inputs.num_textures,
             textures_sha256=inputs.textures_sha256,
             selection=inputs.selection,
+            scale=inputs.scale,
             calibration_files=inputs.calibration_files,
             epoch=self.best_epoch,
             thresholds=calibrate(seen.scores.tolist()),
@@ -259,3 +263,23 @@ class TrainingRun:
         if objective(scores) < objective(self.best_scores):
             return self.config, self.best_scores, searched | {"val/score_adopted": 0.0}
         return config, scores, searched | {"val/score_adopted": float(found.is_adopted)}
+
+
+def _check_batch_of_one(students: nn.Module, config: RunConfig, inputs: TrainingData, device: torch.device) -> None:
+    """Raise ValueError where batches of one image leave the deepest layer one position: said before the training."""
+    if min(config.train.batch_size, len(inputs.train_images)) > 1:
+        return
+    trial = copy.deepcopy(students).train()  # a step in training changes BatchNorm's statistics
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            first = np.zeros(1, np.int64)
+            pixels = normalize(to_device(device, inputs.train_images, first))
+            trial(pixels, inputs.train_features.pyramid(first, device))
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise ValueError(
+                f"batches of one image at image_size {config.data.image_size} leave the deepest layer one value per "
+                f"channel, on which BatchNorm cannot train; raise --batch-size (now {config.train.batch_size}, with "
+                f"{len(inputs.train_images)} training images) or --image-size."
+            ) from None

@@ -31,7 +31,7 @@ def demo(settings: DemoSettings) -> int:
     pull(PullSettings(categories=("all",), out=detectors, name=asked.name, storage=asked.storage))
     category = max(CATEGORIES, key=lambda name: read_record(detectors / name).metrics["val/objective"])
     verdicts = next_free(settings.out / "verdicts")
-    images = find_images([settings.data / category / "test"])
+    images = find_images([settings.data / category / "test"]).images
     found = predict_images(
         Detector.load(detectors / category),
         images,

@@ -6,7 +6,8 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
@@ -21,9 +22,11 @@ import ray.data
 import ray.exceptions
 import torch
 
-from dskd.checkpoint import RECORD_FILE, WEIGHTS_FILE, read_record, sha256_of
-from dskd.data.images import IMAGE_SUFFIXES, load_image
-from dskd.detector import UNTRAINED_TEACHER, Detector, Prediction, chosen_limit, unreadable_to_dict
+from dskd.checkpoint import RECORD_FILE, WEIGHTS_FILE, DetectorRecord, read_record, sha256_of
+from dskd.data.depth import PixelScale
+from dskd.data.files import IMAGE_SUFFIXES, Walk, is_image_name, is_left_out, walk
+from dskd.data.images import load_pixels
+from dskd.detector import UNTRAINED_TEACHER, Detector, Prediction, Unreadable, chosen_limit, unreadable_to_dict
 from dskd.device import computing_device
 from dskd.show.overlays import overlay
 from tune.runtime.cluster import connect, count_workers, resolve_gpus
@@ -48,6 +51,7 @@ SCHEMA = pa.schema(
         ("regions", pa.list_(_REGION)),
         ("map_size", pa.int32()),
         ("overlay", pa.string()),  # below OUT
+        ("num_clipped", pa.int64()),  # values beyond the scale of images of more than 8 bits
         ("category", pa.string()),
         ("teacher", pa.string()),
         ("error", pa.string()),
@@ -95,7 +99,8 @@ def _scored(settings: ScoringSettings) -> dict[str, Any]:
     if there := out.names(""):
         finished = "the results of another inspection" if SUMMARY in there else "an unfinished output or other files"
         raise ValueError(f"--out {settings.out} holds {finished}; choose another, results are never overwritten.")
-    names = image_names(settings.images)
+    notes: list[str] = []
+    names = image_names(settings.images, notes.append)
     out.probe()
     with TemporaryDirectory(prefix="dskd-") as temporary:
         folder = fetch_detector(settings, Path(temporary))
@@ -107,9 +112,11 @@ def _scored(settings: ScoringSettings) -> dict[str, Any]:
         files = ray.put({name: (folder / name).read_bytes() for name in (RECORD_FILE, WEIGHTS_FILE)})
         weights_sha256 = sha256_of(folder / WEIGHTS_FILE)
     workers = choose_workers(settings, len(names))
+    for note in notes:
+        say(note)
     say(f"inspecting {len(names)} images with {workers.number} workers")
     try:
-        _stream(settings, names, detector.record.config.data.image_size, files, limit, workers)
+        _stream(settings, names, detector.record, files, limit, workers)
     except ray.exceptions.RayError as error:
         raise ScoringError(str(error).strip().splitlines()[-1]) from None
     counts = _counts(settings.out)
@@ -155,20 +162,26 @@ def fetch_detector(settings: ScoringSettings, temporary: Path) -> Path:
     return found[0]
 
 
-def image_names(images: str) -> list[str]:
-    """Sorted names of all image files below a folder or an address.
+def image_names(images: str, on_note: Callable[[str], object] = say) -> list[str]:
+    """Sorted names of all image files below a folder or an address; `on_note` is called with what is not read there.
 
     Raises ValueError if there are none, or if a name is not valid text.
     """
     if is_address(images):
-        found = [file.name for file in Storage(images, "--images").files("")]
+        given = [PurePosixPath(file.name) for file in Storage(images, "--images").files("")]
+        kept = [name for name in given if not is_left_out(name)]
+        names = sorted(name.as_posix() for name in kept if is_image_name(name))
+        others = Counter(name.suffix.lower() for name in kept if not is_image_name(name))
+        unread = Walk((), others, {"hidden or service": len(given) - len(kept)} if len(kept) < len(given) else {}, ())
     elif Path(images).is_dir():
-        found = [path.relative_to(images).as_posix() for path in Path(images).rglob("*") if not path.is_dir()]
+        unread = walk(Path(images))
+        names = [path.relative_to(images).as_posix() for path in unread.images]
     else:
         raise ValueError(f"--images {images} is no folder; give a folder or s3://bucket/path.")
-    names = sorted(name for name in found if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES)
     if not names:
         raise ValueError(f"--images {images} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+    if unread.describe():
+        on_note(f"not read: {unread.describe()}")
     for name in names:
         try:
             name.encode()
@@ -204,7 +217,7 @@ def choose_workers(settings: ScoringSettings, num_images: int) -> Workers:
 def _stream(
     settings: ScoringSettings,
     names: Sequence[str],
-    image_size: int,
+    record: DetectorRecord,
     detector: "ray.ObjectRef[dict[str, bytes]]",
     limit: float,
     workers: Workers,
@@ -218,7 +231,7 @@ def _stream(
     num_blocks = max(math.ceil(len(names) / _ROWS_PER_TASK), min(len(names), 2 * workers.number))
     rows = ray.data.from_items([{"name": name} for name in names], override_num_blocks=num_blocks)
     rows.map_batches(
-        functools.partial(decode, images=images, image_size=image_size),
+        functools.partial(decode, images=images, image_size=record.config.data.image_size, scale=record.scale),
         batch_size=settings.batch_size,
         batch_format="numpy",
         num_cpus=_DECODING_CPUS,
@@ -240,22 +253,25 @@ def _stream(
     ).write_parquet(root, filesystem=files, ray_remote_args={"num_cpus": _WRITING_CPUS})
 
 
-def decode(batch: dict[str, np.ndarray], images: str, image_size: int) -> dict[str, np.ndarray]:
+def decode(
+    batch: dict[str, np.ndarray], images: str, image_size: int, scale: PixelScale | None = None
+) -> dict[str, np.ndarray]:
     """Pixels (B, S, S, 3) of the files `name` below `images`, and `error`: why a file cannot be read, or empty."""
     storage = Storage(images, "--images") if is_address(images) else None
     pixels = np.zeros((len(batch["name"]), image_size, image_size, 3), np.uint8)
+    num_clipped = np.zeros(len(pixels), np.int64)
 
     def read(index: int) -> str:
         name = str(batch["name"][index])
         try:
             if storage is None:
-                pixels[index] = load_image(Path(images) / name, image_size)
+                pixels[index], num_clipped[index] = load_pixels(Path(images) / name, image_size, scale)
                 return ""
             with TemporaryDirectory(prefix="dskd-") as temporary:
                 file = Path(temporary) / PurePosixPath(name).name
                 storage.fetch(name, file)
                 try:
-                    pixels[index] = load_image(file, image_size)
+                    pixels[index], num_clipped[index] = load_pixels(file, image_size, scale)
                 except ValueError as error:
                     return str(error).replace(str(file), f"{images}/{name}")
         except (ValueError, StorageError) as error:
@@ -264,7 +280,7 @@ def decode(batch: dict[str, np.ndarray], images: str, image_size: int) -> dict[s
 
     with ThreadPoolExecutor(_CONNECTIONS if storage else 1) as pool:
         errors = list(pool.map(read, range(len(pixels))))
-    return {"name": batch["name"], "error": np.array(errors, object), "pixels": pixels}
+    return {"name": batch["name"], "error": np.array(errors, object), "pixels": pixels, "num_clipped": num_clipped}
 
 
 class Inspector:
@@ -297,8 +313,12 @@ class Inspector:
         ]
         sound = [index for index, error in enumerate(batch["error"]) if not error]
         names = [Path(str(batch["name"][index])) for index in sound]
-        found = self._detector.predict_pixels(names, batch["pixels"][sound], self._limit) if sound else ()
+        clipped = batch["num_clipped"][sound].tolist()
+        found = self._detector.predict_pixels(names, batch["pixels"][sound], self._limit, clipped)
         for index, prediction in zip(sound, found, strict=True):
+            if isinstance(prediction, Unreadable):
+                rows[index]["error"] = prediction.error
+                continue
             is_drawn = self._overlays == "all" or (self._overlays == "anomalous" and prediction.is_anomalous)
             picture = self._draw(str(batch["name"][index]), prediction) if is_drawn else None
             rows[index] = prediction.to_dict(record, overlay=picture) | {"image": images[index]}

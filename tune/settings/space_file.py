@@ -51,7 +51,7 @@ def read_space(path: Path) -> SpaceFile:
     Raises ValueError with file and entry if the entry is unknown, has the wrong type or is an empty range.
     """
     try:
-        document = tomllib.loads(path.read_text())
+        document = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--space {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
     except tomllib.TOMLDecodeError as error:

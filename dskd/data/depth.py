@@ -8,7 +8,7 @@ from the training images, and kept with the detector. Images of 8 bits are taken
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -50,7 +50,7 @@ class PixelScale:
             raise ValueError(f"a pixel scale needs a finite low and a step above 0, got {self.low} and {self.step}.")
 
     @classmethod
-    def of(cls, levels: Sequence[Levels]) -> Self:
+    def of(cls, levels: Sequence[Levels]) -> "PixelScale":
         """The scale of a category whose training images of more than 8 bits have these levels; "none" without any.
 
         Integers take the depth that their files state, else the least of a camera's depths that holds them; the

@@ -93,7 +93,18 @@ SMALLER: dict[str, tuple[str, ...]] = {
     "tune/train.py": ("--epochs", "1", "--image-size", "64", "--batch-size", "4"),
     "tune/demo.py": ("--epochs", "1", "--image-size", "64", "--batch-size", "4", "--trials", "2"),
     "benchmarks/export.py": ("--repeats", "1", "--image-size", "64", "--presets", "stfpm"),
-    "benchmarks/overhead.py": ("--repeats", "1", "--image-size", "64", "--num-images", "8", "--presets", "stfpm"),
+    "benchmarks/overhead.py": (
+        "--repeats",
+        "1",
+        "--image-size",
+        "64",
+        "--num-images",
+        "8",
+        "--batch-size",
+        "4",
+        "--presets",
+        "stfpm",
+    ),
 }
 """Flags that a command of a document is given behind its own, where the last one counts."""
 

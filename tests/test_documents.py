@@ -93,7 +93,18 @@ SMALLER: dict[str, tuple[str, ...]] = {
     "tune/train.py": ("--epochs", "1", "--image-size", "64", "--batch-size", "4"),
     "tune/demo.py": ("--epochs", "1", "--image-size", "64", "--batch-size", "4", "--trials", "2"),
     "benchmarks/export.py": ("--repeats", "1", "--image-size", "64", "--presets", "stfpm"),
-    "benchmarks/overhead.py": ("--repeats", "1", "--image-size", "64", "--num-images", "8", "--presets", "stfpm"),
+    "benchmarks/overhead.py": (
+        "--repeats",
+        "1",
+        "--image-size",
+        "64",
+        "--num-images",
+        "8",
+        "--batch-size",
+        "4",
+        "--presets",
+        "stfpm",
+    ),
 }
 """Flags that a command of a document is given behind its own, where the last one counts."""
 
@@ -397,7 +408,7 @@ def test_blocks_run(name: str, desk: tuple[Path, dict[str, str]]) -> None:
     def run(example: Example) -> str | None:
         language, text = example.region.lexemes["arguments"], str(example.parsed)
         words = ["bash", "-euo", "pipefail", "-c", text] if language == "bash" else ["python", "-c", text]
-        done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=280, check=False)
+        done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=900, check=False)
         ran.append(example.line)
         if done.returncode:
             return f"{name}:{example.line} ended with {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"

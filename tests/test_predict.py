@@ -116,7 +116,8 @@ def test_a_folder_of_a_thousand_mixed_files_is_inspected_to_its_end(
 def command(detector_folder: Path, images: Path, out: Path) -> list[str]:
     # chunks of two, each a while: there is a middle to be cut in
     body = (
-        "import sys, time\n"
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which a shell in the background ignores
         "from dskd import detector\n"
         "detector._CHUNK = 2\n"
         "whole = detector.Detector.score_images\n"

@@ -117,9 +117,10 @@ def test_a_folder_of_a_thousand_mixed_files_is_inspected_to_its_end(
 def command(detector_folder: Path, images: Path, out: Path) -> list[str]:
     # chunks of two, each a while: there is a middle to be cut in
     body = (
-        "import sys, time\n"
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which a shell in the background ignores
         "from dskd import detector\n"
-        "detector._CHUNK = 2\n"
+        "detector.PREDICT_CHUNK = 2\n"
         "whole = detector.Detector.score_images\n"
         "def slowly(self, images):\n"
         "    time.sleep(0.2)\n"
@@ -208,7 +209,7 @@ def test_named_files_are_taken_whatever_their_name_and_missing_ones_refused(tmp_
 def test_a_file_that_vanishes_midway_is_a_row_of_its_own(
     detector: Detector, mvtec_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(detector_module, "_CHUNK", 1)
+    monkeypatch.setattr(detector_module, "PREDICT_CHUNK", 1)
     paths = [tmp_path / f"{index}.png" for index in range(3)]
     for path in paths:
         path.write_bytes((mvtec_root / "tile/test/good/000.png").read_bytes())

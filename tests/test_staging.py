@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dskd.data.datasets import find_categories, fingerprint, read_category
+from dskd.data.datasets import find_categories, fingerprint, read_category, read_test_split
 from tune.settings.plan import plan_search, resolve_addresses
 from tune.settings.search import SearchSettings
 from tune.storage import staging
@@ -92,7 +92,7 @@ def test_faults_name_the_address(address: str, tmp_path: Path) -> None:
     (tmp_path / "bucket/sets/tile/test/scratch/000.png").unlink()
     with pytest.raises(ValueError, match=rf"mask {address}/tile/ground_truth/scratch/000_mask.png has no image"), \
          outline(address) as root:  # fmt: skip
-        read_category(root, "tile")
+        read_test_split(root, "tile")
     with pytest.raises(ValueError, match=f"no category 'bolt' in {address}; it holds: tile, wood"):
         local_copy(address, "bolt", 1.0)
     with pytest.raises(ValueError, match="--data file:///none/of/it holds no file"), outline("file:///none/of/it"):

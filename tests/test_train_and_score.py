@@ -92,7 +92,7 @@ def test_two_workers_train_a_detector_that_inspects_on_the_same_cluster(
     assert tracked.info.run_id == document["run"] and tracked.info.status == "FINISHED"
     assert tracked.data.params == {
         **{name: str(value) for name, value in record.config.flat().items()},
-        "teacher_weights": "random", "num_workers": "2",
+        "teacher_weights": "random", "textures": "drawn", "num_workers": "2",
     }  # fmt: skip
     assert tracked.data.tags["dskd.data_sha256"] == record.data_sha256
     assert len(client.get_metric_history(document["run"], "train/loss")) == 2

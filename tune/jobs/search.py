@@ -27,7 +27,7 @@ from tune.storage.lease import only_search
 from tune.study.categories import CategoryResult, run_search
 from tune.study.progress import SearchProgress, TimeShare
 from tune.tracking.client import tracking_ui_command
-from tune.tracking.runs import code_revision
+from tune.tracking.runs import code_revision, run_tags
 from tune.tracking.tracker import Tracker
 
 _TRACKING_PATIENCE = 600.0
@@ -66,13 +66,7 @@ def _search(settings: SearchSettings, held: ExitStack) -> list[CategoryResult]:
         addresses.tracking,
         plan.name,
         artifact_location=addresses.artifacts,
-        tags={
-            "dskd.search": plan.name,
-            "dskd.selection": plan.selection,
-            "dskd.teacher": "random (untrained)" if plan.teacher.is_untrained else "pretrained",
-            "mlflow.source.name": "tune/search.py",
-            "mlflow.source.git.commit": revision,
-        },
+        tags=run_tags("tune/search.py", plan.name, plan.selection, plan.teacher, revision),
         unsent=unsent,
     )
     progress.say(f"searching {', '.join(plan.categories)}: {plan.trials} trials each, state in {addresses.home}")

@@ -31,7 +31,7 @@ from tune.storage.uris import DETECTOR_FOLDER
 from tune.tracking.client import check_server, run_link
 from tune.tracking.events import EpochDone, Remarked, TrialEnded, TrialStarted
 from tune.tracking.outbox import TrackingRefusedError, TrackingUnavailableError
-from tune.tracking.runs import TrackedRun, code_revision, tracked_run
+from tune.tracking.runs import TrackedRun, code_revision, run_tags, tracked_run
 from tune.tracking.tracker import Tracker
 from tune.trial.evaluation import save_evaluated_champion
 from tune.trial.groups import ray_train_job
@@ -129,13 +129,7 @@ def _trained(settings: TrainingSettings, repeated: TrackedRun | None) -> Trained
         addresses.tracking,
         settings.name,
         artifact_location=addresses.artifacts,
-        tags={
-            "dskd.search": settings.name,
-            "dskd.selection": spec.selection,
-            "dskd.teacher": "random (untrained)" if settings.teacher.is_untrained else "pretrained",
-            "mlflow.source.name": "tune/train.py",
-            "mlflow.source.git.commit": spec.revision,
-        }
+        tags=run_tags("tune/train.py", settings.name, spec.selection, settings.teacher, spec.revision)
         | ({"dskd.repeats": repeated.run_id} if repeated else {}),
         unsent=unsent,
         has_parents=False,

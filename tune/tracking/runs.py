@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from dskd.config import RunConfig, Selection
+from dskd.config import RunConfig, Selection, TeacherSource
 from tune.storage.uris import LOCAL_RESULTS
 
 
@@ -28,6 +28,17 @@ class TrackedRun(NamedTuple):
     """Fingerprint of the training and validation images; empty if not recorded."""
     revision: str
     """Git commit of the code; empty if not recorded."""
+
+
+def run_tags(entry: str, name: str, selection: Selection, teacher: TeacherSource, revision: str) -> dict[str, str]:
+    """Tags of every run that the entry (such as tune/search.py) writes under an experiment's name."""
+    return {
+        "dskd.search": name,
+        "dskd.selection": selection,
+        "dskd.teacher": "random (untrained)" if teacher.is_untrained else "pretrained",
+        "mlflow.source.name": entry,
+        "mlflow.source.git.commit": revision,
+    }
 
 
 def tracked_run(uri: str, run_id: str) -> TrackedRun:

@@ -160,7 +160,8 @@ def _lock_copy(folder: Path) -> bool:
     if not folder.exists():
         lock.close()
         return False
-    _copies_in_use[folder] = lock
+    if _copies_in_use.setdefault(folder, lock) is not lock:  # another thread was faster
+        lock.close()
     return True
 
 

@@ -408,3 +408,25 @@ def test_images_of_every_suffix_are_found_below_a_folder(detector_folder: Path, 
     (tmp_path / "in/notes.txt").write_text("no image")
     assert dskd("predict", detector_folder, tmp_path / "in", "--out", tmp_path / "out").code == 0
     assert len((tmp_path / "out/predictions.jsonl").read_text().splitlines()) == len(IMAGE_SUFFIXES)
+
+
+def test_the_largest_image_is_a_flag_and_an_environment_variable(
+    trained: tuple[Path, CommandResult], mvtec_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = mvtec_root / "wood/test/good"
+    monkeypatch.setenv("DSKD_MAX_MEGAPIXELS", "0.001")  # 64 x 64 pixels are 0.004
+    refused = dskd("predict", trained[0], images, "--out", tmp_path / "refused")
+    assert refused.code == 1 and "allow more with --max-megapixels" in "".join(refused.err)
+    allowed = dskd("predict", trained[0], images, "--out", tmp_path / "allowed", "--max-megapixels", 1)
+    assert allowed.code == 0
+    for given in ("none", "nan", "-1"):
+        monkeypatch.setenv("DSKD_MAX_MEGAPIXELS", given)
+        wrong = dskd("check-data", mvtec_root)
+        assert wrong.code == 2 and f"above 0, got '{given}'" in wrong.err[-1]
+
+
+def test_a_cache_folder_that_cannot_be_made_says_which_flags_help(mvtec_root: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    words = ("--data", mvtec_root, "--category", "tile", "--teacher-weights", "random", "--image-size", 32)
+    told = dskd("train", *words, "--out", tmp_path / "out", "--cache-dir", tmp_path / "file" / "cache")
+    assert told.code == 2 and "cannot be made" in told.err[-1] and "--cache-gb 0" in told.err[-1]

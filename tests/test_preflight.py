@@ -91,6 +91,7 @@ def test_a_dry_run_prints_plan_and_forecast_and_leaves_no_trace(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (data / "tile" / "train" / "good" / "notes.txt").write_text("no image")
     before = tree(tmp_path)
     assert dry_run.dry_run(settings(data, tmp_path / "a" / "results", json=True)) == 0
     assert tree(tmp_path) == before
@@ -103,6 +104,7 @@ def test_a_dry_run_prints_plan_and_forecast_and_leaves_no_trace(
     found = document["forecast"]
     assert 0 < found["wall_seconds_pruned"] <= found["wall_seconds_full"] and found["epochs_full"] == 12
     assert "2 categories × 2 trials × 3 epochs" in said.err and "untrained teacher" in said.err
+    assert "not read: " in said.err and "1 .txt" in said.err
     assert str(tmp_path / "a" / "results" / "search") in said.err and "forecast:" in said.err
 
 

@@ -87,12 +87,19 @@ def bomb() -> bytes:
         ("", "row 1 is not a readable image"),
     ],
 )
-def test_what_is_no_image_is_an_answer_that_names_its_row(
+def test_what_is_no_image_is_a_row_that_says_why_and_alone_a_refusal(
     served: Any, mvtec_root: Path, second: str, message: str
 ) -> None:
     good = next((mvtec_root / "tile/test").rglob("*.png")).read_bytes()
-    with pytest.raises(MlflowException, match=message) as raised:
-        served.predict(pd.concat([rows(good), pd.DataFrame({"image": [second]})], ignore_index=True))
+    bad = pd.DataFrame({"image": [second]})
+    found = served.predict(pd.concat([rows(good), bad, rows(good)], ignore_index=True))
+    assert found["verdict"].tolist()[1] == "unreadable" and found["error"].tolist()[1].startswith(message)
+    assert found["verdict"].tolist()[0] == found["verdict"].tolist()[2] != "unreadable"
+    assert found["image"].tolist() == ["row 0", "row 1", "row 2"]
+    text = predictions_text(found)
+    assert "NaN" not in text and json.loads(text)["predictions"][1]["score"] is None and "dskd-" not in text
+    with pytest.raises(MlflowException, match=message.replace("row 1", "row 0")) as raised:
+        served.predict(bad)
     assert raised.value.get_http_status_code() == 400 and "dskd-" not in str(raised.value)
 
 

@@ -183,13 +183,19 @@ def test_bad_usage_is_one_line(
 
 
 def test_the_same_command_is_the_same_training_and_another_is_not(
-    tiny: RunConfig, mvtec_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: RunConfig,
+    mvtec_root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     data = tmp_path / "data"
     shutil.copytree(mvtec_root, data)
     asked = settings(config=tiny, data=str(data), out=tmp_path / "t", storage=str(tmp_path / "s"))
+    (data / "tile/train/good/notes.txt").write_text("no image")
     category, key = training._checked(asked)
     assert category == "tile"
+    assert "tile: 12 training" in (said := capsys.readouterr().err) and "1 .txt" in said, "what is left out is told"
     same: list[dict[str, Any]] = [{"workers": 2}, {"out": tmp_path / "u"}, {"name": "other"}]
     assert {training._checked(dataclasses.replace(asked, **change))[1] for change in same} == {key}
     others: list[dict[str, Any]] = [

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import io
 import math
+import os
 import signal
 import sys
 import threading
@@ -50,7 +51,14 @@ def demo_data(out: Positional[Annotated[Path, arg(metavar="OUT")]], /, *, seed: 
     say(f"drew {out}; train on it with: dskd train --data {out} --category <name> --out detector")
 
 
-def check_data(path: Positional[Path], /, *, image_size: int = 256, json: bool = False) -> None:
+def check_data(
+    path: Positional[Path],
+    /,
+    *,
+    image_size: int = 256,
+    max_megapixels: float | None = None,
+    json: bool = False,
+) -> None:
     """Read a data folder as training does and list its problems; exit code 1 if it cannot be trained on.
 
     Categories may lie in the layout of MVTec AD, MVTec 3D-AD, BTAD, VisA or MT Defects, or as plain folders
@@ -59,10 +67,12 @@ def check_data(path: Positional[Path], /, *, image_size: int = 256, json: bool =
     Args:
         path: Folder of categories, or one category.
         image_size: Image size of training; a defect whose mask vanishes at this size is reported.
+        max_megapixels: Larger images are refused as decompression bombs; 512, or $DSKD_MAX_MEGAPIXELS, unless given.
         json: Print one JSON document.
     """
     from dskd.data.check import check_data
 
+    _allow_megapixels(max_megapixels)
     report = check_data(path, image_size, progress=True)
     if json:
         print_json(report.to_document())
@@ -84,6 +94,7 @@ def train(
     textures: Path | None = None,
     teacher_weights: str = "hub",
     device: str = "auto",
+    max_megapixels: float | None = None,
     restart: bool = False,
     checkpoint_seconds: float = 60.0,
     cache_dir: Path | None = None,
@@ -105,12 +116,14 @@ def train(
         textures: Folder of images, such as DTD, that feed the synthetic defects; else textures are drawn.
         teacher_weights: hub, a .safetensors or .pth file, or random (untrained, for wiring tests).
         device: auto, cpu, cuda or cuda:N.
+        max_megapixels: Larger images are refused as decompression bombs; 512, or $DSKD_MAX_MEGAPIXELS, unless given.
         restart: Discard the saved state of an interrupted training into the same folder.
         checkpoint_seconds: Seconds between saves of the training state, after whole epochs; 0: save after every epoch.
         cache_dir: Folder of decoded images and teacher features, shared by all runs.
         cache_gb: Size in GB that the cache may reach; 0 turns it off.
         json: Print one JSON document with the validation figures and every epoch's losses.
     """
+    _allow_megapixels(max_megapixels)
     if print_config:
         from dskd.presets import to_toml
 
@@ -211,6 +224,7 @@ def evaluate(
     data: Path,
     category: str | None = None,
     device: str = "auto",
+    max_megapixels: float | None = None,
     json: bool = False,
 ) -> None:
     """Measure a detector on the labelled test images of a category.
@@ -220,8 +234,10 @@ def evaluate(
         data: Folder of categories, or one category.
         category: Which category; the detector's own unless given.
         device: auto, cpu, cuda or cuda:N.
+        max_megapixels: Larger images are refused as decompression bombs; 512, or $DSKD_MAX_MEGAPIXELS, unless given.
         json: Print one JSON document.
     """
+    _allow_megapixels(max_megapixels)
     loaded = _load(detector, device)
     scores = loaded.evaluate(data, category or loaded.record.category, say)
     if json:
@@ -246,6 +262,7 @@ def predict(
     false_alarm_rate: float = 0.01,
     threshold: float | None = None,
     device: str = "auto",
+    max_megapixels: float | None = None,
     json: bool = False,
 ) -> None:
     """Inspect images: a verdict for each, with the anomalous regions drawn; exit code 1 if some cannot be read.
@@ -257,11 +274,13 @@ def predict(
         false_alarm_rate: Share of good images that may be called anomalous, in (0, 1).
         threshold: Score above which an image is anomalous, instead of the calibrated one.
         device: auto, cpu, cuda or cuda:N.
+        max_megapixels: Larger images are refused as decompression bombs; 512, or $DSKD_MAX_MEGAPIXELS, unless given.
         json: Print one JSON document.
     """
     from dskd.detector import Unreadable, chosen_limit
     from dskd.predict import check_out, describe_prediction, find_images, predict_images
 
+    _allow_megapixels(max_megapixels)
     check_out(out)
     loaded = _load(detector, device)
     found = find_images(images)
@@ -388,6 +407,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         say("dskd: interrupted; what was written so far stays")
         sys.exit(130)
+
+
+def _allow_megapixels(limit: float | None) -> None:
+    """Set the largest image, for this process and those that it starts.
+
+    Raises ValueError on a limit that is no positive number, from the flag or the environment.
+    """
+    from dskd.data.images import MAX_MEGAPIXELS, max_pixels
+
+    if limit is not None:
+        os.environ[MAX_MEGAPIXELS] = str(limit)
+    max_pixels()
 
 
 class _Terminated(KeyboardInterrupt):

@@ -39,7 +39,13 @@ class ArrayCache:
         self._folder = folder
         self._max_bytes = max_bytes
         self._when_full = when_full
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(
+                f"the cache folder {folder} cannot be made ({error.strerror}); choose another with --cache-dir, or "
+                "keep nothing with --cache-gb 0."
+            ) from None
 
     def get(
         self,

@@ -5,6 +5,7 @@ on black where it is transparent. What cannot be read so is refused by name.
 """
 
 import logging
+import math
 import os
 import sys
 import threading
@@ -25,7 +26,10 @@ from dskd.data.files import UnreadableImageError, check_regular
 from dskd.data.samples import Sample
 
 MAX_PIXELS = 512_000_000
-"""Larger files are refused as decompression bombs; line scans of more than 300 million pixels are not."""
+"""Larger files are refused as decompression bombs, unless the environment's DSKD_MAX_MEGAPIXELS says otherwise; line
+scans of more than 300 million pixels are not."""
+MAX_MEGAPIXELS = "DSKD_MAX_MEGAPIXELS"
+"""Environment variable that replaces `MAX_PIXELS` in this process and those that it starts: millions of pixels."""
 DECODING_BYTES = 1 << 30
 """Memory that all threads together may take to decode; one image that needs more is decoded alone."""
 _BYTES_PER_PIXEL = 12
@@ -352,10 +356,29 @@ def _opened(path: Path) -> Iterator[ImageFile.ImageFile | None]:
 
 
 def _check_pixels(path: Path, width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
+    limit = max_pixels()
+    if width * height > limit:
         raise UnreadableImageError(
-            f"{path} is refused as a decompression bomb: {width} x {height} pixels are more than {MAX_PIXELS}."
+            f"{path} is refused as a decompression bomb: {width} x {height} pixels are more than {limit}; where it is "
+            f"an image of yours, allow more with --max-megapixels or ${MAX_MEGAPIXELS}."
         )
+
+
+def max_pixels() -> int:
+    """The most pixels that an image file may have.
+
+    Raises ValueError where the environment names no positive number.
+    """
+    given = os.environ.get(MAX_MEGAPIXELS)
+    if given is None:
+        return MAX_PIXELS
+    try:
+        limit = float(given)
+    except ValueError:
+        limit = math.nan
+    if not (math.isfinite(limit) and limit > 0):
+        raise ValueError(f"${MAX_MEGAPIXELS} must be a number of millions of pixels above 0, got {given!r}.")
+    return int(limit * 1e6)
 
 
 def _num_pages(image: ImageFile.ImageFile) -> int:

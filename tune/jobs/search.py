@@ -84,13 +84,15 @@ def _checked_plan(settings: SearchSettings, progress: SearchProgress, held: Exit
     Raises PreflightError with all errors.
     """
     with drafted(settings) as draft:
-        errors = check_inputs(draft).errors
+        categories, errors = check_inputs(draft)
     if not errors:
         held.enter_context(only_search(Storage(draft.addresses.home), settings.name, partial(_end, progress)))
     if settings.address or not errors:  # do not start Ray if there are errors already
         errors += collect_errors(lambda: join_cluster(settings.address, draft.plan))
     if errors or draft.plan is None:
         raise PreflightError(errors)
+    for category in categories.values():
+        progress.say(category.describe())
     return draft.plan
 
 

@@ -196,7 +196,8 @@ def _checked(settings: TrainingSettings) -> tuple[str, str]:
                 f"{settings.data} holds several categories, choose one with --category: {', '.join(categories)}."
             )
         category = settings.category or categories[0]
-        num_normals = len(read_category(root, category).train)
+        found = read_category(root, category)
+    num_normals = len(found.train)
     share = min(settings.config.train.batch_size, num_normals) // settings.workers
     if share == 0:
         raise ValueError(f"{category} has {num_normals} images to train on, too few for --workers {settings.workers}.")
@@ -209,6 +210,7 @@ def _checked(settings: TrainingSettings) -> tuple[str, str]:
         "selection": settings.selection or "val",
         "textures": fingerprint(choose_textures(settings.textures)) if settings.textures else "drawn",
     }
+    say(found.describe())
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
     return category, digest[:8]
 

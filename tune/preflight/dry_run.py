@@ -43,6 +43,8 @@ _SLOT_SECONDS = 60.0
 class _DryRun(NamedTuple):
     plan: SearchPlan
     categories: Sequence[CategoryPlan]
+    unread: Sequence[str]
+    """A line for each category with files that are not read."""
     slots: Slots
     workers: Workers
     speed: Speed | None
@@ -174,7 +176,8 @@ def _planned(
     expected = (
         forecast(categories, speed, slots, config=plan.config, trials=plan.trials, workers=workers) if speed else None
     )
-    return _DryRun(plan, categories, slots, workers, speed, expected)
+    unread = [category.describe() for category in inputs.categories.values() if category.unread]
+    return _DryRun(plan, categories, unread, slots, workers, speed, expected)
 
 
 def _varied(space: Space) -> dict[str, str]:
@@ -229,6 +232,8 @@ def _show(found: _DryRun, settings: SearchSettings) -> None:
             each.category, *map(str, (each.num_train, each.num_validation, each.num_calibration, each.num_test))
         )
     console.print(table)
+    for line in found.unread:
+        console.print(line, soft_wrap=True)
     if plan.teacher.is_untrained:
         console.print("untrained teacher: its results will have no meaning for inspection", style="bold red")
     usual, *rest = plan.spaces.values()

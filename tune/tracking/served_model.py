@@ -16,7 +16,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
-from dskd.detector import Detector
+from dskd.detector import Detector, unreadable_to_dict
 
 IMAGE = "image"
 FALSE_ALARM_RATE = "false_alarm_rate"
@@ -36,30 +36,34 @@ class ServedDetector(PythonModel):
         """A row per image of the column `image`, each the base64 text of a PNG, JPEG or other image file.
 
         The columns are those of `Prediction.to_dict`, with "row 0" and so on for the name of the image. The
-        parameter `false_alarm_rate` chooses among the stored thresholds. An image that cannot be read, or is a
-        decompression bomb, is an error that names its row, counted from 0; then no row has a verdict.
+        parameter `false_alarm_rate` chooses among the stored thresholds. An image that cannot be read has the verdict
+        "unreadable", and `error` says why. A request without any readable image is refused (400), naming each.
         """
+        record = self._detector.record
         threshold = self._detector.threshold(float((params or {}).get(FALSE_ALARM_RATE, 0.01))).value
-        rows = []
+        rows: list[dict[str, Any]] = []
         with TemporaryDirectory(prefix="dskd-") as temporary:
-            paths = []
+            paths, errors = [], {}
             for number, text in enumerate(model_input[IMAGE]):
-                paths.append(Path(temporary, f"row {number}"))
-                paths[-1].write_bytes(_decoded(text, number))
-            try:
-                for prediction in self._detector.predict(paths, threshold):
-                    rows.append(prediction.to_dict(self._detector.record) | {"image": prediction.path.name})
-            except ValueError as error:  # its message has the file's temporary folder, which callers must not see
-                reason = str(error).replace(f"{temporary}/", "")
-                raise MlflowException.invalid_parameter_value(reason) from None
-        return pd.DataFrame(rows)
-
-
-def _decoded(text: Any, number: int) -> bytes:
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, TypeError, ValueError) as error:
-        raise MlflowException.invalid_parameter_value(f"row {number} is not base64 text: {error}") from None
+                path = Path(temporary, f"row {number}")
+                try:
+                    path.write_bytes(base64.b64decode(text, validate=True))
+                    paths.append(path)
+                except (binascii.Error, TypeError, ValueError) as error:
+                    errors[number] = f"row {number} is not base64 text: {error}"
+            found = self._detector.inspect(paths, threshold)
+            for number in range(len(model_input)):
+                if number in errors:
+                    rows.append(unreadable_to_dict(record, f"row {number}", threshold, errors[number]))
+                    continue
+                row = next(found).to_dict(record) | {"image": f"row {number}"}
+                if row["error"]:  # its message has the file's temporary folder, which callers must not see
+                    row["error"] = row["error"].replace(f"{temporary}/", "")
+                rows.append(row)
+        if rows and all(row["error"] for row in rows):
+            raise MlflowException.invalid_parameter_value("; ".join(row["error"] for row in rows))
+        # Objects, or pandas would turn a missing score into NaN, which is no JSON.
+        return pd.DataFrame(rows, dtype=object)
 
 
 set_model(ServedDetector())

@@ -8,7 +8,7 @@ from PIL import Image
 
 from dskd.data import images
 from dskd.data.files import list_images
-from dskd.data.images import check_header, load_image, load_images, load_mask, load_masks, read_mask
+from dskd.data.images import check_header, load_image, load_images, load_mask, load_masks, read_image, read_mask
 from dskd.data.samples import Sample
 
 
@@ -137,3 +137,21 @@ def test_a_header_is_checked_without_decoding(tmp_path: Path) -> None:
             check_header(tmp_path / name)
     with pytest.raises(ValueError, match="does not exist"):
         check_header(tmp_path / "none.png")
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+@pytest.mark.parametrize("exif", [b"", b"Exif\0\0MM\0*\0\0\0\x08\0\0"], ids=["without EXIF", "with EXIF"])
+def test_a_file_that_is_damaged_in_its_middle_is_never_read_as_a_sound_one(
+    depth: int, exif: bytes, tmp_path: Path
+) -> None:
+    """Pillow decodes a PNG to find its EXIF; an error there once passed for odd metadata."""
+    noise = np.random.default_rng(0).integers(0, 2**depth, (64, 64))
+    path = tmp_path / "spoilt.png"
+    Image.fromarray(noise.astype(np.uint8 if depth == 8 else np.uint16)).save(path, exif=exif)
+    assert read_image(path).shape == (64, 64, 3)
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 64] = b"x" * 64
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"spoilt\.png is not a readable image"):
+        read_image(path)

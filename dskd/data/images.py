@@ -429,7 +429,10 @@ def _decoded(path: Path) -> "Image.Image | _Deep":
         if image is None or _is_odd_tiff(image):
             return _tiff(path)
         is_deep, rawmodes = _is_deep(image), {_rawmode(tile) for tile in image.tile}
-        orientation = _orientation(image)  # may decode a PNG, whose metadata may stand behind its pixels
+        if image.format != "TIFF":
+            # Before its metadata, for which Pillow decodes a PNG: damaged pixels must not pass for odd metadata.
+            image.load()
+        orientation = _orientation(image)
         if image.format == "TIFF":
             if orientation >= 5:
                 image.filename = ""  # a mapped file would be taken for one of width by height

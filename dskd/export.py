@@ -1,4 +1,4 @@
-"""A detector as one ONNX graph, from RGB bytes to anomaly maps and scores, and the proof that it is the same."""
+"""Export a detector as one ONNX graph, from RGB bytes to anomaly maps and scores, and check that both agree."""
 
 import json
 from importlib.util import find_spec
@@ -26,11 +26,11 @@ SCHEMA_VERSION = 1
 INPUT = "images"
 OUTPUTS = ("maps", "scores")
 OPSETS = range(18, 26)
-"""What torch's exporter writes and its converter reaches without falling back to another one."""
+"""Opsets that torch's exporter writes, or its converter reaches, without falling back to another opset."""
 DEFAULT_OPSET = 18
-"""The lowest of them: the older the opset, the more runtimes read it."""
+"""The lowest of `OPSETS`: more runtimes can read an older opset."""
 TOLERANCE = 1e-4
-"""Largest difference between the two, as a share of the image's own highest map value, or of its own score."""
+"""Largest allowed difference between detector and graph, relative to the image's highest map value or its score."""
 BATCH_SIZES = (1, 2, 5)
 NUM_GENERATED = 10
 
@@ -39,11 +39,11 @@ _PREFIX = "dskd."
 
 
 class ParityError(RuntimeError):
-    """The exported graph does not say what the detector says; the message tells by how much."""
+    """The exported graph and the detector give different results; the message says by how much."""
 
 
 class Verdicts(NamedTuple):
-    """What both said at one stored threshold."""
+    """The verdicts of detector and graph at one stored threshold."""
 
     false_alarm_rate: float
     threshold: float
@@ -53,7 +53,7 @@ class Verdicts(NamedTuple):
 
 
 class Parity(NamedTuple):
-    """How far the exported graph is from the detector; errors are shares as in `TOLERANCE`."""
+    """How much the exported graph differs from the detector; errors are relative, as in `TOLERANCE`."""
 
     num_images: int
     batch_sizes: tuple[int, ...]
@@ -63,9 +63,9 @@ class Parity(NamedTuple):
 
 
 class DetectorGraph(nn.Module):
-    """All that a detector computes, as one module; any teacher that maps images to a pyramid will do.
+    """The whole computation of a detector as one module; any teacher that maps images to a pyramid can be used.
 
-    The images are bytes as a camera or decoder gives them, channels last: with the normalisation inside,
+    The images are bytes as a camera or decoder gives them, channels last. The normalisation is inside, so
     no caller can get the range, the mean or the order of the axes wrong, and a quarter of the memory of
     float32 is moved. Resizing stays outside: Pillow's antialiased filter has no exact ONNX operator.
     """
@@ -89,10 +89,10 @@ class DetectorGraph(nn.Module):
 
 
 def export_onnx(detector: Detector, path: Path, images: npt.NDArray[np.uint8], opset: int = DEFAULT_OPSET) -> Parity:
-    """Write the detector to `path` once it has agreed with it on RGB images (N, S, S, 3), S as in training.
+    """Write the graph to `path` if it agrees with the detector on RGB images (N, S, S, 3), S as in training.
 
-    The file appears complete or not at all, and replaces an older export. Raises ParityError where the
-    graph disagrees; ValueError on a path of something else, a missing package, an opset outside `OPSETS`.
+    The file is written completely or not at all, and replaces an older export. Raises ParityError if the graph
+    disagrees; ValueError if `path` is something else, a package is missing or the opset is outside `OPSETS`.
     """
     check_exportable(path, opset)
     model = build_model(detector, opset).SerializeToString()
@@ -103,7 +103,7 @@ def export_onnx(detector: Detector, path: Path, images: npt.NDArray[np.uint8], o
 
 
 def check_exportable(path: Path, opset: int) -> None:
-    """Raise ValueError for all that can be known to fail before the detector is read."""
+    """Raise ValueError for every problem that can be found before the detector is read."""
     if missing := [name for name in _PACKAGES if find_spec(name) is None]:
         raise ValueError(f"exporting needs the package {missing[0]}: run .ci/setup onnx or pip install -e '.[onnx]'.")
     if opset not in OPSETS:
@@ -114,14 +114,14 @@ def check_exportable(path: Path, opset: int) -> None:
 
 
 def build_model(detector: Detector, opset: int = DEFAULT_OPSET) -> "onnx.ModelProto":
-    """The graph of a detector on the CPU, for any batch size, with what a user must know of it in its metadata.
+    """The graph of a detector on the CPU, for any batch size; its metadata hold what a user of the graph needs.
 
-    Raises ValueError where the exporter cannot write this network or this opset.
+    Raises ValueError if the exporter cannot write this network or this opset.
     """
     import onnx
 
     size = detector.record.config.data.image_size
-    # A batch of one would be taken for a constant.
+    # The exporter would treat a batch size of one as a constant.
     sample = torch.zeros(2, size, size, 3, dtype=torch.uint8)
     try:
         with torch.no_grad():
@@ -151,9 +151,9 @@ def build_model(detector: Detector, opset: int = DEFAULT_OPSET) -> "onnx.ModelPr
 
 
 def compare(detector: Detector, model: bytes, images: npt.NDArray[np.uint8]) -> Parity:
-    """Run both on RGB images (N, S, S, 3), the graph in batches of each of `BATCH_SIZES`.
+    """Run detector and graph on RGB images (N, S, S, 3), the graph with each of `BATCH_SIZES`.
 
-    Raises ParityError beyond `TOLERANCE`, on unequal verdicts at a stored threshold, and where onnxruntime
+    Raises ParityError if an error is above `TOLERANCE`, if verdicts at a stored threshold differ, or if onnxruntime
     cannot run the graph.
     """
     expected = detector.score_images(images)
@@ -177,7 +177,7 @@ def compare(detector: Detector, model: bytes, images: npt.NDArray[np.uint8]) -> 
 
 
 def generated_images(image_size: int) -> npt.NDArray[np.uint8]:
-    """Images of no product (N, S, S, 3) to compare on where nobody gave any: black, white, noise of any grain."""
+    """Generated images (N, S, S, 3) for the comparison if the user gave none: black, white, fine to coarse noise."""
     rng = np.random.default_rng(0)
     drawn = [np.zeros((image_size, image_size, 3)), np.full((image_size, image_size, 3), 255.0)]
     for index in range(NUM_GENERATED - len(drawn)):
@@ -188,7 +188,7 @@ def generated_images(image_size: int) -> npt.NDArray[np.uint8]:
 
 
 def _run(model: bytes, images: npt.NDArray[np.uint8], batch_size: int) -> AnomalyScores:
-    """The graph's own inspection, in full batches: the last is filled up with the first images."""
+    """The graph's maps and scores, computed in full batches: the last batch is filled up with the first images."""
     import onnxruntime
 
     num_batches = -(-len(images) // batch_size)
@@ -196,14 +196,14 @@ def _run(model: bytes, images: npt.NDArray[np.uint8], batch_size: int) -> Anomal
     try:
         session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
         seen = [session.run(list(OUTPUTS), {INPUT: images[indices]}) for indices in batches]
-    except Exception as error:  # the errors of onnxruntime have no other base class
+    except Exception as error:  # onnxruntime's errors have no other common base class
         raise ParityError(f"onnxruntime cannot run the graph: {str(error).splitlines()[0]}") from error
     maps, scores = (np.concatenate(parts)[: len(images)] for parts in zip(*seen, strict=True))
     return AnomalyScores(maps, scores)
 
 
 def _share(errors: npt.NDArray[np.float32], scales: npt.NDArray[np.float32]) -> float:
-    """The largest error in units of its scale; infinite where one is not a number."""
+    """The largest error relative to its scale; infinite if an error is NaN."""
     shares = errors / np.maximum(scales, np.finfo(np.float32).tiny)
     return float(shares.max()) if np.isfinite(shares).all() else float("inf")
 
@@ -239,7 +239,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def _forget_sources(model: "onnx.ModelProto") -> None:
-    """Remove the exporter's notes, which hold the source code's paths on this machine."""
+    """Remove the exporter's notes, which contain paths of source files on this machine."""
     graph = model.graph
     for part in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
         del part.metadata_props[:]

@@ -1,9 +1,9 @@
 """Exact detection and localisation metrics, and a state that merges across ranks without rounding.
 
-Every figure here depends on scores only through their order, so everything is counted, not binned:
-the defects are ranked among the normals (`_rank`) and the metrics are sums over that ranking. Sums
-of floats are taken in sorted order or with `math.fsum`, which makes each result independent of the
-order of the images, to the last bit.
+Every metric here depends only on the order of the scores, so everything is counted, without bins:
+the defects are ranked among the normals (`_rank`) and the metrics are sums over that ranking. Floats
+are summed in sorted order or with `math.fsum`, so each result is independent of the order of the
+images, to the last bit.
 """
 
 import math
@@ -24,9 +24,9 @@ _EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=bool)
 
 
 class Scores(NamedTuple):
-    """All figures of one category, each in [0, 1].
+    """All metrics of one category, each in [0, 1].
 
-    The pixel figures and `aupro` are NaN where no mask has a defect pixel.
+    The pixel metrics and `aupro` are NaN if no mask has a defect pixel.
     """
 
     image_auroc: float
@@ -39,16 +39,16 @@ class Scores(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """Corners of a curve that rises with the false alarms; straight segments join them, so none is missing."""
+    """All corners of a curve that rises with the false alarms; straight segments between them give the exact curve."""
 
     fpr: NDArray[np.float64]
-    """(P,), ascending, starting at 0: share of normals at or above the threshold."""
+    """(P,), ascending, starts at 0: share of normals at or above the threshold."""
     hits: NDArray[np.float64]
-    """(P,), ascending: what of the defects is at or above the threshold, as a share."""
+    """(P,), ascending: share of the defects at or above the threshold."""
 
 
 class _Batch(NamedTuple):
-    """What the metrics need of some images: their pixels split by the mask, and their image scores."""
+    """What the metrics need from some images: their pixels split by the mask, and their image scores."""
 
     normals: NDArray[Any]
     defects: NDArray[Any]
@@ -59,18 +59,18 @@ class _Batch(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class MetricState:
-    """The images seen so far; `MetricState()` has seen none.
+    """The images added so far; `MetricState()` is empty.
 
-    Plain numpy arrays, about 4 bytes a pixel of float32 maps: it pickles cheaply, so
-    `torch.distributed.all_gather_object` and Ray carry it as it is. Feed every image to one rank only:
-    an image that a padding sampler hands to two ranks counts twice.
+    Plain numpy arrays, about 4 bytes per pixel for float32 maps: it pickles cheaply, so
+    `torch.distributed.all_gather_object` and Ray can send it unchanged. Add every image on one rank only:
+    an image that a padding sampler gives to two ranks counts twice.
     """
 
     batches: tuple[_Batch, ...] = ()
 
 
 class _Ranking(NamedTuple):
-    """Each distinct positive value in ascending order, and how it stands among the negatives."""
+    """Each distinct positive value in ascending order, and how many negatives are above it."""
 
     positives: NDArray[np.int64]  # positives of exactly this value
     above: NDArray[np.int64]  # negatives greater than the value
@@ -80,8 +80,8 @@ class _Ranking(NamedTuple):
 def auroc(scores: Array, labels: Array) -> float:
     """Area under the ROC curve; a tie between the classes counts half.
 
-    `scores` (N,), higher is more anomalous; `labels` (N,), 1 or True for anomalous. ValueError where the
-    shapes differ, a score is not finite, a label is not 0 or 1, or a class is missing; likewise below.
+    `scores` (N,), higher is more anomalous; `labels` (N,), 1 or True for anomalous. ValueError if the shapes
+    differ, a score is not finite, a label is not 0 or 1, or a class is missing; also in the functions below.
 
     >>> auroc(np.array([0.1, 0.4, 0.35, 0.8]), np.array([0, 0, 1, 1]))  # 3 of 4 pairs are in order
     0.75
@@ -91,7 +91,7 @@ def auroc(scores: Array, labels: Array) -> float:
 
 
 def roc_curve(scores: Array, labels: Array) -> Curve:
-    """The curve whose area is `auroc`; arguments and errors as there."""
+    """The curve whose area is `auroc`; arguments and errors as for `auroc`."""
     positives, negatives = _split_scores(scores, labels)
     return _roc_curve(_rank(np.sort(negatives), np.sort(positives)), negatives.size)
 
@@ -121,9 +121,9 @@ def f1_max(scores: Array, labels: Array) -> float:
 def pixel_auroc(maps: Array, masks: Array) -> float:
     """Area under the ROC curve over all pixels of all images, the normal images included.
 
-    `maps` (N, H, W), higher is more anomalous; `masks` (N, H, W), 1 or True on defects. ValueError where
+    `maps` (N, H, W), higher is more anomalous; `masks` (N, H, W), 1 or True on defects. ValueError if
     the shapes differ, a map value is not finite, a mask value is not 0 or 1, or there is no defect pixel
-    or no normal pixel; likewise for `aupro`.
+    or no normal pixel; the same holds for `aupro`.
 
     >>> pixel_auroc(np.array([[[0.1, 0.9], [0.2, 0.3]]]), np.array([[[0, 1], [0, 1]]]))
     1.0
@@ -136,7 +136,7 @@ def pixel_auroc(maps: Array, masks: Array) -> float:
 
 
 def pixel_roc_curve(maps: Array, masks: Array) -> Curve:
-    """The curve whose area is `pixel_auroc`; arguments and errors as there."""
+    """The curve whose area is `pixel_auroc`; arguments and errors as for `pixel_auroc`."""
     pixels, mask = _checked_maps(maps, masks)
     defects, normals = pixels[mask], pixels[~mask]
     _require_both(defects.size, normals.size, "pixel")
@@ -145,7 +145,7 @@ def pixel_roc_curve(maps: Array, masks: Array) -> Curve:
 
 
 def pro_curve(maps: Array, masks: Array, fpr_limit: float = AUPRO_FPR_LIMIT) -> Curve:
-    """The curve whose area, divided by `fpr_limit`, is `aupro`; it ends there. Arguments and errors as for `aupro`."""
+    """The curve up to `fpr_limit`; its area divided by `fpr_limit` is `aupro`. Arguments and errors as for `aupro`."""
     if not 0 < fpr_limit <= 1:
         raise ValueError(f"fpr_limit must lie in (0, 1], got {fpr_limit}.")
     pixels, mask = _checked_maps(maps, masks)
@@ -166,12 +166,12 @@ def pro_curve(maps: Array, masks: Array, fpr_limit: float = AUPRO_FPR_LIMIT) -> 
 
 
 def aupro(maps: Array, masks: Array, fpr_limit: float = AUPRO_FPR_LIMIT) -> float:
-    """Area under the per-region-overlap curve up to `fpr_limit`, divided by it (Bergmann et al. 2021).
+    """Area under the per-region-overlap curve up to `fpr_limit`, divided by `fpr_limit` (Bergmann et al. 2021).
 
     PRO is the mean, over the 8-connected mask components of the whole data set, of the share of the
-    component above the threshold; FPR the share of the normal pixels of all images, normal images
-    included. The curve runs over every distinct threshold and is cut at the limit by linear
-    interpolation. Arguments and errors as for `pixel_auroc`; ValueError also for `fpr_limit` outside (0, 1].
+    component above the threshold. FPR is the share of the normal pixels of all images, normal images
+    included. The curve uses every distinct threshold and is cut at the limit by linear
+    interpolation. Arguments and errors as for `pixel_auroc`; also ValueError for `fpr_limit` outside (0, 1].
     """
     if not 0 < fpr_limit <= 1:
         raise ValueError(f"fpr_limit must lie in (0, 1], got {fpr_limit}.")
@@ -179,8 +179,8 @@ def aupro(maps: Array, masks: Array, fpr_limit: float = AUPRO_FPR_LIMIT) -> floa
     defects, normals = pixels[mask], pixels[~mask]
     _require_both(defects.size, normals.size, "pixel")
     limit = fpr_limit * normals.size
-    # Only the normals within the limit, and those tied with the least of them, need sorting: a defect
-    # below them all adds no area. In place, since boolean indexing copied and new memory is slow.
+    # Only the normals within the limit, and those equal to the lowest of them, need sorting: a defect
+    # below all of them adds no area. In place: boolean indexing has made a copy already, and new memory is slow.
     split = normals.size - math.ceil(limit)
     normals.partition(split)
     rest, top = normals[:split], normals[split:]
@@ -190,15 +190,15 @@ def aupro(maps: Array, masks: Array, fpr_limit: float = AUPRO_FPR_LIMIT) -> floa
 
 
 def aupro_rd(maps: Array, masks: Array) -> float:
-    """The lenient per-image AUPRO of RD4AD's released code, only to compare with figures from its family.
+    """The per-image AUPRO of RD4AD's released code, which gives higher values; only to compare with such results.
 
-    As there (and in RD++, ReContrast, AAND): each image with a defect has its own curve over 200
-    thresholds in equal steps from its lowest value, FPR over its own normal pixels; points with FPR < 0.3
-    are kept, the kept FPRs divided by the largest of them, and the areas averaged over the images.
-    Normal images never count, and the figure changes under monotone transforms of a map: use `aupro`
-    for anything else. Where an image's kept points all have FPR 0 (that code divides by zero) the area
-    is the highest kept PRO; where none is kept, 0. Arguments and errors as for `pixel_auroc`, but a
-    normal pixel is required in each defective image.
+    As in that code (and in RD++, ReContrast, AAND): each image with a defect has its own curve over 200
+    thresholds in equal steps from its lowest value, with the FPR over its own normal pixels. Points with FPR < 0.3
+    are kept, the kept FPRs are divided by the largest of them, and the areas are averaged over the images.
+    Normal images never count, and the value changes under monotone transforms of a map: use `aupro` for all
+    other purposes. If an image's kept points all have FPR 0 (that code divides by zero), the area is the
+    highest kept PRO; if no point is kept, it is 0. Arguments and errors as for `pixel_auroc`, but each
+    defective image must have a normal pixel.
     """
     pixels, mask = _checked_maps(maps, masks)
     defective = np.flatnonzero(mask.any(axis=(1, 2)))
@@ -209,13 +209,13 @@ def aupro_rd(maps: Array, masks: Array) -> float:
 def score_maps(
     maps: Array, masks: Array, image_scores: Array, image_labels: Array, has_mask: Array | None = None
 ) -> Scores:
-    """All figures of one set of images; the pixels are sorted once.
+    """All metrics of one set of images; the pixels are sorted only once.
 
     `maps`, `masks` (N, H, W) and `image_scores`, `image_labels` (N,) as for `pixel_auroc` and `auroc`.
-    Labels are the folders' labels and never derived from masks: a defective image may have an empty mask,
-    and with no defect pixel at all the pixel figures and `aupro` are NaN. `has_mask` (N,), all true where
-    None, is false for an image whose mask nobody knows: it counts for the image figures and leaves the
-    others alone. Errors as for `update` and `compute`.
+    Labels come from the folders and are never derived from masks: a defective image may have an empty mask.
+    Without any defect pixel the pixel metrics and `aupro` are NaN. `has_mask` (N,), by default all true, is
+    false for an image whose mask is unknown: it counts only for the image metrics, not for the pixel metrics
+    and `aupro`. Errors as for `update` and `compute`.
     """
     return compute(update(MetricState(), maps, masks, image_scores, image_labels, has_mask))
 
@@ -230,8 +230,8 @@ def update(
 ) -> MetricState:
     """The state with a batch of images added; N may be 0, H and W may differ from batch to batch.
 
-    Arguments as for `score_maps`, tensors on any device. ValueError where shapes disagree, a map or score
-    is not finite, or a mask or label is not 0 or 1; missing classes are for `compute` to judge.
+    Arguments as for `score_maps`; tensors may be on any device. ValueError if shapes differ, a map or score
+    is not finite, or a mask or label is not 0 or 1. Missing classes are an error only in `compute`.
     """
     pixels, mask = _checked_maps(maps, masks)
     scores, labels = _checked_scores(image_scores, image_labels)
@@ -242,20 +242,20 @@ def update(
         if known.shape != labels.shape:
             raise ValueError(f"expected has_mask of the labels' shape {labels.shape}, got {known.shape}.")
         pixels, mask = pixels[known], mask[known]
-    # Boolean indexing copies; the scores must not change either when the caller reuses its buffer.
+    # Boolean indexing makes a copy of the maps; copy the scores too, as the caller may reuse its buffer.
     batch = _Batch(pixels[~mask], pixels[mask], _regions(mask), scores.copy(), labels.copy())
     return MetricState((*state.batches, batch))
 
 
 def merge(states: Iterable[MetricState]) -> MetricState:
-    """One state of the images of all; `compute` gives identical figures for every partition and order."""
+    """One state with the images of all states; `compute` gives the same metrics for every partition and order."""
     return MetricState(tuple(batch for state in states for batch in state.batches))
 
 
 def compute(state: MetricState) -> Scores:
-    """All figures of the images in the state.
+    """All metrics of the images in the state.
 
-    ValueError where normal or anomalous images are missing, or no pixel of any image is normal.
+    ValueError if normal or anomalous images are missing, or no pixel of any image is normal.
     """
     if not state.batches:
         raise ValueError("expected a state with images, got an empty one; update or merge it first.")
@@ -296,7 +296,7 @@ def _rank(negatives: NDArray[Any], positives: NDArray[Any]) -> _Ranking:
     values = positives[first]
     below = np.searchsorted(negatives, values)
     not_above = below.copy()
-    # Few values of a real map are tied with a normal one; only those need the second search.
+    # In real maps few defect values equal a normal value; only those need the second search.
     tied = np.flatnonzero(negatives[np.minimum(below, negatives.size - 1)] == values)
     not_above[tied] = np.searchsorted(negatives, values[tied], side="right")
     return _Ranking(
@@ -319,7 +319,7 @@ def _roc_curve(ranking: _Ranking, num_negatives: int) -> Curve:
 
 
 def _curve(ranking: _Ranking, shares: NDArray[np.float64], num_negatives: int) -> Curve:
-    """Adds up each value's share of the defects, from the highest value down; a tie is one slanted segment."""
+    """Adds up each value's share of the defects, from the highest value down; a tie gives one sloped segment."""
     after = np.cumsum(shares[::-1])
     before = np.append(0.0, after[:-1])
     fpr = np.column_stack([ranking.above[::-1], ranking.at_least[::-1]]).ravel() / num_negatives
@@ -328,14 +328,14 @@ def _curve(ranking: _Ranking, shares: NDArray[np.float64], num_negatives: int) -
 
 
 def _average_precision(ranking: _Ranking) -> float:
-    # Thresholds at values that no positive has add no recall, so those of the positives are all.
+    # Recall rises only at values of positives, so no other thresholds are needed.
     hits = _hits(ranking)
     precision = hits / (hits + ranking.at_least)
     return float((ranking.positives * precision).sum() / hits[0])
 
 
 def _f1_max(ranking: _Ranking) -> float:
-    # A threshold between two positive values only adds false alarms to the upper one's.
+    # A threshold between two positive values gives only more false alarms than the upper of the two.
     hits = _hits(ranking)
     return float((2 * hits / (hits + ranking.at_least + hits[0])).max())
 
@@ -346,27 +346,27 @@ def _hits(ranking: _Ranking) -> NDArray[np.int64]:
 
 
 def _aupro(ranking: _Ranking, regions: NDArray[np.int32], limit: float) -> float:
-    """AUPRO from ranked defect pixels; `regions` in their ascending order, `limit` in normal pixels.
+    """AUPRO from ranked defect pixels; `regions` sorted by ascending pixel value, `limit` in normal pixels.
 
-    While the threshold crosses a value, false positives grow from `above` to `at_least` and the pixel is
-    covered in step, since interpolation draws one straight segment through the tie; from there on
-    it is covered. Its area up to the limit is therefore
-        limit - (above + at_least) / 2              where the segment ends within the limit,
-        (limit - above)² / (2 (at_least - above))   where the limit cuts it: the triangle up to the cut,
-        0                                           where it begins beyond.
+    When the threshold passes a pixel's value, the false positives grow from `above` to `at_least`. The pixel's
+    coverage grows linearly from 0 to 1 meanwhile, as interpolation draws one straight segment through the tie, and
+    stays 1 afterwards. Its area up to the limit is therefore
+        limit - (above + at_least) / 2              if the segment ends within the limit,
+        (limit - above)² / (2 (at_least - above))   if the limit cuts it: the triangle up to the cut,
+        0                                           if it begins beyond the limit.
     """
     above, at_least = ranking.above, ranking.at_least
     areas = np.maximum(limit - (above + at_least) / 2, 0)
     cut = (above < limit) & (limit < at_least)
     areas[cut] = (limit - above[cut]) ** 2 / (2 * (at_least[cut] - above[cut]))
-    # Each component adds up its pixels by ascending value, whatever batch it came in.
+    # Each component sums its pixels by ascending value, so its batch makes no difference.
     sums = np.bincount(regions, weights=np.repeat(areas, ranking.positives))
     means = sums / np.bincount(regions)
     return math.fsum(means) / (limit * means.size)
 
 
 def _regions(masks: NDArray[np.bool_]) -> NDArray[np.int32]:
-    """Per defect pixel in raster order, the number of its 8-connected component, counted from 0."""
+    """For each defect pixel in raster order, the number of its 8-connected component, counted from 0."""
     regions = []
     for mask in masks[masks.any(axis=(1, 2))]:
         rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
@@ -377,7 +377,7 @@ def _regions(masks: NDArray[np.bool_]) -> NDArray[np.int32]:
 
 
 def _joined_regions(numbered: Iterable[NDArray[np.int32]]) -> NDArray[np.int32]:
-    """Concatenates component numbers so that no two parts share one."""
+    """Concatenates component numbers so that no number occurs in two parts."""
     joined = [np.empty(0, dtype=np.int32)]
     count = 0
     for regions in numbered:
@@ -395,7 +395,7 @@ def _rd_area(pixels: NDArray[Any], mask: NDArray[np.bool_]) -> float:
 
     regions = _regions(mask[None])
     sizes = np.bincount(regions)
-    # A pixel is covered at each threshold strictly below it, so the curve is a sum from the far end.
+    # A pixel is covered at each threshold strictly below it, so the curve is summed from the highest threshold down.
     covering = np.searchsorted(thresholds, defects)
     weight_at = np.bincount(covering, weights=1 / sizes[regions], minlength=_RD_STEPS + 1) / sizes.size
     pro = np.cumsum(weight_at[::-1])[::-1][1:]
@@ -445,7 +445,7 @@ def _as_finite(values: Array, name: str) -> NDArray[Any]:
     array = _as_numpy(values)
     if array.dtype.kind not in "fiub":
         raise ValueError(f"expected {name} of real numbers, got dtype {array.dtype}.")
-    # Widens halves and integers; float32 and float64 stay as they are, and so does their order.
+    # Widens float16 and integers; float32 and float64 are unchanged, and so is their order.
     array = array.astype(np.result_type(array.dtype, np.float32), copy=False)
     finite = np.isfinite(array)
     if not finite.all():

@@ -1,7 +1,7 @@
-"""Arrays computed once per machine and shared by every process on it through the page cache.
+"""A disk cache of arrays: each is computed once per machine, and all its processes share it through the page cache.
 
-An entry is one `.npy` file named by the content that it was computed from, opened with mmap. It
-appears under its name only when complete, so a process killed at any moment leaves no half entry.
+An entry is one `.npy` file, opened with mmap. Its name is a hash of the content that it was computed from. It gets
+this name only when it is complete, so a process killed at any moment leaves no incomplete entry.
 """
 
 import errno
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
-_NO_ROOM = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows knows no EDQUOT
+_NO_ROOM = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no EDQUOT
 _ZEROS = bytes(1 << 20)
 
 
@@ -27,12 +27,12 @@ class NoRoomError(OSError):
 
 
 class ArrayCache:
-    """Content-keyed arrays below `folder`, the least recently used removed beyond `max_bytes`.
+    """Arrays in `folder`, each under a key; above `max_bytes` the least recently used ones are removed.
 
-    On a full disk `when_full` is called with the reason and the array is computed in memory and not kept;
-    without it NoRoomError is raised. Safe for any number of processes of one machine: a lock per key lets one of
-    them compute while the others wait, and is free when its holder dies. An entry in use is removed without harm on
-    POSIX; Windows does not let go of it, and it stays.
+    On a full disk `when_full` is called with the reason, and the array is computed in memory and not kept;
+    without `when_full` NoRoomError is raised. Safe for any number of processes of one machine: a lock per key lets one
+    process compute while the others wait, and the system releases the lock when that process dies. On POSIX an entry
+    can be removed while a process uses it, without harm; on Windows it cannot be removed then, and it stays.
     """
 
     def __init__(self, folder: Path, max_bytes: int, when_full: Callable[[str], object] | None = None) -> None:
@@ -54,10 +54,10 @@ class ArrayCache:
         dtype: npt.DTypeLike,
         fill: Callable[[npt.NDArray[Any]], object],
     ) -> npt.NDArray[Any]:
-        """The read-only array of `key`; `fill` writes it into a zeroed array where it is not there yet.
+        """The read-only array of `key`; if it is not in the cache yet, `fill` writes it into an array of zeros.
 
         An error in `fill` leaves no entry. An array larger than the whole cache is computed in
-        memory and not kept. Raises NoRoomError where the disk has none for it.
+        memory and not kept. Raises NoRoomError if the disk has no space for the array.
         """
         num_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
         if num_bytes > self._max_bytes:
@@ -87,7 +87,7 @@ class ArrayCache:
             os.utime(path)
         except FileNotFoundError:
             return None
-        except (ValueError, EOFError):  # cut short, as by a power failure before the disk had all of it
+        except (ValueError, EOFError):  # incomplete, for example after a power failure during writing
             _removed(path)
             return None
         return array
@@ -104,11 +104,11 @@ class ArrayCache:
         try:
             with self._room_or_reason(int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize):
                 array = np.lib.format.open_memmap(temporary, mode="w+", shape=shape, dtype=dtype)
-                # The file is sparse: without its blocks reserved, a disk that fills up later would be a SIGBUS.
+                # The file is sparse: if its blocks were not reserved, a disk that fills up later would cause a SIGBUS.
                 _reserve_blocks(Path(temporary), array.offset)
             fill(array)
             array.flush()
-            del array  # Windows renames no file that is mapped
+            del array  # Windows cannot rename a mapped file
             os.replace(temporary, path)
         finally:
             _removed(Path(temporary))
@@ -126,9 +126,9 @@ class ArrayCache:
             ) from None
 
     def _make_room(self, name: str, num_bytes: int) -> None:
-        """Remove the partial files of killed processes, and the least recently used entries until `num_bytes` more fit.
+        """Remove partial files of killed processes, then the least recently used entries until `num_bytes` more fit.
 
-        The caller holds the lock of `name`, so its own partial files have no owner.
+        The caller holds the lock of `name`, so no living process is writing the partial files of that name.
         """
         for leftover in self._folder.glob("*.partial"):
             if leftover.name.startswith(f"{name}-") or not _is_being_written(leftover):
@@ -151,7 +151,7 @@ def _in_memory(
 
 
 def _entries(folder: Path) -> Iterator[tuple[float, int, Path]]:
-    """(time of last use, bytes, path) of every entry that another process does not remove meanwhile."""
+    """(time of last use, bytes, path) of every entry; entries that another process removes meanwhile are skipped."""
     for path in folder.glob("*.npy"):
         with suppress(FileNotFoundError):
             status = path.stat()
@@ -167,7 +167,7 @@ def _is_being_written(partial: Path) -> bool:
 
 
 def _removed(path: Path) -> bool:
-    """Remove a file; False where Windows refuses because a process has it open."""
+    """Remove a file; False if Windows refuses because a process has it open."""
     try:
         path.unlink(missing_ok=True)
     except PermissionError:
@@ -176,13 +176,13 @@ def _removed(path: Path) -> bool:
 
 
 def _reserve_blocks(path: Path, start: int) -> None:
-    """Reserve the disk space of a file that is zero from `start` on. Raises OSError where it has no room."""
+    """Reserve the disk space of a file that is zero from byte `start` on. Raises OSError if the disk is full."""
     with path.open("r+b") as file:
         size = os.fstat(file.fileno()).st_size
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, size)
             return
-        # macOS and Windows: only what is written is sure to have its place.
+        # macOS and Windows: only writing reserves space for certain.
         file.seek(start)
         for position in range(start, size, len(_ZEROS)):
             file.write(_ZEROS[: size - position])

@@ -1,4 +1,4 @@
-"""What is in a data folder, and everything that is wrong with it: said before a training fails or misleads."""
+"""Check a data folder: report its content and all its problems before a training fails or gives wrong results."""
 
 import hashlib
 from collections import Counter
@@ -23,12 +23,12 @@ class Problem(NamedTuple):
     severity: Literal["error", "note"]
     """error: training or evaluating would fail or be wrong."""
     kind: str
-    """A few words, the same for all of a kind."""
+    """A few words, the same for all problems of one kind."""
     category: str
-    """Empty where it belongs to none."""
+    """Empty if the problem belongs to no category."""
     path: Path
     message: str
-    """One line that names the file."""
+    """One line with the name of the file."""
     stops_training: bool = False
 
 
@@ -46,19 +46,19 @@ class CategoryReport(NamedTuple):
     folder: Path
     layout: str
     counts: Mapping[Split, Mapping[str, int]]
-    """Images per split and defect, "good" among them."""
+    """Images per split and defect; "good" counts as one of the defects."""
     extent: Extent | None
-    """None where no image can be read."""
+    """None if no image can be read."""
     depths: Mapping[str, int]
-    """Readable images by the depth of their values: "8 bits", "integer" or "float"."""
+    """Number of readable images per depth of their values: "8 bits", "integer" or "float"."""
     values: tuple[float, float] | None
-    """Lowest and highest value of the images of more than 8 bits; None where there are none."""
+    """Lowest and highest value of the images of more than 8 bits; None if there are none."""
     scale: str
-    """Which value is black and which white; empty where the training images have no common scale."""
+    """Which value is black and which is white; empty if the training images have no common scale."""
     unread: Walk
-    """What its folder holds beside images."""
+    """Files in its folder that are not images."""
     num_strays: int
-    """Images that its layout has no place for."""
+    """Images at a place that is not part of the layout."""
 
 
 class Report(NamedTuple):
@@ -67,7 +67,7 @@ class Report(NamedTuple):
     root: Path
     categories: tuple[CategoryReport, ...]
     problems: tuple[Problem, ...]
-    """Errors first, then by category in the order that they were found."""
+    """Errors first; then by category, in the order in which they were found."""
 
     @property
     def is_trainable(self) -> bool:
@@ -103,12 +103,12 @@ class Report(NamedTuple):
 
 
 class _Look(NamedTuple):
-    """What decoding one sample showed."""
+    """What decoding one sample has shown."""
 
     split: Split
     sample: Sample
     size: tuple[int, int] | None
-    """(width, height); None where the image cannot be read."""
+    """(width, height); None if the image cannot be read."""
     content: bytes
     """Hash of the pixels."""
     levels: Levels | None
@@ -117,10 +117,10 @@ class _Look(NamedTuple):
 
 
 def check_data(root: Path, image_size: int = 256, *, progress: bool = False) -> Report:
-    """Read every image and mask of every category at or below `root`, on all cores, within bounded memory.
+    """Read every image and mask of every category at or below `root`, on all cores, with limited memory.
 
-    A defect that vanishes when its mask is resized to `image_size` is noted. With `progress` a bar counts
-    the images on a terminal. Raises ValueError where `root` does not exist or holds no category.
+    A defect that disappears when its mask is resized to `image_size` is reported as a note. With `progress` a progress
+    bar on the terminal counts the images. Raises ValueError if `root` does not exist or holds no category.
     """
     if image_size < 1:
         raise ValueError(f"--image-size must be at least 1, got {image_size}.")
@@ -209,7 +209,7 @@ def _kind(levels: Levels) -> str:
 
 
 def _scale_of(place: CategoryFolder, listing: Listing) -> tuple[PixelScale | None, list[Problem]]:
-    """The scale that training would find; None, and why, where it would fail. Unreadable files are said elsewhere."""
+    """The scale that training would find; if it would fail, None and why. Unreadable files are reported elsewhere."""
     found = []
     for sample in listing.train:
         try:
@@ -233,7 +233,7 @@ def _look(category: str, split: Split, sample: Sample, image_size: int, scale: P
         problem = Problem("error", "unreadable image", category, sample.path, str(error), matters)
         return _Look(split, sample, None, b"", None, (problem,))
     height, width = pixels.shape[:2]
-    digest = hashlib.blake2b(pixels.data, digest_size=16)  # of the array itself: a copy may take a gigabyte
+    digest = hashlib.blake2b(pixels.data, digest_size=16)  # without a copy, which may take a gigabyte
     digest.update(f"{width}x{height}".encode())
     problems = tuple(_mask_problems(category, sample, (width, height), image_size, matters))
     if num_clipped:
@@ -258,7 +258,7 @@ def _mask_problems(
     width, height = mask.shape[1], mask.shape[0]
     if (width, height) != size:
         message = f"mask {sample.mask} is {width} x {height} pixels, its image {size[0]} x {size[1]}"
-        # both are resized to one square, so that a mask of the image's shape at another scale still lies right
+        # Both are resized to the same square, so a mask with the image's aspect ratio at another scale still fits.
         if is_same_shape((width, height), size):
             yield Problem("note", "mask at another scale", category, sample.mask, f"{message}; it is scaled to fit.")
         else:
@@ -276,7 +276,7 @@ def _mask_problems(
 
 
 def _repeats(category: str, looks: Iterable[_Look]) -> Iterator[Problem]:
-    """Images of the same pixels: wrong across splits, or under two labels; worth knowing within one."""
+    """Images with equal pixels: an error if they are in two splits or have two labels, otherwise a note."""
     first: dict[bytes, _Look] = {}
     for each in looks:
         if each.size is None:

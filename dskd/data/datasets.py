@@ -1,4 +1,4 @@
-"""From a data folder to the samples of a category: which images exist, and which are held out from training."""
+"""Find the samples of a category in a data folder: which images exist, and which are held out from training."""
 
 import hashlib
 import os
@@ -11,7 +11,7 @@ from dskd.data.layouts import LAYOUTS, SPLIT_FOLDERS, TEST_ONLY, Layout, Listing
 from dskd.data.samples import Sample, split_key
 
 NUM_VALIDATION_DEFECTS = 32
-"""Synthetic defects that selection sees at least, on copies of the held-out normals."""
+"""Least number of synthetic defects for the selection; they are made on copies of the held-out normals."""
 _MAX_DEPTH = 3  # of a category folder below the data folder
 
 
@@ -22,10 +22,10 @@ class Category(NamedTuple):
     train: tuple[Sample, ...]
     test: tuple[Sample, ...]
     validation: tuple[Sample, ...] = ()
-    """Normal and labelled defective images that the layout or the user keeps for validation; mostly none."""
+    """Normal and labelled defective images that the layout or the user reserves for validation; often none."""
     folder: Path = Path()
     unread: str = ""
-    """A few words on the files in its folder that are not read: how many of which kind."""
+    """A few words on the files in its folder that are not read: how many of each kind."""
 
     def describe(self) -> str:
         """One line on what is used and what is left out."""
@@ -36,11 +36,11 @@ class Category(NamedTuple):
 
 
 class CategoryFolder(NamedTuple):
-    """A folder that looks like a category's."""
+    """A folder that looks like the folder of a category."""
 
     folder: Path
     layouts: tuple[Layout, ...]
-    """More than one where the folder is ambiguous."""
+    """More than one if the folder is ambiguous."""
 
     @property
     def name(self) -> str:
@@ -48,7 +48,7 @@ class CategoryFolder(NamedTuple):
 
     @property
     def fault(self) -> str | None:
-        """One line that says why the folder cannot be read, where it is ambiguous."""
+        """If the folder is ambiguous, one line that says why it cannot be read; otherwise None."""
         if len(self.layouts) == 1:
             return None
         found = " and ".join(f"{layout.landmark} ({layout.name})" for layout in self.layouts)
@@ -56,11 +56,11 @@ class CategoryFolder(NamedTuple):
 
 
 def scan(root: Path, *, with_test_only: bool = False) -> tuple[CategoryFolder, ...]:
-    """Every category's folder at or up to three levels below `root`, in path order.
+    """The folders of all categories at or up to three levels below `root`, in path order.
 
-    With `with_test_only` also those that have a test split and nothing to train on.
+    With `with_test_only` also folders that have a test split and no training images.
 
-    Raises ValueError when `root` does not exist or holds none.
+    Raises ValueError if `root` does not exist or holds no category.
     """
     if not root.is_dir():
         raise ValueError(f"data folder {root} does not exist; --data takes a folder of categories.")
@@ -88,9 +88,9 @@ def _category_folders(folder: Path, depth: int, with_test_only: bool, entered: s
 
 
 def find_categories(root: Path) -> dict[str, Path]:
-    """Folders of categories in any of the layouts, at or up to three levels below `root`, by name.
+    """Name to folder of all categories, in any of the layouts, at or up to three levels below `root`.
 
-    Raises ValueError when `root` does not exist, holds none, one that is ambiguous, or two of the same name.
+    Raises ValueError if `root` does not exist, holds no category, an ambiguous one, or two with the same name.
     """
     return {name: found.folder for name, found in _by_name(root).items()}
 
@@ -107,10 +107,10 @@ def _by_name(root: Path, *, with_test_only: bool = False) -> dict[str, CategoryF
 
 
 def read_category(root: Path, name: str) -> Category:
-    """The samples of category `name` under `root`, to train on, each split in the order of its layout.
+    """The samples of category `name` under `root` for training, each split in the order of its layout.
 
-    Raises ValueError on an unknown category, fewer than two images to train on, or a fault of the layout that touches
-    training or validation, such as a validation mask that has no image. Those of the test split stop only evaluating.
+    Raises ValueError on an unknown category, fewer than two training images, or a fault in the training or validation
+    images, such as a validation mask without an image. A fault in the test split prevents only evaluation.
     """
     folder, layout, listing = _listed(root, name, with_test_only=False)
     if faults := [fault for fault in listing.faults if fault.split != "test"]:
@@ -121,9 +121,9 @@ def read_category(root: Path, name: str) -> Category:
 
 
 def read_test_split(root: Path, name: str) -> Category:
-    """The labelled test samples of category `name` under `root`, to evaluate on; it needs nothing to train on.
+    """The labelled test samples of category `name` under `root` for evaluation; training images are not required.
 
-    Raises ValueError on an unknown category, and where what belongs to the test split cannot be told.
+    Raises ValueError on an unknown category, and if it is unclear which images belong to the test split.
     """
     folder, layout, listing = _listed(root, name, with_test_only=True)
     if faults := [fault for fault in listing.faults if fault.split == "test" or not listing.test]:
@@ -148,7 +148,7 @@ def _as_category(name: str, folder: Path, layout: Layout, listing: Listing) -> C
 
 
 def unread_images(folder: Path, layout: Layout, listing: Listing) -> list[Path]:
-    """Image files in a category's folder that its layout gives no place, in path order."""
+    """Image files in a category's folder that are not part of its layout, in path order."""
     used = {path for split in listing[:3] for sample in split for path in (sample.path, sample.mask)}
     used |= {fault.path for fault in listing.faults}
     return [
@@ -159,7 +159,7 @@ def unread_images(folder: Path, layout: Layout, listing: Listing) -> list[Path]:
 
 
 def too_few(listing: Listing, folder: Path, layout: Layout) -> str | None:
-    """One line where the images are too few to train on and hold some out."""
+    """If there are too few images to train on some and hold out others, one line that says so; otherwise None."""
     if len(listing.train) >= 2:
         return None
     return (
@@ -170,21 +170,21 @@ def too_few(listing: Listing, folder: Path, layout: Layout) -> str | None:
 def split_normals(
     category: Category, fraction: float, seed: int
 ) -> tuple[tuple[Sample, ...], tuple[Sample, ...], tuple[str, ...]]:
-    """Normal samples (to train on, held out) and the names of the held-out files.
+    """Normal samples (for training, held out) and the names of the held-out files.
 
-    The validation normals of the category are held out where there are any, named by their path below the
-    category's folder; otherwise a share of the training images (`hold_out`), named by file name.
+    If the category has validation normals, these are held out, named by their path below the category's folder.
+    Otherwise a share of the training images is held out (`hold_out`), named by file name.
     """
     if held := tuple(sample for sample in category.validation if not sample.is_defective):
         return category.train, held, tuple(sample.path.relative_to(category.folder).as_posix() for sample in held)
     train, held = hold_out(category.train, fraction, seed)
-    # by path below the folder of all training images where they lie in several, whose file names may be alike
+    # If the training images are in several folders, two file names may be equal: use the path below the common folder.
     base = Path(os.path.commonpath([sample.path.parent for sample in category.train]))
     return train, held, tuple(sample.path.relative_to(base).as_posix() for sample in held)
 
 
 def hold_out(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
-    """Split normal samples into (training, validation); depends on file names and seed alone.
+    """Split normal samples into (training, validation); the split depends only on file names and seed.
 
     Both parts keep the given order and hold at least one sample.
     """
@@ -200,9 +200,9 @@ def hold_out(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[tup
 def split_calibration(
     held: Sequence[Sample], fraction: float, seed: int
 ) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
-    """Split held-out normals into (for selection, for calibration), by file names and seed alone.
+    """Split held-out normals into (for selection, for calibration); the split depends only on file names and seed.
 
-    Each part holds at least one sample; where that is impossible, or `fraction` is 0, both are all of them.
+    Each part holds at least one sample. If that is impossible, or `fraction` is 0, each part holds all samples.
     """
     if fraction == 0 or len(held) < 2:
         return tuple(held), tuple(held)
@@ -210,7 +210,7 @@ def split_calibration(
 
 
 def fingerprint(paths: Iterable[Path]) -> str:
-    """sha256 over the contents of the files, in order: equal data, equal fingerprint."""
+    """SHA-256 of the contents of the files, in order: equal data give an equal fingerprint."""
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:

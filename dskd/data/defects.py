@@ -1,4 +1,4 @@
-"""Synthetic defects on good images: what validation rests on where nobody has labelled real ones.
+"""Synthetic defects on good images, for validation without labelled real defects.
 
 Three families, one drawn per image, each for a third of the images:
 texture:    Perlin-shaped spots of foreign texture (Zavrtanik et al., DRAEM, ICCV 2021, section 3.2)
@@ -26,11 +26,11 @@ Coordinates: TypeAlias = NDArray[np.float64]
 Mask: TypeAlias = NDArray[np.bool_]
 
 NOTICEABLE = 8
-"""A pixel belongs to a defect when its most changed channel moved by more than this, of 255."""
+"""A pixel belongs to a defect if its most changed channel differs by more than this, in 8-bit levels."""
 
 _MIN_SIDE = 16
-_MIN_AREA, _MAX_AREA = 0.001, 0.1  # of the image; between them drawn log-uniformly
-_MIN_CONTRAST = 12.0  # of the slightly blurred difference: noise swapped for noise is no defect
+_MIN_AREA, _MAX_AREA = 0.001, 0.1  # shares of the image; areas are drawn log-uniformly between them
+_MIN_CONTRAST = 12.0  # of the slightly blurred difference: noise replaced by noise is no defect
 _ATTEMPTS = 12
 _TEXTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
 
@@ -42,7 +42,7 @@ class _Site(NamedTuple):
     y: int
     x: int
     area: float  # pixels
-    unit: float  # one pixel of a 256-pixel image, so that a defect looks alike at every resolution
+    unit: float  # one pixel of a 256-pixel image, so that a defect looks the same at every resolution
 
     @property
     def radius(self) -> float:
@@ -52,11 +52,11 @@ class _Site(NamedTuple):
 def add_defects(images: Bytes, *, seed: int, textures: Bytes | None = None) -> tuple[Bytes, NDArray[np.bool_]]:
     """Copies of good images (N, H, W, 3), each with one visible defect, and the defects' masks (N, H, W).
 
-    `textures` (M, H', W', 3) feed the texture family; without them, noise, stripes and the image's own
-    shuffled patches do. The defect of an image depends on the image, its index, `seed` and `textures`
-    only, so it stays the same when images are appended. Outside its mask no channel differs by more than
+    The texture family takes its textures from `textures` (M, H', W', 3); without them it uses noise, stripes and
+    shuffled patches of the image itself. The defect of an image depends only on the image, its index, `seed` and
+    `textures`, so it stays the same when images are appended. Outside its mask no channel differs by more than
     `NOTICEABLE`; inside, every pixel is changed by more than that or lies between such pixels.
-    Areas are mostly 0.1 % to 10 % of the image, centred on the object where it can be told from the border.
+    Areas are mostly 0.1 % to 10 % of the image, centred on the object if it differs from the image border.
     Raises ValueError on arrays of another type or shape, sides below 16 pixels, and negative seeds.
     """
     _check_images("images", images)
@@ -79,8 +79,8 @@ def add_defects(images: Bytes, *, seed: int, textures: Bytes | None = None) -> t
 def choose_textures(folder: Path, limit: int = 64, seed: int = 0) -> list[Path]:
     """Up to `limit` png and jpg files in `folder` and below, drawn without replacement.
 
-    The draw depends on the files' names and places below `folder`, `limit` and `seed`. Raises ValueError
-    where there is none.
+    The draw depends on the files' paths below `folder`, `limit` and `seed`. Raises ValueError
+    if there is no such file.
     """
     if limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}.")
@@ -94,7 +94,7 @@ def choose_textures(folder: Path, limit: int = 64, seed: int = 0) -> list[Path]:
 def load_textures(paths: Sequence[Path], size: int) -> Bytes:
     """Images (M, size, size, 3), centre-cropped to squares.
 
-    Raises ValueError where one cannot be read.
+    Raises ValueError if one cannot be read.
     """
     if size < 1:
         raise ValueError(f"size must be at least 1, got {size}.")
@@ -102,10 +102,10 @@ def load_textures(paths: Sequence[Path], size: int) -> Bytes:
 
 
 def perlin_noise(rng: Generator, shape: tuple[int, int], *, cells: tuple[float, float], angle: float = 0.0) -> Floats:
-    """Gradient noise (H, W) in [-1, 1] of about `cells` lumps down and across, turned by `angle` radians.
+    """Gradient noise (H, W) in [-1, 1] with about `cells` cells (vertically, horizontally), turned by `angle` radians.
 
     Perlin, "Improving Noise" (2002): random unit gradients on a lattice, blended with 6t^5 - 15t^4 + 10t^3.
-    The turn is applied to the coordinates, so no corner is left empty.
+    The rotation is applied to the coordinates, so no corner is left empty.
     """
     height, width = shape
     y, x = np.meshgrid(np.linspace(-0.5, 0.5, height), np.linspace(-0.5, 0.5, width), indexing="ij")
@@ -128,11 +128,11 @@ def perlin_noise(rng: Generator, shape: tuple[int, int], *, cells: tuple[float, 
 
 
 def find_foreground(image: Bytes) -> Mask:
-    """The object (H, W): what differs from the border's median colour by more than the border itself varies.
+    """Mask (H, W) of the object: pixels that differ from the border's median colour by more than the border varies.
 
-    All true where that covers less than 5 % or more than 95 % of `image` (H, W, 3): textures and close-ups.
+    All true if that covers less than 5 % or more than 95 % of `image` (H, W, 3), as with textures and close-ups.
     """
-    step = max(1, round(_unit(image.shape)))  # an outline needs no more than some 256 pixels
+    step = max(1, round(_unit(image.shape)))  # about 256 pixels are enough for an outline
     if step > 1:
         found = find_foreground(image[::step, ::step])
         return np.asarray(found.repeat(step, axis=0).repeat(step, axis=1)[: image.shape[0], : image.shape[1]])
@@ -144,7 +144,7 @@ def find_foreground(image: Bytes) -> Mask:
     is_rim[rim:-rim, rim:-rim] = False
     backdrop = np.median(smooth[is_rim], axis=0)
     deviation = _strongest(smooth - backdrop)
-    # a cast shadow deviates too, but by a fraction of what the object does
+    # a cast shadow differs too, but much less than the object
     shadow = 0.2 * float(np.percentile(deviation, 99))
     limit = max(12.0, 4.0 * float(np.median(deviation[is_rim])), shadow)
     found = ndimage.binary_opening(deviation > limit, iterations=max(1, round(unit)))
@@ -180,7 +180,7 @@ def _fade(t: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _strongest(difference: NDArray[Any]) -> NDArray[Any]:
-    """The largest of three absolute channels; many times faster than a reduction along so short an axis."""
+    """The largest of three absolute channels; many times faster than a reduction along such a short axis."""
     red, green, blue = np.moveaxis(np.abs(difference), 2, 0)
     return np.asarray(np.maximum(np.maximum(red, green), blue))
 
@@ -202,7 +202,7 @@ def _add_defect(rng: Generator, image: Bytes, textures: Bytes | None) -> tuple[B
             painted = _cut_and_paste(rng, pixels, site, foreground)
         else:
             painted = _STRUCTURAL[rng.integers(len(_STRUCTURAL))](rng, pixels, site)
-        if is_grey:  # a monochrome camera sees no coloured defects
+        if is_grey:  # a monochrome camera sees no colours
             painted = np.repeat(painted.mean(axis=2, keepdims=True), 3, axis=2)
         outcome = _keep_noticeable(image, _to_bytes(painted))
         if outcome is not None:
@@ -218,7 +218,7 @@ def _to_bytes(pixels: Floats) -> Bytes:
 def _choose_site(rng: Generator, foreground: Mask) -> _Site:
     height, width = foreground.shape
     area = height * width * _log_uniform(rng, _MIN_AREA, _MAX_AREA)
-    # dirt next to the object is a defect too, only rarer
+    # dirt beside the object is a defect too, but rarer
     on_object = rng.random() < 0.95
     allowed = foreground if on_object else np.ones_like(foreground)
     spots = np.flatnonzero(allowed)
@@ -227,7 +227,7 @@ def _choose_site(rng: Generator, foreground: Mask) -> _Site:
 
 
 def _keep_noticeable(image: Bytes, painted: Bytes) -> tuple[Bytes, Mask] | None:
-    """The painted image without stray specks, and its mask; None where the defect is not to be seen."""
+    """The painted image without isolated specks, and its mask; None if the defect is not visible."""
     difference = painted.astype(np.int16) - image
     labels, count = ndimage.label(_strongest(difference) > NOTICEABLE, structure=np.ones((3, 3)))
     sizes = np.bincount(labels.ravel(), minlength=count + 1)
@@ -247,7 +247,7 @@ def _keep_noticeable(image: Bytes, painted: Bytes) -> tuple[Bytes, Mask] | None:
 
 
 def _offsets(shape: tuple[int, ...], site: _Site) -> tuple[Floats, Floats]:
-    """Rows (H, 1) and columns (1, W) counted from the site."""
+    """Rows (H, 1) and columns (1, W), relative to the site."""
     rows = np.arange(shape[0], dtype=np.float32)[:, None] - site.y
     columns = np.arange(shape[1], dtype=np.float32)[None, :] - site.x
     return rows, columns
@@ -258,7 +258,7 @@ def _mix(pixels: Floats, other: Floats, weight: Floats) -> Floats:
 
 
 def _sample(pixels: Floats, rows: Coordinates, columns: Coordinates) -> Floats:
-    """Pixels (K, 3) at fractional positions (K,), mirrored past the border."""
+    """Pixels (K, 3) at fractional positions (K,); the image is mirrored beyond its border."""
     where = np.stack([rows, columns])
     channels = [ndimage.map_coordinates(pixels[..., c], where, order=1, mode="mirror") for c in range(3)]
     return np.stack(channels, axis=-1)
@@ -270,8 +270,8 @@ def _sample(pixels: Floats, rows: Coordinates, columns: Coordinates) -> Floats:
 def _blend_texture(rng: Generator, pixels: Floats, site: _Site, textures: Bytes | None) -> Floats:
     """(1 - beta) texture + beta image inside a Perlin mask, beta uniform in [0, 0.8).
 
-    Departs from the recipe in the mask: not all lumps above 0.5 but the `area` highest pixels near the
-    site, because a threshold leaves the area, hence the validation metrics, to the noise's frequency.
+    The mask differs from the paper: not all pixels above 0.5, but the `area` highest pixels near the site. With a
+    threshold the area, and so the validation metrics, would depend on the noise's frequency.
     """
     shape = pixels.shape[:2]
     cells = 2.0 ** rng.integers(0, 6, size=2)
@@ -286,13 +286,13 @@ def _blend_texture(rng: Generator, pixels: Floats, site: _Site, textures: Bytes 
     weight = ndimage.gaussian_filter(shape_mask.astype(np.float32), 0.6 * site.unit)
     texture = _tile(rng, textures, shape) if textures is not None else _draw_texture(rng, pixels, site)
     texture = _vary(rng, texture)
-    if rng.random() < 0.5:  # foreign material of the product's own colours is the harder half
+    if rng.random() < 0.5:  # foreign material in the product's own colours: the harder half
         texture = _recolour(texture, pixels[site.allowed])
     return _mix(pixels, texture, (1 - rng.uniform(0, 0.8)) * weight)
 
 
 def _tile(rng: Generator, textures: Bytes, shape: tuple[int, ...]) -> Floats:
-    """A window of one of the textures, mirrored where it is too small."""
+    """A window of one of the textures; a texture that is too small is mirrored."""
     texture = textures[rng.integers(len(textures))]
     picked = []
     for axis in (0, 1):
@@ -305,7 +305,7 @@ def _tile(rng: Generator, textures: Bytes, shape: tuple[int, ...]) -> Floats:
 def _draw_texture(rng: Generator, pixels: Floats, site: _Site) -> Floats:
     height, width = shape = (pixels.shape[0], pixels.shape[1])
     source = rng.integers(3)
-    if source == 0:  # noise of several scales between colours
+    if source == 0:  # noise of several scales, mapped to a range of colours
         field = sum(
             perlin_noise(rng, shape, cells=(cells, cells)) / np.sqrt(cells)
             for cells in 2.0 ** rng.uniform(1, 6, size=3)
@@ -315,7 +315,7 @@ def _draw_texture(rng: Generator, pixels: Floats, site: _Site) -> Floats:
         angle, period = rng.uniform(0, np.pi), site.unit * _log_uniform(rng, 4, 40)
         wave = np.sin((rows * np.cos(angle) + columns * np.sin(angle)) * 2 * np.pi / period)
         field = np.tanh(_log_uniform(rng, 0.5, 8) * wave) + 0.1 * rng.standard_normal(shape)
-    else:  # the image in disorder
+    else:  # shuffled patches of the image
         side = max(4, round(site.unit * _log_uniform(rng, 6, 32)))
         index = np.arange(0, max(height - side, 0) + 1), np.arange(0, max(width - side, 0) + 1)
         blocks = [
@@ -331,7 +331,7 @@ def _draw_texture(rng: Generator, pixels: Floats, site: _Site) -> Floats:
 
 
 def _vary(rng: Generator, texture: Floats) -> Floats:
-    """Three of eight photometric changes, as the recipe takes three of ten."""
+    """Three of eight photometric changes (the paper: three of ten)."""
     picture = Image.fromarray(_to_bytes(texture))
     changes: tuple[Callable[[Image.Image], Image.Image], ...] = (
         lambda image: image.point(list(_gamma_table(rng))),
@@ -364,9 +364,9 @@ def _recolour(texture: Floats, product: Floats) -> Floats:
 
 
 def _cut_and_paste(rng: Generator, pixels: Floats, site: _Site, foreground: Mask) -> Floats:
-    """A patch (aspect 0.3 to 3.3) or a thin, turned scar, half of them with colours jittered by 10 %.
+    """A patch (aspect 0.3 to 3.3) or a thin, rotated scar, half of them with colours jittered by 10 %.
 
-    Sizes follow the common area law, not the paper's 2 to 15 % (patch) and 10 to 25 pixels (scar).
+    Sizes are drawn as for all families, not as in the paper: 2 to 15 % (patch) and 10 to 25 pixels (scar).
     """
     height, width = pixels.shape[:2]
     is_scar = rng.random() < 0.5
@@ -385,7 +385,7 @@ def _cut_and_paste(rng: Generator, pixels: Floats, site: _Site, foreground: Mask
     down = rows * np.cos(angle) - columns * np.sin(angle)
     weight = np.clip(0.5 + np.minimum(half_long - np.abs(across), half_short - np.abs(down)), 0, 1)
     inside = np.nonzero(weight)
-    # background on the object looks like a missing piece, object on the object like a misplaced one
+    # Background on the object looks like a missing piece; object on the object looks like a misplaced piece.
     spots = np.flatnonzero(foreground if rng.random() < 0.7 else np.ones_like(foreground))
     source_y, source_x = divmod(int(spots[rng.integers(spots.size)]), width)
     source_y = float(np.clip(source_y, half_short, height - 1 - half_short))
@@ -413,7 +413,7 @@ def _jitter(rng: Generator, patch: Floats) -> Floats:
 
 
 def _warp(rng: Generator, pixels: Floats, site: _Site) -> Floats:
-    """A disc of the image pushed aside, twisted or pinched; weak enough not to fold over itself."""
+    """A disc of the image that is shifted, twisted or pinched, weakly enough not to fold over itself."""
     rows, columns = _offsets(pixels.shape, site)
     radius = max(1.6 * site.radius, 6 * site.unit)
     bump = np.clip(1 - (rows**2 + columns**2) / radius**2, 0, None) ** 2
@@ -437,7 +437,7 @@ def _warp(rng: Generator, pixels: Floats, site: _Site) -> Floats:
 
 
 def _spot(rng: Generator, shape: tuple[int, ...], site: _Site) -> Floats:
-    """Weights (H, W) in [0, 1] of an irregular, more or less soft-edged ellipse."""
+    """Weights (H, W) in [0, 1] of an irregular ellipse with a more or less soft edge."""
     rows, columns = _offsets(shape, site)
     angle, stretch = rng.uniform(0, np.pi), _log_uniform(rng, 1, 2)
     along = (columns * np.cos(angle) + rows * np.sin(angle)) / stretch
@@ -453,7 +453,7 @@ def _spot(rng: Generator, shape: tuple[int, ...], site: _Site) -> Floats:
 
 def _stain(rng: Generator, pixels: Floats, site: _Site) -> Floats:
     weight = _spot(rng, pixels.shape, site) * site.allowed
-    if rng.random() < 0.4:  # dried liquid gathers at its edge
+    if rng.random() < 0.4:  # drying liquid leaves more at its edge
         weight = weight * (1 - rng.uniform(0.4, 0.8) * np.clip(2 * weight - 1, 0, 1))
     tint = rng.uniform(0.7, 1.0, size=3)
     if rng.random() < 0.6:
@@ -478,7 +478,7 @@ def _scratch(rng: Generator, pixels: Floats, site: _Site) -> Floats:
     heading = rng.uniform(0, 2 * np.pi) + np.cumsum(rng.normal(0, rng.uniform(0, 0.2), size=steps))
     path = np.stack([np.cos(heading), np.sin(heading)], axis=1).cumsum(axis=0) * length / steps
     path += np.array([site.x, site.y]) - path[steps // 2]
-    scale = 4  # drawn larger, then averaged, for smooth edges
+    scale = 4  # drawn at a larger size, then averaged, for smooth edges
     canvas = Image.new("L", (width * scale, height * scale))
     pen = ImageDraw.Draw(canvas)
     points = [(float(x) * scale, float(y) * scale) for x, y in path]
@@ -502,7 +502,7 @@ _STRUCTURAL: tuple[Callable[[Generator, Floats, _Site], Floats], ...] = (_warp, 
 
 
 def _blot(pixels: Floats, site: _Site) -> Floats:
-    """The last resort, visible on anything: a disc moved by 64 levels towards mid-grey and past it."""
+    """Used when nothing else is visible: a disc shifted by 64 levels towards, and possibly beyond, mid-grey."""
     rows, columns = _offsets(pixels.shape, site)
     inside = rows**2 + columns**2 <= max(site.radius, 4 * site.unit) ** 2
     step = np.where(pixels.mean(axis=2, keepdims=True) < 128, 64, -64)

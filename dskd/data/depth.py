@@ -1,8 +1,8 @@
-"""From pixel values of any depth to the 8 bits that a network sees: one scale per category.
+"""Convert pixel values of any depth to the 8 bits that a network takes, with one scale per category.
 
-A camera's 10, 12 or 14 bits lie in files of 16, a profile sensor's heights in floating-point ones. Which value is
-white cannot be told from one image to inspect, where a defect may be the brightest thing ever seen; it is told once,
-from the training images, and kept with the detector. Images of 8 bits are taken as they are, always.
+Cameras store 10, 12 or 14 bits in 16-bit files; profile sensors store heights as floating-point values. Which value
+is white cannot be found from a single inspected image, whose brightest pixels may be a defect. It is therefore found
+once, from the training images, and stored with the detector. 8-bit images are never changed.
 """
 
 import dataclasses
@@ -15,9 +15,9 @@ import numpy.typing as npt
 
 _CAMERA_BITS = (8, 10, 12, 14, 16, 18, 20, 24, 32)
 _HEADROOM = 0.25
-"""Of the range seen in training, free above and below it where no depth of a camera says what the range is."""
+"""Share of the training images' range that is added above and below it if no known camera depth gives the range."""
 _STRIP = 1 << 22
-"""Values scaled at a time: bounds what a large image takes beside itself."""
+"""Number of values that are scaled at a time: limits the extra memory for a large image."""
 
 
 class Levels(NamedTuple):
@@ -27,21 +27,21 @@ class Levels(NamedTuple):
     high: float
     is_float: bool
     stated: int | None = None
-    """Highest value that the file says it can have (TIFF's MaxSampleValue), where that is below its type's limit."""
+    """Highest possible value according to the file (TIFF's MaxSampleValue), if it is below the type's limit."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class PixelScale:
-    """How values of more than 8 bits become the 0 to 255 that the network sees."""
+    """How values of more than 8 bits are mapped to the 0 to 255 that the network takes."""
 
     kind: Literal["integer", "float", "none"]
-    """Type of the values; "none": all training images had 8 bits, and no scale is known for deeper ones."""
+    """Type of the values; "none": all training images had 8 bits, so there is no scale for deeper ones."""
     low: float = 0.0
-    """Value that becomes 0; all below it does too."""
+    """Value that becomes 0, as do all lower ones."""
     step: float = 1.0
-    """Difference of values that is one of the 256 levels; above 0."""
+    """Width of one of the 256 levels, in values; above 0."""
     rounding: Literal["down", "nearest"] = "down"
-    """Integers lose their low bits, as a shift does; others go to the nearest level."""
+    """"down" drops the low bits of integers, like a shift; "nearest" rounds to the nearest level."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("integer", "float", "none") or self.rounding not in ("down", "nearest"):
@@ -53,10 +53,12 @@ class PixelScale:
     def of(cls, levels: Sequence[Levels]) -> "PixelScale":
         """The scale of a category whose training images of more than 8 bits have these levels; "none" without any.
 
-        Integers take the depth that their files state, else the least of a camera's depths that holds them; the
-        rest of that depth is the headroom of bright defects. Floating-point values up to 1 take 1 as white, up to
-        255 that; others, and negative ones, the range of the training images with a quarter of it free on each side.
-        Raises ValueError where integers and floating-point values meet.
+        Integers: white is the end of the depth that the files state, otherwise of the smallest camera depth that holds
+        all values; the unused rest of that depth is room for bright defects. Floating-point values: white is 1 if the
+        highest is at most 1, 255 if it is between 32 and 255, and as for integers from there to 65,536. For all other
+        floating-point values and for negative values: the range of the training images, extended by a quarter of it
+        (black stays at 0 if no value is negative).
+        Raises ValueError if integers and floating-point values are mixed.
         """
         if not levels:
             return cls(kind="none")
@@ -79,7 +81,7 @@ class PixelScale:
 
     @property
     def white(self) -> float:
-        """Highest value that is not clipped, but for rounding."""
+        """Highest value that is not clipped, apart from rounding."""
         return self.low + self.step * 255
 
     def describe(self) -> str:
@@ -88,9 +90,9 @@ class PixelScale:
         return f"{self.kind} values, {self.low:g} is black and {self.white:g} white"
 
     def apply(self, values: npt.NDArray[Any]) -> tuple[npt.NDArray[np.uint8], int]:
-        """Levels of 8 bits, and how many values lay beyond them and were clipped.
+        """The values in 8 bits, and how many of them were out of range and clipped.
 
-        Raises ValueError, to be completed by the name of the file, where the values are of another kind or not finite.
+        Raises ValueError if the values are of another kind or not finite; the caller adds the file's name to it.
         """
         is_float = values.dtype.kind == "f"
         if self.kind == "none":
@@ -114,7 +116,7 @@ class PixelScale:
 
 
 def high_byte(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """Levels of 8 bits as detectors without a scale take them: integers lose their low 8 bits of 16."""
+    """The values in 8 bits, for detectors without a scale: 16-bit integers lose their low 8 bits."""
     if values.dtype.kind == "f":
         check_finite(values)
         return values.clip(0, 255).astype(np.uint8)
@@ -122,7 +124,7 @@ def high_byte(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
 
 
 def check_finite(values: npt.NDArray[Any]) -> None:
-    """Raise ValueError, to be completed by the name of the file, where a value is NaN or infinite."""
+    """Raise ValueError if a value is NaN or infinite; the caller adds the file's name to the message."""
     num_wrong = values.size - int(np.count_nonzero(np.isfinite(values)))
     if num_wrong:
         raise ValueError(f"has {num_wrong} values that are not finite (NaN or infinite); fill them")

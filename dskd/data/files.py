@@ -1,4 +1,4 @@
-"""The one walk over folders of images: which files are read, and how many of which kind are not."""
+"""The common walk over folders of images: which files are read, and how many of each kind are not."""
 
 import os
 import stat
@@ -20,31 +20,31 @@ _RESULTS = (
     {"detector.json", "model.safetensors"},
     {"summary.json", "verdicts"},
 )
-"""Names that together tell a folder that a command of ours wrote: the pictures in it are no images of parts."""
+"""A folder with all names of one set was written by one of our commands: its pictures are no images of parts."""
 
 
 class UnreadableImageError(ValueError):
-    """An image file that gives no pixels to judge; the message is one line that names it and says why."""
+    """An image file that cannot be read; the message is one line with the file's name and the reason."""
 
 
 class Walk(NamedTuple):
-    """What lies in a folder and in all folders below it."""
+    """The content of a folder and of all folders below it."""
 
     images: tuple[Path, ...]
-    """Files that are named as images, in path order: also those that cannot be read, so that reading names them."""
+    """Files with an image's suffix, in path order; unreadable ones too, so that reading them reports the error."""
     others: Mapping[str, int]
-    """Files of other kinds by their suffix in lower case, "" without one."""
+    """Number of other files per suffix, in lower case; "" for no suffix."""
     left_out: Mapping[str, int]
-    """Files in hidden and service folders and in output folders, and such files, by the name that tells them."""
+    """Number of hidden and service files, and of files in hidden, service and output folders, per such name."""
     closed: tuple[Path, ...]
-    """Folders that must not be listed."""
+    """Folders that this user may not list."""
 
     @property
     def num_unread(self) -> int:
         return sum(self.others.values()) + sum(self.left_out.values())
 
     def describe(self) -> str:
-        """A few words on the files that are not read; empty where there are none."""
+        """A few words on the files that are not read; empty if there are none."""
         parts = []
         if self.others:
             parts.append(f"{sum(self.others.values())} files that are no images ({_most(self.others)})")
@@ -66,23 +66,23 @@ def is_image_name(name: PurePath) -> bool:
 
 
 def is_service_name(name: str) -> bool:
-    """Whether a file or folder of that name is the system's, a tool's or hidden, and never a part's image or class.
+    """Whether a file or folder with that name is hidden or belongs to the system or a tool: never an image or class.
 
-    Hidden names, AppleDouble files among them, names with `@` in front (network storage), thumbnails, waste bins.
+    These are hidden names (also AppleDouble files), names that start with `@` (network storage), thumbnails, trash.
     """
     return name.startswith((".", "@")) or name.lower() in _SERVICE_NAMES
 
 
 def is_left_out(name: PurePath) -> bool:
-    """Whether a part of a relative path is a service name."""
+    """Whether any part of a relative path is a service name."""
     return any(is_service_name(part) for part in name.parts)
 
 
 def walk(folder: Path, *, is_deep: bool = True) -> Walk:
-    """Every file below `folder`, sorted; with `is_deep` false only those directly inside.
+    """All files below `folder`, sorted; with `is_deep` false only those directly inside.
 
-    Linked folders are followed, and each folder is entered once, so that links in a circle end. The name of
-    `folder` itself is not judged: who names a hidden folder wants it read. A folder that does not exist is empty.
+    Links to folders are followed, and each folder is entered only once, so that circular links end. The name of
+    `folder` itself is not checked: a hidden folder that the user names is read. A folder that does not exist is empty.
     """
     images: list[Path] = []
     others: Counter[str] = Counter()
@@ -120,7 +120,7 @@ def walk(folder: Path, *, is_deep: bool = True) -> Walk:
                 images.append(path)
             else:
                 others[path.suffix.lower()] += 1
-        # real folders first: where a link leads to one of them, its own path is the one that counts
+        # Real folders first: if a link points to one of them, its files are listed under its own path.
         for path in sorted(folders, key=lambda path: path.is_symlink()):
             enter(path, False)
 
@@ -134,7 +134,7 @@ def list_images(folder: Path, *, is_deep: bool = True) -> list[Path]:
 
 
 def class_folders(folder: Path) -> list[Path]:
-    """The folders directly inside `folder` that may be a class of images: none of a service name, in order."""
+    """The folders directly inside `folder` that may be a class of images, in order, without service names."""
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError:
@@ -143,7 +143,7 @@ def class_folders(folder: Path) -> list[Path]:
 
 
 def check_regular(path: Path) -> None:
-    """Raise UnreadableImageError where `path` is no plain file: a pipe or a device may give bytes for ever, or none.
+    """Raise UnreadableImageError if `path` is no plain file: reading a pipe or a device may never end.
 
     Links are followed. Nothing is opened.
     """
@@ -161,7 +161,7 @@ def check_regular(path: Path) -> None:
 
 
 def count_unread(walks: Iterable[Walk]) -> Walk:
-    """The walks of several folders as one."""
+    """The walks of several folders, merged into one."""
     every = list(walks)
     return Walk(
         tuple(path for each in every for path in each.images),
@@ -178,7 +178,7 @@ def _kind(name: str) -> str:
 def _is_folder(entry: "os.DirEntry[str]") -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads to itself
+    except OSError:  # a link that points to itself
         return False
 
 

@@ -1,7 +1,8 @@
-"""From image files to pixels.
+"""Read pixels from image files.
 
-Every way in goes through `read_pixels`: turned upright as its EXIF says, one page, 8 bits by the category's scale,
-on black where it is transparent. What cannot be read so is refused by name.
+All image reading uses `read_pixels`: it rotates the image upright by its EXIF orientation, accepts only one page,
+converts to 8 bits by the category's scale, and puts transparent images on black. An image that cannot be read in this
+way is refused with an error that names the file.
 """
 
 import logging
@@ -26,14 +27,14 @@ from dskd.data.files import UnreadableImageError, check_regular
 from dskd.data.samples import Sample
 
 MAX_PIXELS = 512_000_000
-"""Larger files are refused as decompression bombs, unless the environment's DSKD_MAX_MEGAPIXELS says otherwise; line
-scans of more than 300 million pixels are not."""
+"""Images with more pixels are refused as decompression bombs, unless the environment variable DSKD_MAX_MEGAPIXELS sets
+another limit. Line scans of more than 300 million pixels are still accepted."""
 MAX_MEGAPIXELS = "DSKD_MAX_MEGAPIXELS"
-"""Environment variable that replaces `MAX_PIXELS` in this process and those that it starts: millions of pixels."""
+"""Environment variable that replaces `MAX_PIXELS` in this process and its child processes, in millions of pixels."""
 DECODING_BYTES = 1 << 30
-"""Memory that all threads together may take to decode; one image that needs more is decoded alone."""
+"""Bytes of memory that all threads together may use for decoding; an image that needs more is decoded alone."""
 _BYTES_PER_PIXEL = 12
-"""What decoding and resizing take at their peak, measured with Pillow on RGB: two buffers of 4 bytes, and room."""
+"""Peak memory of decoding and resizing, measured with Pillow on RGB: two buffers of 4 bytes, and a reserve."""
 _MAX_THREADS = 16
 _SOFT_MASK_PEAK = 250
 _FEW_VALUES = 16
@@ -46,28 +47,28 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What turns a picture of each EXIF orientation upright."""
+"""The operation that turns an image with each EXIF orientation upright."""
 _TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _LOW_BYTES = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
-"""Byte order under which Pillow's 16-bit unpackers, which keep the high byte, keep the low one."""
+"""Pillow's 16-bit unpackers keep the high byte; with the byte order swapped in this way they keep the low one."""
 
-logging.getLogger("tifffile").addHandler(logging.NullHandler())  # what is wrong with a file is said by our errors
+logging.getLogger("tifffile").addHandler(logging.NullHandler())  # our own errors report what is wrong with a file
 
 
 class Pixels(NamedTuple):
-    """One image as a network takes it."""
+    """One image as input for a network."""
 
     rgb: npt.NDArray[np.uint8]
     """(H, W, 3)"""
     num_clipped: int
-    """Pixels or channels beyond the scale of images of more than 8 bits."""
+    """Number of values out of the scale's range, in images of more than 8 bits."""
 
 
 def read_pixels(path: Path, scale: PixelScale | None = None) -> Pixels:
-    """RGB pixels at the file's own size, upright; without `scale` 16 bits lose their low 8.
+    """RGB pixels at the file's own size, upright; without `scale`, 16-bit values lose their low 8 bits.
 
-    Raises UnreadableImageError naming the file where it is no plain file, cannot be decoded, has several pages, is
-    too large, or has values that `scale` does not fit.
+    Raises UnreadableImageError, which names the file, if it is no plain file, cannot be decoded, has several pages, is
+    too large, or has values that do not fit `scale`.
     """
     image, num_clipped = _in_rgb(path, scale)
     return Pixels(np.asarray(image), num_clipped)
@@ -79,7 +80,7 @@ def read_image(path: Path, scale: PixelScale | None = None) -> npt.NDArray[np.ui
 
 
 def load_pixels(path: Path, size: int, scale: PixelScale | None = None) -> Pixels:
-    """Pixels (size, size), resized bilinearly with antialiasing, without crop; errors as `read_pixels`."""
+    """Pixels (size, size), resized bilinearly with antialiasing, without cropping; errors as `read_pixels`."""
     image, num_clipped = _in_rgb(path, scale)
     return Pixels(np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)), num_clipped)
 
@@ -90,9 +91,9 @@ def load_image(path: Path, size: int, scale: PixelScale | None = None) -> npt.ND
 
 
 def read_levels(path: Path) -> Levels | None:
-    """Lowest and highest value of an image of more than 8 bits; None for others, which are not decoded.
+    """Lowest and highest value of an image of more than 8 bits; None for 8-bit images, which are not decoded.
 
-    Errors as `read_pixels`, also where a value is not finite.
+    Errors as `read_pixels`, also if a value is not finite.
     """
     with _opened(path) as image:
         if image is not None and not _is_deep(image):
@@ -119,12 +120,12 @@ def image_size(path: Path) -> tuple[int, int]:
         if image is None:
             values = _tiff(path).values
             return values.shape[1], values.shape[0]
-        turned = _orientation(image) >= 5 and image.format != "TIFF"  # there Pillow has turned the size too
+        turned = _orientation(image) >= 5 and image.format != "TIFF"  # in a TIFF Pillow has swapped the sides already
         return (image.height, image.width) if turned else (image.width, image.height)
 
 
 def check_header(path: Path) -> None:
-    """Raise ValueError, naming the file, where its header is no image's or a PNG is cut short; nothing is decoded."""
+    """Raise ValueError, which names the file, if it has no image header or is an incomplete PNG; nothing is decoded."""
     with _opened(path) as image, _named(path):
         if image is not None and image.format == "PNG" and not _ends_as_png(path):
             image.verify()
@@ -137,13 +138,15 @@ def _ends_as_png(path: Path) -> bool:
 
 
 def read_mask(path: Path, above: int = 127) -> npt.NDArray[np.bool_]:
-    """Defect pixels (H, W) of a mask file at its own size, upright, read by what it holds.
+    """Defect pixels (H, W) of a mask file at its own size, upright; the threshold depends on the mask's values.
 
-    With `above` 0 any number but 0 is a defect, also the entries of a palette and 16-bit ones. Otherwise a mask is
-    one of: two values, of which the higher is the defect; grey levels up to white, cut in their middle (`above` for
-    8 bits); a few low numbers, where any but 0 is a defect; soft levels up to another peak, cut at half of it. A
-    palette's colours count, its entries where those are no greys; of colours the strongest channel; and a colour
-    of which nothing is told but by an alpha channel is read from that. Errors as `read_pixels`.
+    With `above` 0 every value except 0 is a defect, also palette indices and 16-bit values. Otherwise, a mask with
+    - two values: the higher one is the defect;
+    - grey levels up to white: those above the middle (`above` for 8 bits) are defects;
+    - a few low values: all except 0 are defects;
+    - grey levels up to another peak: those above half of it are defects.
+    Of a palette the colours are used if all are grey, otherwise the indices. Of a colour image the strongest channel
+    is used; if all visible pixels have the same colour, the alpha channel is used. Errors as `read_pixels`.
     """
     decoded = _decoded(path)
     if not isinstance(decoded, Image.Image):
@@ -160,7 +163,7 @@ def read_mask(path: Path, above: int = 127) -> npt.NDArray[np.bool_]:
 
 
 def resize_mask(mask: npt.NDArray[np.bool_], size: int) -> npt.NDArray[np.bool_]:
-    """Each of (size, size) pixels as the nearest one of a mask (H, W)."""
+    """A mask (H, W) resized to (size, size), each pixel from the nearest one."""
     return np.asarray(Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST))
 
 
@@ -178,10 +181,10 @@ def load_images(
     on_clipped: Callable[[Path, int], object] = lambda path, count: None,
     progress: str | None = None,
 ) -> npt.NDArray[np.uint8]:
-    """Pixels (N, size, size, 3) of many files, decoded on all cores; written into `out` where given.
+    """Pixels (N, size, size, 3) of many files, decoded on all cores; written into `out` if given.
 
-    `on_clipped` hears of every image that has values beyond `scale`, and how many. With `progress` a bar of that name
-    counts the files on a terminal. Errors as `read_pixels`.
+    `on_clipped` is called with each image that has values out of the range of `scale`, and with their number. With
+    `progress` a progress bar of that name on the terminal counts the files. Errors as `read_pixels`.
     """
     pixels = np.empty((len(paths), size, size, 3), np.uint8) if out is None else out
 
@@ -199,10 +202,10 @@ def load_images(
 def load_masks(
     samples: Sequence[Sample], size: int, on_note: Callable[[str], object] = lambda note: None
 ) -> npt.NDArray[np.bool_]:
-    """Defect pixels (N, size, size); all false where a sample has no mask.
+    """Defect pixels (N, size, size); all false for a sample without a mask.
 
-    `on_note` hears of masks that mark more than half of their image. Raises ValueError as `read_pixels`, and where
-    a mask has another shape than its image, so that it would mark the wrong place.
+    `on_note` is called with a message for each mask that marks more than half of its image. Raises ValueError as
+    `read_pixels`, and if a mask has another aspect ratio than its image, so that it would mark the wrong place.
     """
     masks = np.zeros((len(samples), size, size), np.bool_)
     for index, sample in enumerate(samples):
@@ -221,7 +224,7 @@ def load_masks(
 
 
 def is_same_shape(mask: tuple[int, int], image: tuple[int, int]) -> bool:
-    """Whether two (width, height) are of one shape at any scale, as both are resized to one square."""
+    """Whether two (width, height) have the same aspect ratio: both are resized to the same square."""
     return abs(mask[0] * image[1] - mask[1] * image[0]) <= max(*mask, *image)
 
 
@@ -237,9 +240,9 @@ def in_threads(
     progress: str | None = None,
     also: Callable[[T], Sequence[Path]] = lambda item: (),
 ) -> list[S]:
-    """`work` of every item, in order, in a thread per core, as many at once as their images leave memory for.
+    """`work` of every item, in order, with one thread per core, but only as many at once as fit into memory.
 
-    `files` are the images that the items decode, the items themselves unless given; `also` names more of an item.
+    `files` are the images that the items decode, by default the items themselves; `also` gives more files of an item.
     """
     names: Sequence[Any] = items if files is None else files
 
@@ -259,7 +262,7 @@ def in_threads(
 
 
 class _Room:
-    """Memory that several threads share; who needs more than there is waits, or goes alone."""
+    """Memory that several threads share; a thread that needs more than is free waits, or runs alone."""
 
     def __init__(self) -> None:
         self._free = threading.Condition()
@@ -282,7 +285,7 @@ _room = _Room()
 
 
 def _decoding_bytes(path: Path) -> int:
-    """What decoding a file may take, from its header; 0 where it cannot be read, which is said when it is."""
+    """Bytes that decoding a file may take, from its header; 0 if it is unreadable, which reading reports later."""
     try:
         with _opened(path) as image:
             if image is None:
@@ -296,7 +299,7 @@ class _Deep(NamedTuple):
     """Values of more than 8 bits per channel."""
 
     values: npt.NDArray[Any]
-    """(H, W) grey, or (H, W, C) with grey and alpha, RGB, or RGB and alpha."""
+    """(H, W) grey, or (H, W, C): grey and alpha, RGB, or RGB and alpha."""
     stated: int | None
 
 
@@ -307,7 +310,7 @@ _pillows_limit: int | None = None
 
 @contextmanager
 def _own_limit() -> Iterator[None]:
-    """Pillow's limit of pixels off, as `MAX_PIXELS` stands in its place; back on when no thread reads any more."""
+    """Turn off Pillow's pixel limit, since `MAX_PIXELS` replaces it; turn it on again when no thread reads."""
     global _num_readers, _pillows_limit
     with _limit_lock:
         if _num_readers == 0:
@@ -324,19 +327,19 @@ def _own_limit() -> Iterator[None]:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Errors of decoders, and incomplete ones of ours, as one line that names the file."""
+    """Turn errors of decoders, and our own errors without a file name, into one line that names the file."""
     try:
         yield
     except UnreadableImageError:
         raise
-    except Exception as error:  # a damaged file makes decoders raise errors of every type
+    except Exception as error:  # damaged files make decoders raise errors of any type
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UnreadableImageError(f"{path} is not a readable image ({reason}); replace or remove it.") from None
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[ImageFile.ImageFile | None]:
-    """The file's one page, not decoded yet; None for a TIFF that Pillow does not know."""
+    """The file's only page, not decoded yet; None for a TIFF that Pillow does not support."""
     check_regular(path)
     with _named(path), _own_limit():
         try:
@@ -365,9 +368,9 @@ def _check_pixels(path: Path, width: int, height: int) -> None:
 
 
 def max_pixels() -> int:
-    """The most pixels that an image file may have.
+    """The largest number of pixels that an image file may have.
 
-    Raises ValueError where the environment names no positive number.
+    Raises ValueError if the environment variable is no positive number.
     """
     given = os.environ.get(MAX_MEGAPIXELS)
     if given is None:
@@ -382,7 +385,7 @@ def max_pixels() -> int:
 
 
 def _num_pages(image: ImageFile.ImageFile) -> int:
-    """Pages or frames that show something of their own: not the previews that cameras and microscopes add."""
+    """Number of pages or frames, without the previews that cameras and microscopes add."""
     if image.format == "MPO" or getattr(image, "n_frames", 1) == 1:
         return 1
     if image.format != "TIFF":
@@ -408,14 +411,14 @@ def _is_deep(image: ImageFile.ImageFile) -> bool:
     rawmodes = {_rawmode(tile) for tile in image.tile}
     return (
         image.mode[0] in "IF"
-        # 16 bits of print colours, or of premultiplied ones, go by their high byte
+        # 16-bit print colours, and 16-bit premultiplied colours, are read by their high byte
         or any(";16" in name and not name.startswith(("CMYK", "RGBa")) for name in rawmodes)
         or _is_odd_tiff(image)
     )
 
 
 def _is_odd_tiff(image: ImageFile.ImageFile) -> bool:
-    """Whether Pillow takes a TIFF's values for others: signed bytes, unsigned 32 bits, deep colours in planes."""
+    """Whether Pillow reads wrong values from a TIFF: signed bytes, unsigned 32 bits, deep colours in planes."""
     if image.format != "TIFF":
         return False
     tags = image.tag_v2  # type: ignore[attr-defined]
@@ -424,7 +427,7 @@ def _is_odd_tiff(image: ImageFile.ImageFile) -> bool:
 
 
 def _decoded(path: Path) -> "Image.Image | _Deep":
-    """Upright pixels of 8 bits in Pillow's hands, or the values of deeper ones."""
+    """The upright image: a Pillow image of 8 bits, or the values of a deeper one."""
     with _opened(path) as image:
         if image is None or _is_odd_tiff(image):
             return _tiff(path)
@@ -435,8 +438,8 @@ def _decoded(path: Path) -> "Image.Image | _Deep":
         orientation = _orientation(image)
         if image.format == "TIFF":
             if orientation >= 5:
-                image.filename = ""  # a mapped file would be taken for one of width by height
-            orientation = 1  # Pillow turns it
+                image.filename = ""  # Pillow would map the file with width and height swapped
+            orientation = 1  # Pillow rotates it
         if not is_deep:
             image.load()
             return image.transpose(_TURNS[orientation]) if orientation != 1 else image
@@ -445,10 +448,10 @@ def _decoded(path: Path) -> "Image.Image | _Deep":
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's, 1 to 8; 1 where there is none or it cannot be read."""
+    """The EXIF orientation, 1 to 8; 1 if there is none or it cannot be read."""
     try:
         found = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # damaged metadata of a sound image
+    except Exception:  # damaged metadata of an intact image
         return 1
     return int(found) if found in _TURNS else 1
 
@@ -461,7 +464,7 @@ def _deep(path: Path, image: ImageFile.ImageFile, rawmodes: set[str]) -> _Deep:
         image.load()
         return _Deep(np.asarray(image), stated)
     (rawmode,) = rawmodes
-    # Pillow keeps the high byte of 16-bit colours alone; decoded once more under another name, the low ones too.
+    # Pillow keeps only the high byte of 16-bit colours; a second decoding with another raw mode gives the low byte.
     if rawmode.startswith("LA"):
         both = _decoded_as(path, "RGBA").astype(np.uint16)
         return _Deep(both[..., 0::2] << 8 | both[..., 1::2], stated)
@@ -485,7 +488,7 @@ def _stated(highest: Any, bits: Any) -> int | None:
 
 
 def _tiff(path: Path) -> _Deep:
-    """A TIFF that Pillow does not read, or reads as other values; floating-point colours, 32 and 64 bits, …"""
+    """Read a TIFF that Pillow cannot read, or reads wrongly: floating-point colours, 32 and 64 bits, …"""
     with _named(path):
         try:
             with tifffile.TiffFile(path) as file:
@@ -512,7 +515,7 @@ def _tiff(path: Path) -> _Deep:
 
 
 def _upright(values: npt.NDArray[Any], orientation: int) -> npt.NDArray[Any]:
-    """As EXIF's orientation 1 to 8 says: which side of the array the top and the left of the picture are."""
+    """Turn an array upright by its EXIF orientation, 1 to 8: which array sides are the picture's top and left."""
     if orientation in (5, 6, 7, 8):
         values = values.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):
@@ -544,7 +547,7 @@ def _in_rgb(path: Path, scale: PixelScale | None) -> tuple[Image.Image, int]:
 
 
 def _on_black(image: Image.Image) -> Image.Image:
-    """An opaque image as it is; a transparent one on black, so that no pixel counts that nobody sees."""
+    """An opaque image unchanged; a transparent one on black, so that the colours of invisible pixels don't matter."""
     if not image.has_transparency_data:
         return image
     seen = image.convert("RGBA")
@@ -554,7 +557,7 @@ def _on_black(image: Image.Image) -> Image.Image:
 
 
 def _grey_mask(image: Image.Image) -> npt.NDArray[np.uint8]:
-    """Grey levels (H, W) of a mask of any 8-bit mode; see `read_mask`."""
+    """Grey levels (H, W) of a mask in any 8-bit mode; see `read_mask`."""
     if image.mode == "P" and not image.has_transparency_data:
         entries = np.asarray(image)
         used = np.unique(entries)
@@ -578,7 +581,7 @@ def _grey_mask(image: Image.Image) -> npt.NDArray[np.uint8]:
 
 
 def _palette(image: Image.Image) -> npt.NDArray[np.uint8]:
-    """Colours (256, 3) of a palette's entries; black beyond its end."""
+    """Colours (256, 3) of a palette's entries; black after its last entry."""
     table = np.zeros((256, 3), np.uint8)
     colours = np.array(image.getpalette("RGB") or (), np.uint8).reshape(-1, 3)
     table[: len(colours)] = colours
@@ -586,7 +589,7 @@ def _palette(image: Image.Image) -> npt.NDArray[np.uint8]:
 
 
 def _cut(values: npt.NDArray[Any], middle: int) -> float:
-    """The level above which a mask's pixel is a defect; `middle` is that of 8-bit grey, whose white is 255."""
+    """The level above which a mask's pixel is a defect; `middle` is the level for 8-bit grey, where white is 255."""
     found = np.flatnonzero(np.bincount(values.reshape(-1))) if values.dtype == np.uint8 else np.unique(values)
     top = float(found[-1])
     if found.size <= 2:
@@ -599,6 +602,6 @@ def _cut(values: npt.NDArray[Any], middle: int) -> float:
 
 
 def progress_bar(steps: Iterable[T], label: str | None, total: int, unit: str) -> Iterable[T]:
-    """The same `steps`, counted by a bar on stderr that vanishes at the end; silent where `label` is None."""
-    # tqdm's disable=None: draw where stderr is a terminal
+    """The same `steps`, counted by a bar on stderr that is removed at the end; no bar if `label` is None."""
+    # tqdm's disable=None: draw only if stderr is a terminal
     return tqdm(steps, desc=label, total=total, unit=unit, leave=False, disable=None if label else True)

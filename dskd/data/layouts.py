@@ -1,20 +1,20 @@
-"""How published data sets, and people's own folders, lay out one category; told apart by their folders alone.
+"""The folder layouts of one category, in published data sets and users' own folders; recognised by folder names only.
 
 A category's folder holds, with `…` for image files:
 
-MVTec AD      train/good/…  test/<good or defect>/…  ground_truth/<defect>/…   (a mask is named as its image, or
-              as its image with `_mask`, `-gt` and the like; VisA as re-organised by its authors' tool is this too)
+MVTec AD      train/good/…  test/<good or defect>/…  ground_truth/<defect>/…   (a mask has its image's name, or
+              that name with `_mask`, `-gt` and the like; also VisA after its authors' reorganising tool)
 MVTec 3D-AD   {train,validation,test}/<good or defect>/{rgb,gt}/…              (the depth images in xyz stay unread)
 BTAD          train/ok/…  test/{ok,ko}/…  ground_truth/ko/…                    (suffixes of all kinds)
 VisA          Data/{Images,Masks}/…, split by ../split_csv/1cls.csv            (masks hold the defect's number)
 MT Defects    MT_Free/Imgs/…  MT_<defect>/Imgs/…                               (.jpg with its .png mask beside it)
 plain folder  good/…, the rest as MVTec AD
 
-Where the normal images lie in train/good, train/ok or good, people may add validation images of their own:
+If the normal images are in train/good, train/ok or good, users may add their own validation images:
 validation/<good or defect>/…, with masks in validation_ground_truth/<defect>/….
 
-Folders of normal images are known in other spellings too (`is_normal_name`), and images in folders below a class's
-belong to the class. Hidden and service folders are no class.
+Folders of normal images are recognised in other spellings too (`is_normal_name`). Images in folders below the folder
+of a class belong to that class. Hidden and service folders are no classes.
 """
 
 import csv
@@ -28,12 +28,12 @@ from dskd.data.files import class_folders, list_images
 from dskd.data.samples import Sample, split_key
 
 SPLIT_FOLDERS = frozenset({"train", "validation", "test", "ground_truth", "validation_ground_truth"})
-"""Folders inside of a category: never one themselves."""
+"""Folders inside a category; they are never categories themselves."""
 _NORMAL_NAMES = frozenset(
     {"good", "ok", "okay", "normal", "nominal", "pass", "passed", "io", "gut", "defectfree", "nodefect", "nodefects"}
 )
 _MASK_WORDS = re.compile(r"[ _.-]+(mask|masks|gt|ground[ _-]?truth|label|labels|seg|segmentation|annotation)$", re.I)
-"""What stands after an image's name in the name of its mask."""
+"""What follows an image's name in the name of its mask."""
 _VISA_COLUMNS = ("object", "split", "label", "image", "mask")
 _MT_TEST_SHARE = 0.2
 _MT_SEED = 0
@@ -44,9 +44,9 @@ class Fault(NamedTuple):
 
     path: Path
     message: str
-    """One line that names the file and says what is wrong."""
+    """One line with the name of the file and what is wrong."""
     split: Literal["train", "validation", "test"] = "train"
-    """What it spoils: what is wrong in the test split alone forbids evaluating, and no training."""
+    """The affected split: a fault in the test split prevents evaluation, but not training."""
 
 
 class Listing(NamedTuple):
@@ -55,37 +55,37 @@ class Listing(NamedTuple):
     train: tuple[Sample, ...]
     """Normal images only."""
     validation: tuple[Sample, ...]
-    """Held-out normals and labelled defects, where the layout or the user has some."""
+    """Held-out normals and labelled defects, if the layout or the user provides some."""
     test: tuple[Sample, ...]
     faults: tuple[Fault, ...]
     normals: Path | None = None
-    """The folder of the normal training images, where it is another than the layout's landmark."""
+    """The folder of the normal training images, if it is not the layout's landmark."""
 
 
 class Layout(NamedTuple):
-    """How to tell a category's folder, and how to read it."""
+    """How to recognise a category's folder, and how to read it."""
 
     name: str
     landmark: str
-    """The folder below a category's that tells this layout."""
+    """The folder below a category's folder that identifies this layout."""
     recognises: Callable[[Path], bool]
     read: Callable[[Path], Listing]
     leaves_out: Callable[[PurePosixPath], bool]
-    """Whether a file, given relative to the category's folder, is known and unread by design."""
+    """Whether a file, given relative to the category's folder, is part of the layout but deliberately not read."""
 
 
 def recognised(folder: Path) -> tuple[Layout, ...]:
-    """The layouts that `folder` has as a category's folder: none, one, or several where it is ambiguous."""
+    """The layouts that fit `folder` as a category's folder: none, one, or several if it is ambiguous."""
     return tuple(layout for layout in LAYOUTS if layout.recognises(folder))
 
 
 def is_normal_name(name: str) -> bool:
-    """Whether a folder of that name holds normal images: good, OK, Normal, `good `, defect_free, … in any case."""
+    """Whether a folder with that name holds normal images: good, OK, Normal, `good `, defect_free, …, in any case."""
     return re.sub(r"[ _-]", "", name).casefold() in _NORMAL_NAMES
 
 
 def normal_folders(folder: Path) -> list[Path]:
-    """The folders directly inside `folder` whose name is one of normal images, in order."""
+    """The folders of normal images, by their name, directly inside `folder`, in order."""
     return [child for child in class_folders(folder) if is_normal_name(child.name)]
 
 
@@ -108,7 +108,7 @@ Evaluated = Literal["validation", "test"]
 
 
 def _read_split(images: Path, masks: Path, split: Evaluated) -> tuple[tuple[Sample, ...], tuple[Fault, ...]]:
-    """Samples of the folders below `images`, with masks of the same-named folders below `masks`."""
+    """Samples of the folders below `images`, with masks from the folders of the same names below `masks`."""
     classes = class_folders(images)
     defects = [child for child in classes if not is_normal_name(child.name)]
     good = [image for child in classes if is_normal_name(child.name) for image in list_images(child)]
@@ -153,10 +153,10 @@ def _paired(
 def _matched(
     images: Sequence[tuple[Path, Path]], masks: Sequence[tuple[Path, Path]], defect: str, split: Evaluated
 ) -> tuple[tuple[Sample, ...], tuple[Fault, ...]]:
-    """Defective samples with the mask of the same stem, or of that stem and a word for a mask; suffixes may differ.
+    """Defective samples with their masks: of the same stem, or that stem and a word for a mask; suffixes may differ.
 
-    Files come with their place below the folder of the class. A mask belongs to the image of the same place, or
-    else to the only image of its name.
+    Files come with their path below the folder of the class. A mask belongs to the image with the same path, or
+    otherwise to the only image with its name.
     """
     stems = {(place, image.stem) for image, place in images}
     only = Counter(image.stem for image, _ in images)
@@ -245,9 +245,9 @@ def _unusable(path: Path, message: str) -> Listing:
 
 
 def _read_mt(folder: Path) -> Listing:
-    """As published there is no split: by file name, 80 % of MT_Free train, the rest and all defects test.
+    """The data set has no published split: by file name, 80 % of MT_Free are for training, all other images for test.
 
-    That is the share of DifferNet and its successors, whose lists differ. Exposures of one tile may fall on both sides.
+    DifferNet and its successors use the same share with other lists. Images of one tile may be in both splits.
     """
     free = [path for path in list_images(folder / "MT_Free" / "Imgs") if _is_mt_photograph(path)]
     ranked = sorted(free, key=lambda path: split_key(path, _MT_SEED))
@@ -291,12 +291,12 @@ def _is_mvtec_3d(folder: Path) -> bool:
 def _is_plain(folder: Path) -> bool:
     if folder.name in SPLIT_FOLDERS:
         return False
-    # a category may be called "ok" or "normal": in another spelling than ours the folder must hold images itself
+    # A category may itself be called "ok" or "normal", so only the name "good" needs no images directly inside.
     return any(child.name == "good" or bool(list_images(child, is_deep=False)) for child in normal_folders(folder))
 
 
 def has_test_split(folder: Path) -> bool:
-    """Whether `folder` has a labelled test split as MVTec AD lays it out, whatever else it lacks."""
+    """Whether `folder` has a labelled test split in the layout of MVTec AD, whatever else is missing."""
     return folder.name not in SPLIT_FOLDERS and bool(normal_folders(folder / "test"))
 
 
@@ -313,7 +313,7 @@ def _is_depth_or_mask_of_normal(file: PurePosixPath) -> bool:
 
 
 TEST_ONLY = Layout("a test split alone", "test/good", has_test_split, _read_train, _reads_all)
-"""Enough to evaluate; no category to train on."""
+"""Enough for evaluation, not for training."""
 LAYOUTS = (
     Layout("MVTec AD", "train/good", _is_mvtec, _read_train, _reads_all),
     Layout("MVTec 3D-AD", "train/good/rgb", _is_mvtec_3d, _read_mvtec_3d, _is_depth_or_mask_of_normal),

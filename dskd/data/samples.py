@@ -1,4 +1,4 @@
-"""One image and what is known of it, and the key by which images are split."""
+"""One image with its label and mask, and the key by which images are split."""
 
 import hashlib
 from pathlib import Path
@@ -6,22 +6,22 @@ from typing import NamedTuple
 
 
 class Sample(NamedTuple):
-    """One image file and what is known of it."""
+    """One image file with its label and mask."""
 
     path: Path
     defect: str
-    """Name of the defect's folder; "good" for a normal image, whatever its data set calls it."""
+    """Name of the defect's folder; "good" for a normal image, whatever its folder is called."""
     mask: Path | None
     mask_above: int = 127
-    """A mask pixel above this grey level is a defect; 0 where masks hold small class numbers (VisA)."""
+    """A mask pixel above this grey level is a defect; 0 if masks hold small class numbers (VisA)."""
 
     @property
     def is_defective(self) -> bool:
-        """Taken from the folder and never from the mask: published sets have defects with an empty mask."""
+        """By the folder, never by the mask: published data sets have defects with an empty mask."""
         return self.defect != "good"
 
 
 def split_key(path: Path, seed: int) -> bytes:
-    """A sort key that puts files in a random order; it depends on file name and seed alone, on every machine."""
-    # the names of files need not be text
+    """A sort key that puts files in a random order; it depends only on file name and seed, on every machine."""
+    # file names need not be valid text
     return hashlib.sha256(f"{seed}/{path.name}".encode("utf-8", "surrogateescape")).digest()

@@ -1,4 +1,4 @@
-"""The demo's printed circuit board, drawn flat."""
+"""The demo's printed circuit board, drawn from above as a flat sheet."""
 
 import functools
 import itertools
@@ -32,10 +32,10 @@ _Colour: TypeAlias = tuple[int, int, int]
 
 _GREEN, _TRACK, _TIN, _DARK = (12, 62, 40), (36, 110, 66), (196, 194, 186), (30, 30, 33)
 _SILK, _HOLE, _TAN, _BARE, _CAN = (214, 217, 208), (9, 12, 10), (158, 124, 84), (176, 138, 92), (172, 174, 176)
-_ROWS = tuple(0.30 + 0.133 * row for row in range(4))  # of the small parts, left and right
-_PINS = tuple(0.365 + 0.045 * pin for pin in range(7))  # of the chip, left and right
-_PADS = tuple(0.22 + 0.08 * pad for pad in range(8))  # of the connectors, above and below
-_TALL = 60  # heights above are parts, below is the bare board
+_ROWS = tuple(0.30 + 0.133 * row for row in range(4))  # positions of the small parts, left and right
+_PINS = tuple(0.365 + 0.045 * pin for pin in range(7))  # positions of the chip's pins, left and right
+_PADS = tuple(0.22 + 0.08 * pad for pad in range(8))  # positions of the connectors' pads, at the top and bottom
+_TALL = 60  # greater heights are parts, lower ones are the bare board
 
 
 class _Sheet(NamedTuple):
@@ -95,7 +95,7 @@ def _lettering(canvas: int) -> Image.Image:
 
 
 def _tracks() -> list[NDArray[Any]]:
-    """The copper of the one board that all pictures show: polylines (K, 2)."""
+    """The copper tracks, the same in all pictures: polylines (K, 2)."""
     half = []
     for row, pin in zip(_ROWS, _PINS[::2], strict=True):
         half.append([(0.35, pin), (0.31, pin), (0.31 - abs(pin - row), row), (0.22, row)])
@@ -221,7 +221,7 @@ def draw_board(rng: Generator, size: int, defect: Defect | None) -> Floats:
     if defect is not None and defect.kind == "scratch":
         _scratch_board(sheet, defect.rng)
 
-    # picture to sheet: the grid above, written as the matrix that Pillow wants
+    # from picture to sheet: the grid above as the matrix that Pillow needs
     scale = 0.5 * size
     cos, sin = np.cos(turn) / zoom, np.sin(turn) / zoom
     across = (cos, sin, scale - cos * (scale + x * scale) - sin * (scale + y * scale))

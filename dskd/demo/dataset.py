@@ -1,8 +1,8 @@
-"""Drawn stand-ins for product photographs: three categories with defects and exact masks.
+"""Synthetic pictures instead of product photographs: three categories with defects and exact masks.
 
 Every picture is a small rendering: a surface with height and colour under a lamp, seen by a camera with
-blur, noise and a changing pose. A defect changes the surface, never the finished picture; its mask is what
-the camera sees differently.
+blur, noise and a changing pose. A defect changes the surface, never the finished picture; its mask holds the
+pixels that this changes in the picture.
 """
 
 import json
@@ -28,11 +28,11 @@ from dskd.demo.rendering import Bytes, Defect, Draw, Mask, photograph
 CATEGORIES: tuple[str, ...] = ("board", "fabric", "flange")
 """What can be drawn."""
 
-_VERSION = 1  # of the pictures: another drawing of the same parameters is another data set
+_VERSION = 1  # of the drawings: if equal parameters give other pictures, it is another data set
 _MANIFEST = "demo.json"
 _MIN_SIZE = 64
-_NOTICEABLE = 8  # of 255
-_ATTEMPTS = 40  # of a defect to be seen; most need one
+_NOTICEABLE = 8  # in 8-bit levels
+_ATTEMPTS = 40  # to draw a visible defect; most need only one
 
 
 class Product(NamedTuple):
@@ -74,11 +74,11 @@ def draw_dataset(
 ) -> None:
     """Draws good and defective pictures of each category below `root`, in the MVTec AD layout.
 
-    `num_train` and `num_test` count pictures of one category; half of the test pictures are defective, in
-    turn of every kind. Masks are 0 or 255. The same parameters give the same bytes with the same versions
-    of NumPy, SciPy and Pillow, and a picture does not change when more are asked for. `root` appears when
-    it is complete; if it already holds the complete set of the same parameters, nothing is done.
-    Raises ValueError on an unknown category, fewer than 2 pictures of a split, sizes below 64 pixels,
+    `num_train` and `num_test` count pictures of one category. Half of the test pictures are defective, with
+    all kinds of defects in turn. Masks are 0 or 255. The same parameters give the same bytes with the same versions
+    of NumPy, SciPy and Pillow, and a picture does not change when more are drawn. `root` is created only when
+    the set is complete; if it already holds the complete set of the same parameters, nothing is done.
+    Raises ValueError on an unknown category, fewer than 2 pictures in a split, sizes below 64 pixels,
     negative seeds, and a `root` that holds anything else.
     """
     _check_request(categories, num_train, num_test, image_size, seed)
@@ -135,7 +135,7 @@ def _plan(categories: tuple[str, ...], num_train: int, num_test: int) -> Iterato
 
 
 def _is_done(root: Path, request: dict[str, Any], items: list[Item]) -> bool:
-    """False where `root` may be written; ValueError where it holds something else."""
+    """True if `root` holds the requested set, False if it may be written; ValueError if it holds something else."""
     if not root.exists():
         return False
     if not root.is_dir():
@@ -168,7 +168,7 @@ def draw_item(root: Path, item: Item, image_size: int, seed: int) -> None:
     if item.mask is not None:
         image, mask = _first_visible(image, lambda a: picture(Defect(item.defect, numbers(2, a))))
         Image.fromarray(np.where(mask, 255, 0).astype(np.uint8)).save(root / item.mask)
-    # sensor noise hardly compresses: the fastest level costs 4 % of size and saves most of the time
+    # Sensor noise hardly compresses: the fastest level makes files 4 % larger and saves most of the time.
     Image.fromarray(image).save(root / item.image, compress_level=1)
 
 
@@ -181,7 +181,7 @@ def _first_visible(clean: Bytes, attempt: Callable[[int], Bytes]) -> tuple[Bytes
 
 
 def find_change(clean: Bytes, defective: Bytes) -> tuple[Bytes, Mask] | None:
-    """The defective picture and its mask; None where the defect is hidden, outside or too faint."""
+    """The defective picture and its mask; None if the defect is hidden, outside the picture or too faint."""
     difference = np.abs(defective.astype(np.int16) - clean).max(axis=2)
     labels, count = ndimage.label(difference > _NOTICEABLE, structure=np.ones((3, 3)))
     keep = np.bincount(labels.ravel(), minlength=count + 1) >= max(4, labels.size // 8192)
@@ -190,7 +190,7 @@ def find_change(clean: Bytes, defective: Bytes) -> tuple[Bytes, Mask] | None:
     if mask.sum() < max(4, 0.0004 * mask.size) or np.percentile(difference[mask], 75) < 1.5 * _NOTICEABLE:
         return None
     mask |= ndimage.binary_closing(mask)
-    specks = (labels > 0) & ~mask  # such as a shadow's far edge, one level more or less
+    specks = (labels > 0) & ~mask  # tiny changes that are not part of the defect, as at a shadow's far edge
     return np.where(specks[..., None], clean, defective), mask
 
 

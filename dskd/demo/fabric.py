@@ -45,7 +45,7 @@ def draw_fabric(rng: Generator, size: int, defect: Defect | None) -> Floats:
         blob = draw_blob(defect.rng, size, centre, reach, 0.2)
         du, dv = pixel_grid(size, x=centre[0], y=centre[1])
         push = np.exp(-(du * du + dv * dv) / np.float32(2 * (1.3 * reach) ** 2)) * np.float32(0.40)
-        u, v = u - push * du, v - push * dv  # the threads around have been pulled apart
+        u, v = u - push * du, v - push * dv  # the threads around the hole are pulled apart
         opening = 1 - soft_step(blob + np.float32(0.02) * upright, 0.03)
 
     row, column = np.floor(v / pitch), np.floor(u / pitch)
@@ -64,7 +64,7 @@ def draw_fabric(rng: Generator, size: int, defect: Defect | None) -> Floats:
         if defect.kind == "broken_thread":
             warp_wide = np.where(picked, np.float32(0.02), warp_wide)
             weft_wave = np.where(picked, np.float32(0.5), weft_wave)
-        else:  # the thread runs over three others instead of over and under
+        else:  # the thread passes over three others instead of over and under in turn
             warp_wave = np.where(picked, np.float32(1.0), warp_wave)
             weft_wave = np.where(picked, np.float32(-1.0), weft_wave)
 

@@ -33,7 +33,7 @@ def draw_flange(rng: Generator, size: int, defect: Defect | None) -> Floats:
     u, v = pixel_grid(size, turn=turn, zoom=zoom, x=x, y=y)
     radius, angle = np.hypot(u, v), np.arctan2(v, u)
 
-    # rings of the lathe's tool, slowly changing around the circle
+    # ring marks of the lathe tool, which change slowly around the circle
     rings = rng.standard_normal((220, 9)).astype(np.float32)
     rings[:, -1] = rings[:, 0]
     rings = 0.8 * rings + 1.2 * ndimage.gaussian_filter1d(rings, 3, axis=0) * 2.0
@@ -72,7 +72,7 @@ def draw_flange(rng: Generator, size: int, defect: Defect | None) -> Floats:
                 scratch = np.maximum(scratch, draw_line(size, path, r.uniform(0.011, 0.022)))
         elif defect.kind == "rust":
             blob = draw_blob(r, size, centre, r.uniform(0.06, 0.16), 0.45)
-            blob = blob + np.float32(0.016) * smooth_noise(r, size, size / 7, size / 7)  # eaten edges and pits
+            blob = blob + np.float32(0.016) * smooth_noise(r, size, size / 7, size / 7)  # corroded edges and pits
             stain = soft_step(blob, 0.07) * np.float32(r.uniform(0.6, 0.9))
 
     metal = soft_step(inside, 4 / size)
@@ -89,11 +89,11 @@ def draw_flange(rng: Generator, size: int, defect: Defect | None) -> Floats:
     fill = lit_by_lamp(height, (1.3, 0.4, 1.8))
     sin, cos = v / np.maximum(radius, 1e-3), u / np.maximum(radius, 1e-3)
     c, s = np.float32(np.cos(turn)), np.float32(np.sin(turn))
-    along_x, along_y = -(sin * c + cos * s), cos * c - sin * s  # the tool's direction in the picture
+    along_x, along_y = -(sin * c + cos * s), cos * c - sin * s  # direction of the tool marks in the picture
     shine = np.zeros_like(radius)
     for source, strength in ((key, 1.25), (fill, 0.55)):
         across = along_x * source.half_x + along_y * source.half_y + np.float32(0.03) * ring
-        # light on grooves spreads across them (Kajiya and Kay 1989, eq. 16)
+        # grooves spread the reflected light across their direction (Kajiya and Kay 1989, eq. 16)
         shine += np.float32(strength) * sharpen(np.clip(1 - across * across, 0, 1), 16) * sharpen(source.gloss, 8)
     shine *= 1 + np.float32(0.07) * ring + np.float32(0.04) * cloud
     flat = np.float32(0.05) + np.float32(0.13) * key.diffuse + np.float32(0.05) * fill.diffuse

@@ -20,15 +20,15 @@ class Defect(NamedTuple):
 
 
 Draw: TypeAlias = Callable[[Generator, int, Defect | None], Floats]
-"""Renders one scene (S, S, 3), linear light where 1 is about white. Takes the same numbers from the generator with and
-without a defect, so that two calls with equal generators show the same part."""
+"""Renders one scene (S, S, 3) in linear light, where 1 is about white. It draws the same random numbers with and
+without a defect, so two calls with equal generators show the same part."""
 
 
 # ------------------------------------------------------------------------------------------------ the lab
 
 
 def smooth_noise(rng: Generator, size: int, down: float, across: float) -> Floats:
-    """Smooth noise (S, S) of unit variance, of about `down` by `across` lumps."""
+    """Smooth noise (S, S) of unit variance, with about `down` by `across` lumps."""
     rows, columns = max(2, round(down) + 1), max(2, round(across) + 1)
     coarse = Image.fromarray(rng.standard_normal((rows, columns)).astype(np.float32))
     field = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))
@@ -47,7 +47,7 @@ def soften(field: Floats, sigma: float) -> Floats:
 def pixel_grid(
     size: int, *, turn: float = 0.0, zoom: float = 1.0, x: float = 0.0, y: float = 0.0
 ) -> tuple[Floats, Floats]:
-    """Product coordinates u (right), v (down) of every pixel; the picture spans -1 to 1."""
+    """Product coordinates u (right), v (down) of every pixel; the picture covers -1 to 1."""
     line = (np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1
     across, down = (
         (line[None, :] - np.float32(x)) / np.float32(zoom),
@@ -58,20 +58,20 @@ def pixel_grid(
 
 
 def soft_step(distance: Floats, width: float) -> Floats:
-    """0 below -width/2, 1 above width/2, smooth between."""
+    """0 below -width/2, 1 above width/2, a smooth rise between."""
     t = np.clip(distance / np.float32(width) + np.float32(0.5), 0, 1)
     return np.asarray(t * t * (3 - 2 * t), dtype=np.float32)
 
 
 def sharpen(cosine: Floats, power: int) -> Floats:
-    """Cosine to a power of two; squaring is many times faster than a general power."""
+    """Cosine raised to `power`, a power of two: repeated squaring is many times faster than a general power."""
     while power > 1:
         cosine, power = cosine * cosine, power // 2
     return cosine
 
 
 def cast_shadow(shape: Floats, down: float, right: float, blur: float) -> Floats:
-    """The soft shadow of a shape, displaced by pixels."""
+    """The soft shadow of a shape, shifted by `down` and `right` pixels."""
     return soften(np.roll(shape, (round(down), round(right)), axis=(0, 1)), blur)
 
 
@@ -86,7 +86,7 @@ class Lamp(NamedTuple):
 
 
 def lit_by_lamp(height: Floats, position: tuple[float, float, float]) -> Lamp:
-    """A lamp at `position` (right, down, up) over a surface of `height`; the picture spans -1 to 1."""
+    """A lamp at `position` (right, down, up) over a surface of `height`; the picture covers -1 to 1."""
     size = height.shape[0]
     down, across = np.gradient(height, np.float32(2 / size))
     u, v = pixel_grid(size)
@@ -152,7 +152,7 @@ def photograph(rng: Generator, light: Floats, scale: int) -> Bytes:
     pixels = np.clip(pixels * cast * np.float32(exposure) * fall[..., None], 0, None)
     noise = rng.standard_normal((size, size, 1)) * 0.7 + rng.standard_normal((size, size, 3)) * 0.7
     pixels = pixels + noise * np.sqrt(0.0004**2 + 0.00006 * pixels)  # read and shot noise
-    # a film-like shoulder instead of a hard cut at white
+    # bright values are compressed smoothly, as on film, instead of clipped at white
     pixels = np.clip(pixels, 0, None)
     pixels = np.where(pixels < 0.7, pixels, 0.7 + 0.3 * np.tanh((pixels - 0.7) / 0.3))
     return np.asarray(np.rint(255 * pixels ** (1 / 2.2)).clip(0, 255), dtype=np.uint8)

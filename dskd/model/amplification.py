@@ -1,7 +1,7 @@
-"""The advanced teacher of AAND: gates find what is abnormal in a pyramid, residuals push it away from normal.
+"""The advanced teacher of AAND: gates find abnormal features in a pyramid, residuals move them away from normal ones.
 
-Tang et al., arXiv 2405.02068, section "anomaly amplification", with the released code where the paper's
-text is silent. Sizes follow the teacher's channels; the published ones belong to WideResNet50-2.
+Tang et al., arXiv 2405.02068, section "anomaly amplification"; details that are not in the paper follow the released
+code. Sizes depend on the teacher's channels; the published sizes are those for WideResNet50-2.
 """
 
 import math
@@ -15,18 +15,18 @@ from dskd.model.distances import Pyramid
 from dskd.model.teacher import Teacher
 
 MAX_HIDDEN = 1024
-"""Most hidden channels of a level's perceptrons, which otherwise have twice the level's."""
+"""Largest number of hidden channels in a level's perceptrons; otherwise it is twice the level's channels."""
 TEMPERATURE = 0.2
-"""Of the softmax over memory; cosines lie in [-1, 1], so a gate lies in 1 / (1 + e^±10)."""
+"""Temperature of the softmax over the memory; cosines lie in [-1, 1], so a gate lies between 1 / (1 + e^±10)."""
 POSITION_BASE = 1e4
 
 
 class ResidualGate(nn.Module):
-    """How abnormal each position is, by its likeness to a learnt memory: the Matching-guided Residual Gate.
+    """How abnormal each position is, by its similarity to a learnt memory: the Matching-guided Residual Gate.
 
     The first half of the memory is normal, the second abnormal; a gate is the abnormal share of the
     softmax over cosines between a position's query and the whole memory.
-    Raises ValueError where the channels cannot hold a position code.
+    Raises ValueError if the number of channels does not allow a position code.
     """
 
     def __init__(self, channels: int, memory_size: int) -> None:
@@ -40,7 +40,7 @@ class ResidualGate(nn.Module):
         self.memory = nn.Parameter(torch.randn(2 * memory_size, channels))
 
     def forward(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b h w"]:
-        """Gates in [4.5e-5, 1 - 4.5e-5]: so far from 0 and 1 that a logarithm of either side is safe."""
+        """Gates g in [4.5e-5, 1 - 4.5e-5]: far enough from 0 and 1 that log(g) and log(1 - g) are safe."""
         query = self.query(features + position_code(features))
         keys = F.normalize(self.memory, dim=1)[:, :, None, None]
         cosines = F.conv2d(F.normalize(query, dim=1), keys)  # (B, 2 memory_size, H, W)
@@ -49,10 +49,10 @@ class ResidualGate(nn.Module):
 
 
 class AttributeResidual(nn.Module):
-    """What to add to an abnormal position: the Attribute-scaling Residual Generator.
+    """The residual to add to an abnormal position: the Attribute-scaling Residual Generator.
 
-    Gains in (-1, 1) times the features themselves, so that a whole residual scales a channel by 0 to 2
-    and never turns its sign.
+    Gains in (-1, 1) times the features themselves, so a full residual scales a channel by 0 to 2
+    and never changes its sign.
     """
 
     def __init__(self, channels: int) -> None:
@@ -80,7 +80,7 @@ class LevelAmplifier(nn.Module):
 
 
 class Amplifier(nn.Module):
-    """Every level's amplifier; the levels don't feed each other."""
+    """One amplifier per level; the levels are independent of each other."""
 
     def __init__(self, channels: tuple[int, ...], memory_size: int) -> None:
         super().__init__()
@@ -92,9 +92,9 @@ class Amplifier(nn.Module):
 
 
 class AmplifiedTeacher(Teacher):
-    """A frozen teacher behind a frozen amplifier.
+    """A frozen teacher followed by a frozen amplifier.
 
-    It inherits from Teacher so that it can be used wherever one is.
+    It inherits from Teacher, so it can be used wherever a Teacher can.
     """
 
     def __init__(self, teacher: Teacher, amplifier: Amplifier) -> None:
@@ -110,11 +110,11 @@ class AmplifiedTeacher(Teacher):
 
 
 def build_amplifier(teacher: Teacher, memory_size: int, seed: int) -> Amplifier:
-    """An untrained amplifier of `teacher`'s levels; equal seeds give equal weights, on any machine.
+    """An untrained amplifier for `teacher`'s levels; equal seeds give equal weights, on any machine.
 
-    Convolutions are drawn as He et al., arXiv 1502.01852, for ReLU and fan-out, the memory from a standard
-    normal distribution, as the released code does. The caller's random state is left as it was.
-    Raises ValueError where a level's channels are no multiple of 4.
+    Convolutions are initialised as in He et al., arXiv 1502.01852, for ReLU and fan-out, the memory from a
+    standard normal distribution, as in the released code. The caller's random state is not changed.
+    Raises ValueError if a level's channels are no multiple of 4.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -128,7 +128,7 @@ def build_amplifier(teacher: Teacher, memory_size: int, seed: int) -> Amplifier:
 def position_code(features: Float[Tensor, "b c h w"]) -> Float[Tensor, "c h w"]:
     """Sines and cosines of the column in the first half of the channels, of the row in the second.
 
-    Along each axis as Vaswani et al., arXiv 1706.03762, section 3.5: frequencies 1e4^(-2i/d) of d = C / 2
+    Along each axis as in Vaswani et al., arXiv 1706.03762, section 3.5: frequencies 1e4^(-2i/d) for d = C / 2
     channels, sine and cosine in turn. C is a multiple of 4.
     """
     _, channels, height, width = features.shape

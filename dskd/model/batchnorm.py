@@ -1,7 +1,7 @@
 """BatchNorm over the global batch of several workers, on any backend.
 
-`torch.nn.SyncBatchNorm` computes on GPUs alone. Without it every CPU worker would normalise its own
-few images, and two workers would train other students than one.
+`torch.nn.SyncBatchNorm` works only on GPUs. Without this module every CPU worker would normalise only its
+own few images, and two workers would train different students than one worker.
 """
 
 import torch
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 
 class SharedBatchNorm2d(nn.BatchNorm2d):
-    """Normalise by the mean and variance of all workers' images, in equal shares (Ioffe, Szegedy 2015).
+    """Normalise by the mean and variance of all workers' images, equally weighted (Ioffe, Szegedy 2015).
 
-    Alone, or in eval mode, it is `nn.BatchNorm2d`.
+    With a single worker, or in eval mode, it is the same as `nn.BatchNorm2d`.
     """
 
     def forward(self, input: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """The normalised share of this worker; a collective call in training."""
+        """The normalised images of this worker; in training all workers must call it together."""
         if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(input)
         world_size = dist.get_world_size()
@@ -37,7 +37,7 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
 
 
 class _SumOverWorkers(torch.autograd.Function):
-    """Sum a tensor over all workers; each worker's value takes part in every worker's loss."""
+    """Sum a tensor over all workers; each worker's value is part of every worker's loss, also for the gradients."""
 
     @staticmethod
     def forward(ctx: object, tensor: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class _SumOverWorkers(torch.autograd.Function):
 
 
 def share_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
-    """`module` with every BatchNorm replaced, weights kept, by one over all workers."""
+    """`module` with every BatchNorm replaced by one over all workers; the weights are kept."""
     if device.type == "cuda":
         converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
         return converted

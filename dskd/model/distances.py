@@ -1,4 +1,4 @@
-"""How far two feature pyramids are from each other: what losses minimise and anomaly maps show."""
+"""The distance between two feature pyramids, which losses minimise and anomaly maps show."""
 
 import torch.nn.functional as F
 from jaxtyping import Float

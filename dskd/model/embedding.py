@@ -15,11 +15,11 @@ class DeepFeatureEmbedding(nn.Module):
 
     The one-class bottleneck of Deng, Li, arXiv 2201.10703, section 3.2: every level is brought to the
     deepest one's resolution by strided 3x3 convolutions and concatenated, then `depth` residual blocks
-    follow, the first with stride 2. DSKD's text is silent on this module; taking RD4AD's for it is our
-    reconstruction. `bottleneck` as in `BlockStyle`. Every level of the pyramid has `num_sources` times
-    `channels`: pyramids that are condensed together are concatenated level by level.
+    follow, the first with stride 2. The DSKD paper does not describe this module; we use that of RD4AD
+    instead, which is our assumption. `bottleneck` as in `BlockStyle`. Every level of the pyramid has
+    `num_sources` times `channels`: pyramids that are condensed together are concatenated level by level.
 
-    Raises ValueError where the resolution of the levels does not halve.
+    Raises ValueError if the resolution does not halve from level to level.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class DeepFeatureEmbedding(nn.Module):
     ) -> None:
         super().__init__()
         halvings = level_halvings(reductions)
-        # The channels that each level passes through on its way down to the deepest.
+        # The numbers of channels that each level goes through on its way down to the deepest level.
         paths = [
             [num_sources * channels[i]] + [channels[j + 1] for j in range(i, len(halvings)) for _ in range(halvings[j])]
             for i in range(len(channels))

@@ -1,4 +1,4 @@
-"""Teacher pyramids of many images as one table, so that a frozen teacher runs once per image."""
+"""Teacher pyramids of many images in one table, so that a frozen teacher runs only once per image."""
 
 import hashlib
 from typing import Any, NamedTuple
@@ -40,9 +40,9 @@ def feature_table(
     cache: ArrayCache | None = None,
     progress: str | None = None,
 ) -> FeatureTable:
-    """The teacher's pyramids of images (N, S, S, 3), from the cache where these images and weights are known.
+    """The teacher's pyramids of images (N, S, S, 3), from the cache if it holds those of these images and weights.
 
-    With `progress` a bar of that name counts the batches that are computed on a terminal.
+    With `progress` a progress bar of that name on the terminal counts the computed batches.
     """
     with torch.no_grad():
         sample = teacher(normalize(to_device(device, images, slice(1))))
@@ -60,12 +60,12 @@ def feature_table(
         rows = np.empty(size, np.float32)
         fill(rows)
     else:
-        # The teacher's text tells strides and activations, which no weight shows; devices round differently.
+        # str(teacher) contains strides and activations, which are not in the weights; devices round differently.
         key = f"{content_sha256(images)}|{weights_fingerprint(teacher)}|{teacher}|{shapes}|{device.type}"
         rows = cache.get(f"teacher features|{key}", size, np.float32, fill)
     return FeatureTable(rows, shapes)
 
 
 def content_sha256(images: npt.NDArray[np.uint8]) -> str:
-    """Hex digest of the pixels."""
+    """SHA-256 of the pixels, in hex."""
     return hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()

@@ -1,4 +1,4 @@
-"""The students and their embedding, wired as the configuration says."""
+"""The students and their embedding, connected as the configuration says."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from dskd.model.teacher import Teacher
 
 
 class StudentPyramids(NamedTuple):
-    """What the students make of a batch; None for a student that the configuration leaves out."""
+    """The students' pyramids of a batch; None for a student that the configuration leaves out."""
 
     encoder: Pyramid | None
     decoder: Pyramid | None
@@ -23,8 +23,8 @@ class StudentPyramids(NamedTuple):
 class Students(nn.Module):
     """Everything that is trained: student encoder, embedding, student decoder.
 
-    STFPM (encoder alone), RD4AD (decoder alone, on the teacher's features) and DSKD (the decoder on the
-    encoder's features) are wirings of these parts.
+    STFPM (only the encoder), RD4AD (only the decoder, on the teacher's features) and DSKD (the decoder on the
+    encoder's features) are different combinations of these parts.
     """
 
     def __init__(self, config: ModelConfig, teacher: Teacher) -> None:
@@ -49,7 +49,7 @@ class Students(nn.Module):
     def forward(self, images: Float[Tensor, "b 3 height width"], teacher_pyramid: Pyramid) -> StudentPyramids:
         """Each student's pyramid, shaped as the teacher's; `images` come from `normalize`.
 
-        Raises ValueError on images that an embedding and a decoder cannot halve and double exactly.
+        Raises ValueError if the embedding and the decoder cannot exactly halve and double the size of the images.
         """
         encoded = None if self.encoder is None else self.encoder(images)
         if self.embedding is None or self.decoder is None:
@@ -73,10 +73,10 @@ class Students(nn.Module):
 def build_students(config: ModelConfig, teacher: Teacher, seed: int) -> Students:
     """Untrained students for `teacher`; equal seeds give equal weights, on any machine.
 
-    Convolutions are drawn as He et al., arXiv 1502.01852, for ReLU and fan-out, BatchNorm starts as the
-    identity, and transposed convolutions keep torch's own start: what the code of STFPM and RD4AD does.
-    The caller's random state is left as it was. Weights are in torch.channels_last order, as `normalize`
-    gives images: safetensors wants them contiguous.
+    Convolutions are initialised as in He et al., arXiv 1502.01852, for ReLU and fan-out, BatchNorm as the
+    identity, and transposed convolutions by torch's default, as in the code of STFPM and RD4AD.
+    The caller's random state is not changed. Weights are in torch.channels_last order, like the images from
+    `normalize`: safetensors needs them contiguous.
     """
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed, which would reseed the caller's accelerators as well.

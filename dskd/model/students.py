@@ -1,4 +1,4 @@
-"""The two students: one of the teacher's own shape, and one that runs it in reverse."""
+"""The two students: one with the teacher's architecture, and one with the reversed architecture."""
 
 import copy
 import itertools
@@ -20,13 +20,13 @@ class BlockStyle(NamedTuple):
     """The residual blocks that embedding and decoder take over from the teacher."""
 
     bottleneck: float | None
-    """Inner over outer channels of a bottleneck block; None: a basic block of two 3x3 convolutions."""
+    """Inner channels / outer channels of a bottleneck block; None: a basic block of two 3x3 convolutions."""
     blocks: tuple[int, ...]
     """Residual blocks of each teacher stage, shallowest first."""
 
 
 def block_style(features: nn.Module, levels: tuple[int, ...]) -> BlockStyle:
-    """The block of a timm ResNet and its number per level; basic blocks by twos for other backbones."""
+    """The block type of a timm ResNet and the blocks per level; for other backbones two basic blocks per level."""
     stages = [list(stage.children()) if (stage := getattr(features, f"layer{level}", None)) else [] for level in levels]
     block = next((stage[0] for stage in stages if stage), None)
     blocks = tuple(len(stage) or 2 for stage in stages)
@@ -36,10 +36,10 @@ def block_style(features: nn.Module, levels: tuple[int, ...]) -> BlockStyle:
 
 
 class ResidualBlock(nn.Module):
-    """He et al., arXiv 1512.03385, figure 5, able to double the resolution as well as to halve it.
+    """The block of He et al., arXiv 1512.03385, figure 5, which can also double the resolution instead of halving it.
 
-    "up" replaces the spatial convolution (of two, the first) and the shortcut by transposed ones with
-    kernel 2 and stride 2, as RD4AD's code does.
+    "up" replaces the spatial convolution (the first one, if there are two) and the shortcut by transposed
+    convolutions with kernel 2 and stride 2, as in RD4AD's code.
     """
 
     def __init__(self, inputs: int, outputs: int, scale: Scale, bottleneck: float | None) -> None:
@@ -84,9 +84,9 @@ def residual_stage(
 
 
 class StudentEncoder(nn.Module):
-    """The teacher's backbone, untrained, that learns to see normal images as the teacher does (STFPM).
+    """The teacher's backbone, untrained; it learns to give the teacher's features on normal images (STFPM).
 
-    Nothing deeper than the last level is trained, and with a ResNet it is not built either.
+    Layers deeper than the last level are not trained, and with a ResNet they are not even built.
     """
 
     def __init__(self, backbone: str, levels: tuple[int, ...]) -> None:
@@ -101,11 +101,11 @@ class StudentEncoder(nn.Module):
 
 
 class StudentDecoder(nn.Module):
-    """A reversed backbone that unfolds an embedding back into the teacher's pyramid.
+    """A reversed backbone that reconstructs the teacher's pyramid from an embedding.
 
-    Deng, Li, arXiv 2201.10703, section 3.1 and code: one stage per level, the deepest first, each opened
-    by up-sampling blocks. The stages take the teacher's numbers of blocks in the teacher's order, so that
-    a (3, 4, 6) teacher gets its 6 blocks at the highest resolution.
+    Deng, Li, arXiv 2201.10703, section 3.1 and code: one stage per level, the deepest first, and each stage
+    starts with up-sampling blocks. The stages have the teacher's numbers of blocks in the teacher's order, so
+    for a (3, 4, 6) teacher the 6 blocks are at the highest resolution.
     """
 
     def __init__(self, inputs: int, channels: tuple[int, ...], reductions: tuple[int, ...], style: BlockStyle) -> None:
@@ -132,7 +132,7 @@ class StudentDecoder(nn.Module):
 def level_halvings(reductions: tuple[int, ...]) -> tuple[int, ...]:
     """How often the resolution halves from each level to the next deeper one.
 
-    Raises ValueError where a step is not a power of two.
+    Raises ValueError if a step is not a power of two.
     """
     halvings = []
     for shallow, deep in itertools.pairwise(reductions):
@@ -144,8 +144,8 @@ def level_halvings(reductions: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _freeze_unused(features: nn.Module, image_shape: tuple[int, ...]) -> None:
-    # timm does not cut every family at its deepest level, and DDP fails on a trainable parameter that no
-    # output depends on. The meta device traces that dependence without computing anything.
+    # timm does not remove the layers after the deepest level in every family, and DDP fails on a trainable parameter
+    # that no output depends on. The meta device finds these parameters without computing anything.
     twin = copy.deepcopy(features).to("meta").eval()
     total = torch.stack([level.sum() for level in twin(torch.zeros(1, *image_shape, device="meta"))]).sum()
     gradients = torch.autograd.grad(total, list(twin.parameters()), allow_unused=True)

@@ -20,7 +20,7 @@ from dskd.model.distances import Pyramid
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 HUB_TIMEOUT = 5.0
-"""Seconds to wait for the hub's first answer."""
+"""Seconds to wait for the first answer from the hub."""
 RANDOM_TEACHER_SEED = 0
 
 # What torch and safetensors raise on damaged files, found by feeding them some.
@@ -69,9 +69,9 @@ class Teacher(nn.Module):
 
 
 def normalize(images: UInt8[Tensor, "b height width 3"]) -> Float[Tensor, "b 3 height width"]:
-    """RGB bytes to what ImageNet backbones expect: over ImageNet, each channel has mean 0 and variance 1.
+    """Convert RGB bytes to the input of ImageNet backbones: over ImageNet, each channel has mean 0 and variance 1.
 
-    The result keeps the bytes' memory order (torch.channels_last), in which convolutions run faster.
+    The result keeps the memory order of the bytes (torch.channels_last), in which convolutions run faster.
     """
     mean = torch.tensor(IMAGENET_MEAN, device=images.device)
     std = torch.tensor(IMAGENET_STD, device=images.device)
@@ -81,17 +81,17 @@ def normalize(images: UInt8[Tensor, "b height width 3"]) -> Float[Tensor, "b 3 h
 def build_teacher(backbone: str, levels: tuple[int, ...], weights: str) -> Teacher:
     """The teacher of a timm `backbone`, cut to the feature indices `levels`.
 
-    `weights` is "hub" (timm's pretrained weights, from the local cache where they are there), "random"
-    (seeded and untrained: good for wiring only), or a .safetensors or .pth state dict. A state dict may
-    hold more than the pyramid needs, such as a classifier.
+    `weights` is "hub" (timm's pretrained weights, from the local cache if they are there), "random"
+    (seeded and untrained: only for checking that the code runs), or a .safetensors or .pth state dict. A state
+    dict may hold more than the pyramid needs, such as a classifier.
 
-    Raises TeacherUnavailableError where the hub cannot be reached; ValueError on an unknown backbone or level
+    Raises TeacherUnavailableError if the hub cannot be reached; ValueError on an unknown backbone or level
     and on a file that is missing, unreadable or does not fit.
     """
     source = TeacherSource(weights)
     if not (source.is_file or source.is_untrained):
         path = _hub_file(backbone)
-        # timm's own loading, since it translates each architecture's older parameter names.
+        # Loaded by timm itself, since it translates older parameter names of each architecture.
         overlay = {"file": str(path)}
         return Teacher(create_features(backbone, levels, pretrained=True, pretrained_cfg_overlay=overlay))
     with torch.random.fork_rng(devices=[]):
@@ -103,9 +103,9 @@ def build_teacher(backbone: str, levels: tuple[int, ...], weights: str) -> Teach
 
 
 def create_features(backbone: str, levels: tuple[int, ...], **options: Any) -> nn.Module:
-    """timm's feature extractor of `backbone`, holding no stage deeper than the last of `levels`.
+    """timm's feature extractor of `backbone`, without stages deeper than the last of `levels`.
 
-    Raises ValueError on an unknown backbone or level, and on a backbone whose features are not planes.
+    Raises ValueError on an unknown backbone or level, and on a backbone whose features are not 2-D maps.
     """
     try:
         features: nn.Module = timm.create_model(backbone, features_only=True, out_indices=levels, **options)
@@ -148,11 +148,11 @@ def _hub_file(backbone: str) -> Path:
     if isinstance(cached, str):
         return Path(cached)
     try:
-        # The download alone retries for tens of seconds where there is no network.
+        # Without a network the download alone retries for tens of seconds.
         url = huggingface_hub.hf_hub_url(repository, name)
         huggingface_hub.get_hf_file_metadata(url, timeout=HUB_TIMEOUT)
         return Path(huggingface_hub.hf_hub_download(repository, name, etag_timeout=HUB_TIMEOUT))
-    except Exception as error:  # "unreachable" has another type with each HTTP library of the hub's client
+    except Exception as error:  # each HTTP library of the hub's client raises another type for "unreachable"
         raise TeacherUnavailableError(
             f"cannot fetch teacher weights {repository} from the hub ({_first_line(error)}); give a local file with "
             "--teacher-weights FILE, or --teacher-weights random for an untrained teacher to test the wiring."
@@ -165,7 +165,7 @@ def _load_weights(features: nn.Module, path: Path) -> None:
     for name, tensor in features.state_dict().items():
         match = given.get(_spelling(name))
         if match is None and name.endswith("num_batches_tracked"):
-            match = tensor  # absent from old checkpoints, and nothing in eval mode reads it
+            match = tensor  # missing in old checkpoints, and not used in eval mode
         if match is None:
             raise ValueError(f"teacher weights {path} lack {name!r}; give a state dict of the run's backbone.")
         if match.shape != tensor.shape:
@@ -180,7 +180,7 @@ def _load_weights(features: nn.Module, path: Path) -> None:
 
 
 def _spelling(name: str) -> str:
-    """timm's extractor writes `stages_0` where the full model has `stages.0`."""
+    """A parameter name in one spelling: timm's extractor has `stages_0` where the full model has `stages.0`."""
     return name.replace("_", ".")
 
 

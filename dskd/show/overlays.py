@@ -1,4 +1,4 @@
-"""Pictures of verdicts: the image beside its heat map, readable without a legend."""
+"""Pictures of verdicts: the image beside its heat map, understandable without a legend."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from dskd.training.run import TrainingRun
 
 _PANEL = 384
 _CAPTION = 40
-_ANCHORS = np.array(  # dark blue, cyan, yellow, red: lightness rises, so it reads in grey too
+_ANCHORS = np.array(  # dark blue, cyan, yellow, red: lightness rises, so it is readable in grey too
     [[20, 20, 60], [30, 90, 160], [60, 190, 190], [245, 220, 80], [235, 70, 30]], np.float32
 )
 _OK = (86, 178, 110)
@@ -24,7 +24,7 @@ _PAPER = (24, 26, 30)
 
 
 def heat_colours(heat: npt.NDArray[np.float32], threshold: float) -> npt.NDArray[np.uint8]:
-    """Colours (H, W, 3) of a map (H, W); the threshold is where cyan turns to yellow, whatever the range."""
+    """Colours (H, W, 3) of a map (H, W); cyan changes to yellow at the threshold, whatever the range of the map."""
     top = max(float(heat.max()), threshold * 2, 1e-12)
     position = np.where(
         heat <= threshold,
@@ -38,7 +38,7 @@ def heat_colours(heat: npt.NDArray[np.float32], threshold: float) -> npt.NDArray
 
 
 def overlay(prediction: Prediction, note: str = "") -> Image.Image:
-    """The image with boxes, and its heat map laid over it, under a line with score and verdict."""
+    """A line with score and verdict; below it the image with boxes, and the image with its heat map on top."""
     colours = heat_colours(prediction.map, prediction.threshold)
     strength = (prediction.map / max(prediction.threshold, 1e-12)).clip(0, 1)[..., None] * 0.65
     blended = ((1 - strength) * prediction.image + strength * colours).astype(np.uint8)
@@ -64,7 +64,7 @@ def overlay(prediction: Prediction, note: str = "") -> Image.Image:
         anchor="ra",
     )
     if note:
-        # Wider than a panel: from the right edge leftwards, on a ground that any image leaves readable.
+        # The note may be wider than a panel: right-aligned, on a background that is readable over any image.
         place = (2 * _PANEL - 10, _CAPTION + _PANEL - 10)
         left, top, right, bottom = draw.textbbox(place, note, small, anchor="rs")
         draw.rectangle([left - 6, top - 4, right + 6, bottom + 4], fill=_PAPER)
@@ -73,7 +73,7 @@ def overlay(prediction: Prediction, note: str = "") -> Image.Image:
 
 
 def contact_sheet(pictures: Sequence[Image.Image], columns: int = 2) -> Image.Image:
-    """Pictures of one size, side by side and below each other."""
+    """Pictures of equal size, arranged in rows and columns."""
     width, height = pictures[0].size
     rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (width * min(columns, len(pictures)), height * rows), _PAPER)
@@ -83,7 +83,7 @@ def contact_sheet(pictures: Sequence[Image.Image], columns: int = 2) -> Image.Im
 
 
 def preview_of(run: TrainingRun, record: DetectorRecord, count: int = 4) -> npt.NDArray[np.uint8]:
-    """A sheet (H, W, 3) of validation images with synthetic defects, as the best students see them."""
+    """A sheet (H, W, 3) of overlays of validation images with synthetic defects, scored by the best students."""
     truth = run.inputs.validation
     chosen = np.flatnonzero(truth.labels)[:count].tolist()
     seen = score_images(run.inputs.validation_features, run.students, truth.images, record.config, run.device, chosen)

@@ -11,7 +11,7 @@ from dskd.evaluate import AnomalyScores, LabelledImages
 from dskd.metrics import Curve
 
 _CORNERS = 2000
-"""Points drawn of a curve, whose pixels give millions of points."""
+"""Number of points drawn per curve; a pixel curve has millions of points."""
 
 
 class _Panel(NamedTuple):
@@ -23,7 +23,7 @@ class _Panel(NamedTuple):
 def draw_curves(seen: AnomalyScores, truth: LabelledImages, title: str) -> Figure:
     """Image ROC, pixel ROC and PRO of one inspection of `truth.images`, with the areas that the metrics report.
 
-    Without any defect pixel the image ROC stands alone. ValueError where normal or defective images are missing.
+    Without any defect pixel only the image ROC is drawn. ValueError if normal or defective images are missing.
     """
     panels = [_Panel("images: ROC", metrics.roc_curve(seen.scores, truth.labels), "defective images found")]
     maps, masks = seen.maps[truth.has_mask], truth.masks[truth.has_mask]
@@ -54,7 +54,7 @@ def _draw(axes: Axes, panel: _Panel) -> None:
 def _thinned(curve: Curve) -> Curve:
     if len(curve.fpr) <= _CORNERS:
         return curve
-    # Equal steps along the curve, not along its corners: most of them lie in a few pixels of the drawing.
+    # Equal steps along the curve, not along its corners: most corners are in a few pixels of the drawing.
     way = np.cumsum(np.append(0.0, np.diff(curve.fpr) + np.diff(curve.hits)))
     chosen = np.unique(np.append(np.searchsorted(way, np.linspace(0, way[-1], _CORNERS)), len(way) - 1))
     chosen = chosen[chosen < len(way)]

@@ -1,4 +1,4 @@
-"""A progress bar of a training on a terminal."""
+"""A progress bar for a training on a terminal."""
 
 import shutil
 import sys
@@ -16,7 +16,7 @@ REFRESH_SECONDS = 0.5
 
 
 class TrainingBar:
-    """Share of the run that is done, loss, images per second, time left; on stderr, if that is a terminal."""
+    """Finished share of the run, loss, images per second, time left; on stderr, if that is a terminal."""
 
     def __init__(self, run: TrainingRun) -> None:
         train = run.config.train
@@ -27,7 +27,7 @@ class TrainingBar:
             initial=run.next_epoch * per_epoch,
             unit=" images",
             mininterval=REFRESH_SECONDS,
-            ncols=shutil.get_terminal_size().columns,  # 80 where a terminal does not know; tqdm would draw nothing
+            ncols=shutil.get_terminal_size().columns,  # 80 if the terminal's width is unknown; tqdm would draw nothing
             leave=False,
             disable=not sys.stderr.isatty(),
         )
@@ -41,11 +41,11 @@ class TrainingBar:
         self._bar.close()
 
     def advance(self, step: Step) -> None:
-        """Count a step; a redrawn bar shows its loss."""
+        """Count a step; if the bar is redrawn, it shows the loss of this step."""
         if self._bar.update(step.num_images):
             self._bar.set_postfix_str(f"loss {step.loss.item():.4f}", refresh=False)
 
     def say(self, line: str) -> None:
-        """A line above the bar, or alone where there is none."""
+        """Print a line above the bar, or only the line if there is no bar."""
         self._bar.write(line, file=sys.stderr)
         sys.stderr.flush()

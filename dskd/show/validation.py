@@ -1,4 +1,4 @@
-"""Pictures of a detector's validation: its curves, and its best and worst scored images."""
+"""Pictures of a detector's validation: its curves, and the images with the best and the worst scores."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +17,9 @@ _OF_EACH_KIND = 2
 
 
 def write_figures(folder: Path, run: TrainingRun, record: DetectorRecord) -> None:
-    """Write `curves.png`, `best.jpg` and `worst.jpg` of the validation images into `folder`, which is made.
+    """Write `curves.png`, `best.jpg` and `worst.jpg` of the validation images into `folder`, which is created.
 
-    `run` must hold the detector's students, as `TrainingRun.detector` leaves it; `record` is that detector's.
+    `run` must hold the detector's students, as `TrainingRun.detector` leaves it; `record` belongs to that detector.
     """
     truth = run.inputs.validation
     seen = score_images(run.inputs.validation_features, run.students, truth.images, record.config, run.device)
@@ -33,14 +33,14 @@ def write_figures(folder: Path, run: TrainingRun, record: DetectorRecord) -> Non
     draw_curves(seen, truth, title).savefig(folder / "curves.png", dpi=100)
     best, worst = extremes(seen, truth)
     for name, chosen in (("best", best), ("worst", worst)):
-        # JPEG: a tenth of the bytes, in a picture for people only.
+        # JPEG needs a tenth of the bytes, and only people look at this picture.
         contact_sheet(_overlays(seen, truth, chosen, record)).save(folder / f"{name}.jpg", quality=85)
 
 
 def extremes(seen: AnomalyScores, truth: LabelledImages) -> tuple[list[int], list[int]]:
-    """Indices of the best and of the worst inspected images, at most two normal and two defective ones of each.
+    """Indices of the best and of the worst inspected images, each with at most two normal and two defective ones.
 
-    Best are the lowest scores of normals and the highest of defects; worst the reverse.
+    Best are the normals with the lowest scores and the defects with the highest scores; worst is the reverse.
     """
     order = np.argsort(seen.scores, kind="stable")
     normals, defects = order[~truth.labels[order]], order[truth.labels[order]]
@@ -57,7 +57,7 @@ def _overlays(
     note = "untrained teacher" if record.is_untrained_teacher else ""
     pictures = []
     for index in chosen:
-        # Numbers count within a kind, as in preview.png: normals come first, then the defects.
+        # Normals and defects are numbered separately, as in preview.png: normals come first, then the defects.
         number = int((truth.labels[: index + 1] == truth.labels[index]).sum())
         heat, score = seen.maps[index], float(seen.scores[index])
         name = Path("validation", f"{'defect' if truth.labels[index] else 'normal'} {number}")

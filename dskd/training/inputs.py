@@ -1,4 +1,4 @@
-"""What training needs of one category: pixels, the teacher and its features, and the images held out from it."""
+"""What training needs for one category: pixels, the teacher and its features, and the held-out images."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -26,23 +26,23 @@ from dskd.training.stage_one import AmplificationEpoch, amplifier_optimizer, fit
 
 
 class TrainingData(NamedTuple):
-    """What training needs of one category and one teacher; the same for every trial that shares them."""
+    """What training needs for one category and one teacher; all trials with that category and teacher share it."""
 
     category: str
     teacher: Teacher
-    """The amplified one where `amplification` asks for it."""
+    """The amplified teacher if `amplification` is set."""
     teacher_source: str
     teacher_sha256: str
     """SHA-256 of the pretrained weights, without the amplifier's."""
     train_images: npt.NDArray[np.uint8]
     train_features: FeatureTable
     validation: LabelledImages
-    """Held-out normals that select, then copies of them with synthetic defects, then real labelled defects where
+    """Held-out normals for the selection, then copies of them with synthetic defects, then real labelled defects if
     there are some; with the selection "oracle" the labelled test images instead."""
     validation_features: FeatureTable
     validation_files: tuple[str, ...]
     calibration_images: npt.NDArray[np.uint8]
-    """Held-out normals that the thresholds are computed from; those that select where calibration_fraction is 0."""
+    """Held-out normals for computing the thresholds; if calibration_fraction is 0, the same as for the selection."""
     calibration_features: FeatureTable
     calibration_files: tuple[str, ...]
     data_sha256: str
@@ -53,9 +53,9 @@ class TrainingData(NamedTuple):
     amplification: AmplificationConfig = AmplificationConfig()
     selection: Selection = "val"
     scale: PixelScale | None = None
-    """How images of more than 8 bits are read, found in all normal training images."""
+    """How images of more than 8 bits are read; computed from all normal training images."""
     notes: tuple[str, ...] = ()
-    """What is worth saying of the images: how many are used and left out, odd masks, clipped values."""
+    """Notes for the user on the images: how many are used and left out, unusual masks, clipped values."""
 
 
 def prepare(
@@ -69,13 +69,13 @@ def prepare(
 ) -> TrainingData:
     """Decode and split the images, amplify the teacher, draw the validation defects and compute the features.
 
-    With a cache each of it is done at most once per machine.
+    With a cache each of these steps is done at most once per machine.
 
-    Of `config` only what `RunConfig.for_inputs` keeps is read. `on_amplification` is called after every epoch of
-    stage I that is computed now, and not for cached ones. In a process group every process gets the
-    amplifier of the first. With `progress` a bar counts what takes long, on a terminal. With the selection "oracle"
-    the held-out normals stay out of training all the same.
-    Raises ValueError on unusable data, textures or weights, NonFiniteLossError where stage I diverges.
+    Only the part of `config` that `RunConfig.for_inputs` keeps is used. `on_amplification` is called after every
+    epoch of stage I that is computed now, but not if stage I comes from the cache. In a process group every process
+    gets the amplifier of the first process. With `progress` a progress bar on the terminal counts the slow steps.
+    With the selection "oracle" the held-out normals are not used for training either.
+    Raises ValueError on unusable data, textures or weights, NonFiniteLossError if stage I diverges.
     """
     data, category, amplification = config.data, spec.category, config.amplification
     backbone, levels = config.model.backbone, config.model.levels
@@ -167,7 +167,7 @@ def _amplified(
     key: str,
     on_epoch: Callable[[AmplificationEpoch], object],
 ) -> AmplifiedTeacher:
-    """The teacher after stage I; its weights come from the cache where `key` and `config` are known."""
+    """The teacher after stage I; its weights come from the cache if it has an entry for `key` and `config`."""
     amplifier = build_amplifier(teacher, config.memory_size, config.amplification_seed).to(device)
     parameters = list(amplifier.parameters())
     sizes = [parameter.numel() for parameter in parameters]
@@ -185,7 +185,7 @@ def _amplified(
         found = cache.get(f"amplifier|{key}|{config}", found.shape, np.float32, fill)
     weights = torch.from_numpy(np.array(found)).to(device)
     if dist.is_available() and dist.is_initialized():
-        # Stage I ran on every machine, and not every device rounds alike: the students need one teacher.
+        # Stage I ran on every machine and devices round differently, but all students need the same teacher.
         dist.broadcast(weights, 0)
     with torch.no_grad():
         for parameter, values in zip(parameters, weights.split(sizes), strict=True):

@@ -1,4 +1,4 @@
-"""The training of students on normal images: `fit` yields steps and epochs, and the caller decides what follows."""
+"""Training of students on normal images: `fit` yields steps and epochs, and the caller decides what to do next."""
 
 import math
 import time
@@ -18,20 +18,20 @@ from dskd.model.teacher import normalize
 
 
 class NonFiniteLossError(FloatingPointError):
-    """Training diverged; the message names step and epoch, student and level, and what to try."""
+    """Training diverged; the message names step, epoch, student and level, and says what to try."""
 
 
 class Step(NamedTuple):
-    """One optimiser step taken."""
+    """One completed optimiser step."""
 
     num_images: int
-    """Images of the batch, over all workers."""
+    """Number of images in the batch, over all workers."""
     loss: Tensor
     """This worker's loss, a scalar on the training device; reading it waits for the device."""
 
 
 class Epoch(NamedTuple):
-    """What one pass over the training images gave; losses are means over all workers' steps."""
+    """Result of one pass over the training images; losses are means over all workers' steps."""
 
     number: int
     """Counted from 0."""
@@ -47,13 +47,13 @@ def build_optimizer(students: nn.Module, config: TrainConfig) -> torch.optim.Opt
     """The optimiser of RD4AD (arXiv 2201.10703) or STFPM (arXiv 2103.04257) over the students' parameters."""
     if config.optimizer == "sgd":
         return torch.optim.SGD(students.parameters(), lr=config.learning_rate, momentum=0.9, weight_decay=1e-4)
-    # One kernel for all parameters on a GPU; the same update up to rounding.
+    # On a GPU one kernel updates all parameters; the result is the same up to rounding.
     fused = True if next(students.parameters()).is_cuda else None
     return torch.optim.Adam(students.parameters(), lr=config.learning_rate, betas=(0.5, 0.999), fused=fused)
 
 
 def learning_rate(config: TrainConfig, progress: float) -> float:
-    """Step size after the share `progress` in [0, 1) of all optimiser steps."""
+    """Learning rate after the share `progress` in [0, 1) of all optimiser steps."""
     if config.schedule == "cosine":
         return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
     if config.schedule == "multistep":
@@ -66,9 +66,9 @@ def epoch_batches(
 ) -> list[npt.NDArray[np.int64]]:
     """Indices of this process's share of every global batch of an epoch.
 
-    The order depends on seed and epoch alone, and a global batch holds the same images for any
-    number of processes, so N workers see what one worker sees. The last batch is left out when it
-    is not full, unless it is the only one; every share has the same size, as DDP's mean over
+    The order depends only on seed and epoch, and a global batch holds the same images for any
+    number of processes, so N workers see the same images as one worker. The last batch is left out if it
+    is not full, unless it is the only one. Every share has the same size, as DDP's mean over
     gradients requires, so up to world_size - 1 images of a batch may be left out.
     """
     order = np.random.default_rng((seed, epoch)).permutation(num_images)
@@ -96,13 +96,13 @@ def fit(
     worker: WorkerRank = WorkerRank(),  # noqa: B008 - an immutable tuple
     first_epoch: int = 0,
 ) -> Iterator[Step | Epoch]:
-    """Train `students` in place on normal images (N, S, S, 3), yielding every step, and the epoch after its steps.
+    """Train `students` in place on normal images (N, S, S, 3); yields every step, and each epoch after its steps.
 
-    `students` maps (images, teacher pyramid) to student pyramids and may be wrapped for DDP. All
-    state lies in `students` and `optimizer`: save both after an epoch, restore them and pass the
-    next index as `first_epoch`, and the remaining epochs are those of an uninterrupted run.
+    `students` maps (images, teacher pyramid) to student pyramids and may be wrapped for DDP. The whole
+    state is in `students` and `optimizer`: save both after an epoch, later restore them and pass the
+    next index as `first_epoch`; the remaining epochs are then equal to those of an uninterrupted run.
 
-    Raises NonFiniteLossError at the end of the epoch in which a loss is not a finite number.
+    Raises NonFiniteLossError at the end of an epoch in which a loss is not a finite number.
     """
     on_gpu = device.type == "cuda"
     for epoch in range(first_epoch, config.train.epochs):
@@ -142,7 +142,7 @@ def _divergence(
     teacher_features: FeatureTable,
     config: RunConfig,
 ) -> str:
-    """The error message for `losses` (steps, 4 + 2 * levels) that are not all finite; it names the first such step."""
+    """The error message if not all `losses` (steps, 4 + 2 * levels) are finite; it names the first such step."""
     step = int(losses[:, 0].isfinite().logical_not().nonzero()[0])
     levels = config.model.levels
     wrong = losses[step, 4:].isfinite().logical_not().unflatten(0, (2, len(levels)))  # (2, levels)

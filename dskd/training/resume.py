@@ -1,4 +1,4 @@
-"""The folder with the state of an unfinished training; it survives a kill, and one process at a time holds it."""
+"""The folder with the state of an unfinished training; it remains after a kill, and one process at a time locks it."""
 
 import os
 import shutil
@@ -19,8 +19,8 @@ _PATIENCE = 0.5
 def training_folder(out: Path, *, restart: bool = False) -> Iterator[Path]:
     """`<out>.training`, locked by this process until the block ends; it holds the state to resume from.
 
-    The folder is removed when the block ends well, or fails before any state was saved. `restart` discards an
-    older state. Raises ValueError where another process trains into `out`.
+    The folder is removed if the block ends without an error, or fails before any state was saved. `restart` discards
+    an older state. Raises ValueError if another process trains into `out`.
     """
     folder = out.with_name(f"{out.name}.training")
     lock = _take_lock(folder, out)
@@ -33,11 +33,11 @@ def training_folder(out: Path, *, restart: bool = False) -> Iterator[Path]:
     finally:
         is_over = is_over or not has_state(folder)
         if is_over:
-            # With the lock held: nobody may take it between the release and the removal.
+            # Removed before the lock is released, so that no other process can take the lock in between.
             shutil.rmtree(folder, ignore_errors=True)
         lock.release()
         if is_over and os.name == "nt":
-            # Windows removes the lock's file only now, and not at all where another process has opened it meanwhile.
+            # Windows can remove the lock's file only now, and not at all if another process has opened it meanwhile.
             with suppress(OSError):
                 (folder / _LOCK_FILE).unlink(missing_ok=True)
                 folder.rmdir()
@@ -54,7 +54,7 @@ def _take_lock(folder: Path, out: Path) -> FileLock:
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            # More than one attempt: the process that held it may just remove the folder with the lock in it.
+            # May need several attempts: the process that held the lock may be removing the folder with the lock file.
             lock.acquire(timeout=_PATIENCE)
         except FileNotFoundError:
             continue

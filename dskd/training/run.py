@@ -1,4 +1,4 @@
-"""One category's run: train the students on prepared inputs, keep those of the best epoch."""
+"""The run of one category: train the students on prepared inputs and keep those of the best epoch."""
 
 import copy
 import dataclasses
@@ -34,14 +34,14 @@ class EpochResult(NamedTuple):
 
     epoch: Epoch
     scores: Scores
-    """On held-out normals, synthetic defects, and real labelled ones where there are some."""
+    """Metrics on held-out normals, synthetic defects, and real labelled defects if there are some."""
     objective: float
     best_objective: float
-    """Highest objective of the epochs so far; a search compares it, as a run keeps its best epoch."""
+    """Highest objective of the epochs so far; a search compares this value, because a run keeps its best epoch."""
 
 
 def objective(scores: Scores) -> float:
-    """The figure that selects epochs and trials: mean of image AUROC and AUPRO on the validation images."""
+    """The value by which epochs and trials are selected: mean of image AUROC and AUPRO on the validation images."""
     return (scores.image_auroc + scores.aupro) / 2
 
 
@@ -66,10 +66,10 @@ class TrainingRun:
     def begin(
         cls, config: RunConfig, inputs: TrainingData, device: torch.device, num_workers: int = 1
     ) -> "TrainingRun":
-        """Untrained students, initialised from the configuration's seed alike on every worker.
+        """A run with untrained students, initialised from the configuration's seed, equal on every worker.
 
-        Several workers share their BatchNorm statistics. Raises ValueError where `inputs` were prepared
-        for another stage I, and where a batch holds one value per channel, which BatchNorm cannot train on.
+        Several workers share their BatchNorm statistics. Raises ValueError if `inputs` were prepared
+        for another stage I, or if a batch holds one value per channel, on which BatchNorm cannot train.
         """
         if config.amplification != inputs.amplification:
             raise ValueError(
@@ -83,10 +83,10 @@ class TrainingRun:
         return cls(config, inputs, device, students, build_optimizer(students, config.train))
 
     def epochs(self, trained: nn.Module | None = None, worker: WorkerRank = WorkerRank()) -> Iterator[EpochResult]:  # noqa: B008
-        """Train to the configured last epoch, validating after each.
+        """Train until the configured last epoch, with a validation after each epoch.
 
-        `trained` is `students` wrapped for DDP where several workers train together; every worker
-        then yields the same figures.
+        `trained` is `students` wrapped for DDP if several workers train together; every worker
+        then yields the same results.
         """
         return (each for each in self.steps(trained, worker) if isinstance(each, EpochResult))
 
@@ -95,7 +95,7 @@ class TrainingRun:
         trained: nn.Module | None = None,
         worker: WorkerRank = WorkerRank(),  # noqa: B008 - an immutable tuple
     ) -> Iterator[Step | EpochResult]:
-        """`epochs` with every optimiser step yielded as well, before its epoch."""
+        """Like `epochs`, but also yields every optimiser step, before its epoch."""
         inputs = self.inputs
         training = fit(
             trained or self.students,
@@ -135,16 +135,16 @@ class TrainingRun:
                 worker.world_size,
             )
         except ValueError as error:
-            # Images and labels are sound: only maps of the epoch's last update can be refused.
+            # Images and labels are valid: the error can only come from maps that are not finite after the last update.
             raise NonFiniteLossError(
                 f"the students of epoch {epoch.number + 1} give no finite anomaly maps; "
                 f"learning_rate {self.config.train.learning_rate:g} is probably too high, try a tenth of it."
             ) from error
 
     def save(self, folder: Path) -> None:
-        """Write the state to resume from, atomically; a resumed training equals an uninterrupted one.
+        """Write the state to resume from, atomically; a resumed training gives the same result as an uninterrupted one.
 
-        Raises OSError where it cannot be written.
+        Raises OSError if it cannot be written.
         """
         state = {
             "identity": self._identity(),
@@ -157,15 +157,15 @@ class TrainingRun:
             "best_weights": self.best_weights,
             "history": [(tuple(each.epoch), tuple(each.scores), *each[2:]) for each in self.history],
         }
-        content = io.BytesIO()  # torch's own writer raises a RuntimeError on a full disk, of positions in a file
+        content = io.BytesIO()  # on a full disk torch's own writer raises a RuntimeError about file positions
         torch.save(state, content)
         with file_in_making(folder / STATE_FILE) as partial:
             partial.write_bytes(content.getbuffer())
 
     def restore(self, folder: Path) -> None:
-        """Resume from what `save` wrote.
+        """Resume from the state that `save` wrote.
 
-        Raises ValueError when it is damaged or belongs to another configuration, data or teacher.
+        Raises ValueError if it is damaged or belongs to another configuration, other data or another teacher.
         """
         path = folder / STATE_FILE
         try:
@@ -190,7 +190,7 @@ class TrainingRun:
         self.history = [EpochResult(Epoch(*epoch), Scores(*scores), *rest) for epoch, scores, *rest in state["history"]]
 
     def _identity(self) -> dict[str, Any]:
-        """Everything that decides the result of this training, by name; runs with equal values train alike."""
+        """All that determines the result of this training, by name; runs with equal values give equal results."""
         inputs = self.inputs
         return self.config.flat() | {
             "category": inputs.category,
@@ -204,7 +204,7 @@ class TrainingRun:
         """Record and weights (teacher and best students) of the finished detector.
 
         With `score_candidates` its score configuration is the one that `search_scores` found, and the record's
-        `val/` figures are those of that configuration. Leaves `students` with the weights of the best epoch.
+        `val/` metrics are those of that configuration. Afterwards `students` has the weights of the best epoch.
         """
         assert self.best_scores is not None, "no epoch has been trained"
         self.students.load_state_dict(self.best_weights)
@@ -238,7 +238,7 @@ class TrainingRun:
         return record, weights
 
     def _with_best_score(self) -> tuple[RunConfig, Scores, dict[str, float]]:
-        """The configuration with the best score parameters known for `students`, its figures, and what it gained."""
+        """The configuration with the best score parameters found for `students`, its metrics, and the search's gain."""
         assert self.best_scores is not None
         if not self.config.score.score_candidates:
             return self.config, self.best_scores, {}
@@ -259,17 +259,17 @@ class TrainingRun:
         config = dataclasses.replace(self.config, score=found.best)
         seen = score_images(inputs.validation_features, self.students, truth.images, config, self.device)
         scores = compute_metrics(seen, truth)
-        # The candidates were compared on a coarse grid; at full size the given configuration may still be ahead.
+        # The candidates were compared on a coarse grid; at full size the given configuration may still be better.
         if objective(scores) < objective(self.best_scores):
             return self.config, self.best_scores, searched | {"val/score_adopted": 0.0}
         return config, scores, searched | {"val/score_adopted": float(found.is_adopted)}
 
 
 def _check_batch_of_one(students: nn.Module, config: RunConfig, inputs: TrainingData, device: torch.device) -> None:
-    """Raise ValueError where batches of one image leave the deepest layer one position: said before the training."""
+    """Raise ValueError before the training if batches of one image give the deepest layer only one position."""
     if min(config.train.batch_size, len(inputs.train_images)) > 1:
         return
-    trial = copy.deepcopy(students).train()  # a step in training changes BatchNorm's statistics
+    trial = copy.deepcopy(students).train()  # a copy: a forward pass in train mode changes BatchNorm's statistics
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
             first = np.zeros(1, np.int64)

@@ -1,8 +1,8 @@
-"""Better score parameters for students that are already trained: how maps are fused, blurred and pooled.
+"""Search better score parameters for students that are already trained: how maps are fused, blurred and pooled.
 
-Thousands of configurations a minute are tried on the discrepancies of the validation images, without
-retraining. So many tries on so few images find something better by chance alone; a winner is therefore
-adopted only where winners of the same procedure, found on one half of the images, are better on the other half.
+Thousands of configurations per minute are tried on the discrepancies of the validation images, without
+retraining. With so many trials on so few images some are better only by chance. A winner is therefore
+adopted only if winners of the same procedure, found on one half of the images, are better on the other half.
 """
 
 import dataclasses
@@ -21,23 +21,23 @@ from dskd.anomaly import Discrepancies, anomaly_maps, image_scores
 from dskd.config import Fusion, ScoreConfig
 
 _GRID = 32
-"""Side of the maps that candidates are compared on; blur scales with it."""
+"""Side of the maps on which candidates are compared; the blur is scaled accordingly."""
 _REPEATS = 3
-"""Times that the images are halved anew."""
+"""Number of random splits of the images into halves."""
 _STUDENT_FUSIONS = (*get_args(Fusion), "noisy-or")
 _TOP_FRACTIONS = (0.0, 0.002, 0.005, 0.01, 0.03)
 
 
 class ScoreSearch(NamedTuple):
-    """What a search of score parameters found; gains are of the mean of image AUROC and AUPRO."""
+    """Result of a search of score parameters; gains refer to the mean of image AUROC and AUPRO."""
 
     best: ScoreConfig
-    """The winner where it is adopted, else the baseline: the given configuration, or the same with equal weights
-    where that is as good."""
+    """The winner if it is adopted, otherwise the baseline: the given configuration, or the same with equal weights
+    if that is at least as good."""
     is_adopted: bool
-    """Whether winners beat the baseline on images that did not choose them by more than the standard error."""
+    """Whether winners beat the baseline by more than the standard error, on images not used to choose them."""
     gain: float
-    """Mean of winner minus baseline on the images that did not choose the winner."""
+    """Mean of winner minus baseline on the images that were not used to choose the winner."""
     standard_error: float
     num_candidates: int
     seconds: float
@@ -57,11 +57,11 @@ def search_scores(
     """Try `num_candidates` configurations of level weights, student weights, fusion, blur and pooling.
 
     `found` are the discrepancies of N validation images; `masks` (N, S, S), `labels`, `has_mask` and `sources`
-    (N,) as in `LabelledImages`. An image and its defective copies always lie in the same half of the images.
+    (N,) as in `LabelledImages`. An image and its defective copies are always in the same half of the images.
 
-    The gain is measured by repeated halving: the winner of one half is compared with the baseline on the
-    other. Its standard error is that of Nadeau and Bengio (2003), which allows for halves of the same images.
-    With fewer than four sources nothing can be measured, and `given` stays.
+    The gain is measured by repeated splits into halves: the winner on one half is compared with the baseline on
+    the other. Its standard error follows Nadeau and Bengio (2003), who account for splits of the same images.
+    With fewer than four sources nothing can be measured, and `given` is kept.
     """
     started = time.perf_counter()
     rng = np.random.default_rng(seed)
@@ -78,7 +78,7 @@ def search_scores(
         first, second = objectives[:, 1 + 2 * index], objectives[:, 2 + 2 * index]
         gains += [second[first.argmax()] - second[baseline], first[second.argmax()] - first[baseline]]
     gain = float(np.mean(gains))
-    # One half chooses as many images as the other measures: a ratio of 1 in Nadeau and Bengio's correction.
+    # Both halves, for choosing and for measuring, are of equal size: a ratio of 1 in Nadeau and Bengio's correction.
     error = math.sqrt((1 / len(gains) + 1) * float(np.var(gains, ddof=1)))
     winner = int(objectives[:, 0].argmax())
     is_adopted = gain > error and winner != baseline
@@ -102,7 +102,7 @@ def _equal_weights(given: ScoreConfig) -> ScoreConfig:
 
 
 def _draw(given: ScoreConfig, found: Discrepancies, rng: np.random.Generator) -> ScoreConfig:
-    """A candidate; weights are drawn uniformly over their share of the whole."""
+    """A random candidate; its weights are drawn uniformly among all weights with the same sum."""
     levels = found.encoder or found.decoder
     assert levels is not None
     weights = rng.dirichlet(np.ones(len(levels))) * len(levels)
@@ -130,7 +130,7 @@ def _objectives(
     config: ScoreConfig,
     parts: list[npt.NDArray[np.int64]],
 ) -> list[float]:
-    """Mean of image AUROC and AUPRO of each part of the images."""
+    """Mean of image AUROC and AUPRO for each part of the images."""
     maps = anomaly_maps(found, config, _GRID)
     scores = image_scores(maps, config.score_top_fraction).numpy()
     pixels = maps.numpy()
@@ -144,7 +144,7 @@ def _objectives(
 def _halves(
     sources: npt.NDArray[np.int64], labels: npt.NDArray[np.bool_], rng: np.random.Generator
 ) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-    """Random halves of the sources, as the images of each; none where they are too few."""
+    """Indices of the images in random halves of the sources; an empty list if there are too few sources."""
     names = np.unique(sources)
     if len(names) < 4:
         return []
@@ -158,7 +158,7 @@ def _halves(
 
 
 def _on_grid(found: Discrepancies) -> Discrepancies:
-    """Every level on the grid, computed once for all candidates."""
+    """Every level resized to the grid, computed once for all candidates."""
 
     def resize(levels: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
         if levels is None:
@@ -169,7 +169,7 @@ def _on_grid(found: Discrepancies) -> Discrepancies:
 
 
 def _reduced(masks: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """Masks on the grid; a cell is defective where any of its pixels is, so that no defect vanishes."""
+    """Masks on the grid; a cell is defective if any of its pixels is, so no defect disappears."""
     cells = F.adaptive_max_pool2d(torch.from_numpy(masks)[:, None].float(), _GRID)
     reduced: npt.NDArray[np.bool_] = cells[:, 0].numpy() > 0
     return reduced

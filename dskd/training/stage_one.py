@@ -1,7 +1,7 @@
-"""Stage I of AAND: an amplifier learns on synthetic defects what the frozen teacher should tell apart.
+"""Stage I of AAND: an amplifier learns from synthetic defects to separate normal and abnormal teacher features.
 
-`fit_amplifier` yields one epoch at a time, as `dskd.training.loop.fit` does for the students, which come after it
-and see good images only (Tang et al., arXiv 2405.02068).
+`fit_amplifier` yields one epoch at a time, like `dskd.training.loop.fit` for the students, which are trained
+afterwards on good images only (Tang et al., arXiv 2405.02068).
 """
 
 import math
@@ -29,17 +29,17 @@ from dskd.training.loop import NonFiniteLossError, build_optimizer, epoch_batche
 CLEAN_SHARE = 0.2
 """Probability that an image is shown without a defect."""
 PATCH_SHARE = 0.3
-"""A position is a defect's, or the object's, when more than this share of its pixels is."""
+"""A position belongs to a defect, or to the object, if more than this share of its pixels does."""
 MAX_NORMAL, MAX_ABNORMAL = 5000, 1000
-"""Most positions of a batch and level that the amplification loss pairs with each other."""
+"""Largest numbers of positions per batch and level that the amplification loss pairs with each other."""
 
-# Last element of a seed, which keeps the streams of defects and of positions apart; not 0, which numpy
-# could not tell from a shorter seed.
+# Last element of a seed, so that defects and positions use different random streams; not 0, since numpy
+# gives the same stream for a shorter seed.
 _DEFECTS, _POSITIONS = 1, 2
 
 
 class AmplificationEpoch(NamedTuple):
-    """What one pass of stage I gave; losses are means over the steps."""
+    """Result of one epoch of stage I; losses are means over the steps."""
 
     number: int
     """Counted from 0."""
@@ -53,7 +53,7 @@ class AmplificationEpoch(NamedTuple):
 
 
 def amplifier_optimizer(amplifier: Amplifier, config: AmplificationConfig) -> torch.optim.Optimizer:
-    """AAND's: Adam with betas (0.5, 0.999)."""
+    """The optimiser of AAND: Adam with betas (0.5, 0.999)."""
     return build_optimizer(amplifier, _schedule(config))
 
 
@@ -68,20 +68,20 @@ def fit_amplifier(
     first_epoch: int = 0,
     textures: npt.NDArray[np.uint8] | None = None,
 ) -> Iterator[AmplificationEpoch]:
-    """Train `amplifier` in place on good images (N, S, S, 3), yielding after every epoch.
+    """Train `amplifier` in place on good images (N, S, S, 3); yields after every epoch.
 
-    Each epoch gives four images of five a new synthetic defect (`textures` as in `add_defects`). The gate
-    learns to find the defects (focal loss); the residual learns to make their features less similar to
-    normal ones (amplification loss) with the true positions in the gate's place, so that each is trained
-    by its own loss alone. The amplifier of the last epoch is the result: the released code selects by the
-    test set, and a schedule that ends at a 25th of the step needs no selection.
+    In each epoch four of five images get a new synthetic defect (`textures` as in `add_defects`). The gate
+    learns to find the defects (focal loss). The residual learns to make their features less similar to
+    normal ones (amplification loss), with the true positions instead of the gate's output, so each of the two is
+    trained only by its own loss. The amplifier of the last epoch is the result: the released code selects the epoch
+    by the test set, but a schedule that ends at 1/25 of the first learning rate needs no selection.
 
-    The released code takes the object from grey thresholds chosen per category; ours is `find_foreground`.
-    A position is normal where no defect is but the object.
+    The released code finds the object by grey thresholds chosen per category; we use `find_foreground`.
+    A position is normal if it is on the object and has no defect.
 
-    As in `fit`, all state lies in `amplifier` and `optimizer`, and `first_epoch` goes on exactly where an
-    interrupted run stopped. Images are drawn by torch.get_num_threads() threads; what is drawn depends on
-    the seed, the epoch and the image's index alone.
+    As in `fit`, the whole state is in `amplifier` and `optimizer`, and `first_epoch` continues exactly where an
+    interrupted run stopped. Images are drawn by torch.get_num_threads() threads; the drawn images depend only on
+    the seed, the epoch and the image's index.
 
     Raises NonFiniteLossError as soon as an epoch's loss is not a finite number.
     """
@@ -128,10 +128,10 @@ def stage_losses(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Focal and amplification loss of one batch, each summed over the levels.
 
-    `defects` and `normals` say per level which positions (B, H, W) are taken for which; `rng` chooses among
-    them where there are more than MAX_ABNORMAL and MAX_NORMAL. The true positions stand in the gate's place
-    (teacher forcing): a normal one keeps its features and an abnormal one gets its whole residual, so
-    residuals are computed for the chosen abnormal positions alone.
+    `defects` and `normals` mark per level the abnormal and the normal positions (B, H, W); `rng` chooses among
+    them if there are more than MAX_ABNORMAL or MAX_NORMAL. The true positions are used instead of the gate's
+    output (teacher forcing): a normal position keeps its features and an abnormal one gets its full residual, so
+    residuals are computed only for the chosen abnormal positions.
     """
     gate_loss = residual_loss = torch.zeros((), device=pyramid[0].device)
     for level, features, defect, normal in zip(amplifier.levels, pyramid, defects, normals, strict=True):
@@ -145,7 +145,7 @@ def stage_losses(
 
 
 def patch_masks(masks: npt.NDArray[np.bool_], sizes: Sequence[tuple[int, int]]) -> tuple[npt.NDArray[np.bool_], ...]:
-    """Pixel masks (N, S, S) as masks (N, H, W) of feature positions, for each size (H, W)."""
+    """Pixel masks (N, S, S) converted to masks (N, H, W) of feature positions, for each size (H, W)."""
     pixels = torch.from_numpy(masks)[:, None].float()
     return tuple((F.adaptive_avg_pool2d(pixels, size)[:, 0] > PATCH_SHARE).numpy() for size in sizes)
 
@@ -157,7 +157,7 @@ def draw_example(
     epoch: int,
     textures: npt.NDArray[np.uint8] | None = None,
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
-    """What stage I shows of the `index`-th good image (S, S, 3) in an epoch, and the defect's mask (S, S)."""
+    """The `index`-th good image (S, S, 3) as stage I uses it in an epoch, and the mask (S, S) of its defect."""
     rng = np.random.default_rng((seed, epoch, index, _DEFECTS))
     if rng.random() < CLEAN_SHARE:
         return image, np.zeros(image.shape[:2], np.bool_)
@@ -176,7 +176,7 @@ def _schedule(config: AmplificationConfig) -> TrainConfig:
 
 
 def _object_patches(images: npt.NDArray[np.uint8], sizes: Sequence[tuple[int, int]]) -> list[npt.NDArray[np.bool_]]:
-    """Per level, which positions (N, H, W) lie on the object; all of them where it fills the image."""
+    """For each level, which positions (N, H, W) lie on the object; all of them if it fills the image."""
     of_images = [patch_masks(find_foreground(image)[None], sizes) for image in images]
     return [np.concatenate(of_level) for of_level in zip(*of_images, strict=True)]
 
@@ -205,7 +205,7 @@ def _draw_ahead(
 def features_at(
     features: Float[Tensor, "b c h w"], where: npt.NDArray[np.bool_], limit: int, rng: np.random.Generator
 ) -> Float[Tensor, "n c"]:
-    """The vectors of up to `limit` of the positions `where` (B, H, W), drawn without replacement."""
+    """Feature vectors at up to `limit` of the positions `where` (B, H, W), drawn without replacement."""
     places = np.flatnonzero(where)
     if len(places) > limit:
         places = rng.choice(places, limit, replace=False)

@@ -66,6 +66,7 @@ def test_other_failures_are_not_laid_to_memory_whatever_came_before(last: str) -
         (KILLED, 9),
         (OF_WORKERS.format("RuntimeError: [gloo/transport/tcp/pair.cc] Connection closed by peer [10.0.0.7]:4710"), 9),
         (OF_WORKERS.format(KILLED), 9),
+        ("The actor died: The actor never ran - it was cancelled before it started running.", 9),
         (MONITOR, 3),
         (OF_WORKERS.format(MONITOR) + UNREACHABLE, 3),
         ("RuntimeError: cuDNN error", 3),

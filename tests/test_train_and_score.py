@@ -68,8 +68,8 @@ def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
 
 def wait_for(cluster: dict[str, str]) -> None:
     body = "import time, ray\nfor _ in range(60):\n    try:\n        ray.init(log_to_driver=False)\n        break\n" \
-           "    except ConnectionError:\n        time.sleep(1)\n"  # fmt: skip
-    assert run("-c", body, env=cluster).returncode == 0
+           "    except ConnectionError:\n        time.sleep(1)\nassert ray.is_initialized()\n"  # fmt: skip
+    assert run("-c", body, env=cluster).returncode == 0, "the head did not start: see head.log"
 
 
 @pytest.mark.cluster

@@ -13,6 +13,8 @@ _MONITOR = "due to the node running low on memory"
 _SEEN = re.compile(r"Memory on the node \(IP: ([^,]+),[^)]*\) was ([\d.]+)GB used / ([\d.]+)GB limit")
 # The process ended without a message to its raylet; its node is still alive.
 _VANISHED = "Worker unexpectedly exits with a connection error"
+# The process was killed before it ran, on a node that is short of memory for one (seen with Ray 2.60).
+_NEVER_RAN = "The actor never ran - it was cancelled before it started running"
 # The process was lost with its node: Ray notices the broken connection first.
 _LOST = re.compile(r"The actor [0-9a-f]+ is unavailable|its node has died|its owner has died")
 # Errors of the other workers when one has died, often before Ray has noticed.
@@ -35,7 +37,7 @@ def retry_cost(text: str) -> int:
         return 33
     if _LOST.search(last):
         return 1
-    return 11 if _VANISHED in last or _PEER.search(last) else 33
+    return 11 if _VANISHED in last or _NEVER_RAN in last or _PEER.search(last) else 33
 
 
 def last_failure(text: str) -> str:

@@ -1,5 +1,6 @@
 """What a search would find wrong before its first worker, in full and without a trace."""
 
+import dataclasses
 import json
 import shutil
 import socket
@@ -56,6 +57,14 @@ def test_every_bad_category_and_file_is_named(data: Path, tmp_path: Path) -> Non
     assert lines[0].startswith("wood: ") and "holds 0 images" in lines[0]
     assert [str(image) in line for image, line in zip(images, lines[1:4], strict=False)] == [True] * 3
     assert lines[4].startswith("tile: 2 more images cannot be read")
+
+
+def test_faults_of_test_masks_stop_only_a_search_that_selects_by_them(data: Path, tmp_path: Path) -> None:
+    (data / "tile" / "test" / "scratch" / "000.png").unlink()
+    honest = plan_of(settings(data, tmp_path / "results"))
+    assert set(read_categories(honest, data)) == {"tile", "wood"}
+    with pytest.raises(PreflightError, match="tile: .*mask.* has no image"):
+        read_categories(dataclasses.replace(honest, selection="oracle"), data)
 
 
 def test_all_that_is_wrong_is_said_at_once_and_nothing_is_made(

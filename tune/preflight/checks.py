@@ -12,7 +12,7 @@ import optuna
 import sqlalchemy
 from sqlalchemy.exc import SQLAlchemyError
 
-from dskd.data.datasets import Category, read_category
+from dskd.data.datasets import Category, read_category, read_test_split
 from dskd.data.images import check_header
 from tune.preflight.draft import Draft, with_user_address
 from tune.preflight.identity import check_continues
@@ -114,6 +114,8 @@ def read_categories(plan: SearchPlan, root: Path) -> dict[str, Category]:
         try:
             check_category(name)
             categories[name] = read_category(root, name)
+            if plan.selection == "oracle":
+                read_test_split(root, name)
         except (ValueError, OSError) as error:
             errors.append(f"{name}: {error}")
     for name, category in categories.items():

@@ -63,7 +63,7 @@ def test_faults_of_test_masks_stop_only_a_search_that_selects_by_them(data: Path
     (data / "tile" / "test" / "scratch" / "000.png").unlink()
     honest = plan_of(settings(data, tmp_path / "results"))
     assert set(read_categories(honest, data)) == {"tile", "wood"}
-    with pytest.raises(PreflightError, match="tile: .*mask.* has no image"):
+    with pytest.raises(PreflightError, match=r"tile: .*mask.* has no image"):
         read_categories(dataclasses.replace(honest, selection="oracle"), data)
 
 

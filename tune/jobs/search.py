@@ -1,34 +1,32 @@
-"""From settings to a finished search: connect, check, search, print the table."""
+"""From settings to a finished search: connect, check, search, print the table.
+
+Ray takes most of the time until the first step, so it starts at once, in the main thread; everything else is
+imported and checked beside it, in a thread.
+"""
 
 import _thread
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, redirect_stdout
 from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import ray
-import ray.exceptions
-from rich.console import Console
-from rich.table import Table
 
-from dskd.checkpoint import RECORD_FILE
-from dskd.config import RunConfig
-from dskd.detector import UNTRAINED_TEACHER
-from tune.preflight import identity
-from tune.preflight.checks import PreflightError, check_inputs, collect_errors, join_cluster
-from tune.preflight.draft import drafted
-from tune.runtime.cluster import cluster_nodes, resolve_gpus
+from tune.preflight.draft import Draft, drafted
+from tune.preflight.room import PreflightError, check_cluster
+from tune.runtime.cluster import cluster_nodes, connect, resolve_gpus
 from tune.settings.plan import SearchPlan
 from tune.settings.search import SearchSettings
-from tune.storage.champions import Champion
-from tune.storage.files import Storage, StorageError
-from tune.storage.lease import only_search
-from tune.study.categories import CategoryResult, run_search
-from tune.study.progress import SearchProgress, TimeShare
-from tune.tracking.client import tracking_ui_command
-from tune.tracking.runs import code_revision, run_tags
-from tune.tracking.tracker import Tracker
+from tune.settings.workers import Workers
+from tune.study.progress import SearchProgress
+from tune.trial.groups import Groups, worker_groups
+from tune.trial.spec import spec_of
+
+if TYPE_CHECKING:  # a slow import, see above
+    from tune.study.categories import CategoryResult
 
 _TRACKING_PATIENCE = 600.0
 """Seconds to wait for an absent tracking server after the search has finished."""
@@ -53,14 +51,29 @@ def search(settings: SearchSettings) -> int:
     return 0 if all(result.champion for result in results) else 1
 
 
-def _search(settings: SearchSettings, held: ExitStack) -> list[CategoryResult]:
+class _Begun(NamedTuple):
+    """A search whose checks have passed, with its first worker group."""
+
+    plan: SearchPlan
+    workers: Workers
+    groups: Groups
+
+
+def _search(settings: SearchSettings, held: ExitStack) -> list["CategoryResult"]:
     progress = SearchProgress(settings.trials, settings.epochs)
-    plan = _checked_plan(settings, progress, held)
+    plan, workers, groups = _begin(settings, progress, held)
+    from dskd.detector import UNTRAINED_TEACHER
+    from tune.jobs.outcome import show_outcome
+    from tune.preflight import identity
+    from tune.storage.files import Storage
+    from tune.study.categories import run_search
+    from tune.tracking.runs import code_revision, run_tags
+    from tune.tracking.tracker import Tracker
+
     if plan.teacher.is_untrained:
         progress.say(UNTRAINED_TEACHER)
     addresses = plan.addresses
-    gpus = resolve_gpus(plan.gpus_per_worker, cluster_nodes())
-    identity.record(Storage(addresses.home), plan, gpus)
+    identity.record(Storage(addresses.home), plan, workers.gpus)
     unsent, revision = addresses.unsent_events(plan.name), code_revision()
     tracker = Tracker(
         addresses.tracking,
@@ -71,109 +84,68 @@ def _search(settings: SearchSettings, held: ExitStack) -> list[CategoryResult]:
     )
     progress.say(f"searching {', '.join(plan.categories)}: {plan.trials} trials each, state in {addresses.home}")
     with progress.watching(plan.categories):
-        results = run_search(plan, gpus, revision, tracker, progress)
+        results = run_search(plan, groups, workers, revision, tracker, progress)
     if num_unsent := tracker.close(_TRACKING_PATIENCE):
         progress.say(f"MLflow does not answer: {num_unsent} events are in {unsent}; the same command writes them")
-    _show(results, plan, settings, progress.time_share())
+    show_outcome(results, plan, settings, progress.time_share())
     return results
 
 
-def _checked_plan(settings: SearchSettings, progress: SearchProgress, held: ExitStack) -> SearchPlan:
-    """The plan of a search after checking data, teacher, servers and cluster; `held` keeps its lease.
+def _begin(settings: SearchSettings, progress: SearchProgress, held: ExitStack) -> _Begun:
+    """Check data, teacher, servers and cluster, and start the first worker group; `held` keeps it and the lease.
 
     Raises PreflightError with all errors.
     """
-    with drafted(settings) as draft:
-        categories, errors = check_inputs(draft)
+    lease = held.enter_context(ExitStack())  # entered first, so given back last
+    with drafted(settings) as draft, ThreadPoolExecutor(1, thread_name_prefix="preflight") as beside:
+        checking = beside.submit(_check, draft, lease, partial(_end, progress))
+        plan, of_cluster, begun = draft.plan, [], None
+        if settings.address or plan is not None:  # do not start Ray if there are errors already
+            try:
+                connect(settings.address)
+                if plan is not None:
+                    begun = _first_group(plan, held)
+            except (ValueError, OSError) as error:
+                of_cluster = str(error).splitlines()
+        categories, errors = checking.result()
+    if errors or of_cluster or begun is None:
+        raise PreflightError([*errors, *of_cluster])
+    for category in categories:
+        progress.say(category)
+    return begun
+
+
+def _check(draft: Draft, lease: ExitStack, on_loss: Callable[[str], None]) -> tuple[list[str], list[str]]:
+    """Check all but the cluster, and take the lease; returns a line for each category, and the errors."""
+    from tune.preflight.checks import check_inputs, collect_errors
+    from tune.storage.files import Storage
+    from tune.storage.lease import only_search
+
+    categories, errors = check_inputs(draft)
     if not errors:
-        held.enter_context(only_search(Storage(draft.addresses.home), settings.name, partial(_end, progress)))
-    if settings.address or not errors:  # do not start Ray if there are errors already
-        errors += collect_errors(lambda: join_cluster(settings.address, draft.plan))
-    if errors or draft.plan is None:
-        raise PreflightError(errors)
-    for category in categories.values():
-        progress.say(category.describe())
-    return draft.plan
+        search_only = only_search(Storage(draft.addresses.home), draft.settings.name, on_loss)
+        errors = collect_errors(lambda: lease.enter_context(search_only))
+    if not errors:  # what the search needs next
+        from tune.jobs import outcome  # noqa: F401
+    return [category.describe() for category in categories.values()], errors
+
+
+def _first_group(plan: SearchPlan, held: ExitStack) -> _Begun:
+    """Start the worker groups; raises ValueError if the cluster cannot hold a trial."""
+    nodes = cluster_nodes()
+    check_cluster(plan, nodes)
+    workers = Workers(plan.num_workers, plan.cpus_per_worker, resolve_gpus(plan.gpus_per_worker, nodes))
+    groups = worker_groups(
+        workers,
+        min_workers=plan.min_workers,
+        home=plan.addresses.home,
+        max_groups=plan.max_concurrent,
+        first=spec_of(plan, plan.categories[0], workers, revision=""),
+    )
+    return _Begun(plan, workers, held.enter_context(groups))
 
 
 def _end(progress: SearchProgress, reason: str) -> None:
     """End this search as Ctrl-C does; callable from any thread."""
     progress.say(reason)
     _thread.interrupt_main()
-
-
-def _show(
-    results: Sequence[CategoryResult], plan: SearchPlan, settings: SearchSettings, share: TimeShare | None
-) -> None:
-    table = Table(title=f"Champions of {settings.name}")
-    for column in (
-        "category",
-        "trials",
-        "pruned",
-        "failed",
-        "validation",
-        "image AUROC",
-        "pixel AUROC",
-        "AUPRO",
-    ):
-        table.add_column(column, justify="left" if column == "category" else "right")
-    for result in results:
-        counts = [str(result.num_trials), str(result.num_pruned), str(result.num_failed)]
-        metrics = result.champion.metrics if result.champion else {}
-        figures = ("val/objective", "test/image_auroc", "test/pixel_auroc", "test/aupro")
-        table.add_row(
-            result.category,
-            *counts,
-            *(f"{metrics[name]:.4f}" if name in metrics else "–" for name in figures),
-        )
-    console = Console(stderr=True, width=None if sys.stderr.isatty() else 110)
-    console.print(table)
-    if settings.selection == "oracle":
-        console.print(
-            "[bold red]selection=oracle: selected on the test images, as papers do; these figures are too optimistic[/]"
-        )
-    else:
-        console.print(
-            "validation: mean of image AUROC and AUPRO on synthetic defects; AUROC and AUPRO: test images, once"
-        )
-    if plan.teacher.is_untrained:
-        console.print("[bold red]untrained teacher: these figures have no meaning for inspection[/]")
-    for result in results:
-        if result.error:
-            console.print(f"{result.category}: no champion: {result.error}", markup=False)
-        if result.champion:
-            place = f"{plan.addresses.home}/{result.champion.folder}"
-            for line in (f"{result.category}: {changes_of(result.champion, plan)}", f"  in {place}"):
-                console.print(line, markup=False, highlight=False, soft_wrap=True)
-    if share is not None:
-        console.print(share.sentence, highlight=False)
-    lines = [
-        f"pull:    python tune/pull.py all --name {settings.name} --storage {settings.storage} --out detectors",
-        f"compare: {tracking_ui_command(plan.addresses.tracking)}",
-    ]
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def changes_of(champion: Champion, plan: SearchPlan) -> str:
-    """The fields in which a champion's configuration differs from the closest preset of the search, as text."""
-    try:
-        record = Storage(plan.addresses.home).read_json(f"{champion.folder}/{RECORD_FILE}")
-    except StorageError as error:  # the search itself has succeeded
-        return str(error)
-    if record is None:
-        return "its record is missing in the storage"
-    found = RunConfig.from_dict(record["config"]).flat()
-    differences = {
-        preset: {name: value for name, value in found.items() if value != base.flat()[name]}
-        for preset, base in plan.configs.items()
-    }
-    preset = min(differences, key=lambda name: len(differences[name]))
-    changed = ", ".join(f"{name} {_short(value)}" for name, value in differences[preset].items())
-    return f"{preset} with {changed}" if changed else f"{preset} itself"
-
-
-def _short(value: object) -> str:
-    if isinstance(value, tuple):
-        return f"({', '.join(map(_short, value))})"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

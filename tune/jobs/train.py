@@ -8,10 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-import pyarrow.fs
 import ray
-import ray.train
-from ray.util.queue import Queue
 
 from dskd.atomic import check_can_be_made
 from dskd.checkpoint import DetectorRecord, read_record, sha256_of
@@ -20,7 +17,6 @@ from dskd.data.defects import choose_textures
 from dskd.detector import UNTRAINED_TEACHER
 from dskd.model.teacher import build_teacher
 from tune.runtime.cluster import cluster_nodes, connect, describe_shortage, resolve_gpus
-from tune.runtime.relay import relayed
 from tune.settings.entry import say
 from tune.settings.train import TrainingSettings
 from tune.settings.workers import Workers
@@ -33,10 +29,11 @@ from tune.tracking.events import EpochDone, Remarked, TrialEnded, TrialStarted
 from tune.tracking.outbox import TrackingRefusedError, TrackingUnavailableError
 from tune.tracking.runs import TrackedRun, code_revision, run_tags, tracked_run
 from tune.tracking.tracker import Tracker
+from tune.trial.assignment import Metrics, Training
 from tune.trial.evaluation import save_evaluated_champion
-from tune.trial.groups import ray_train_job
-from tune.trial.spec import EPOCH, ERROR, REMARK, TrialSpec, build_spec, tracked_figures
-from tune.trial.trainable import MAX_FAILURES
+from tune.trial.follower import AssignmentFailedError
+from tune.trial.groups import Groups, worker_groups
+from tune.trial.spec import CHECKPOINT, EPOCH, ERROR, REMARK, TrialSpec, build_spec, tracked_figures
 
 _TRACKING_PATIENCE = 600.0
 """Seconds to wait for an absent tracking server after the training has finished."""
@@ -121,7 +118,7 @@ def _trained(settings: TrainingSettings, repeated: TrackedRun | None) -> Trained
         cache_gb=settings.cache_gb,
         workers=_workers(settings),
         min_workers=None,
-        workers_uri=storage.uri,
+        workers_uri=f"{storage.uri}/workers",
         revision=code_revision(),
     )
     unsent = addresses.unsent_events(f"{settings.name}-{name}")
@@ -135,7 +132,8 @@ def _trained(settings: TrainingSettings, repeated: TrackedRun | None) -> Trained
         has_parents=False,
     )
     try:
-        return _conclude(settings, storage, key, spec, tracker, repeated)
+        with worker_groups(spec.workers, min_workers=None, home=storage.uri, max_groups=1, first=spec) as groups:
+            return _conclude(settings, storage, key, spec, tracker, groups, repeated)
     finally:
         if num_unsent := tracker.close(_TRACKING_PATIENCE):
             say(f"MLflow does not answer: {num_unsent} events are in {unsent}; the same command writes them")
@@ -147,6 +145,7 @@ def _conclude(
     key: str,
     spec: TrialSpec,
     tracker: Tracker,
+    groups: Groups,
     repeated: TrackedRun | None,
 ) -> Trained:
     """Train unless done already, evaluate once on the test images, then store, track and write the detector."""
@@ -155,13 +154,16 @@ def _conclude(
     champion = find_champion(storage, category)
     if champion is None:
         try:
-            detector = _fit(settings, key, spec, tracker)
+            detector = _fit(settings, key, spec, tracker, groups)
         except TrainingError as error:
             tracker.put(TrialEnded(category, key, "failed", str(error)))
             raise
         say("evaluating once on the test images")
         with TemporaryDirectory(prefix="dskd-") as temporary:
-            champion, _ = save_evaluated_champion(storage, spec, key, detector, Path(temporary) / "detector")
+            local = Path(temporary) / "detector"
+            champion, _, remark = save_evaluated_champion(storage, spec, key, detector, local, groups)
+        if remark:
+            say(remark)
     tracker.put(TrialEnded(category, key, "finished", ""))
     record = download_detector(storage, champion, settings.out)
     if repeated is not None and repeated.data_sha256 not in ("", record.data_sha256):
@@ -229,44 +231,23 @@ def _workers(settings: TrainingSettings) -> Workers:
     return workers
 
 
-def _fit(settings: TrainingSettings, key: str, spec: TrialSpec, tracker: Tracker) -> str:
+def _fit(settings: TrainingSettings, key: str, spec: TrialSpec, tracker: Tracker, groups: Groups) -> str:
     """Train to the last epoch, from the last checkpoint if there is one; returns the address of the detector's folder.
 
     Raises TrainingError if the training diverges or its workers keep failing.
     """
-    with relayed(_EpochTracking(settings, key, spec, tracker)) as events:
-        job = ray_train_job(
-            spec,
-            ray.train.RunConfig(
-                name="workers",
-                storage_path=spec.workers_uri,
-                callbacks=[_Relay(events)],  # type: ignore[list-item]
-                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
-                failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
-            ),
-        )
-        try:
-            result = job.fit()
-        except ray.train.WorkerGroupError as error:
-            reasons = [str(failure).strip().splitlines()[-1] for failure in error.worker_failures.values()]
-            raise TrainingError(reasons[0] if reasons else str(error).strip().splitlines()[-1]) from None
-        except ray.train.TrainingFailedError as error:
-            raise TrainingError(str(error).strip().splitlines()[-1]) from None
-    if reason := (result.metrics or {}).get(ERROR):
+    track = _EpochTracking(settings, key, spec, tracker)
+    assignment = Training(trial_id=key, spec=spec)
+    last: Metrics = {}
+    try:
+        for last in groups.follow(assignment):
+            track(last)
+    except AssignmentFailedError as error:
+        raise TrainingError(str(error)) from None
+    groups.forget(assignment)
+    if reason := last.get(ERROR):
         raise TrainingError(str(reason))
-    assert result.checkpoint is not None, "the last report of the first worker carries the detector"
-    scheme = "s3://" if isinstance(result.checkpoint.filesystem, pyarrow.fs.S3FileSystem) else ""
-    return f"{scheme}{result.checkpoint.path}/{DETECTOR_FOLDER}"
-
-
-class _Relay(ray.train.UserCallback):
-    """Sends the first worker's reports from Ray Train's controller to the driver."""
-
-    def __init__(self, events: Queue) -> None:
-        self._events = events
-
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        self._events.put(metrics[0])
+    return f"{last[CHECKPOINT]}/{DETECTOR_FOLDER}"
 
 
 class _EpochTracking:
@@ -277,7 +258,7 @@ class _EpochTracking:
         self._key, self._category, self._tracker = key, spec.category, tracker
         self._remarks: set[str] = set()
 
-    def __call__(self, report: dict[str, Any]) -> None:
+    def __call__(self, report: Metrics) -> None:
         say(_epoch_line(report, self._epochs))
         if (remark := str(report.get(REMARK, ""))) and remark not in self._remarks:
             self._remarks.add(remark)
@@ -287,7 +268,7 @@ class _EpochTracking:
         self._tracker.put(EpochDone(self._category, self._key, int(report[EPOCH]), tracked_figures(report), now))
 
 
-def _epoch_line(report: dict[str, Any], epochs: int) -> str:
+def _epoch_line(report: Metrics, epochs: int) -> str:
     at = f"epoch {report[EPOCH]:3d}/{epochs}"
     if ERROR in report:
         return f"{at}  {report[ERROR]}"

@@ -2,7 +2,7 @@
 
 import os
 import sqlite3
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -16,10 +16,9 @@ from dskd.data.datasets import Category, read_category, read_test_split
 from dskd.data.images import check_header
 from tune.preflight.draft import Draft, with_user_address
 from tune.preflight.identity import check_continues
-from tune.runtime.cluster import Resources, cluster_nodes, connect, describe_shortage, resolve_gpus
+from tune.preflight.room import PreflightError
 from tune.settings.plan import SearchPlan, resolve_studies
 from tune.settings.search import SearchSettings
-from tune.settings.workers import Workers
 from tune.storage.files import Storage, open_search
 from tune.storage.uris import Addresses, is_address
 from tune.tracking.client import check_server, without_password
@@ -27,13 +26,6 @@ from tune.tracking.registry import check_category
 
 _MAX_FILES_LISTED = 3
 _MAX_THREADS = 16
-
-
-class PreflightError(ValueError):
-    """Several errors, one line each."""
-
-    def __init__(self, lines: Sequence[str]) -> None:
-        super().__init__("\n".join(lines))
 
 
 class Inputs(NamedTuple):
@@ -213,30 +205,3 @@ def _unusable_studies(url: str, error: Exception) -> ConnectionError:
 
 def _nearest_existing(path: Path) -> Path:
     return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
-
-
-def join_cluster(address: str | None, plan: SearchPlan | None) -> None:
-    """Connect, and check that the cluster can hold a trial; raises the errors of `connect` and `check_cluster`."""
-    connect(address)
-    if plan is not None:
-        check_cluster(plan, cluster_nodes())
-
-
-def check_cluster(plan: SearchPlan, nodes: Sequence[Resources]) -> None:
-    """Raise PreflightError if the nodes cannot hold a trial; one worker never spans two nodes.
-
-    Not checked with --max-concurrent, which means that the cluster will grow when trials need it.
-    """
-    if plan.max_concurrent is not None:
-        return
-    workers = Workers(
-        plan.min_workers or plan.num_workers, plan.cpus_per_worker, resolve_gpus(plan.gpus_per_worker, nodes)
-    )
-    if shortage := describe_shortage(nodes, workers):
-        raise PreflightError(
-            [
-                f"{line}; lower --workers-per-trial, --cpus-per-worker or --gpus-per-worker, or give --max-concurrent "
-                "where the cluster grows by itself."
-                for line in shortage
-            ]
-        )

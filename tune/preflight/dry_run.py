@@ -115,7 +115,8 @@ def _task(draft: Draft) -> SpeedTask:
 def _on_cluster(draft: Draft) -> _DryRun:
     import ray
 
-    from tune.preflight.checks import check_inputs, collect_errors, join_cluster
+    from tune.preflight.checks import check_inputs, collect_errors
+    from tune.preflight.room import join_cluster
     from tune.runtime.cluster import cluster_nodes, resolve_gpus
 
     inputs = check_inputs(draft, leave_no_trace=True)
@@ -161,7 +162,8 @@ def _measure_on_cluster(task: SpeedTask) -> Speed | None:
 def _planned(
     draft: Draft, inputs: "Inputs", errors: list[str], nodes: Sequence[Mapping[str, float]], speed: Speed | None
 ) -> _DryRun:
-    from tune.preflight.checks import PreflightError, check_cluster, collect_errors
+    from tune.preflight.checks import collect_errors
+    from tune.preflight.room import PreflightError, check_cluster
     from tune.runtime.cluster import count_trials, resolve_gpus
 
     plan = draft.plan

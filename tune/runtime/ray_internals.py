@@ -24,18 +24,13 @@ if TYPE_CHECKING:  # slow imports that the processes of trials do not need
 _AWS_KEYS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"}
 
 
-def free(placement_group: str) -> None:
-    """Remove a placement group by its hex id; this also kills the processes that still run in it."""
-    ray.util.remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(placement_group))))
-
-
 def free_abandoned() -> list[str]:
     """Remove the placement groups of this job whose creator actors are dead; returns their hex ids.
 
     Ray keeps a placement group until both its creator actor and the whole job have ended. Ray Train's own cleaner
     frees those of a dead controller only if they were registered with it, which a controller killed while its
     workers start never does, and only if the dashboard answers (ray issue 54305). No public table of Ray shows the
-    creator of a group.
+    creator of a group. Called when a controller was lost, which is rare.
     """
     job = ray.get_runtime_context().get_job_id()
     rows = map(PlacementGroupTableData.FromString, state._connect_and_get_accessor().get_placement_group_table())
@@ -49,14 +44,14 @@ def free_abandoned() -> list[str]:
         and not ray.ActorID(row.creator_actor_id).is_nil()  # created by a task or the driver
     ]
     for each in abandoned:
-        free(each)
+        ray.util.remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(each))))
     return abandoned
 
 
 class Reservation(WorkerGroupCallback, ControllerCallback):
     """Removes the placement group of workers that died between creating their process group and their first step.
 
-    Ray Train forgets it then (2.60: `WorkerGroup._start` treats the workers as started), and later trials wait
+    Ray Train forgets it then (2.60: `WorkerGroup._start` treats the workers as started), and the next workers wait
     forever for its resources. Runs in the controller of the Ray Train job.
     """
 

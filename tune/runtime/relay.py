@@ -6,8 +6,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray.util.queue import Empty, Queue
+from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+_END = "end"
+"""The last item: all others have been handled before it."""
 
 
 @contextmanager
@@ -18,16 +21,9 @@ def relayed(handle: Callable[[Any], object]) -> Iterator[Queue]:
     another node its items would be lost if that node failed.
     """
     events = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": this_node()})
-    is_done = threading.Event()
 
     def relay() -> None:
-        while True:
-            try:
-                item = events.get(timeout=1)
-            except Empty:
-                if is_done.is_set():
-                    return
-                continue
+        while (item := events.get()) != _END:
             handle(item)
 
     relaying = threading.Thread(target=relay, name="relay")
@@ -35,7 +31,7 @@ def relayed(handle: Callable[[Any], object]) -> Iterator[Queue]:
     try:
         yield events
     finally:
-        is_done.set()
+        events.put(_END)
         relaying.join()
 
 

@@ -172,6 +172,15 @@ class Storage:
 
         self._with_retries(send, f"writing {name}")
 
+    def remove(self, folder: str) -> None:
+        """Remove a folder and all files below it; nothing happens if there is none."""
+
+        def remove() -> None:
+            if self._files.get_file_info(self._path(folder)).type != pyarrow.fs.FileType.NotFound:
+                self._files.delete_dir(self._path(folder))
+
+        self._with_retries(remove, f"removing {folder}")
+
     def location(self) -> tuple[pyarrow.fs.FileSystem, str]:
         """pyarrow file system and path of the root, for libraries that need them."""
         return self._files, self._root

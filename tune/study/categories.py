@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import shlex
 import traceback
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -29,7 +29,8 @@ from tune.tracking.events import CategoryEnded, Event, TrialEnded
 from tune.tracking.outbox import TrackingRefusedError, TrackingUnavailableError
 from tune.tracking.tracker import Tracker
 from tune.trial.evaluation import save_evaluated_champion
-from tune.trial.spec import TrialSpec, build_spec
+from tune.trial.groups import Groups
+from tune.trial.spec import TrialSpec, spec_of
 from tune.trial.trainable import driver_resources
 
 logger = logging.getLogger(__name__)
@@ -64,14 +65,13 @@ class CategoryResult(NamedTuple):
 
 
 def run_search(
-    plan: SearchPlan, gpus_per_worker: float, revision: str, tracker: Tracker, progress: SearchProgress
+    plan: SearchPlan, groups: Groups, workers: Workers, revision: str, tracker: Tracker, progress: SearchProgress
 ) -> list[CategoryResult]:
     """Search every category of the plan, at most as many at once as the cluster can hold trials; results in plan order.
 
     An error in one category becomes its result and does not stop the others.
     """
-    workers = Workers(plan.num_workers, plan.cpus_per_worker, gpus_per_worker)
-    search = SharedSearch(plan, workers, revision, tracker, progress)
+    search = SharedSearch(plan, groups, workers, revision, tracker, progress)
     slots = plan.max_concurrent or count_trials(cluster_nodes(), search.workers)
     side_by_side = min(len(plan.categories), slots)
     budget = TimeBudget(plan.budget_seconds, len(plan.categories), side_by_side)
@@ -96,6 +96,7 @@ class SharedSearch(NamedTuple):
     """What all categories of a search share in the driver."""
 
     plan: SearchPlan
+    groups: Groups
     workers: Workers
     revision: str
     tracker: Tracker
@@ -112,11 +113,18 @@ def search_one(search: SharedSearch, category: str, budget: TimeBudget, shares: 
     try:
         try:
             deadline = budget.begin_category()
-            spec = _spec(search, category)
+            spec = spec_of(search.plan, category, search.workers, search.revision)
             space = with_winners(search.plan, category, search.progress)
             task = search_task.options(resources=driver_resources())
-            running = task.remote(search.plan.of_category(category, space), spec, Share(shares), events, deadline)
-            study = ray.get(running)
+            running = task.remote(
+                search.plan.of_category(category, space),
+                spec,
+                Share(shares),
+                events,
+                deadline,
+                search.groups.dispatcher,
+            )
+            study = _outcome(running, search.groups)
         finally:
             shares.end_category.remote()  # the steps below use no trial's slot
         result, tags = _conclude(search, spec, study)
@@ -136,21 +144,17 @@ def search_one(search: SharedSearch, category: str, budget: TimeBudget, shares: 
     return result
 
 
-def _spec(search: SharedSearch, category: str) -> TrialSpec:
-    plan = search.plan
-    return build_spec(
-        plan.config,
-        data=plan.data,
-        category=category,
-        teacher=plan.teacher,
-        textures=plan.textures,
-        selection=plan.selection,
-        cache_gb=plan.cache_gb,
-        workers=search.workers,
-        min_workers=plan.min_workers,
-        workers_uri=f"{plan.addresses.home}/workers/{category}",
-        revision=search.revision,
-    )
+def _outcome(running: "ray.ObjectRef[StudyResult]", groups: Groups) -> StudyResult:
+    """Wait for a category's study; ends it if no worker group can start, so that it can be continued later.
+
+    Raises OSError with the reason.
+    """
+    fault = groups.fault()
+    (first,), _ = ray.wait([running, fault], num_returns=1)
+    if first is fault:
+        ray.cancel(running, force=True)
+        raise OSError(f"no worker can start: {ray.get(fault)}; the same command continues the search")
+    return ray.get(running)
 
 
 def with_winners(plan: SearchPlan, category: str, progress: SearchProgress) -> Space:
@@ -199,23 +203,36 @@ def _conclude(search: SharedSearch, spec: TrialSpec, study: StudyResult) -> tupl
         return result._replace(error=reason), {}
     trial_id, detector = study.best
     known = find_champion(search.storage, category)
-    if known is not None and known.trial_id == trial_id and known.run_id:
-        progress.say(f"{category}: trial {trial_id} is the champion already")
-        _log_study(search, category)
-        return result._replace(champion=known), {}
-    progress.say(f"{category}: trial {trial_id} is the best, evaluating it once on the test images")
-    with TemporaryDirectory(prefix="dskd-") as temporary:
+    with TemporaryDirectory(prefix="dskd-") as temporary, ThreadPoolExecutor(1) as beside:
+        pictures = beside.submit(_draw_study, search, category, Path(temporary) / "study")
+        if known is not None and known.trial_id == trial_id and known.run_id:
+            progress.say(f"{category}: trial {trial_id} is the champion already")
+            _log_study(search, category, pictures.result())
+            return result._replace(champion=known), {}
+        progress.say(f"{category}: trial {trial_id} is the best, evaluating it once on the test images")
         local = Path(temporary) / "detector"
-        champion, record = save_evaluated_champion(search.storage, spec, trial_id, detector, local)
+        champion, record, remark = save_evaluated_champion(
+            search.storage, spec, trial_id, detector, local, search.groups
+        )
+        if remark:
+            progress.say(f"{category}: {remark}")
         figures = fetch_figures(detector, Path(temporary) / "figures")
-        champion, tags = _register(search, result._replace(champion=champion), record, local, figures)
+        champion, tags = _register(search, result._replace(champion=champion), record, local, figures, pictures)
     return result._replace(champion=champion), {"dskd.champion_trial": trial_id, **tags}
 
 
 def _register(
-    search: SharedSearch, result: CategoryResult, record: DetectorRecord, detector: Path, figures: Path | None
+    search: SharedSearch,
+    result: CategoryResult,
+    record: DetectorRecord,
+    detector: Path,
+    figures: Path | None,
+    pictures: "Future[_Pictures]",
 ) -> tuple[Champion, dict[str, str]]:
-    """Register the champion in MLflow; returns it with its run, and tags. Unchanged if MLflow is away."""
+    """Register the champion in MLflow; returns it with its run, and tags. Unchanged if MLflow is away.
+
+    `pictures`: those of the category's study, being drawn.
+    """
     plan, progress, category, champion = search.plan, search.progress, result.category, result.champion
     assert champion is not None
     try:
@@ -247,7 +264,7 @@ def _register(
         pull=f"python tune/pull.py {shlex.quote(category)} --name {plan.name} "
         f"--storage {shlex.quote(plan.addresses.storage)} --out detectors",
         remarks=[
-            *_log_study(search, category),
+            *_log_study(search, category, pictures.result()),
             *([] if figures else ["validation: no pictures, an earlier version trained this trial"]),
             *(["The teacher is untrained: these figures have no meaning."] if record.is_untrained_teacher else []),
         ],
@@ -256,12 +273,22 @@ def _register(
     return champion, {"dskd.champion_model": model, "mlflow.note.content": note}
 
 
-def _log_study(search: SharedSearch, category: str) -> tuple[str, ...]:
-    """Log pictures of the category's study; returns a line for each that cannot be drawn, with the reason."""
-    with TemporaryDirectory(prefix="dskd-") as temporary:
-        missing = draw_study(search.plan.studies, f"{search.plan.name}/{category}", Path(temporary))
-        try:
-            search.tracker.add_study(category, Path(temporary), _TRACKING_PATIENCE)
-        except (TrackingUnavailableError, TrackingRefusedError) as error:
-            search.progress.say(f"{category}: {error}; the study's pictures are not logged, the same command does so")
-    return missing
+class _Pictures(NamedTuple):
+    """Pictures of a category's study."""
+
+    folder: Path
+    missing: tuple[str, ...]
+    """A line for each that cannot be drawn, with the reason."""
+
+
+def _draw_study(search: SharedSearch, category: str, folder: Path) -> _Pictures:
+    return _Pictures(folder, draw_study(search.plan.studies, f"{search.plan.name}/{category}", folder))
+
+
+def _log_study(search: SharedSearch, category: str, pictures: _Pictures) -> tuple[str, ...]:
+    """Log the pictures of the category's study; returns a line for each that is missing."""
+    try:
+        search.tracker.add_study(category, pictures.folder, _TRACKING_PATIENCE)
+    except (TrackingUnavailableError, TrackingRefusedError) as error:
+        search.progress.say(f"{category}: {error}; the study's pictures are not logged, the same command does so")
+    return pictures.missing

@@ -29,7 +29,6 @@ from tune.study.hooks import (
     Searcher,
     StudyStorage,
     Suggestions,
-    Sweep,
     close_abandoned,
     detector_uri,
 )
@@ -53,20 +52,21 @@ class StudyResult(NamedTuple):
 
 
 def search_category(
-    plan: SearchPlan, spec: TrialSpec, share: Share, events: Queue, deadline: float | None
+    plan: SearchPlan, spec: TrialSpec, share: Share, events: Queue, deadline: float | None, dispatcher: str
 ) -> StudyResult:
     """Run or continue the trials of the plan's only category and put their events into `events`.
 
     All trials use `spec`, each with its own configuration. The category runs its `share` of `--max-concurrent`
-    trials, or of as many as the cluster can hold at that time. `deadline` is in seconds since 1970.
+    trials, or of as many as the cluster can hold at that time. `deadline` is in seconds since 1970. The `dispatcher` of
+    that name gives the trials to worker groups.
 
     Meant to run in a Ray task: if its process is lost, a retry continues from Tune's last snapshot.
     """
     _set_up_tune()
-    context = StudyContext(plan=plan, spec=spec, share=share, events=events, deadline=deadline)
+    context = StudyContext(plan=plan, spec=spec, share=share, events=events, deadline=deadline, dispatcher=dispatcher)
     enter_study(context)
     space = context.space
-    runs = trainable(spec, space)
+    runs = trainable(spec, space, dispatcher)
     folder, name = f"{plan.addresses.home}/tune", context.category
     if ray.tune.Tuner.can_restore(f"{folder}/{name}"):
         tuner = ray.tune.Tuner.restore(f"{folder}/{name}", runs, resume_unfinished=True)
@@ -77,9 +77,7 @@ def search_category(
                 metric=OBJECTIVE,
                 mode="max",
                 num_samples=plan.trials,
-                # Reusing a process saves seconds per trial; with several workers, which are stopped from
-                # outside, it must not be reused.
-                reuse_actors=spec.num_workers == 1,
+                reuse_actors=True,  # a relay begins a trial at once, a new process in seconds
                 search_alg=Suggestions(_searcher(plan, name, space)),
                 scheduler=Halving(
                     time_attr=EPOCH,
@@ -96,7 +94,7 @@ def search_category(
                 storage_path=folder,
                 failure_config=ray.tune.FailureConfig(max_failures=MAX_RETRY_COST),
                 checkpoint_config=ray.tune.CheckpointConfig(num_to_keep=1),
-                callbacks=[Observe(), Sweep()],
+                callbacks=[Observe()],
                 stop=Deadline(),
                 verbose=0,
             ),

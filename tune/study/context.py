@@ -26,12 +26,12 @@ class StudyContext:
     """Queue of the trials' events to the driver."""
     deadline: float | None
     """Seconds since 1970; None: no limit."""
+    dispatcher: str
+    """Name of the actor that hands the trials to worker groups."""
     running: set[str] = field(default_factory=set)
     """Ids of trials that have started and have not ended."""
     interrupted: set[str] = field(default_factory=set)
     """Ids of trials that the deadline interrupted."""
-    out_of_memory: set[str] = field(default_factory=set)
-    """Ids of trials whose last failure was too little memory."""
     failure_reasons: dict[str, str] = field(default_factory=dict)
     """Reasons of finally failed trials, by trial id."""
     is_over: bool = False

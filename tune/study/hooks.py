@@ -1,6 +1,5 @@
 """Objects that Ray Tune calls during the search of a category: searcher, scheduler, stopper and callbacks."""
 
-import math
 import signal
 import time
 from collections.abc import Mapping, Set
@@ -17,25 +16,23 @@ from ray.tune.search import SearchGenerator
 from ray.tune.search.optuna import OptunaSearch
 
 from tune.runtime.cluster import cluster_nodes, count_trials
-from tune.runtime.ray_internals import fill_rungs, free, free_abandoned, num_open_suggestions, study_and_known_trials
+from tune.runtime.ray_internals import fill_rungs, num_open_suggestions, study_and_known_trials
 from tune.storage.uris import DETECTOR_FOLDER
 from tune.study.context import study_context
 from tune.tracking.events import DataUsed, EpochDone, Remarked, Status, TrialEnded, TrialStarted
 from tune.trial.failures import out_of_memory_reason, retry_cost
 from tune.trial.spec import (
     CATEGORY,
+    CHECKPOINT,
     DATA_SHA256,
     EPOCH,
     ERROR,
+    LOST,
     OBJECTIVE,
-    PLACEMENT_GROUP,
     REMARK,
     RUNG,
     tracked_figures,
 )
-
-_SWEEP_SECONDS = 2.0
-"""Seconds between two clean-ups of resources that dead trials left reserved."""
 
 
 def close_abandoned(study: optuna.Study, known: Set[int]) -> None:
@@ -51,8 +48,11 @@ def close_abandoned(study: optuna.Study, known: Set[int]) -> None:
 
 
 def detector_uri(metrics: Mapping[str, Any], checkpoint: ray.tune.Checkpoint | None) -> str | None:
-    """Address of a trial's detector, None without a checkpoint; a nested Ray Train job reports it as a metric."""
-    path = metrics.get("checkpoint_path") or (checkpoint.path if checkpoint else None)
+    """Address of a trial's detector, None without a checkpoint.
+
+    Earlier versions gave checkpoints to Tune, or named them without their scheme.
+    """
+    path = metrics.get(CHECKPOINT) or (checkpoint.path if checkpoint else None)
     if path is None:
         return None
     is_s3 = study_context().plan.addresses.home.startswith("s3://")
@@ -95,10 +95,9 @@ class Searcher(OptunaSearch):
             super().on_trial_result(trial_id, result)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Count a trial that ran out of memory as bad; other failures do not depend on the suggested values."""
-        if error and trial_id in study_context().out_of_memory:
-            result = {OBJECTIVE: 0.0}
-        super().on_trial_complete(trial_id, result, error)
+        """Tell the study that a trial failed if its machines did; one that its own values spoilt counts as bad."""
+        is_lost = error or bool(result and result.get(LOST))
+        super().on_trial_complete(trial_id, None if is_lost else result, is_lost)
 
 
 class Halving(ASHAScheduler):
@@ -116,16 +115,15 @@ class Halving(ASHAScheduler):
         fill_rungs(self, trial, reported)
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        if LOST in result:
+            return self.CONTINUE  # no objective of its own
         decision: str = super().on_trial_result(tune_controller, trial, result)
         return self.CONTINUE if study_context().space.is_untuned(trial.config) else decision
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
-        """Add the failure's retry cost; only the scheduler is called on every failure, the searcher on the last."""
+        """Add the retry cost of a lost relay: of searcher and scheduler, only this one is called on every failure."""
         super().on_trial_error(tune_controller, trial)
-        text = _failure_text(trial)
-        trial.run_metadata.num_failures += retry_cost(text) - 1  # Tune has counted 1 already
-        out_of_memory = study_context().out_of_memory
-        (out_of_memory.add if out_of_memory_reason(text) else out_of_memory.discard)(trial.trial_id)
+        trial.run_metadata.num_failures += retry_cost(_failure_text(trial)) - 1  # Tune has counted 1 already
 
 
 class Suggestions(SearchGenerator):
@@ -170,6 +168,7 @@ class Observe(ray.tune.Callback):
         if self._has_repeated_ends:
             return
         self._has_repeated_ends = True
+        _post().keep_only.remote(study_context().category, [_key(trial) for trial in trials])
         for trial in trials:
             if trial.is_finished():
                 self.on_trial_start(iteration, trials, trial)
@@ -201,15 +200,17 @@ class Observe(ray.tune.Callback):
             # A new epoch resets the failure count, so that lost nodes never end a trial that makes progress.
             self._last_epochs[trial.trial_id] = epoch
             trial.run_metadata.num_failures = 0
+        if LOST in result:
+            return  # no epoch
         when = int(result["timestamp"] * 1000)  # the result's own time, so that a repeated event is the same to MLflow
         context.events.put(EpochDone(category, trial.trial_id, epoch, tracked_figures(result), when))
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        _free_workers(trial)
+        _post().drop.remote(_key(trial))
         _send_end(trial, False)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        _free_workers(trial)
+        _post().drop.remote(_key(trial))
         _send_end(trial, True)
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
@@ -222,24 +223,9 @@ class Observe(ray.tune.Callback):
         context = study_context()
         for trial in trials:
             if trial.trial_id in context.running:
-                _free_workers(trial)
+                _post().drop.remote(_key(trial))
                 if context.is_over:
                     context.events.put(TrialEnded(context.category, trial.trial_id, "interrupted", ""))
-
-
-class Sweep(ray.tune.Callback):
-    """Frees resources that killed trials left reserved; otherwise the next trials would wait for them forever."""
-
-    def __init__(self) -> None:
-        self._swept = -math.inf
-
-    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
-        if time.monotonic() > self._swept + _SWEEP_SECONDS:
-            free_abandoned()
-            self._swept = time.monotonic()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_swept": -math.inf}  # may be restored on another machine, with another clock
 
 
 def _send_end(trial: Trial, is_lost: bool) -> None:
@@ -264,7 +250,10 @@ def _failure_text(trial: Trial) -> str:
     return here.read_text() if here and here.is_file() else str(trial.get_error() or "unknown error")
 
 
-def _free_workers(trial: Trial) -> None:
-    """Free the resources of an ended trial's workers at once: Ray takes seconds, or never does it."""
-    if reserved := (trial.last_result or {}).get(PLACEMENT_GROUP):
-        free(reserved)
+def _post() -> Any:
+    return ray.get_actor(study_context().dispatcher)
+
+
+def _key(trial: Trial) -> str:
+    """Key of the trial's assignment."""
+    return f"{study_context().category}/{trial.trial_id}"

@@ -1,49 +1,57 @@
 """The only use of the test images: a finished trial's detector is evaluated and stored as champion."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-
-import ray
+from typing import TYPE_CHECKING, Any
 
 from dskd.checkpoint import DetectorRecord
 from tune.storage.champions import Champion, save_champion
 from tune.storage.files import Storage
 from tune.storage.staging import local_copy
-from tune.trial.spec import TrialSpec
+from tune.trial.assignment import Evaluation
+from tune.trial.spec import REMARK, TrialSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from tune.trial.groups import Groups
 
 
 def save_evaluated_champion(
-    storage: Storage, spec: TrialSpec, trial_id: str, detector_uri: str, local: Path
-) -> tuple[Champion, DetectorRecord]:
-    """Evaluate a trial's detector on the test images, with the resources of a trial, and store it with these figures.
+    storage: Storage, spec: TrialSpec, trial_id: str, detector_uri: str, local: Path, groups: "Groups"
+) -> tuple[Champion, DetectorRecord, str]:
+    """Let a worker group evaluate a trial's detector on the test images, and store it with these figures.
 
-    The detector is also written to the folder `local`.
+    The detector is also written to the folder `local`. Returns the champion, its record, and a remark for the user,
+    empty unless there are no test figures.
     """
-    evaluation = evaluate_on_test.options(num_cpus=spec.cpus_per_worker, num_gpus=spec.gpus_per_worker)
-    threads = max(1, int(spec.cpus_per_worker))
-    tested = ray.get(evaluation.remote(detector_uri, spec.data, spec.category, threads, spec.cache_gb))
-    return save_champion(storage, spec.category, trial_id, detector_uri, tested, local)
+    assignment = Evaluation(
+        trial_id=trial_id,
+        detector_uri=detector_uri,
+        data=spec.data,
+        category=spec.category,
+        cache_gb=spec.cache_gb,
+        cpus=spec.cpus_per_worker,
+    )
+    (found,) = groups.follow(assignment)
+    groups.forget(assignment)
+    figures = {name: value for name, value in found.items() if name != REMARK}
+    champion, record = save_champion(storage, spec.category, trial_id, detector_uri, figures, local)
+    return champion, record, str(found.get(REMARK, ""))
 
 
-@ray.remote(max_retries=3)
-def evaluate_on_test(
-    detector_uri: str, data: str, category: str, num_threads: int, cache_gb: float
-) -> Mapping[str, float]:
-    """`test/…` figures of a stored detector, computed on the cluster; empty without a usable test split."""
-    import torch  # slow import that the driver does not need
+def evaluate_on_test(assignment: Evaluation, device: "torch.device") -> dict[str, Any]:
+    """`test/…` figures of a stored detector; without a usable test split a remark that says so."""
+    from dskd.detector import Detector  # a slow import that the driver does not need
 
-    from dskd.detector import Detector
-
-    torch.set_num_threads(num_threads)
-    root, _, name = detector_uri.rpartition("/")
+    root, _, name = assignment.detector_uri.rpartition("/")
     with TemporaryDirectory(prefix="dskd-") as temporary:
         folder = Path(temporary) / "detector"
         Storage(root).download(name, folder)
-        detector = Detector.load(folder, "cuda" if torch.cuda.is_available() else "cpu")
+        detector = Detector.load(folder, str(device))
         try:
-            scores = detector.evaluate(local_copy(data, category, cache_gb), category)
+            data = local_copy(assignment.data, assignment.category, assignment.cache_gb)
+            scores = detector.evaluate(data, assignment.category)
         except ValueError as error:
-            print(f"{category}: no test figures: {error}")  # noqa: T201 - Ray sends it to the driver
-            return {}
+            return {REMARK: f"no test figures: {error}"}
     return {f"test/{name}": value for name, value in scores._asdict().items()}

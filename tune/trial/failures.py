@@ -40,6 +40,11 @@ def retry_cost(text: str) -> int:
     return 11 if _VANISHED in last or _NEVER_RAN in last or _PEER.search(last) else 33
 
 
+def last_line(text: str) -> str:
+    """The last line of an error text, which has the exception's type and message."""
+    return (text.strip().splitlines() or ["unknown error"])[-1]
+
+
 def last_failure(text: str) -> str:
     """Tune's text on the last of a trial's failures."""
     return _HEAD.split(text)[-1].strip()

@@ -1,39 +1,172 @@
-"""Groups of DDP workers: the Ray Train job of one trial."""
+"""Worker groups that stay warm: each is started once and takes one assignment after the other.
 
-import dataclasses
-import os
+Two or more workers are a Ray Train job (DDP); one worker is an actor with the same loop, because a job costs seven
+processes beside its workers. A group that fails is replaced when an assignment waits for one.
+"""
 
-import ray.train
-import ray.train.torch
-import ray.util
+import secrets
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
 
+import ray
+import ray.exceptions
+
+from tune.runtime.cluster import cluster_nodes, count_trials
+from tune.runtime.relay import this_node
+from tune.settings.workers import Workers
+from tune.storage.files import Storage, StorageError
+from tune.trial.assignment import Assignment, Demand, Metrics
+from tune.trial.dispatch import Dispatcher, groups_to_start
+from tune.trial.follower import follow
 from tune.trial.spec import TrialSpec
-from tune.trial.worker import run_worker
+
+_LEAVE_SECONDS = 5.0
+"""Seconds that the driver waits at its end for idle groups to leave by themselves."""
 
 
-def ray_train_job(spec: TrialSpec, run_config: ray.train.RunConfig) -> ray.train.torch.TorchTrainer:
-    """DDP training with `spec.num_workers` workers, or with down to `spec.min_workers` if that is given.
+class Post(Dispatcher):
+    """The dispatcher as an actor, which Ray restarts where it was."""
 
-    Replaces two of Ray Train's defaults unless the environment sets them.
-    """
-    # A cluster may have to grow or to finish other work first; by default Ray fails after one minute of waiting.
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "86400")
-    # Ray Train takes one report per worker and health check, and the next report waits: with Ray's default of 2 s
-    # no epoch could take less.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
-    resources = {"CPU": spec.cpus_per_worker}
-    if spec.gpus_per_worker > 0:
-        resources["GPU"] = spec.gpus_per_worker
-    num_workers: int | tuple[int, int] = spec.num_workers
-    if spec.min_workers is not None:
-        num_workers = (spec.min_workers, spec.num_workers)
-    return ray.train.torch.TorchTrainer(
-        run_worker,
-        train_loop_config=dataclasses.asdict(spec),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=num_workers,  # type: ignore[arg-type]
-            use_gpu=spec.gpus_per_worker > 0,
-            resources_per_worker=resources,
-        ),
-        run_config=run_config,
-    )
+    def __init__(self) -> None:
+        super().__init__(is_restarted=ray.get_runtime_context().was_current_actor_reconstructed)
+
+
+class LoneWorker:
+    """A group of one worker."""
+
+    def serve(self, dispatcher: str, slot: str, first: TrialSpec | None, gpus: float) -> None:
+        """Work until the dispatcher sends it home."""
+        from tune.trial.member import serve_alone  # torch, which only workers need
+
+        serve_alone(dispatcher, slot, first, "cuda" if gpus > 0 else "cpu")
+
+
+class Groups:
+    """The groups of a driver, all of the same size, and the dispatcher that they take assignments from."""
+
+    def __init__(
+        self, workers: Workers, min_workers: int | None, home: str, limit: Callable[[], int], first: TrialSpec | None
+    ) -> None:
+        """Start the dispatcher, and a first group, which prepares the images of the trial `first`.
+
+        `limit`: how many groups there may be at once. `home`: folder or address where Ray Train keeps its notes.
+        """
+        self._workers, self._min_workers, self._home, self._limit = workers, min_workers, home, limit
+        self.dispatcher = f"dispatcher-{secrets.token_hex(4)}"
+        """Name of the dispatcher's actor."""
+        # Not a decorator: a decorated class would be pickled by value.
+        self._post: Any = (
+            ray.remote(Post)
+            .options(
+                name=self.dispatcher,
+                num_cpus=0,
+                max_restarts=-1,
+                max_task_retries=-1,
+                max_concurrency=10_000,
+                scheduling_strategy=this_node(),
+            )
+            .remote()
+        )
+        self._lock = threading.Lock()
+        self._number = 0
+        self._running: dict[str, threading.Thread] = {}
+        self._actors: dict[str, Any] = {}
+        self._is_closing = False
+        self._start(first)
+        self._supplying = threading.Thread(target=self._supply, name="groups", daemon=True)
+        self._supplying.start()
+
+    def follow(self, assignment: Assignment) -> Iterator[Metrics]:
+        """The reports of an assignment; raises AssignmentFailedError if it failed too often."""
+        return follow(self.dispatcher, assignment)
+
+    def fault(self) -> "ray.ObjectRef[str]":
+        """A result that comes only if groups cannot start at all: the reason."""
+        found: ray.ObjectRef[str] = self._post.fault.remote()
+        return found
+
+    def forget(self, assignment: Assignment) -> None:
+        """Drop an assignment, finished or not."""
+        ray.get(self._post.drop.remote(assignment.key))
+
+    def send_home(self) -> None:
+        """Let idle groups leave and start no other: no assignment will follow."""
+        self._is_closing = True
+        with suppress(ray.exceptions.RayError):
+            ray.get(self._post.close.remote())
+
+    def close(self) -> None:
+        """End every group; what does not leave within seconds is killed."""
+        self.send_home()
+        for thread in list(self._running.values()):
+            thread.join(_LEAVE_SECONDS)
+        with self._lock:
+            actors = list(self._actors.values())
+        for actor in actors:
+            ray.kill(actor)
+        for thread in list(self._running.values()):
+            thread.join(_LEAVE_SECONDS)
+        self._supplying.join(_LEAVE_SECONDS)
+        if self._workers.number > 1:
+            with suppress(StorageError):
+                Storage(self._home).remove("groups")
+
+    def _supply(self) -> None:
+        """Start a group whenever an assignment waits for one."""
+        version = -1
+        while not self._is_closing:
+            demand: Demand = ray.get(self._post.demand.remote(version))
+            version = demand.version
+            for _ in range(groups_to_start(demand, list(self._running), self._limit())):
+                if not self._is_closing:
+                    self._start(None)
+
+    def _start(self, first: TrialSpec | None) -> None:
+        with self._lock:
+            self._number += 1
+            slot = f"group-{self._number}"
+            thread = threading.Thread(target=self._run, args=(slot, first), name=slot, daemon=True)
+            self._running[slot] = thread
+        thread.start()
+
+    def _run(self, slot: str, first: TrialSpec | None) -> None:
+        try:
+            (self._run_lone if self._workers.number == 1 else self._run_job)(slot, first)
+        except Exception as error:  # whatever ends a group, its assignment goes on in another
+            if not self._is_closing:
+                ray.get(self._post.failed.remote(slot, str(error)))
+        finally:
+            with self._lock:
+                self._running.pop(slot, None)
+                self._actors.pop(slot, None)
+            if not self._is_closing:
+                ray.get(self._post.gone.remote(slot))
+
+    def _run_lone(self, slot: str, first: TrialSpec | None) -> None:
+        made: Any = ray.remote(LoneWorker)
+        actor = made.options(num_cpus=self._workers.cpus, num_gpus=self._workers.gpus).remote()
+        with self._lock:
+            self._actors[slot] = actor
+        try:
+            ray.get(actor.serve.remote(self.dispatcher, slot, first, self._workers.gpus))
+        finally:
+            ray.kill(actor)  # it may live on although its node does not answer
+
+    def _run_job(self, slot: str, first: TrialSpec | None) -> None:
+        from tune.trial.job import run_job  # torch, which a driver of lone workers does not need
+
+        run_job(self.dispatcher, slot, first, self._workers, self._min_workers, f"{self._home}/groups")
+
+
+@contextmanager
+def worker_groups(
+    workers: Workers, *, min_workers: int | None, home: str, max_groups: int | None, first: TrialSpec | None
+) -> Iterator[Groups]:
+    """Groups as long as the block runs; without `max_groups` as many as the cluster can hold at that time."""
+    groups = Groups(workers, min_workers, home, lambda: max_groups or count_trials(cluster_nodes(), workers), first)
+    try:
+        yield groups
+    finally:
+        groups.close()

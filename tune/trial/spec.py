@@ -3,11 +3,14 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dskd.config import RunConfig, Selection, TeacherSource
 from tune.settings.workers import Workers
 from tune.storage.uris import absolute
+
+if TYPE_CHECKING:  # the relays of trials need none of what it imports
+    from tune.settings.plan import SearchPlan
 
 EPOCH = "epoch"
 """Epochs trained so far, counted from 1."""
@@ -21,8 +24,10 @@ DATA_SHA256 = "data_sha256"
 """Fingerprint of the trial's training and validation images."""
 REMARK = "remark"
 """Remark for the user about a trial that runs under a limitation."""
-PLACEMENT_GROUP = "placement_group"
-"""Hex id of the placement group of DDP workers."""
+CHECKPOINT = "checkpoint_path"
+"""Folder or address of the checkpoint that was stored with this report."""
+LOST = "lost"
+"""Set in the last report of a trial that its own values are not to blame for: machines failed too often."""
 RUNG = "rung/"
 """Prefix before an epoch: the objective at that epoch, repeated in all later reports."""
 SYSTEM = "system/"
@@ -45,7 +50,7 @@ class TrialSpec:
     cpus_per_worker: float
     gpus_per_worker: float
     workers_uri: str
-    """Folder or address for the checkpoints of DDP trials."""
+    """Folder or address for the checkpoints of the category's trials."""
     revision: str
     """Git commit of the code; empty if unknown."""
     textures: str = ""
@@ -100,6 +105,23 @@ def build_spec(
         textures=absolute(textures) if textures else "",
         selection=selection,
         min_workers=min_workers,
+    )
+
+
+def spec_of(plan: "SearchPlan", category: str, workers: Workers, revision: str) -> TrialSpec:
+    """What all trials of a search's category share; the configuration is that of the first preset, untuned."""
+    return build_spec(
+        plan.config,
+        data=plan.data,
+        category=category,
+        teacher=plan.teacher,
+        textures=plan.textures,
+        selection=plan.selection,
+        cache_gb=plan.cache_gb,
+        workers=workers,
+        min_workers=plan.min_workers,
+        workers_uri=f"{plan.addresses.home}/workers/{category}",
+        revision=revision,
     )
 
 

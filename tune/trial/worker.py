@@ -1,19 +1,14 @@
 """The training of one trial in a worker process, alone or as one of several DDP workers."""
 
-import contextlib
 import functools
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import psutil
-import ray
-import ray.train
 import ray.train.torch
-import ray.util
 import torch
 
 from dskd.checkpoint import RECORD_FILE, DetectorRecord, read_record, write_detector
@@ -36,7 +31,6 @@ from tune.trial.spec import (
     EPOCH,
     ERROR,
     OBJECTIVE,
-    PLACEMENT_GROUP,
     REMARK,
     RUNG,
     SYSTEM,
@@ -49,30 +43,6 @@ CHECKPOINT_SECONDS = float(os.environ.get("DSKD_CHECKPOINT_SECONDS", "60"))
 """Seconds between checkpoints: a killed trial loses at most this much training, or one epoch if that takes longer."""
 
 
-def run_worker(values: Mapping[str, Any]) -> None:
-    """One DDP worker of a trial; Ray Train calls it on every worker with the fields of `TrialSpec`."""
-    spec = TrialSpec(**values)
-    context = ray.train.get_context()
-    worker = WorkerRank(context.get_world_rank(), context.get_world_size())
-    resumed = ray.train.get_checkpoint()
-    reserved = ray.util.get_current_placement_group()
-    where = {PLACEMENT_GROUP: reserved.id.hex() if reserved else ""}
-    storage = context.get_storage()
-
-    def upload(checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
-        # Ray gives up after seconds; restarting the trial would lose minutes.
-        persist = functools.partial(storage.persist_current_checkpoint, checkpoint, name)
-        kept: ray.train.Checkpoint = with_retries(persist, f"keeping {name}")
-        return kept
-
-    def is_leaving() -> bool:
-        return ray.train.get_preemption_info() is not None
-
-    for report in train(spec, worker, ray.train.torch.get_device(), resumed, is_leaving):
-        kept = ray.train.Checkpoint.from_directory(report.checkpoint) if report.checkpoint else None
-        ray.train.report(report.metrics | where, checkpoint=kept, checkpoint_upload_fn=upload)
-
-
 def _never_leaves() -> bool:
     return False
 
@@ -81,10 +51,10 @@ def train(
     spec: TrialSpec,
     worker: WorkerRank,
     device: torch.device,
-    resumed: "ray.train.Checkpoint | None",
+    resumed: Path | None,
     is_leaving: Callable[[], bool] = _never_leaves,
-) -> Iterator[Report]:
-    """Train to the last epoch, from the checkpoint `resumed` if given; yields a report after every epoch.
+) -> Generator[Report, None, None]:
+    """Train to the last epoch, from the checkpoint in the folder `resumed` if given; yields a report after every epoch.
 
     The first worker's last report has the finished detector in `detector/`; earlier ones have a checkpoint every
     `CHECKPOINT_SECONDS`, or every epoch once `is_leaving` returns True because a node will go. All workers call it
@@ -121,28 +91,19 @@ def _train(
     spec: TrialSpec,
     worker: WorkerRank,
     device: torch.device,
-    resumed: "ray.train.Checkpoint | None",
+    resumed: Path | None,
     is_leaving: Callable[[], bool],
 ) -> Iterator[Report]:
     torch.set_num_threads(max(1, int(spec.cpus_per_worker)))
     device = computing_device(str(device))
     config = RunConfig.from_dict(spec.config)
-    data = DataSpec(
-        data=local_copy(spec.data, spec.category, spec.cache_gb),
-        category=spec.category,
-        teacher=TeacherSource(spec.teacher_weights),
-        textures=Path(spec.textures) if spec.textures else None,
-        selection=spec.selection,
-    )
-    inputs, remark = shared_inputs(config.for_inputs(), data, spec.cache_gb, device)
+    if resumed is not None and (resumed / DETECTOR_FOLDER / RECORD_FILE).is_file():
+        yield _finished(resumed / DETECTOR_FOLDER, config.train.epochs)
+        return
+    inputs, remark = shared_inputs(config.for_inputs(), data_of(spec), spec.cache_gb, device)
     run = TrainingRun.begin(config, inputs, device, worker.world_size)
     if resumed is not None:
-        with contextlib.ExitStack() as downloaded:
-            folder = with_retries(lambda: downloaded.enter_context(resumed.as_directory()), "reading a checkpoint")
-            if (Path(folder) / DETECTOR_FOLDER / RECORD_FILE).is_file():
-                yield _finished(Path(folder) / DETECTOR_FOLDER, config.train.epochs)
-                return
-            run.restore(Path(folder))
+        run.restore(resumed)
     trained = ray.train.torch.prepare_model(run.students) if worker.world_size > 1 else run.students
     saved = time.monotonic()
     machine_usage(device, default_folder())  # starts the measuring period of the next call
@@ -208,6 +169,17 @@ def _finished(detector: Path, epochs: int) -> Report:
     """Repeat the last report: the trial was killed between its last checkpoint and its end."""
     record = read_record(detector)
     return Report({EPOCH: epochs, OBJECTIVE: record.metrics["val/objective"], **record.metrics}, detector.parent)
+
+
+def data_of(spec: TrialSpec) -> DataSpec:
+    """What the trial reads, with the images on this node."""
+    return DataSpec(
+        data=local_copy(spec.data, spec.category, spec.cache_gb),
+        category=spec.category,
+        teacher=TeacherSource(spec.teacher_weights),
+        textures=Path(spec.textures) if spec.textures else None,
+        selection=spec.selection,
+    )
 
 
 @functools.lru_cache(maxsize=2)

@@ -1,0 +1,392 @@
+"""Hands assignments to worker groups and their reports to whoever follows them; no Ray in here.
+
+A search has one dispatcher. Its state is soft: a new one learns what is running from the groups' signs of life and
+from followers, who submit again what it does not know. So it may be killed at any time.
+
+A group is known by its slot; a group that Ray restarts keeps its slot and asks with a later generation, which voids
+what the earlier one left open.
+"""
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+
+from tune.trial.assignment import Assignment, Demand, Evaluation, Failure, Metrics, News, Order
+from tune.trial.failures import MAX_RETRY_COST, last_line, out_of_memory_reason, retry_cost
+from tune.trial.spec import EPOCH
+
+VERDICT_SECONDS = 5.0
+"""Seconds that a group waits to hear whether it goes on; then it does."""
+POLL_SECONDS = 10.0
+"""Longest time in seconds until a question is answered."""
+IDLE_SECONDS = 60.0
+"""Seconds without an assignment after which a group leaves."""
+ABANDONED_SECONDS = 300.0
+"""Seconds after which an assignment that nobody follows is dropped."""
+SETTLE_SECONDS = 5.0
+"""Seconds in which a restarted dispatcher only listens; longer than two signs of life."""
+
+
+@dataclass(slots=True)
+class _Job:
+    """An assignment and its account."""
+
+    assignment: Assignment
+    followed: float
+    """When somebody last asked about it."""
+    slot: str | None = None
+    """The group that works on it; None while it waits."""
+    reports: dict[int, Metrics] = field(default_factory=dict)
+    """By epoch: those that the follower has not acknowledged, and always the last one."""
+    read: int = -1
+    """Last epoch that the follower has acknowledged."""
+    epoch: int = -1
+    cost: int = 0
+    """Retry costs of the failures since the last new epoch."""
+    is_over: bool = False
+    is_dropped: bool = False
+    failure: Failure | None = None
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    verdict: "asyncio.Future[bool] | None" = None
+
+
+@dataclass(slots=True)
+class _Slot:
+    """A group as the dispatcher sees it."""
+
+    generation: float = -math.inf
+    """Start time of the group's loop; reports of an earlier one are void."""
+    key: str | None = None
+    """The assignment that it works on."""
+    asks: "asyncio.Future[Order] | None" = None
+    """Its open question."""
+    has_asked: bool = False
+    """Whether it has asked for anything since it last failed."""
+    idle_since: float = 0.0
+    category: str = ""
+    """Category of its last assignment, whose images it holds in memory."""
+
+
+class Dispatcher:
+    """Queue, leases, verdicts, and the account of each assignment's failures."""
+
+    def __init__(self, *, is_restarted: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._jobs: dict[str, _Job] = {}
+        self._queue: list[str] = []
+        self._slots: dict[str, _Slot] = {}
+        self._version = 0
+        self._changed = asyncio.Event()
+        self._start_cost = 0
+        """Retry costs of groups that ended before they asked for anything, since one last did."""
+        self._fault = ""
+        self._found_fault = asyncio.Event()
+        self._is_closing = False
+        self._settled = clock() + (SETTLE_SECONDS if is_restarted else 0.0)
+
+    # Followers: the relays of trials, and the driver.
+
+    async def submit(self, assignment: Assignment) -> None:
+        """Queue an assignment, unless it is known already: then whoever submits it again joins it."""
+        job = self._jobs.get(assignment.key)
+        if job is not None:
+            job.is_dropped = False
+            job.followed = self._clock()
+            return
+        self._jobs[assignment.key] = _Job(assignment, self._clock())
+        self._queue.append(assignment.key)
+        self._match()
+
+    async def follow(self, key: str, after: int) -> News:
+        """News of an assignment, as soon as there is any, at the latest after `POLL_SECONDS`.
+
+        `after`: the last epoch that the follower has processed, which lets the group go on; −1 if it has just begun
+        to follow.
+        """
+        job = self._jobs.get(key)
+        if job is None:
+            return News(is_known=False)
+        job.followed = self._clock()
+        if after > job.read:
+            job.read = after
+            job.reports = {
+                epoch: report for epoch, report in job.reports.items() if epoch > after or epoch == job.epoch
+            }
+        if after >= job.epoch and job.verdict is not None and not job.verdict.done():
+            job.verdict.set_result(True)
+        if not _has_news(job):
+            job.changed.clear()
+            await _within(POLL_SECONDS, job.changed)
+            job.followed = self._clock()
+            if self._jobs.get(key) is not job:
+                return News(is_known=False)
+        unread = [epoch for epoch in sorted(job.reports) if epoch > job.read or job.is_over]
+        return News(True, tuple(job.reports[epoch] for epoch in unread), job.is_over, job.failure)
+
+    async def drop(self, key: str) -> None:
+        """Forget an assignment that nobody needs any more; a group that works on it is told after its epoch."""
+        job = self._jobs.get(key)
+        if job is None:
+            return
+        if job.slot is None:
+            self._forget(key)
+            return
+        job.is_dropped = True
+        if job.verdict is not None and not job.verdict.done():
+            job.verdict.set_result(False)
+
+    async def keep_only(self, category: str, keys: Collection[str]) -> None:
+        """Drop the other assignments of a category, whose search has begun anew."""
+        for key in [key for key, job in self._jobs.items() if job.assignment.category == category]:
+            if key not in keys:
+                await self.drop(key)
+
+    async def fault(self) -> str:
+        """Wait until groups turn out to be unable to start at all; returns the reason in one line.
+
+        Empty if the driver ends first.
+        """
+        await self._found_fault.wait()
+        return self._fault
+
+    # Groups: rank 0 of each.
+
+    async def ask(self, slot: str, generation: float) -> Order:
+        """The next assignment of a group, at the latest after `POLL_SECONDS` an order without one.
+
+        A group that asks again although it has an unfinished assignment gets the same one.
+        """
+        known = self._slots.setdefault(slot, _Slot())
+        if generation < known.generation:
+            return Order(must_leave=True)
+        if generation > known.generation:
+            self._void(known)
+            known.generation = generation
+        known.has_asked = True
+        self._start_cost = 0
+        if known.key is not None:
+            return Order(self._jobs[known.key].assignment)
+        if self._is_closing:
+            return Order(must_leave=True)
+        mine: asyncio.Future[Order] = asyncio.get_running_loop().create_future()
+        known.asks = mine
+        self._match()
+        await asyncio.wait([mine], timeout=self._patience())
+        if mine.done():
+            return mine.result()
+        if known.asks is mine:
+            known.asks = None
+        return Order(must_leave=self._clock() - known.idle_since >= IDLE_SECONDS)
+
+    async def report(
+        self, slot: str, generation: float, assignment: Assignment, metrics: Metrics, *, is_over: bool
+    ) -> bool:
+        """Take a report; returns whether the group goes on with the assignment.
+
+        Waits for the follower's verdict, at most `VERDICT_SECONDS`.
+        """
+        job = self._leased(slot, generation, assignment)
+        if job is None:
+            return False
+        known, key = self._slots[slot], assignment.key
+        epoch = int(metrics.get(EPOCH, 0))
+        if epoch > job.epoch:
+            job.epoch, job.cost = epoch, 0
+        job.reports[epoch] = metrics
+        job.is_over = is_over
+        job.changed.set()
+        if not (is_over or job.is_dropped or self._is_abandoned(job)):
+            verdict = job.verdict = asyncio.get_running_loop().create_future()
+            await asyncio.wait([verdict], timeout=VERDICT_SECONDS)
+            if job.verdict is verdict:
+                job.verdict = None
+            if known.key != key or generation != known.generation:  # it failed meanwhile
+                return False
+            if not verdict.done() or verdict.result():
+                return True
+        self._release(known)
+        if not is_over or job.is_dropped:
+            self._forget(key)
+        return False
+
+    async def alive(self, slot: str, generation: float, assignment: Assignment | None) -> None:
+        """A group's sign of life; tells a restarted dispatcher what the group works on."""
+        if assignment is not None and self._clock() < self._settled:  # later it may be about what has just ended
+            self._leased(slot, generation, assignment)
+
+    # The driver, which starts groups and sees them fail.
+
+    async def failed(self, slot: str, text: str, reason: str = "") -> None:
+        """Charge a group's failure to its assignment and queue it again, or end it.
+
+        `text` is Ray's on the failure; `reason`, if given, says why the assignment would fail again anywhere.
+        """
+        known = self._slots.setdefault(slot, _Slot())
+        key, has_asked, known.has_asked = known.key, known.has_asked, False
+        self._close(known, Order(must_leave=True))
+        self._release(known)
+        known.generation = math.nextafter(known.generation, math.inf)  # what the lost group still says is void
+        job = self._jobs.get(key) if key is not None else None
+        if job is None or key is None:
+            if not has_asked:
+                self._charge_start(text)
+        elif job.is_dropped:
+            self._forget(key)
+        else:
+            job.cost += retry_cost(text)
+            if reason:
+                job.failure = Failure(reason, is_own=True)
+            elif job.cost > MAX_RETRY_COST:
+                memory = out_of_memory_reason(text)
+                job.failure = Failure(memory or last_line(text), is_own=bool(memory))
+            else:
+                self._queue.insert(0, key)
+            job.changed.set()
+        self._match()
+
+    async def gone(self, slot: str) -> None:
+        """Forget a group that has ended."""
+        known = self._slots.pop(slot, None)
+        if known is not None:
+            self._close(known, Order(must_leave=True))
+            self._void(known)
+        self._match()
+
+    async def demand(self, version: int) -> Demand:
+        """The demand for groups, as soon as it differs from that `version`, at the latest after `POLL_SECONDS`."""
+        if version == self._version and not self._is_closing:
+            self._changed.clear()
+            await _within(POLL_SECONDS, self._changed)
+        idle = frozenset(slot for slot, known in self._slots.items() if known.key is None)
+        num_waiting = 0 if self._fault else len(self._queue)
+        return Demand(self._version, num_waiting, frozenset(self._slots), idle)
+
+    async def close(self) -> None:
+        """Send every group home as soon as it has nothing to do, and answer whoever waits."""
+        self._is_closing = True
+        self._found_fault.set()
+        self._note_change()
+        for known in self._slots.values():
+            self._close(known, Order(must_leave=True))
+
+    # Inside.
+
+    def _close(self, known: _Slot, answer: Order) -> None:
+        """Answer a group's open question, if it has one."""
+        if known.asks is not None and not known.asks.done():
+            known.asks.set_result(answer)
+        known.asks = None
+
+    def _leased(self, slot: str, generation: float, assignment: Assignment) -> _Job | None:
+        """The job that this group works on; None if it has lost it. A dispatcher that knows neither believes it."""
+        known = self._slots.setdefault(slot, _Slot())
+        if generation < known.generation:
+            return None
+        if generation > known.generation:
+            self._void(known)
+            known.generation = generation
+        key = assignment.key
+        job = self._jobs.get(key)
+        if known.key == key:
+            return job
+        if known.key is not None or (job is not None and (job.slot is not None or job.is_over or job.failure)):
+            return None
+        if job is None:
+            job = self._jobs[key] = _Job(assignment, self._clock())
+        self._lease(known, slot, job)
+        return job
+
+    def _lease(self, known: _Slot, slot: str, job: _Job) -> None:
+        key = job.assignment.key
+        if key in self._queue:
+            self._queue.remove(key)
+        known.key, known.category, job.slot = key, job.assignment.category, slot
+        self._note_change()
+
+    def _release(self, known: _Slot) -> None:
+        if known.key is not None and (job := self._jobs.get(known.key)) is not None:
+            job.slot = None
+            if job.verdict is not None and not job.verdict.done():
+                job.verdict.set_result(False)
+        known.key, known.idle_since = None, self._clock()
+        self._note_change()
+
+    def _void(self, known: _Slot) -> None:
+        """Queue what a group has left open, without a charge: it was resized, or another took its place."""
+        key = known.key
+        self._release(known)
+        if key is None or (job := self._jobs.get(key)) is None:
+            return
+        if job.is_dropped:
+            self._forget(key)
+        elif not job.is_over:
+            self._queue.insert(0, key)
+
+    def _forget(self, key: str) -> None:
+        job = self._jobs.pop(key, None)
+        if job is not None:
+            job.changed.set()
+        if key in self._queue:
+            self._queue.remove(key)
+            self._note_change()
+
+    def _match(self) -> None:
+        """Give idle groups what waits: evaluations first, then what is of the group's last category, then by age."""
+        self._note_change()
+        if self._clock() < self._settled:
+            return
+        for key in [key for key in self._queue if self._is_abandoned(self._jobs[key])]:
+            self._forget(key)
+        for slot, known in self._slots.items():
+            if known.asks is not None and not known.asks.done() and self._queue:
+                job = self._jobs[self._next_for(known.category)]
+                self._lease(known, slot, job)
+                self._close(known, Order(job.assignment))
+
+    def _next_for(self, category: str) -> str:
+        def rank(key: str) -> tuple[bool, bool]:
+            assignment = self._jobs[key].assignment
+            return not isinstance(assignment, Evaluation), assignment.category != category
+
+        return min(self._queue, key=rank)
+
+    def _patience(self) -> float:
+        """Seconds until a question is answered; less while a restarted dispatcher only listens."""
+        left = self._settled - self._clock()
+        return min(POLL_SECONDS, left) if left > 0 else POLL_SECONDS
+
+    def _is_abandoned(self, job: _Job) -> bool:
+        return self._clock() - job.followed > ABANDONED_SECONDS
+
+    def _charge_start(self, text: str) -> None:
+        self._start_cost += retry_cost(text)
+        if self._start_cost > MAX_RETRY_COST:
+            self._fault = last_line(text)
+            self._found_fault.set()
+
+    def _note_change(self) -> None:
+        self._version += 1
+        self._changed.set()
+
+
+def _has_news(job: _Job) -> bool:
+    return bool(job.failure or job.is_over or any(epoch > job.read for epoch in job.reports))
+
+
+async def _within(seconds: float, event: asyncio.Event) -> None:
+    """Wait for an event, at most so many seconds."""
+    waiting = asyncio.ensure_future(event.wait())
+    await asyncio.wait([waiting], timeout=seconds)
+    waiting.cancel()
+
+
+def groups_to_start(demand: Demand, groups: Iterable[str], limit: int) -> int:
+    """How many more groups to start: as many as assignments wait for one, all groups together at most `limit`.
+
+    `groups` are the slots of all that have been started and have not ended.
+    """
+    mine = set(groups)
+    free = mine & demand.idle | mine - demand.seen  # idle, or still starting
+    return max(0, min(demand.num_waiting - len(free), limit - len(mine)))

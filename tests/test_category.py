@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import Mock, call
 
 import optuna
 import pytest
@@ -24,8 +25,7 @@ from tune.study.category import make_sampler, not_yet_asked_for
 from tune.study.context import StudyContext, enter_study, study_context
 from tune.study.hooks import Deadline, Halving, Observe, Searcher, StudyStorage
 from tune.tracking.events import EpochDone, Event, TrialEnded, TrialStarted
-from tune.trial.failures import MAX_RETRY_COST
-from tune.trial.spec import CATEGORY, OBJECTIVE, RUNG, build_spec
+from tune.trial.spec import CATEGORY, ERROR, LOST, OBJECTIVE, RUNG, build_spec
 
 POINTS = [{"depth": 1}, {"depth": 2}]
 
@@ -58,7 +58,8 @@ def context(tmp_path: Path, space: Space = SPACE, **changes: Any) -> StudyContex
         plan.config, data=plan.data, category="bolt", teacher=plan.teacher, textures="", selection="val", cache_gb=0,
         workers=Workers(1, 1.0, 0.0), min_workers=None, workers_uri="", revision="",
     )  # fmt: skip
-    own = {"share": Fixed(1), "events": None, "deadline": None} | {k: v for k, v in changes.items() if k not in of_plan}
+    own: dict[str, Any] = {"share": Fixed(1), "events": None, "deadline": None, "dispatcher": Mock()}
+    own |= {k: v for k, v in changes.items() if k not in of_plan}
     found = StudyContext(plan=plan, spec=spec, **own)
     enter_study(found)
     return found
@@ -106,30 +107,45 @@ def test_a_kill_between_two_snapshots_neither_loses_nor_repeats_a_suggestion(
     assert states(revived).count("COMPLETE") == 1
 
 
-def test_a_trial_that_memory_did_not_suffice_for_counts_as_bad_and_another_lost_one_as_nothing(
-    searcher: Searcher, tmp_path: Path
+def test_a_trial_that_its_own_values_spoilt_counts_as_bad_and_one_whose_machines_failed_as_nothing(
+    searcher: Searcher,
 ) -> None:
+    """As its relay reports it, or where the relay itself was lost too often."""
+    for name in "abc":
+        searcher.suggest(name)
+    searcher.on_trial_complete("a", {OBJECTIVE: 0.0, ERROR: "out of memory: GPU full"})
+    searcher.on_trial_complete("b", {OBJECTIVE: 0.0, ERROR: "its node was lost", LOST: True})
+    searcher.on_trial_complete("c", error=True)
+    ended = [trial for trial in trials_of(searcher) if trial.state.is_finished()]
+    assert [(trial.state.name, trial.value) for trial in ended] == [("COMPLETE", 0.0), ("FAIL", None), ("FAIL", None)]
+
+
+def test_a_lost_trial_leaves_no_objective_for_others_to_be_compared_with(tmp_path: Path) -> None:
+    space = build_space({"stfpm": PRESETS["stfpm"]})
+    context(tmp_path, space)
+    _, hard, *_ = space.starting_points()
+    halving = Halving(time_attr="epoch", metric=OBJECTIVE, mode="max", max_t=10, grace_period=1, reduction_factor=3)
+    for name, result in (
+        ("lost", {"epoch": 1, OBJECTIVE: 0.9, LOST: True}),
+        ("bad", {"epoch": 1, OBJECTIVE: 0.1}),
+    ):
+        trial = cast(Any, SimpleNamespace(trial_id=name, config=hard, last_result=None))
+        halving.on_trial_add(cast(Any, None), trial)
+        assert halving.on_trial_result(None, trial, result) == "CONTINUE"
+
+
+def test_a_relay_that_is_lost_is_charged_as_ray_tells_why(tmp_path: Path) -> None:
     tune_file = tmp_path / "error.txt"
     counted = SimpleNamespace(num_failures=0)
     trial = cast(Any, SimpleNamespace(trial_id="a", error_file=str(tune_file), run_metadata=counted))
     halving = Halving(time_attr="epoch", metric=OBJECTIVE, mode="max", max_t=10, grace_period=1, reduction_factor=3)
-    for name, failures in (
-        ("a", ["ValueError", "due to the node running low on memory"]),
-        ("b", ["due to the node running low on memory", "ValueError"]),
-    ):
-        searcher.suggest(name)
-        trial.trial_id = name
-        for number in range(len(failures)):  # Tune adds each failure to the file, and then tells of it
-            heads = (
-                f"Failure # {n + 1} (occurred at today)\n{text}\n" for n, text in enumerate(failures[: number + 1])
-            )
-            tune_file.write_text("".join(heads))
-            counted.num_failures += 1
-            halving.on_trial_error(cast(Any, None), trial)
-        searcher.on_trial_complete(name, error=True)
-    ended = [trial for trial in trials_of(searcher) if trial.state.is_finished()]
-    assert [(trial.state.name, trial.value) for trial in ended] == [("COMPLETE", 0.0), ("FAIL", None)]
-    assert counted.num_failures == 4 * 33 > MAX_RETRY_COST >= 3 * 33
+    failures = ["ValueError", "its node has died", "ValueError"]
+    for number in range(len(failures)):  # Tune adds each failure to the file, and then tells of it
+        heads = (f"Failure # {n + 1} (occurred at today)\n{text}\n" for n, text in enumerate(failures[: number + 1]))
+        tune_file.write_text("".join(heads))
+        counted.num_failures += 1
+        halving.on_trial_error(cast(Any, None), trial)
+    assert counted.num_failures == 33 + 1 + 33
 
 
 def test_the_last_categories_share_what_the_others_leave() -> None:
@@ -157,7 +173,8 @@ def test_a_search_follows_the_size_of_the_cluster(
 def test_what_a_killed_driver_may_not_have_handed_on_is_said_once_more(tmp_path: Path) -> None:
     said: list[Event] = []
     space = build_space({"dskd": RunConfig().with_values({"epochs": 4})})
-    context(tmp_path, space, events=SimpleNamespace(put=said.append))
+    dispatcher = Mock()
+    context(tmp_path, space, events=SimpleNamespace(put=said.append), dispatcher=dispatcher)
 
     def trial(name: str, status: str, epoch: int) -> Any:
         return SimpleNamespace(
@@ -174,6 +191,12 @@ def test_what_a_killed_driver_may_not_have_handed_on_is_said_once_more(tmp_path:
         (kind, name) for name in "ab" for kind in (TrialStarted, EpochDone, TrialEnded)
     ]
     assert [event.status for event in said if isinstance(event, TrialEnded)] == ["finished", "failed"]
+    # Groups work only on what this search knows, and not on what has ended.
+    assert dispatcher.keep_only.remote.mock_calls == [call("bolt", ["bolt/a", "bolt/b", "bolt/c"])]
+    observe.on_trial_complete(1, trials, trials[0])
+    observe.on_trial_error(1, trials, trials[1])
+    assert dispatcher.drop.remote.mock_calls == [call("bolt/a"), call("bolt/b")]
+    del said[-2:]
     assert [event.time_ms for event in said if isinstance(event, EpochDone)] == [1004000, 1002000]
 
     for epoch, forgiven in ((1, True), (1, False), (2, True)):

@@ -14,8 +14,9 @@ import pytest
 
 from tune import search
 from tune.preflight import dry_run
-from tune.preflight.checks import PreflightError, check_cluster, check_inputs, read_categories
+from tune.preflight.checks import check_inputs, read_categories
 from tune.preflight.draft import drafted
+from tune.preflight.room import PreflightError, check_cluster
 from tune.runtime.cluster import count_trials, resolve_gpus
 from tune.settings.plan import SearchPlan, plan_search, resolve_addresses
 from tune.settings.search import SearchSettings

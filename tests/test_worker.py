@@ -1,18 +1,10 @@
 import dataclasses
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray.train
 import torch
-from ray.train.v2._internal.constants import (
-    DEFAULT_HEALTH_CHECK_INTERVAL_S,
-    ENV_VARS_TO_PROPAGATE,
-    HEALTH_CHECK_INTERVAL_S_ENV_VAR,
-    WORKER_GROUP_START_TIMEOUT_S_ENV_VAR,
-)
 
 from dskd.checkpoint import read_record
 from dskd.config import AmplificationConfig, RunConfig
@@ -23,7 +15,7 @@ from dskd.training.inputs import TrainingData
 from dskd.training.run import STATE_FILE, TrainingRun
 from dskd.training.stage_one import fit_amplifier
 from tune.storage.uris import DETECTOR_FOLDER
-from tune.trial import groups, worker
+from tune.trial import worker
 from tune.trial.spec import OBJECTIVE, TrialSpec, UnrecoverableTrialError
 from tune.trial.worker import train
 
@@ -41,19 +33,6 @@ def spec(config: RunConfig, data: Path, **more: Any) -> TrialSpec:
         config=config.to_dict(), data=str(data), category="tile", teacher_weights="random", cache_gb=1.0,
         num_workers=1, cpus_per_worker=1.0, gpus_per_worker=0.0, workers_uri="", revision="", **more,
     )  # fmt: skip
-
-
-def test_ray_train_reads_what_is_set_for_it_and_the_users_own_comes_first(
-    tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for before in ({}, {HEALTH_CHECK_INTERVAL_S_ENV_VAR: "7"}):
-        environment = dict(before)
-        monkeypatch.setattr(os, "environ", environment)
-        groups.ray_train_job(spec(tiny, tmp_path), ray.train.RunConfig(storage_path=str(tmp_path)))
-        assert environment.keys() == {WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, HEALTH_CHECK_INTERVAL_S_ENV_VAR}
-        assert environment.keys() <= ENV_VARS_TO_PROPAGATE, "the process that controls the workers knows them too"
-        seconds = float(environment[HEALTH_CHECK_INTERVAL_S_ENV_VAR])
-        assert seconds == 7 if before else seconds < DEFAULT_HEALTH_CHECK_INTERVAL_S
 
 
 def test_trials_that_differ_in_their_students_share_one_stage_one(

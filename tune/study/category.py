@@ -63,7 +63,14 @@ def search_category(
     Meant to run in a Ray task: if its process is lost, a retry continues from Tune's last snapshot.
     """
     _set_up_tune()
-    context = StudyContext(plan=plan, spec=spec, share=share, events=events, deadline=deadline, dispatcher=dispatcher)
+    context = StudyContext(
+        plan=plan,
+        spec=spec,
+        share=share,
+        events=events,
+        deadline=deadline,
+        dispatcher=ray.get_actor(dispatcher),
+    )
     enter_study(context)
     space = context.space
     runs = trainable(spec, space, dispatcher)

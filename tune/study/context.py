@@ -5,6 +5,7 @@ continued. They get what must not be pickled, such as a password or a handle, fr
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from ray.util.queue import Queue
 
@@ -26,8 +27,8 @@ class StudyContext:
     """Queue of the trials' events to the driver."""
     deadline: float | None
     """Seconds since 1970; None: no limit."""
-    dispatcher: str
-    """Name of the actor that hands the trials to worker groups."""
+    dispatcher: Any
+    """Handle of the actor that gives the trials to worker groups."""
     running: set[str] = field(default_factory=set)
     """Ids of trials that have started and have not ended."""
     interrupted: set[str] = field(default_factory=set)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import ray
 import ray.tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler
@@ -168,7 +167,7 @@ class Observe(ray.tune.Callback):
         if self._has_repeated_ends:
             return
         self._has_repeated_ends = True
-        _post().keep_only.remote(study_context().category, [_key(trial) for trial in trials])
+        study_context().dispatcher.keep_only.remote(study_context().category, [_key(trial) for trial in trials])
         for trial in trials:
             if trial.is_finished():
                 self.on_trial_start(iteration, trials, trial)
@@ -206,11 +205,11 @@ class Observe(ray.tune.Callback):
         context.events.put(EpochDone(category, trial.trial_id, epoch, tracked_figures(result), when))
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        _post().drop.remote(_key(trial))
+        study_context().dispatcher.drop.remote(_key(trial))
         _send_end(trial, False)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        _post().drop.remote(_key(trial))
+        study_context().dispatcher.drop.remote(_key(trial))
         _send_end(trial, True)
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
@@ -223,7 +222,7 @@ class Observe(ray.tune.Callback):
         context = study_context()
         for trial in trials:
             if trial.trial_id in context.running:
-                _post().drop.remote(_key(trial))
+                study_context().dispatcher.drop.remote(_key(trial))
                 if context.is_over:
                     context.events.put(TrialEnded(context.category, trial.trial_id, "interrupted", ""))
 
@@ -248,10 +247,6 @@ def _failure_text(trial: Trial) -> str:
     """Tune's text on every failure of a trial; its local file is up to date, the storage only after a snapshot."""
     here = Path(trial.error_file) if trial.error_file else None
     return here.read_text() if here and here.is_file() else str(trial.get_error() or "unknown error")
-
-
-def _post() -> Any:
-    return ray.get_actor(study_context().dispatcher)
 
 
 def _key(trial: Trial) -> str:

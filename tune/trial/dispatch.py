@@ -122,7 +122,8 @@ class Dispatcher:
             job.followed = self._clock()
             if self._jobs.get(key) is not job:
                 return News(is_known=False)
-        unread = [epoch for epoch in sorted(job.reports) if epoch > job.read or job.is_over]
+        is_end = job.is_over  # told again to a follower that was lost as it heard it
+        unread = [epoch for epoch in sorted(job.reports) if epoch > job.read or (is_end and epoch == job.epoch)]
         return News(True, tuple(job.reports[epoch] for epoch in unread), job.is_over, job.failure)
 
     async def drop(self, key: str) -> None:

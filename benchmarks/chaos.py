@@ -35,16 +35,18 @@ from mlflow.tracking import MlflowClient
 
 from dskd.demo.dataset import draw_dataset
 from dskd.detector import Detector
+from tune.storage.files import Storage
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = {
-    "worker": "ray::RayTrainWorker",
-    "controller": "ray::TrainController",
-    "trial": "ray::ImplicitFunc",
-    "study": "ray::search_category",
+    "worker": ("ray::RayTrainWorker", "ray::LoneWorker"),
+    "controller": ("ray::TrainController",),
+    "dispatcher": ("ray::Post",),
+    "relay": ("ray::ImplicitFunc",),
+    "study": ("ray::search_category",),
 }
-"""First words of a process's title; a worker and a controller exist only if trials have several workers."""
-KINDS = ("worker", "node", "driver", "trial", "study", "trial's node", "controller")
+"""First words of a process's title: only workers compute; a controller exists only if trials have several of them."""
+KINDS = ("worker", "node", "driver", "relay", "study", "worker's node", "controller", "dispatcher")
 _PATIENCE = 300.0
 """Maximum seconds to wait for anything to appear."""
 
@@ -314,6 +316,14 @@ class Search:
     def has_ended(self) -> bool:
         return self.driver.poll() is not None
 
+    def checkpoints(self) -> dict[str, Any]:
+        """The last checkpoint of every trial."""
+        storage = Storage(f"{self.env['DSKD_STORAGE']}/{self.name}")
+        trials = [
+            f"workers/{name}/{each}" for name in storage.names("workers") for each in storage.names(f"workers/{name}")
+        ]
+        return {trial: storage.read_json(f"{trial}/checkpoint.json") for trial in trials}
+
     def outcome(self, seconds: float) -> dict[str, Any]:
         """The first category's result in the search's JSON document.
 
@@ -364,16 +374,16 @@ class Job(Search):
 def disturb(made: Cluster, search: Search, options: Options, say: Callable[[str], None]) -> Counter[str]:
     """Kill by the schedule until it is complete or the search has ended; returns the number of kills by kind."""
     rng = random.Random(options.seed)
-    kinds = [kind for kind in KINDS if options.workers_per_trial > 1 or kind not in ("worker", "controller")]
+    kinds = [kind for kind in KINDS if options.workers_per_trial > 1 or kind != "controller"]
     schedule = [kind for _ in range(-(-options.kills // len(kinds))) for kind in rng.sample(kinds, len(kinds))]
     killed: Counter[str] = Counter()
     for kind in schedule[: options.kills]:
-        # Wait until a trial computes again; otherwise several kills would act as one.
-        computing = "worker" if options.workers_per_trial > 1 else "trial"
-        wait_for(lambda: search.has_ended or made.find(computing), computing)  # noqa: B023
+        # Wait until a trial has got on; otherwise several kills would act as one.
+        before = search.checkpoints()
+        wait_for(lambda: search.has_ended or search.checkpoints() != before, "another checkpoint")  # noqa: B023
         deadline = time.monotonic() + rng.uniform(0, options.longest_pause)
         while time.monotonic() < deadline and not search.has_ended:
-            made.find(computing)
+            made.all()
             time.sleep(0.2)
         if search.has_ended:
             break
@@ -397,9 +407,8 @@ def _strike(kind: str, made: Cluster, search: Search, rng: random.Random, cpus: 
         made.kill_node(rng.choice(made.nodes))
         made.add(cpus)
         return True
-    if kind == "trial's node":
-        # With several workers the waiting process may be on the head, which is not killed.
-        found = {made.node_of(each) for each in (*made.find("trial"), *made.find("worker"))}
+    if kind == "worker's node":
+        found = {made.node_of(each) for each in made.find("worker")}
         nodes = [node for node in made.nodes if node in found]
         if not nodes:
             time.sleep(0.2)

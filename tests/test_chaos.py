@@ -64,7 +64,8 @@ def test_a_search_outlives_a_node_that_was_announced_to_go_and_uses_those_that_j
 ) -> None:
     """The only node of all, or one of the two on which a trial's two workers are."""
     env = chaos.environment(cluster_folder) | {"DSKD_CHECKPOINT_SECONDS": "3600"}
-    trials, epochs, kind = (4, 40, "trial") if workers == 1 else (1, 24, "worker")
+    trials, epochs = (4, 40) if workers == 1 else (1, 24)
+    kind = "worker"
     with chaos.cluster(cluster_folder, env, workers, 1) as made:
         words = [
             "--data", str(mvtec_root), "--categories", "tile", "--address", made.address, "--trials", str(trials),
@@ -75,7 +76,7 @@ def test_a_search_outlives_a_node_that_was_announced_to_go_and_uses_those_that_j
         try:
             states = cluster_folder / "results" / "shrinks"
             leaving = made.nodes[0]
-            chaos.wait_for(lambda: len(made.find(kind)) == workers, "a trial")
+            chaos.wait_for(lambda: made.find("relay") and len(made.find(kind)) == workers, "a trial")
             with _standing_still(made.find(kind)):
                 again = subprocess.run(
                     search.driver.args, cwd=ROOT, env=env, capture_output=True, text=True, check=False
@@ -305,7 +306,7 @@ def test_a_driver_killed_while_mlflow_is_away_loses_neither_a_trial_nor_an_epoch
             ]  # fmt: skip
             search = chaos.Search("dark", words, env, cluster_folder).start()
             try:
-                with _standing_still(chaos.wait_for(lambda: made.find("trial"), "a trial")):
+                with _standing_still(chaos.wait_for(lambda: made.find("worker"), "a worker")):
                     link.state = "cut"
 
                 def kept() -> list[str]:

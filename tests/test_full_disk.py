@@ -92,7 +92,7 @@ def test_a_node_whose_disk_fills_up_loses_no_trial(
         search = chaos.Search("full", words, env, cluster_folder).start()
         try:
             (node,) = made.nodes
-            chaos.wait_for(lambda: made.find("trial"), "a trial")
+            chaos.wait_for(lambda: made.find("worker"), "a worker")
             time.sleep(20)  # its first checkpoint finds no room
             assert not search.has_ended and "trial 1/2" not in (cluster_folder / "full.log").read_text()
             assert not list(cluster_folder.rglob("training.pt"))

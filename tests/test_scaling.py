@@ -65,7 +65,9 @@ def test_trials_of_two_workers_make_a_cluster_grow_from_zero_nodes_and_leave_it_
             while not search.has_ended:
                 nodes |= made.raylets() - {home}
                 computed_on |= {each.parent for each in made.find("worker")}
-                waited_on |= {each.parent for kind in ("study", "trial", "controller") for each in made.find(kind)}
+                waited_on |= {
+                    each.parent for kind in ("study", "relay", "controller", "dispatcher") for each in made.find(kind)
+                }
                 time.sleep(0.2)
             outcome = search.outcome(1)
         finally:

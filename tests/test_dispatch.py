@@ -9,7 +9,14 @@ import pytest
 from dskd.config import RunConfig
 from tune.trial import dispatch
 from tune.trial.assignment import Assignment, Demand, Evaluation, News, Order, Training
-from tune.trial.dispatch import ABANDONED_SECONDS, IDLE_SECONDS, SETTLE_SECONDS, Dispatcher, groups_to_start
+from tune.trial.dispatch import (
+    ABANDONED_SECONDS,
+    IDLE_SECONDS,
+    LONGEST_PAUSE,
+    SETTLE_SECONDS,
+    Dispatcher,
+    groups_to_start,
+)
 from tune.trial.spec import EPOCH, TrialSpec
 
 SPEC = TrialSpec(
@@ -212,19 +219,29 @@ def test_a_failure_that_would_come_back_anywhere_ends_the_trial_at_once() -> Non
 
 def test_groups_that_die_before_they_ask_are_reported_instead_of_started_for_ever() -> None:
     async def scene(bench: Bench) -> None:
-        one = training()
+        one, missing = training(), "ModuleNotFoundError: No module named 'timm'"
         await bench.it.submit(one)
         found = asyncio.ensure_future(bench.it.fault())
         for number in range(50):  # nodes that are lost are no fault of the program
             await bench.it.failed(f"spot-{number}", NODE_LOST)
-        for number in range(5):
+            await bench.it.gone(f"spot-{number}")
+        assert await bench.taken("sound") == one
+        for number in range(9):  # while another works, it is only one node
+            await bench.it.failed(f"{number}", missing)
+            await bench.it.gone(f"{number}")
+        await bench.it.failed("sound", NODE_LOST)
+        await bench.it.gone("sound")
+        await bench.taken("sound too")
+        await bench.it.gone("sound too")
+        for number in range(4):
             await asyncio.sleep(0)
+            bench.clock.now += LONGEST_PAUSE
             assert not found.done() and (await bench.it.demand(-1)).num_waiting == 1
-            await bench.it.failed(f"{number}", "ModuleNotFoundError: No module named 'timm'")
-            if number == 0:  # one that asks shows that the program is sound
-                assert await bench.taken("sound") == one
-                await bench.it.failed("sound", NODE_LOST)
+            await bench.it.failed(f"{number}", missing)
+            await bench.it.gone(f"{number}")
+            assert (await bench.it.demand(-1)).num_waiting == 0, "the next one is not started at once"
         assert await asyncio.wait_for(found, 1) == "ModuleNotFoundError: No module named 'timm'"
+        bench.clock.now += LONGEST_PAUSE
         assert (await bench.it.demand(-1)).num_waiting == 0, "no other group is started"
 
     run(scene)

@@ -21,6 +21,8 @@ from tune.runtime.cluster import cluster_nodes, connect, resolve_gpus
 from tune.settings.plan import SearchPlan
 from tune.settings.search import SearchSettings
 from tune.settings.workers import Workers
+from tune.storage.files import Storage
+from tune.storage.lease import only_search
 from tune.study.progress import SearchProgress
 from tune.trial.groups import Groups, worker_groups
 from tune.trial.spec import spec_of
@@ -65,7 +67,6 @@ def _search(settings: SearchSettings, held: ExitStack) -> list["CategoryResult"]
     from dskd.detector import UNTRAINED_TEACHER
     from tune.jobs.outcome import show_outcome
     from tune.preflight import identity
-    from tune.storage.files import Storage
     from tune.study.categories import run_search
     from tune.tracking.runs import code_revision, run_tags
     from tune.tracking.tracker import Tracker
@@ -97,17 +98,19 @@ def _begin(settings: SearchSettings, progress: SearchProgress, held: ExitStack) 
     Raises PreflightError with all errors.
     """
     lease = held.enter_context(ExitStack())  # entered first, so given back last
-    with drafted(settings) as draft, ThreadPoolExecutor(1, thread_name_prefix="preflight") as beside:
-        checking = beside.submit(_check, draft, lease, partial(_end, progress))
+    with drafted(settings) as draft, ThreadPoolExecutor(2, thread_name_prefix="preflight") as beside:
+        leasing = beside.submit(_take_lease, draft, lease, partial(_end, progress))
+        checking = beside.submit(_check, draft)
         plan, of_cluster, begun = draft.plan, [], None
         if settings.address or plan is not None:  # do not start Ray if there are errors already
             try:
                 connect(settings.address)
-                if plan is not None:
+                if plan is not None and not leasing.result():
                     begun = _first_group(plan, held)
             except (ValueError, OSError) as error:
                 of_cluster = str(error).splitlines()
         categories, errors = checking.result()
+        errors += [line for line in leasing.result() if line not in errors]
     if errors or of_cluster or begun is None:
         raise PreflightError([*errors, *of_cluster])
     for category in categories:
@@ -115,16 +118,22 @@ def _begin(settings: SearchSettings, progress: SearchProgress, held: ExitStack) 
     return begun
 
 
-def _check(draft: Draft, lease: ExitStack, on_loss: Callable[[str], None]) -> tuple[list[str], list[str]]:
-    """Check all but the cluster, and take the lease; returns a line for each category, and the errors."""
-    from tune.preflight.checks import check_inputs, collect_errors
-    from tune.storage.files import Storage
-    from tune.storage.lease import only_search
+def _take_lease(draft: Draft, lease: ExitStack, on_loss: Callable[[str], None]) -> list[str]:
+    """Take the lease of the search's name, first of all: a second search of it must start nothing; returns errors."""
+    if draft.errors:
+        return []
+    try:
+        lease.enter_context(only_search(Storage(draft.addresses.home), draft.settings.name, on_loss))
+    except (ValueError, OSError) as error:
+        return str(error).splitlines()
+    return []
+
+
+def _check(draft: Draft) -> tuple[list[str], list[str]]:
+    """Check all but the cluster; returns a line for each category, and the errors."""
+    from tune.preflight.checks import check_inputs
 
     categories, errors = check_inputs(draft)
-    if not errors:
-        search_only = only_search(Storage(draft.addresses.home), draft.settings.name, on_loss)
-        errors = collect_errors(lambda: lease.enter_context(search_only))
     if not errors:  # what the search needs next
         from tune.jobs import outcome  # noqa: F401
     return [category.describe() for category in categories.values()], errors

@@ -1,10 +1,16 @@
 """What the entries of `tune` share: error handling, messages and exit codes."""
 
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
 from dskd.arguments import UsageError
+
+_OF_NO_USE = (
+    "PYTHON worker processes have been started on node|There are infinite retries remaining|"
+    "A worker died or was killed while executing a task"
+)
 
 
 def run_entry(name: str, act: Callable[[], int], *, when_interrupted: str = "") -> NoReturn:
@@ -13,6 +19,8 @@ def run_entry(name: str, act: Callable[[], int], *, when_interrupted: str = "") 
     On bad input (ValueError, OSError) each line of the message is printed on stderr as an error of `name`, and the
     exit code is 2. Ctrl-C prints `when_interrupted` and exits with 130. `act` also parses the command line.
     """
+    # Read when ray is imported: lines of Ray on what the search itself deals with, and nobody else can.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", _OF_NO_USE)
     try:
         sys.exit(act())
     except UsageError as error:  # its message names the program and --help already

@@ -25,6 +25,8 @@ IDLE_SECONDS = 60.0
 """Seconds without an assignment after which a group leaves."""
 ABANDONED_SECONDS = 300.0
 """Seconds after which an assignment that nobody follows is dropped."""
+LONGEST_PAUSE = 60.0
+"""Longest pause in seconds before another group is started after some that ended at once."""
 SETTLE_SECONDS = 5.0
 """Seconds in which a restarted dispatcher only listens; longer than two signs of life."""
 
@@ -81,6 +83,9 @@ class Dispatcher:
         self._changed = asyncio.Event()
         self._start_cost = 0
         """Retry costs of groups that ended before they asked for anything, since one last did."""
+        self._num_false_starts = 0
+        self._next_start = -math.inf
+        """When the next group may be started."""
         self._fault = ""
         self._found_fault = asyncio.Event()
         self._is_closing = False
@@ -166,7 +171,7 @@ class Dispatcher:
             self._void(known)
             known.generation = generation
         known.has_asked = True
-        self._start_cost = 0
+        self._start_cost = self._num_false_starts = 0
         if known.key is not None:
             return Order(self._jobs[known.key].assignment)
         if self._is_closing:
@@ -261,7 +266,7 @@ class Dispatcher:
             self._changed.clear()
             await _within(POLL_SECONDS, self._changed)
         idle = frozenset(slot for slot, known in self._slots.items() if known.key is None)
-        num_waiting = 0 if self._fault else len(self._queue)
+        num_waiting = 0 if self._fault or self._clock() < self._next_start else len(self._queue)
         return Demand(self._version, num_waiting, frozenset(self._slots), idle)
 
     async def close(self) -> None:
@@ -362,9 +367,14 @@ class Dispatcher:
         return self._clock() - job.followed > ABANDONED_SECONDS
 
     def _charge_start(self, text: str) -> None:
-        self._start_cost += retry_cost(text)
-        if self._start_cost > MAX_RETRY_COST:
-            self._fault = last_line(text)
+        """Count a group that ended before it asked for anything; where others work it is only its node's fault."""
+        cost = retry_cost(text)
+        self._start_cost += cost
+        if cost > 1:  # not a lost node
+            self._next_start = self._clock() + min(LONGEST_PAUSE, 2.0**self._num_false_starts)
+            self._num_false_starts += 1
+        if self._start_cost > MAX_RETRY_COST and not any(known.has_asked for known in self._slots.values()):
+            self._fault = out_of_memory_reason(text) or last_line(text)
             self._found_fault.set()
 
     def _note_change(self) -> None:

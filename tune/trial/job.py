@@ -1,6 +1,7 @@
 """A worker group of several DDP workers: one Ray Train job, which Ray restarts where workers are lost."""
 
 import os
+import time
 from typing import Any
 
 import ray
@@ -10,6 +11,9 @@ import ray.train.torch
 from tune.runtime.ray_internals import Reservation, causes_of, free_abandoned
 from tune.settings.workers import Workers
 from tune.trial.spec import TrialSpec, UnrecoverableTrialError
+
+_FREE_SECONDS = 10.0
+"""Longest time in seconds until Ray notices that a controller is dead."""
 
 
 def run_job(
@@ -45,8 +49,15 @@ def run_job(
     try:
         job.fit()
     except Exception:
-        free_abandoned()  # what a controller that was killed has reserved
+        _free_lost()
         raise
+
+
+def _free_lost() -> None:
+    """Take back what a killed controller has reserved, as soon as Ray knows that it is dead."""
+    deadline = time.monotonic() + _FREE_SECONDS
+    while not free_abandoned() and time.monotonic() < deadline:
+        time.sleep(0.5)
 
 
 def _serve(parts: dict[str, Any]) -> None:

@@ -1,0 +1,188 @@
+"""A worker that takes one assignment after the other: each as if it were alone in a fresh process."""
+
+import dataclasses
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+import torch
+
+from dskd.checkpoint import read_record
+from dskd.config import AmplificationConfig, DataConfig, LossConfig, ModelConfig, RunConfig, ScoreConfig, TrainConfig
+from tune.storage.files import Storage
+from tune.trial import member, worker
+from tune.trial.assignment import Assignment, Evaluation, Order, Training
+from tune.trial.checkpoints import keep_checkpoint, newest_checkpoint, opened
+from tune.trial.spec import CHECKPOINT, EPOCH, ERROR, OBJECTIVE, REMARK, TrialSpec
+
+DETERMINED = ("train/", "val/", "rung/", "epoch", "data_sha256")
+"""Prefixes of what a report must repeat to the last bit; times and loads are left out."""
+
+
+def config(**values: Any) -> RunConfig:
+    """Small enough for a fraction of a second an epoch."""
+    small = RunConfig(
+        data=DataConfig(image_size=32, validation_fraction=0.34),
+        model=ModelConfig(backbone="test_resnet", levels=(1, 2), embedding_depth=1),
+        loss=LossConfig(level_weights=(1.0, 1.0), hkd_weight=1.0),
+        score=ScoreConfig(score_level_weights=(1.0, 1.0)),
+        train=TrainConfig(epochs=2, batch_size=4),
+    )
+    return small.with_values(values)
+
+
+def training(name: str, chosen: RunConfig, data: Path, trials: Path) -> Training:
+    spec = TrialSpec(
+        config=chosen.to_dict(), data=str(data), category="tile", teacher_weights="random", cache_gb=0.0,
+        num_workers=1, cpus_per_worker=1.0, gpus_per_worker=0.0, workers_uri=str(trials), revision="",
+    )  # fmt: skip
+    return Training(trial_id=name, spec=spec)
+
+
+class Script:
+    """A dispatcher with a list of assignments; `dropped`: trials that it ends after their first report."""
+
+    def __init__(self, assignments: list[Assignment], dropped: tuple[str, ...] = ()) -> None:
+        self.assignments, self.dropped = assignments, dropped
+        self.reports: dict[str, list[dict[str, Any]]] = {}
+        self.over: list[str] = []
+        self.ask, self.report = SimpleNamespace(remote=self._ask), SimpleNamespace(remote=self._report)
+        self.alive = SimpleNamespace(remote=lambda *_: None)
+
+    def _ask(self, slot: str, generation: float) -> Order:
+        leave_marks()
+        return Order(self.assignments.pop(0)) if self.assignments else Order(must_leave=True)
+
+    def _report(self, slot: str, generation: float, assignment: Assignment, metrics: Any, *, is_over: bool) -> bool:
+        self.reports.setdefault(assignment.trial_id, []).append(dict(metrics))
+        if is_over:
+            self.over.append(assignment.trial_id)
+        return assignment.trial_id not in self.dropped
+
+
+def leave_marks() -> None:
+    """What an assignment might leave behind in its process."""
+    torch.manual_seed(123)
+    torch.set_default_dtype(torch.float64)
+    torch.backends.cudnn.benchmark = True
+    torch.set_grad_enabled(False)
+
+
+def serve(script: Script) -> Script:
+    """Let a worker of this process take all assignments."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray, "get_actor", lambda name: script)
+        patch.setattr(ray, "get", lambda answer: answer)
+        patch.setattr(member, "node_is_leaving", lambda: False)
+        patch.setattr(worker, "CHECKPOINT_SECONDS", 0.0)
+        try:
+            member.serve_alone("dispatcher", "group-1", None, "cpu")
+        finally:
+            torch.set_default_dtype(torch.float32)
+            torch.set_grad_enabled(True)
+            torch.backends.cudnn.benchmark = False
+    return script
+
+
+def main(how: str, data: Path, trials: Path) -> None:
+    """Train trial `last`, alone or after others of every kind; writes its weights' digest and its reports to stdout."""
+    amplified = AmplificationConfig(
+        amplification=True, amplification_epochs=1, amplification_batch_size=4, memory_size=4
+    )
+    before = {
+        "other students": config(student_decoder=False, hkd_weight=0.0),
+        "other size": config(image_size=64, epochs=1),
+        "amplified": dataclasses.replace(config(epochs=1), amplification=amplified),
+        "diverging": config(learning_rate=1e30),
+        "unreadable": config(),
+        "pruned": config(epochs=3),
+        "same": config(),
+    }
+    assignments: list[Assignment] = []
+    if how == "after":
+        for name, chosen in before.items():
+            assignments.append(training(name, chosen, data / "none" if name == "unreadable" else data, trials))
+    script = Script([*assignments, training("last", config(learning_rate=0.002), data, trials)], dropped=("pruned",))
+    serve(script)
+    if how == "after":
+        assert {ERROR in script.reports[name][-1] for name in ("diverging", "unreadable")} == {True}, script.reports
+        assert len(script.reports["pruned"]) == 1 and "pruned" not in script.over
+        assert len(script.reports["same"]) == 2
+    last = script.reports["last"]
+    weights = (Path(last[-1][CHECKPOINT]) / "detector" / "model.safetensors").read_bytes()
+    told = [{name: value for name, value in each.items() if name.startswith(DETERMINED)} for each in last]
+    sys.stdout.write(json.dumps({"weights": hashlib.sha256(weights).hexdigest(), "reports": told}))
+
+
+def test_a_trial_after_others_of_every_kind_is_the_trial_alone_to_the_last_bit(
+    mvtec_root: Path, tmp_path: Path
+) -> None:
+    """Other students, size and stage I; one diverged, one had no data, one was pruned, one was of its own kind."""
+    found = []
+    for how in ("alone", "after"):
+        words = [sys.executable, __file__, how, str(mvtec_root), str(tmp_path / how)]
+        done = subprocess.run(
+            words, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1], timeout=240
+        )
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    alone, after = found
+    assert len(alone["reports"]) == 2 and alone["reports"][-1][OBJECTIVE] > 0
+    assert alone == after
+
+
+def test_a_trial_that_another_worker_began_goes_on_from_its_last_checkpoint(mvtec_root: Path, tmp_path: Path) -> None:
+    whole = serve(Script([training("whole", config(), mvtec_root, tmp_path)]))
+    one = training("one", config(), mvtec_root, tmp_path)
+    begun = serve(Script([one], dropped=("one",)))
+    assert [each[EPOCH] for each in begun.reports["one"]] == [1]
+    ended = serve(Script([one]))
+    assert [each[EPOCH] for each in ended.reports["one"]] == [2] and ended.over == ["one"]
+    repeated = serve(Script([one]))  # its end was not heard
+    assert [each[EPOCH] for each in repeated.reports["one"]] == [2] and repeated.over == ["one"]
+    assert repeated.reports["one"][0][CHECKPOINT] == ended.reports["one"][0][CHECKPOINT]
+    detectors = [read_record(Path(each[-1][CHECKPOINT]) / "detector") for each in
+                 (whole.reports["whole"], ended.reports["one"], repeated.reports["one"])]  # fmt: skip
+    assert detectors[0].metrics == detectors[1].metrics == detectors[2].metrics
+
+
+def test_a_worker_evaluates_on_the_test_images_or_says_why_it_cannot(
+    detector_folder: Path, mvtec_root: Path, tmp_path: Path
+) -> None:
+    def evaluation(name: str, data: Path) -> Evaluation:
+        return Evaluation(
+            trial_id=name, detector_uri=str(detector_folder), data=str(data), category="tile", cache_gb=0, cpus=1
+        )
+
+    done = serve(Script([evaluation("sound", mvtec_root), evaluation("none", tmp_path)]))
+    (figures,), (remark,) = done.reports["sound"], done.reports["none"]
+    assert 0 <= figures["test/image_auroc"] <= 1 and REMARK not in figures
+    assert remark.keys() == {REMARK} and remark[REMARK].startswith("no test figures: ")
+    assert done.over == ["sound", "none"]
+
+
+def test_a_checkpoint_counts_only_when_it_is_complete_and_replaces_the_one_before(tmp_path: Path) -> None:
+    trials, folder = str(tmp_path / "trials"), tmp_path / "made"
+    folder.mkdir()
+    assert newest_checkpoint(trials, "one") == ""
+    with opened("") as nothing:
+        assert nothing is None
+    for epoch in (1, 2):
+        (folder / "training.pt").write_text(str(epoch))
+        kept = keep_checkpoint(trials, "one", epoch, folder)
+        assert newest_checkpoint(trials, "one") == kept
+        with opened(kept) as found:
+            assert found is not None and (found / "training.pt").read_text() == str(epoch)
+    assert [path.parent.name for path in Path(trials).rglob("training.pt")] == ["epoch-000002"]
+    Storage(trials).upload(folder, "one/epoch-000003")  # killed before it wrote the index
+    assert newest_checkpoint(trials, "one") == kept
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))

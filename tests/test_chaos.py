@@ -188,7 +188,7 @@ def test_a_trial_without_enough_memory_says_so_counts_as_bad_and_the_next_one_is
     study = optuna.load_study(study_name="starves/tile", storage=env["DSKD_STUDY_STORAGE"])
     first, second = study.get_trials()
     assert first.value == 0 and second.value == outcome["champion"]["metrics"]["val/objective"]
-    assert "trial 1/2 failed after 0 epochs: out of memory: " in log.read_text()
+    assert "trial 1/2 failed after 0 validations: out of memory: " in log.read_text()
 
 
 class FaultyLink:

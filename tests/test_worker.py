@@ -166,12 +166,12 @@ def test_a_training_goes_on_with_another_number_of_workers(
 ) -> None:
     """What a worker saved is the same whatever their number: in one process alone all of them train alike."""
     whole = TrainingRun.begin(tiny, inputs, CPU)
-    expected = [progress.epoch.loss for progress in whole.epochs()]
+    expected = [progress.interval.loss for progress in whole.intervals()]
     begun = TrainingRun.begin(tiny, inputs, CPU, before)
-    next(begun.epochs())
+    next(begun.intervals())
     begun.save(tmp_path)
     resumed = TrainingRun.begin(tiny, inputs, CPU, after)
     resumed.restore(tmp_path)
-    (last,) = resumed.epochs()
-    assert last.epoch.loss == pytest.approx(expected[-1], rel=1e-6)
+    (last,) = resumed.intervals()
+    assert last.interval.loss == pytest.approx(expected[-1], rel=1e-6)
     assert resumed.detector()[1].keys() == whole.detector()[1].keys()

@@ -10,9 +10,9 @@ from tune.settings.workers import Workers
 from tune.storage.uris import absolute
 
 EPOCH = "epoch"
-"""Epochs trained so far, counted from 1."""
+"""Number of the report, counted from 1; one follows each of the `TrainConfig.num_validations`."""
 OBJECTIVE = "val/best_objective"
-"""Highest validation objective of the epochs so far; the search compares trials by it."""
+"""Highest validation objective so far; the search compares trials by it."""
 ERROR = "error"
 """Reason of a trial that would fail again on every attempt; its objective is 0."""
 CATEGORY = "category"
@@ -24,7 +24,7 @@ REMARK = "remark"
 PLACEMENT_GROUP = "placement_group"
 """Hex id of the placement group of DDP workers."""
 RUNG = "rung/"
-"""Prefix before an epoch: the objective at that epoch, repeated in all later reports."""
+"""Prefix before the number of a report: the objective of that report, repeated in all later ones."""
 SYSTEM = "system/"
 """Prefix of MLflow's system metrics."""
 _TRACKED = ("train/", "val/", "time/", SYSTEM)
@@ -111,14 +111,14 @@ class UnrecoverableTrialError(RuntimeError):
 
 
 class Report(NamedTuple):
-    """Metrics of one epoch, and the checkpoint folder if one is due."""
+    """Metrics of one validation, and the checkpoint folder if one is due."""
 
     metrics: dict[str, Any]
     checkpoint: Path | None
 
 
 def tracked_figures(reported: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics of one epoch's report that MLflow records."""
+    """The metrics of one report that MLflow records."""
     return {
         name: float(value)
         for name, value in reported.items()

@@ -31,6 +31,7 @@ def plan_of(asked: SearchSettings) -> SearchPlan:
         ({"gpus_per_worker": -1.0}, "--gpus-per-worker must not be negative"),
         ({"epochs": 0}, "epochs must be at least 1"),
         ({"steps": 0}, "steps must be at least 1"),
+        ({"patience": -1}, "patience must not be negative"),
         ({"steps": 10, "epochs": 10}, "--steps and --epochs exclude each other"),
         ({"image_size": 100}, "image_size must be a positive multiple of 32"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
@@ -117,8 +118,8 @@ def test_an_address_goes_before_the_environments(monkeypatch: pytest.MonkeyPatch
 def test_trials_vary_the_preset_with_the_flags_on_top(preset: Any) -> None:
     (run,) = settings(preset=preset, epochs=7, image_size=64, score_candidates=9).run_configs().values()
     assert run == PRESETS[preset].with_values({"epochs": 7, "image_size": 64, "score_candidates": 9})
-    (run,) = settings(preset=preset, batch_size=5).run_configs().values()
-    assert run.train.batch_size == 5
+    (run,) = settings(preset=preset, batch_size=5, patience=4).run_configs().values()
+    assert (run.train.batch_size, run.train.patience) == (5, 4)
 
 
 def test_several_presets_share_what_is_measured_and_how_long() -> None:

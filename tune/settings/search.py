@@ -34,6 +34,8 @@ class SearchSettings:
     """Optimiser steps of a trial that is not pruned; by default those of each preset, however few images there are."""
     epochs: int | None = None
     """Length in passes over the training images instead of steps, with a validation after each."""
+    patience: int = 0
+    """End a trial after this many validations in a row without a better objective; 0: never."""
     image_size: int = 256
     """Side in pixels that images are resized to; a multiple of 32."""
     preset: str = "dskd"
@@ -150,6 +152,7 @@ class SearchSettings:
             got = unknown[0] if names else self.preset
             raise ValueError(f"--preset takes {', '.join(PRESETS)} or all, got {got!r}.")
         changes = given_length(self.steps, self.epochs) | {
+            "patience": self.patience,
             "image_size": self.image_size,
             "score_candidates": self.score_candidates,
             "batch_size": self.batch_size if self.batch_size is not None else PRESETS[names[0]].train.batch_size,

@@ -240,7 +240,7 @@ class TrainConfig:
     """How the students are optimised."""
 
     steps: int | None = None
-    """Optimiser steps, the same however few images there are; 3200 if epochs is not given either."""
+    """Optimiser steps, the same however few images there are; None: epochs gives the length."""
     epochs: int | None = None
     """Length in passes over the normal training images instead of steps, with a validation after each."""
     patience: int = 0

@@ -37,7 +37,7 @@ def ended(line: str, monkeypatch: pytest.MonkeyPatch) -> int:
 def test_flags_reach_the_search_and_default_to_the_demo_of_the_readme() -> None:
     usual = DemoSettings().search("hub")
     assert (usual.data, usual.storage, usual.name) == ("dskd-demo/data", "dskd-demo/results", "demo-hub")
-    assert (usual.trials, usual.steps, usual.epochs, usual.image_size, usual.batch_size) == (4, 60, None, 128, 8)
+    assert (usual.trials, usual.steps, usual.epochs, usual.image_size, usual.batch_size) == (4, 120, None, 128, 8)
     asked = DemoSettings(
         out=Path("d"), trials=2, epochs=3, image_size=64, batch_size=4, name="mine", address="auto"
     ).search("weights.pth")

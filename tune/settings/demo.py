@@ -6,7 +6,7 @@ from typing import Literal
 
 from tune.settings.search import SearchSettings
 
-_STEPS = 60
+_STEPS = 120
 """Enough for good verdicts on the drawn products (benchmarks/README.md)."""
 TeacherLabel = Literal["hub", "random", "file"]
 """Source of the teacher's weights, as used in the name of the search."""
@@ -24,7 +24,7 @@ class DemoSettings:
     trials: int = 4
     """Trials per category."""
     steps: int | None = None
-    """Optimiser steps of a trial that is not pruned; 60 unless --epochs is given."""
+    """Optimiser steps of a trial that is not pruned; 120 unless --epochs is given."""
     epochs: int | None = None
     """Length in passes over the training images instead of steps."""
     image_size: int = 128

@@ -241,6 +241,14 @@ def test_check_data_says_how_long_a_training_is_and_takes(mvtec_root: Path, monk
     assert told.out.splitlines().count(line) == 2
     told = dskd("check-data", mvtec_root, "--batch-size", "20", "--steps", "60")
     assert "each of 10 images seen 60 times; 1 min on" in told.out, "a batch of all images, half as large as measured"
+
+    def no_room(config: RunConfig, device: torch.device) -> StepSpeed:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("dskd.training.speed.untrained_step_speed", no_room)
+    told = dskd("check-data", mvtec_root, "--steps", "90")
+    assert told.code == 0 and told.err[0].startswith("a batch does not fit into the memory")
+    assert "  training    90 steps, each of 10 images seen 90 times\n" in told.out
     told = dskd("check-data", mvtec_root, "--steps", "90", "--epochs", "45")
     assert told.code == 2 and told.err[0].startswith("dskd: error: --steps and --epochs exclude each other")
 
@@ -330,7 +338,10 @@ BAD: dict[str, tuple[Callable[[Place], list[Any]], str]] = {
     "textures of no image": (lambda p: train_words(p, "--textures", p.tmp), "no texture in"),
     "checking missing data": (lambda p: ["check-data", p.tmp / "nowhere"], "nowhere does not exist"),
     "checking data of another layout": (lambda p: ["check-data", p.tmp], "no category in"),
-    "checking at no size": (lambda p: ["check-data", p.data, "--image-size", "0"], "--image-size must be"),
+    "checking at no size": (
+        lambda p: ["check-data", p.data, "--image-size", "0"],
+        "image_size must be a positive multiple of 32",
+    ),
     "missing teacher": (lambda p: train_words(p, "--teacher-weights", p.tmp / "no.pth"), "no.pth"),
     "unknown backbone": (lambda p: train_words(p, "--backbone", "resnet17"), "resnet17"),
     "unknown device": (lambda p: train_words(p, "--device", "tpu"), "--device must be auto, cpu, cuda or cuda:N"),

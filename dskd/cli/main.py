@@ -79,17 +79,17 @@ def check_data(
         steps: Its length; by default the preset's.
         epochs: Its length in passes over the images instead.
         batch_size: Images of one of its steps; by default the preset's.
-        time: Measure a step, which takes some seconds; validations are not counted.
+        time: Measure a step, which takes some seconds; validations, and stage I of aand, are not counted.
         max_megapixels: Larger images are refused as decompression bombs; 512, or $DSKD_MAX_MEGAPIXELS, unless given.
         json: Print one JSON document.
     """
     from dskd.data.check import check_data
 
     _allow_megapixels(max_megapixels)
-    length = given_length(steps, epochs) | ({} if batch_size is None else {"batch_size": batch_size})
-    config = PRESETS[preset].with_values(length)
+    changes = given_length(steps, epochs) | {"image_size": image_size}
+    config = PRESETS[preset].with_values(changes if batch_size is None else changes | {"batch_size": batch_size})
     report = check_data(path, image_size, progress=True)
-    seconds = _step_seconds(config.with_values({"image_size": image_size})) if time and report.is_trainable else None
+    seconds = _step_seconds(config) if time and report.is_trainable else None
     training = training_document(report, config, seconds)
     if json:
         print_json(report.to_document() | {"training": training})
@@ -99,12 +99,21 @@ def check_data(
         sys.exit(1)
 
 
-def _step_seconds(config: RunConfig) -> float:
-    """Seconds of a step of the optimiser on this machine's GPU, or on its CPU if it has none."""
+def _step_seconds(config: RunConfig) -> float | None:
+    """Seconds of a step on this machine's GPU, or on its CPU if it has none; None if it cannot hold a batch.
+
+    Then it says so.
+    """
+    import torch
+
     from dskd.device import computing_device
     from dskd.training.speed import untrained_step_speed
 
-    return untrained_step_speed(config, computing_device("auto")).seconds
+    try:
+        return untrained_step_speed(config, computing_device("auto")).seconds
+    except torch.OutOfMemoryError:
+        say("a batch does not fit into the memory of this machine's GPU; lower --batch-size or --image-size")
+        return None
 
 
 def train(

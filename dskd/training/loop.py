@@ -1,7 +1,7 @@
 """Training of students on normal images: `fit` yields steps and intervals, and the caller decides what to do next.
 
 An interval is the steps from one validation to the next. An epoch, one pass over the images, has no meaning here: with
-few images it is so short that a validation after each would cost more than the training itself.
+few images it is so short that a validation after each would cost as much as the training itself.
 """
 
 import itertools

@@ -144,7 +144,7 @@ def markdown(records: Sequence[dict[str, Any]]) -> str:
 
 
 def _cell(runs: Sequence[dict[str, Any]]) -> str:
-    """Figures of the students chosen by validation; only the first entry of a run is by all its maps, chosen so."""
+    """Figures of the students that validation chose, scored by all of them: the first such entry of each run."""
     chosen = [next(entry for entry in record["figures"] if entry["chosen"] == "best") for record in runs]
     values = [[entry[figure] for entry in chosen] for figure in FIGURES]
     return " / ".join("–" if None in each else f"{mean(each):.3f}" for each in values)

@@ -39,7 +39,7 @@ def untrained(preset: str, image_size: int) -> Detector:
         teacher = AmplifiedTeacher(teacher, build_amplifier(teacher, config.amplification.memory_size, seed=0))
     record = DetectorRecord(
         category="none", config=config, teacher="random", teacher_sha256="", data_sha256="", validation_files=(),
-        calibration_files=(), epoch=0, thresholds=(), metrics={},
+        calibration_files=(), step=1, thresholds=(), metrics={},
     )  # fmt: skip
     return Detector(record, teacher, build_students(config.model, teacher, seed=0).eval(), torch.device("cpu"))
 

@@ -1,7 +1,8 @@
 """Overhead of training over its bare loop, and time saved by the cached teacher: `python benchmarks/overhead.py`.
 
-Three variants of one epoch, alternating in one run: `dskd.training.loop.fit` with the teacher's cached features, the
-same with the teacher run for every batch, and the bare loop (forward, loss, backward, step) on prepared tensors.
+Three variants of one round over the images, alternating in one run: `dskd.training.loop.fit` with the teacher's
+cached features, the same with the teacher run for every batch, and the bare loop (forward, loss, backward, step) on
+prepared tensors.
 Images and weights are random, which does not change the speed.
 """
 
@@ -47,11 +48,17 @@ class _Uncached:
         return pyramid
 
 
-def epoch_seconds(preset: str, options: Options) -> list[float]:
+def round_seconds(preset: str, options: Options) -> list[float]:
     """Median seconds of the bare loop, of `fit` with cached features, and of `fit` with the teacher."""
     device, side = torch.device("cpu"), options.image_size
+    steps = num_used(options) // options.batch_size
     config = PRESETS[preset].with_values(
-        {"image_size": side, "batch_size": options.batch_size, "epochs": 1, "learning_rate": 1e-4}
+        {
+            "image_size": side,
+            "batch_size": options.batch_size,
+            "steps": steps,
+            "learning_rate": 1e-4,
+        }
     )
     images = np.random.default_rng(0).integers(0, 256, (options.num_images, side, side, 3), dtype=np.uint8)
     teacher = build_teacher(config.model.backbone, config.model.levels, "random")
@@ -88,7 +95,7 @@ def epoch_seconds(preset: str, options: Options) -> list[float]:
 
 
 def num_used(options: Options) -> int:
-    """Images used in an epoch, which leaves out an incomplete last batch."""
+    """Images used in a round: an incomplete last batch is left out."""
     return options.num_images // options.batch_size * options.batch_size
 
 
@@ -97,12 +104,12 @@ def main() -> None:
     print(
         f"python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads of "
         f"{os.cpu_count()} CPUs; {options.num_images} images of {options.image_size} pixels, batches of "
-        f"{options.batch_size}, medians of {options.repeats} epochs\n"
+        f"{options.batch_size}, medians of {options.repeats} rounds\n"
     )
     print("| preset | bare loop, images/s | fit, cached teacher | fit, teacher every time | fit / bare | cache saves |")
     print("|---|---|---|---|---|---|")
     for preset in options.presets:
-        seconds = epoch_seconds(preset, options)
+        seconds = round_seconds(preset, options)
         bare, cached, uncached = (num_used(options) / value for value in seconds)
         print(
             f"| {preset} | {bare:.1f} | {cached:.1f} | {uncached:.1f} | {cached / bare:.2f} | "

@@ -1,7 +1,7 @@
 """The same trainings as a search's, as Ray's documentation has them: the other side of search_share.py, which runs it.
 
 `python benchmarks/plain_search.py REQUEST.json`: one trial at a time, a function trainable; with several workers a
-TorchTrainer in each trial. No cache, no process that is used again. Writes when each epoch began and ended.
+TorchTrainer in each trial. No cache, no process that is used again. Writes when the steps before each validation began and ended.
 """
 
 import json
@@ -26,7 +26,7 @@ from dskd.training.run import TrainingRun
 
 
 def train(asked: Mapping[str, Any], worker: WorkerRank, report: Callable[..., None]) -> None:
-    """One training, with a report after each epoch and a checkpoint at its end."""
+    """One training, with a report after each validation and a checkpoint at its end."""
     torch.set_num_threads(1)
     device = torch.device("cpu")
     config = RunConfig.from_dict(asked["config"])
@@ -35,10 +35,10 @@ def train(asked: Mapping[str, Any], worker: WorkerRank, report: Callable[..., No
     run = TrainingRun.begin(config, inputs, device, worker.world_size)
     students = ray.train.torch.prepare_model(run.students) if worker.world_size > 1 else run.students
     began = time.time()
-    for result in run.epochs(students, worker):
+    for result in run.intervals(students, worker):
         told = {"began": began, "ended": time.time(), "objective": result.best_objective}
         with TemporaryDirectory() as folder:
-            is_kept = worker.rank == 0 and run.next_epoch == config.train.epochs
+            is_kept = worker.rank == 0 and run.is_finished
             if is_kept:
                 run.save(Path(folder))
             report(told, checkpoint=folder if is_kept else None)

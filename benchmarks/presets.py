@@ -1,8 +1,8 @@
 """Compares the methods on real images, and DSKD with its own parts.
 
-    python benchmarks/presets.py --data DIR --teacher-weights FILE --results runs.jsonl --epochs 20
+    python benchmarks/presets.py --data DIR --teacher-weights FILE --results runs.jsonl --steps 500
 
-Trains every method on every category with every seed. It selects the epoch only by validation (held-out good
+Trains every method on every category with every seed. It selects the step only by validation (held-out good
 images, some with synthetic defects) and evaluates on the test split afterwards. The seed sets the students'
 initial weights and the order of the images; the held-out split is always the same. Two students trained together
 are also scored with each student's map alone. `--parts` also trains each student alone, and both without the
@@ -30,6 +30,7 @@ import torch
 import tyro
 
 from dskd import metrics
+from dskd.arguments import given_length
 from dskd.config import DataSpec, RunConfig, TeacherSource
 from dskd.data.cache import ArrayCache, default_folder
 from dskd.data.datasets import find_categories
@@ -76,10 +77,12 @@ class Options:
     """Also train DSKD's students alone, and together without the decoder's gradient into the encoder."""
     seeds: tuple[int, ...] = (0,)
     image_size: int = 256
+    steps: int | None = None
+    """Optimiser steps of every run; by default those of the preset."""
     epochs: int | None = None
-    """Epochs of every run; by default those of the preset."""
-    epochs_of: dict[str, int] = field(default_factory=dict)
-    """Epochs of single presets, such as `--epochs-of stfpm 60 rd4ad 20`; DSKD's parts use those of DSKD."""
+    """Length of every run in epochs instead."""
+    steps_of: dict[str, int] = field(default_factory=dict)
+    """Steps of single presets, such as `--steps-of stfpm 800 rd4ad 500`; DSKD's parts use those of DSKD."""
     batch_size: int | None = None
     """Images per batch; by default that of the preset."""
     set: dict[str, str] = field(default_factory=dict)
@@ -95,7 +98,7 @@ class Options:
 
 def methods(options: Options) -> dict[str, RunConfig]:
     """Configurations of one category and seed, by their name in the table."""
-    if unknown := [name for name in (*options.presets, *options.epochs_of) if name not in PRESETS]:
+    if unknown := [name for name in (*options.presets, *options.steps_of) if name not in PRESETS]:
         raise ValueError(f"unknown preset {unknown[0]!r}; known: {', '.join(PRESETS)}.")
     chosen: dict[str, dict[str, Any]] = {name: {} for name in options.presets}
     if options.parts:
@@ -103,8 +106,9 @@ def methods(options: Options) -> dict[str, RunConfig]:
     found = {}
     for name, values in chosen.items():
         preset = name.partition(":")[0]
-        epochs = options.epochs_of.get(preset, options.epochs)
-        given = {"image_size": options.image_size, "epochs": epochs, "batch_size": options.batch_size}
+        own = options.steps_of.get(preset)
+        length = given_length(options.steps, options.epochs) if own is None else {"steps": own}
+        given = {"image_size": options.image_size, "batch_size": options.batch_size, **length}
         changes = {key: value for key, value in given.items() if value is not None}
         found[name] = PRESETS[preset].with_values(values | changes | {k: _value(v) for k, v in options.set.items()})
     return found
@@ -113,15 +117,15 @@ def methods(options: Options) -> dict[str, RunConfig]:
 def run(
     name: str, config: RunConfig, inputs: TrainingData, data: Path, device: torch.device, cache: ArrayCache | None
 ) -> dict[str, Any]:
-    """Train and evaluate one method; `figures` has the metrics of the best and the last epoch, for each map."""
+    """Train and evaluate one method; `figures` has the metrics at the best validation and at the end, for each map."""
     started = time.perf_counter()
     distillation = TrainingRun.begin(config, inputs, device)
-    seconds = []
-    for progress in distillation.epochs():
-        seconds.append(progress.epoch.seconds)
+    seconds = 0.0
+    for progress in distillation.intervals():
+        seconds += progress.interval.seconds
         print(
-            f"{inputs.category}  {name}  seed {config.train.seed}  epoch {len(seconds)}/{config.train.epochs}  "
-            f"loss {progress.epoch.loss:.4f}  validation {progress.objective:.4f}  {seconds[-1]:.1f} s",
+            f"{inputs.category}  {name}  seed {config.train.seed}  step {distillation.step}/{distillation.num_steps}  "
+            f"loss {progress.interval.loss:.4f}  validation {progress.objective:.4f}  {seconds:.1f} s",
             file=sys.stderr,
             flush=True,
         )
@@ -130,7 +134,7 @@ def run(
     table = feature_table(inputs.teacher, truth.images, device, cache=cache)
     is_pair = config.model.student_encoder and config.model.student_decoder
     figures = []
-    for epoch, weights in (("best", distillation.best_weights), ("last", last)):
+    for chosen, weights in (("best", distillation.best_weights), ("last", last)):
         distillation.students.load_state_dict(weights)
         for scored_by, values in SCORED_BY.items() if is_pair else [("its own map", {})]:
             seen = score_images(table, distillation.students, truth.images, config.with_values(values), device)
@@ -141,13 +145,14 @@ def run(
                 else math.nan
             )
             known = {figure: value if math.isfinite(value) else None for figure, value in scores.items()}
-            figures.append({"epoch": epoch, "scored_by": scored_by, **known})
+            figures.append({"chosen": chosen, "scored_by": scored_by, **known})
     return {
         "category": inputs.category,
         "method": name,
-        "best_epoch": distillation.best_epoch,
+        "best_step": distillation.history[distillation.best_interval].interval.step,
+        "num_steps": distillation.step,
         "validation": distillation.best_objective,
-        "seconds_per_epoch": median(seconds),
+        "seconds_per_step": seconds / distillation.step,
         "seconds": time.perf_counter() - started,
         "num_train": len(inputs.train_images),
         "num_test": len(truth.images),
@@ -221,10 +226,10 @@ def missing_and_known(options: Options) -> Iterator[dict[str, Any]]:
 
 
 def markdown(records: Sequence[dict[str, Any]]) -> str:
-    """One row per category, method and map: mean over seeds (± standard deviation), best and last epoch."""
+    """One row per category, method and map: mean over seeds (± standard deviation), chosen and at the end."""
     lines = [
-        "| category | method | scored by | image AUROC | pixel AUROC | AUPRO | AUPRO as RD4AD's code | last epoch: "
-        "image / pixel / AUPRO | chosen epoch | batch | s per epoch | seeds | published: image / pixel / their PRO |",
+        "| category | method | scored by | image AUROC | pixel AUROC | AUPRO | AUPRO as RD4AD's code | at the end: "
+        "image / pixel / AUPRO | chosen step | batch | s per step | seeds | published: image / pixel / their PRO |",
         "|" + "---|" * 13,
     ]
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
@@ -233,8 +238,8 @@ def markdown(records: Sequence[dict[str, Any]]) -> str:
             groups.setdefault((record["category"], record["method"], scored_by), []).append(record)
     for (category, method, scored_by), runs in groups.items():
         figures = {
-            epoch: {figure: [_figures(record, epoch, scored_by)[figure] for record in runs] for figure in FIGURES}
-            for epoch in ("best", "last")
+            chosen: {figure: [_figures(record, chosen, scored_by)[figure] for record in runs] for figure in FIGURES}
+            for chosen in ("best", "last")
         }
         train = runs[0]["config"]["train"]
         cells = [
@@ -243,9 +248,9 @@ def markdown(records: Sequence[dict[str, Any]]) -> str:
             scored_by,
             *(_spread(figures["best"][figure]) for figure in FIGURES),
             " / ".join(_spread(figures["last"][figure]) for figure in FIGURES[:3]),
-            f"{', '.join(str(record['best_epoch'] + 1) for record in runs)} of {train['epochs']}",
+            f"{', '.join(str(record['best_step']) for record in runs)} of {runs[0]['num_steps']}",
             str(train["batch_size"]),
-            f"{median(record['seconds_per_epoch'] for record in runs):.1f}",
+            f"{median(record['seconds_per_step'] for record in runs):.2g}",
             str(len(runs)),
             PUBLISHED.get((method, category), ""),
         ]
@@ -253,8 +258,8 @@ def markdown(records: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _figures(record: dict[str, Any], epoch: str, scored_by: str) -> dict[str, Any]:
-    (found,) = (entry for entry in record["figures"] if (entry["epoch"], entry["scored_by"]) == (epoch, scored_by))
+def _figures(record: dict[str, Any], chosen: str, scored_by: str) -> dict[str, Any]:
+    (found,) = (entry for entry in record["figures"] if (entry["chosen"], entry["scored_by"]) == (chosen, scored_by))
     return dict(found)
 
 

@@ -1,6 +1,6 @@
 """Gain from searching score parameters after training, on validation and then on the test images.
 
-    python benchmarks/score_search.py --data DIR --teacher-weights FILE --image-size 128 --batch-size 8 --epochs 15
+    python benchmarks/score_search.py --data DIR --teacher-weights FILE --image-size 128 --batch-size 8 --steps 450
 
 Trains each category once and searches the score parameters with several seeds of the search. One row per
 category: the validation objective before and after, the gain on images that were not used for the selection with
@@ -36,7 +36,7 @@ class Options:
     """Categories to train on; all by default."""
     preset: str = "dskd"
     image_size: int = 256
-    epochs: int = 100
+    steps: int = 3200
     batch_size: int = 16
     num_candidates: int = 1000
     """Number of score configurations tried."""
@@ -51,7 +51,7 @@ def row(options: Options, category: str) -> str:
     """Train and search one category; returns its line of the table."""
     device = torch.device(options.device)
     config = PRESETS[options.preset].with_values(
-        {"image_size": options.image_size, "epochs": options.epochs, "batch_size": options.batch_size}
+        {"image_size": options.image_size, "steps": options.steps, "batch_size": options.batch_size}
     )
     inputs = prepare(
         config,
@@ -60,8 +60,8 @@ def row(options: Options, category: str) -> str:
         cache=ArrayCache(default_folder(), int(20e9)),
     )
     run = TrainingRun.begin(config, inputs, device)
-    for progress in run.epochs():
-        print(f"{category}  epoch {run.next_epoch}  validation {progress.objective:.4f}", file=sys.stderr, flush=True)
+    for progress in run.intervals():
+        print(f"{category}  step {run.step}  validation {progress.objective:.4f}", file=sys.stderr, flush=True)
     run.students.load_state_dict(run.best_weights)
     validation = inputs.validation
     found = disagreements(inputs.validation_features, run.students, validation.images, device)

@@ -97,12 +97,34 @@ class ConfigSource:
 
     config: Path | None = None
     preset: Preset | None = None
+    steps: int | None = None
+    epochs: int | None = None
 
     def read(self) -> RunConfig:
-        """The configuration of the file, or of the preset. Raises ValueError as `read_config`."""
+        """The configuration of the file, or of the preset, with the given length.
+
+        Raises ValueError as `read_config`, and if two lengths are given.
+        """
         if self.config is not None:
-            return read_config(self.config, self.preset)
-        return PRESETS[self.preset or "dskd"]
+            return self.with_length(read_config(self.config, self.preset))
+        return self.with_length(PRESETS[self.preset or "dskd"])
+
+    def with_length(self, config: RunConfig) -> RunConfig:
+        """The configuration with the length that the flags give.
+
+        Raises ValueError if they give two.
+        """
+        return config.with_values(given_length(self.steps, self.epochs))
+
+
+def given_length(steps: int | None, epochs: int | None) -> dict[str, int]:
+    """The one of `--steps` and `--epochs` that is given, by name; nothing if neither is.
+
+    Raises ValueError if both are.
+    """
+    if steps is not None and epochs is not None:
+        raise ValueError("--steps and --epochs exclude each other: both say how long to train; leave one out.")
+    return {name: length for name, length in (("steps", steps), ("epochs", epochs)) if length is not None}
 
 
 def _one_line(prog: str, known_flags: Iterable[str]) -> mistakes.ParseErrorHook:
@@ -138,6 +160,8 @@ def _message(event: mistakes.ParseErrorEvent, known: Sequence[str]) -> str | Non
         case mistakes.InstantiationFailure(message=message, argument=argument):
             if argument is None:
                 return message  # a configuration's own message names its field
+            if "Got errors:" in message:  # of each type that the flag can have, the one beside None last
+                message = message.rpartition(">: ")[2]
             return f"{argument.lowered.metavar if argument.is_positional() else argument.display_name()}: {message}"
     return None
 

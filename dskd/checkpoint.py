@@ -25,7 +25,7 @@ from dskd.config import VERSION, RunConfig, Selection, TeacherSource
 from dskd.data.depth import PixelScale
 from dskd.model.teacher import IMAGENET_MEAN, IMAGENET_STD
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 RECORD_FILE = "detector.json"
 WEIGHTS_FILE = "model.safetensors"
 PREVIEW_FILE = "preview.png"
@@ -52,8 +52,8 @@ class DetectorRecord:
     category's folder where it has validation images of its own."""
     calibration_files: tuple[str, ...]
     """The held-out normal images that the thresholds are computed from, named in the same way; in older records all."""
-    epoch: int
-    """Epoch, counted from 0, whose students these are."""
+    step: int | None
+    """Steps of the optimiser that these students were trained for; None in older records, which count epochs."""
     thresholds: tuple[Threshold, ...]
     """Loosest first."""
     metrics: Mapping[str, float]
@@ -68,7 +68,7 @@ class DetectorRecord:
     textures_sha256: str = ""
     """Fingerprint of those files."""
     selection: Selection = "val"
-    """What chose the epoch; figures of an "oracle" detector have seen the test labels."""
+    """What chose the step; figures of an "oracle" detector have seen the test labels."""
     scale: PixelScale | None = None
     """How images of more than 8 bits are read, found in the training images; None in older records, whose images of
     16 bits lose the low 8."""
@@ -159,7 +159,7 @@ class _Document(msgspec.Struct, kw_only=True):
     data_sha256: _Text
     validation_files: tuple[_Text, ...]
     calibration_files: tuple[_Text, ...] | None = None
-    epoch: Annotated[int, msgspec.Meta(ge=0)]
+    step: Annotated[int, msgspec.Meta(ge=1)] | None = None
     thresholds: Annotated[list[_Threshold], msgspec.Meta(min_length=1, max_length=1000)]
     metrics: dict[_Text, float]
     revision: _Text = ""

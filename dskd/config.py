@@ -22,6 +22,13 @@ _MAX_IMAGE_SIZE, _MAX_DEPTH, _MAX_LEVELS, _MAX_MEMORY_SIZE = 8192, 100, 16, 100_
 """Far above what anyone trains with: a detector.json that asks for more would only fill the memory of who loads it."""
 
 
+DEFAULT_STEPS = 3200
+"""Length where nothing else is said: that of RD4AD's protocol (dskd/presets.py has the derivation)."""
+_NUM_VALIDATIONS, _MIN_INTERVAL = 30, 10
+"""Validations of a length in steps, and the fewest steps between two: a validation costs as much as a few steps, so
+that more of them would take a large share of a short training's time."""
+
+
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise ValueError(message)
@@ -232,8 +239,12 @@ class ScoreConfig:
 class TrainConfig:
     """How the students are optimised."""
 
-    epochs: int = 100
-    """Passes over the normal training images."""
+    steps: int | None = None
+    """Optimiser steps, the same however few images there are; None: epochs gives the length."""
+    epochs: int | None = None
+    """Length in passes over the normal training images instead of steps, with a validation after each."""
+    patience: int = 0
+    """End after this many validations in a row without a better objective; 0: never (as in the four papers)."""
     batch_size: int = 16
     """Images of one optimiser step, summed over all workers."""
     optimizer: Literal["adam", "sgd"] = "adam"
@@ -241,16 +252,60 @@ class TrainConfig:
     learning_rate: float = 0.005
     """Peak step size; RD4AD and AAND 0.005 with adam, STFPM 0.4 with sgd."""
     schedule: Literal["constant", "multistep", "cosine"] = "constant"
-    """constant (STFPM, RD4AD), x0.2 at 80 % and 90 % of the epochs (AAND), or a half cosine to zero."""
+    """constant (STFPM, RD4AD), x0.2 at 80 % and 90 % of the steps (AAND), or a half cosine to zero."""
     seed: int = 0
     """Seed of the students' initial weights and of the order of the images."""
 
     def __post_init__(self) -> None:
         _require_finite(self)
-        _require(self.epochs >= 1, f"epochs must be at least 1, got {self.epochs}.")
+        if self.steps is None and self.epochs is None:
+            object.__setattr__(self, "steps", DEFAULT_STEPS)
+        _require(
+            self.steps is None or self.epochs is None,
+            f"the length is either steps or epochs, got steps {self.steps} and epochs {self.epochs}; leave one out.",
+        )
+        for name in ("steps", "epochs"):
+            length = getattr(self, name)
+            _require(length is None or length >= 1, f"{name} must be at least 1, got {length}.")
+        _require(self.patience >= 0, f"patience must not be negative, got {self.patience}.")
         _require(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}.")
         _require(self.learning_rate > 0, f"learning_rate must be positive, got {self.learning_rate}.")
         _require(self.seed >= 0, f"seed must not be negative, got {self.seed}.")
+
+    @property
+    def length(self) -> str:
+        """The length in words: "3200 steps" or "100 epochs"."""
+        return f"{self.steps} steps" if self.epochs is None else f"{self.epochs} epochs"
+
+    @property
+    def num_validations(self) -> int:
+        """Validations of a whole training, at equal distances and the last at its end; the same for any data.
+
+        After each epoch where the length is in epochs, as in all runs before there were steps. Else 30, or fewer, so
+        that at least 10 steps lie between two.
+        """
+        if self.epochs is not None:
+            return self.epochs
+        assert self.steps is not None
+        return max(1, min(_NUM_VALIDATIONS, self.steps // _MIN_INTERVAL))
+
+    def num_steps(self, num_images: int) -> int:
+        """Optimiser steps of a whole training on so many images; an epoch has as many as there are full batches."""
+        if self.epochs is None:
+            assert self.steps is not None
+            return self.steps
+        return self.epochs * max(1, num_images // self.batch_size)
+
+    def interval_ends(self, num_images: int) -> tuple[int, ...]:
+        """Steps after which a training on so many images is validated, ascending.
+
+        >>> TrainConfig(steps=32).interval_ends(40)
+        (11, 21, 32)
+        >>> TrainConfig(epochs=3, batch_size=8).interval_ends(40)
+        (5, 10, 15)
+        """
+        steps, number = self.num_steps(num_images), self.num_validations
+        return tuple(round(steps * done / number) for done in range(1, number + 1))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -339,6 +394,7 @@ class RunConfig:
     def with_values(self, values: Mapping[str, Any]) -> Self:
         """A copy with fields replaced by name; every field name is unique over all sections.
 
+        A length in steps replaces one in epochs, and the other way round.
         Raises ValueError on a name that no section has.
 
         >>> RunConfig().with_values({"epochs": 5}).train.epochs
@@ -349,8 +405,9 @@ class RunConfig:
         if unknown := sorted(set(values) - set(owner)):
             raise ValueError(f"unknown configuration field {unknown[0]!r}; known: {', '.join(sorted(owner))}.")
         nested = self.to_dict()
-        for name, value in values.items():
-            nested[owner[name]][name] = value
+        for section in sections:
+            given = {name: value for name, value in values.items() if owner[name] == section}
+            nested[section] = replaced(nested[section], given)
         return type(self).from_dict(nested)
 
     def flat(self) -> dict[str, Any]:
@@ -387,6 +444,19 @@ class DataSpec:
     reproduce papers that select by them."""
 
 
+def replaced(section: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a section with some of them changed; a length in steps replaces one in epochs, and vice versa.
+
+    >>> replaced({"steps": 3200, "epochs": None}, {"epochs": 5})
+    {'steps': None, 'epochs': 5}
+    """
+    found = {**section, **changes}
+    for given, other in (("steps", "epochs"), ("epochs", "steps")):
+        if changes.get(given) is not None and changes.get(other) is None:
+            found[other] = None
+    return found
+
+
 def _build(cls: type[_Config], values: Mapping[str, Any], where: str) -> _Config:
     if not isinstance(values, Mapping):
         raise ValueError(f"{where} must be a table of fields, got {values!r}.")
@@ -400,6 +470,8 @@ def _build(cls: type[_Config], values: Mapping[str, Any], where: str) -> _Config
 def _value(kind: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _build(typing.cast(type, kind), value, where)
+    if isinstance(kind, types.UnionType):  # of a type and None
+        return None if value is None else _value(typing.get_args(kind)[0], value, where)
     origin = typing.get_origin(kind)
     if origin is Literal:
         _require(value in typing.get_args(kind), f"{where} must be one of {typing.get_args(kind)}, got {value!r}.")

@@ -220,7 +220,7 @@ def _metadata(detector: Detector) -> dict[str, str]:
         "teacher": record.teacher,
         "teacher_sha256": record.teacher_sha256,
         "data_sha256": record.data_sha256,
-        "epoch": record.epoch,
+        "step": record.step,
         "config": record.config.to_dict(),
         "revision": record.revision,
     }

@@ -155,7 +155,7 @@ def inputs(mvtec_root: Path, tiny: RunConfig) -> TrainingData:
 def detector_folder(tiny: RunConfig, inputs: TrainingData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished detector of `tile`; copy it before changing it."""
     run = TrainingRun.begin(tiny, inputs, torch.device("cpu"))
-    for _ in run.epochs():
+    for _ in run.intervals():
         pass
     folder = tmp_path_factory.mktemp("detectors") / "tile"
     write_detector(folder, *run.detector())

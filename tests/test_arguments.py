@@ -27,7 +27,7 @@ BAD = {
     "train --data d --out o --epochs many": "dskd train: error: --epochs: invalid literal for int()",
     "train --data d --out o --levels one": "dskd train: error: --levels: ",
     "train --data d --out o --epochs": "Missing value for argument '--epochs'",
-    "train --data d --out o --epochs 0": "dskd train: error: epochs must be at least 1, got 0",
+    "train --data d --out o --epochs 0": "dskd: error: epochs must be at least 1, got 0",
     "train --data d --out o --preset patchcore": "invalid choice 'patchcore' for argument '--preset'",
     "train --data d --out o --schedule linear": "invalid choice 'linear' for argument '--schedule'",
     "evaluate detector extra --data d": "dskd evaluate: error: unexpected extra; see dskd evaluate --help",

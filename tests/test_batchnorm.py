@@ -18,7 +18,7 @@ from dskd.model.batchnorm import SharedBatchNorm2d, share_batchnorm
 from dskd.model.features import feature_table
 from dskd.model.network import build_students
 from dskd.model.teacher import build_teacher
-from dskd.training.loop import Epoch, build_optimizer, fit
+from dskd.training.loop import Interval, build_optimizer, fit
 
 CPU = torch.device("cpu")
 RUN = RunConfig(
@@ -57,7 +57,7 @@ def losses(worker: WorkerRank) -> list[float]:
     optimizer = build_optimizer(optimizer_of, RUN.train)
     table = feature_table(teacher, images, CPU)
     taken = fit(students, optimizer, images, table, RUN, device=CPU, worker=worker)
-    return [each.loss for each in taken if isinstance(each, Epoch)]
+    return [each.loss for each in taken if isinstance(each, Interval)]
 
 
 def work(rank: int, port: int, folder: Path) -> None:

@@ -46,7 +46,7 @@ def record(tiny: RunConfig) -> DetectorRecord:
         data_sha256="cd" * 32,
         validation_files=("003.png", "007.png"),
         calibration_files=("001.png",),
-        epoch=4,
+        step=400,
         thresholds=(Threshold(0.05, 0.123456789012345, 120), Threshold(0.01, 0.3, 120)),
         metrics={"val/objective": 0.9, "test/aupro": 1 / 3},
         revision="c0ffee",
@@ -107,6 +107,24 @@ def not_finite(folder: Path, value: float) -> None:
     edit(folder, lambda document: document["weights"].update(sha256=sha256_of(folder / WEIGHTS_FILE)))
 
 
+def test_a_record_of_the_time_when_every_length_was_in_epochs_is_read(copied: Path) -> None:
+    def older(document: dict[str, Any]) -> None:
+        del document["step"]
+        for name in ("steps", "patience"):
+            del document["config"]["train"][name]
+        document.update(schema=2, epoch=4)
+        document["config"]["train"]["epochs"] = 100
+
+    before = read_record(copied)
+    assert before.step is not None
+    edit(copied, older)
+    found = read_record(copied)
+    assert found.config.train.length == "100 epochs" and found.step is None
+    assert found == dataclasses.replace(before, step=None, config=before.config.with_values({"epochs": 100}))
+    rewrite_record(copied, found)
+    assert read_record(copied) == found
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no such folder": (shutil.rmtree, RECORD_FILE),
     "no record": (lambda folder: (folder / RECORD_FILE).unlink(), RECORD_FILE),
@@ -138,7 +156,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "an impossible rate": (edited(lambda record: record["thresholds"][0].update(false_alarm_rate=2)), "< 1"),
     "a figure that is no number": (with_text('"metrics": {', '"metrics": {"val/x": NaN, '), "damaged"),
     "a setting that is no number": (with_text('"learning_rate": ', '"learning_rate": NaN, "x": '), "damaged"),
-    "an epoch below 0": (edited(lambda record: record.update(epoch=-1)), ">= 0"),
+    "a step below 1": (edited(lambda record: record.update(step=0)), ">= 1"),
     "a category that is a list": (edited(lambda record: record.update(category=["screw"])), "Expected `str`"),
     "a teacher without end": (edited(lambda record: record.update(teacher="x" * 10_000)), "length"),
     "images of a terabyte": (edited(lambda record: record["config"]["data"].update(image_size=2**20)), "image_size"),
@@ -219,7 +237,7 @@ def test_what_is_not_finite_is_not_written(value: float, record: DetectorRecord,
 
 def test_an_older_detector_is_replaced_whole(record: DetectorRecord, tmp_path: Path) -> None:
     write_detector(tmp_path / "screw", record, WEIGHTS, np.zeros((2, 2, 3), np.uint8))
-    newer = dataclasses.replace(record, epoch=9)
+    newer = dataclasses.replace(record, step=900)
     write_detector(tmp_path / "screw", newer, WEIGHTS)
     assert read_record(tmp_path / "screw") == newer
     assert sorted(path.name for path in (tmp_path / "screw").iterdir()) == [RECORD_FILE, WEIGHTS_FILE]
@@ -249,7 +267,9 @@ def test_a_failure_while_writing_leaves_what_was_there(record: DetectorRecord, t
     if exists:
         write_detector(tmp_path / "screw", record, WEIGHTS)
     with pytest.raises(TypeError):
-        write_detector(tmp_path / "screw", dataclasses.replace(record, epoch=9), WEIGHTS, np.zeros((2, 2, 7), np.uint8))
+        write_detector(
+            tmp_path / "screw", dataclasses.replace(record, step=900), WEIGHTS, np.zeros((2, 2, 7), np.uint8)
+        )
     assert [path.name for path in tmp_path.iterdir()] == (["screw"] if exists else [])
     assert not exists or read_record(tmp_path / "screw") == record
 

@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from PIL import Image
 
 from dskd.checkpoint import RECORD_FILE, WEIGHTS_FILE, read_record
 from dskd.cli.main import main
+from dskd.config import RunConfig
 from dskd.data.datasets import fingerprint
 from dskd.data.files import IMAGE_SUFFIXES
 from dskd.detector import UNTRAINED_TEACHER
+from dskd.presets import PRESETS
+from dskd.training.speed import StepSpeed
 
 TINY = [
     "--image-size", "32", "--backbone", "test_resnet", "--levels", "1", "2", "--level-weights", "1", "1",
@@ -55,12 +59,12 @@ def test_train_writes_a_detector_with_a_preview(trained: tuple[Path, CommandResu
     assert document["category"] == record.category == "wood"
     assert document["teacher"] == "random"
     assert {name: document[name] for name in record.metrics} == record.metrics
-    assert document["false_alarm_rates"] == "guaranteed"
+    assert document["false_alarm_rates"] == "guaranteed" and document["step"] == record.step == 2
     assert record.config.model.levels == (1, 2) and record.config.train.epochs == 1
     with Image.open(folder / "preview.png") as preview:
         assert preview.size[0] > 0
     assert outcome.err[:2] == ["wood: 12 training, 0 validation, 8 test images", UNTRAINED_TEACHER]
-    assert any(line.startswith("epoch   1/1  loss ") for line in outcome.err)
+    assert any(line.startswith("step    2/2  loss ") for line in outcome.err)
 
 
 def test_evaluate_prints_one_json_document(trained: tuple[Path, CommandResult], mvtec_root: Path) -> None:
@@ -199,10 +203,11 @@ def test_check_data_prints_all_and_its_exit_code_says_whether_training_would_fai
     (root / "stray").mkdir()
     for index in range(9):
         Image.new("RGB", (8, 8)).save(root / "stray" / f"{index}.png")
-    told = dskd("check-data", root)
+    told = dskd("check-data", root, "--no-time")
     assert told.code == 0 and told.err == [f"0 errors, 9 notes: {root} can be trained on"]
     lines = told.out.splitlines()
     assert "  test        4 good, 4 defective (4 scratch)" in lines and "  size        64 x 64 pixels" in lines
+    assert "  training    3200 steps, each of 10 images seen 3200 times" in lines
     assert lines[-1] == f"note: 8 more of this kind (unread file) in {root / 'stray'}; --json names them."
     (root / "tile/train/good/005.png").write_bytes(b"not an image")
     told = dskd("check-data", root)
@@ -213,6 +218,39 @@ def test_check_data_prints_all_and_its_exit_code_says_whether_training_would_fai
     assert told.code == 1 and document["is_trainable"] is False and len(document["problems"]) == 10
     assert document["categories"][0]["counts"]["train"] == {"good": 12}
     assert document["categories"][0]["width"] == [64, 64]
+
+
+def test_check_data_says_how_long_a_training_is_and_takes(mvtec_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[RunConfig] = []
+
+    def two_seconds(config: RunConfig, device: torch.device) -> StepSpeed:
+        measured.append(config)
+        return StepSpeed(2, 2.0)
+
+    monkeypatch.setattr("dskd.training.speed.untrained_step_speed", two_seconds)
+    words = ("--preset", "stfpm", "--batch-size", "5", "--image-size", "64")
+    told = dskd("check-data", mvtec_root, *words, "--steps", "90", "--json")
+    document = json.loads(told.out)["training"]
+    assert (document["batch_size"], document["seconds_per_step"]) == (5, 2.0)
+    assert document["categories"]["tile"] == {
+        "images": 10, "steps": 90, "times_each_image_is_seen": 45.0, "seconds": 180.0,
+    }  # fmt: skip
+    assert measured == [PRESETS["stfpm"].with_values({"batch_size": 5, "image_size": 64, "steps": 90})]
+    told = dskd("check-data", mvtec_root, *words, "--epochs", "45")
+    line = "  training    90 steps, each of 10 images seen 45 times; 3 min on this machine"
+    assert told.out.splitlines().count(line) == 2
+    told = dskd("check-data", mvtec_root, "--batch-size", "20", "--steps", "60")
+    assert "each of 10 images seen 60 times; 1 min on" in told.out, "a batch of all images, half as large as measured"
+
+    def no_room(config: RunConfig, device: torch.device) -> StepSpeed:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("dskd.training.speed.untrained_step_speed", no_room)
+    told = dskd("check-data", mvtec_root, "--steps", "90")
+    assert told.code == 0 and told.err[0].startswith("a batch does not fit into the memory")
+    assert "  training    90 steps, each of 10 images seen 90 times\n" in told.out
+    told = dskd("check-data", mvtec_root, "--steps", "90", "--epochs", "45")
+    assert told.code == 2 and told.err[0].startswith("dskd: error: --steps and --epochs exclude each other")
 
 
 def test_names_that_are_no_text_are_checked_trained_on_and_written_so(mvtec_root: Path, tmp_path: Path) -> None:
@@ -300,7 +338,10 @@ BAD: dict[str, tuple[Callable[[Place], list[Any]], str]] = {
     "textures of no image": (lambda p: train_words(p, "--textures", p.tmp), "no texture in"),
     "checking missing data": (lambda p: ["check-data", p.tmp / "nowhere"], "nowhere does not exist"),
     "checking data of another layout": (lambda p: ["check-data", p.tmp], "no category in"),
-    "checking at no size": (lambda p: ["check-data", p.data, "--image-size", "0"], "--image-size must be"),
+    "checking at no size": (
+        lambda p: ["check-data", p.data, "--image-size", "0"],
+        "image_size must be a positive multiple of 32",
+    ),
     "missing teacher": (lambda p: train_words(p, "--teacher-weights", p.tmp / "no.pth"), "no.pth"),
     "unknown backbone": (lambda p: train_words(p, "--backbone", "resnet17"), "resnet17"),
     "unknown device": (lambda p: train_words(p, "--device", "tpu"), "--device must be auto, cpu, cuda or cuda:N"),

@@ -57,7 +57,7 @@ def test_missing_fields_take_their_defaults() -> None:
     ("values", "known"),
     [
         ({"trian": {}}, "amplification, data, loss, model, score, train"),
-        ({"train": {"epoch": 3}}, "batch_size, epochs, learning_rate, optimizer, schedule, seed"),
+        ({"train": {"epoch": 3}}, "batch_size, epochs, learning_rate, optimizer, patience, schedule, seed, steps"),
     ],
 )
 def test_unknown_name_is_answered_with_the_known_ones(values: dict[str, Any], known: str) -> None:
@@ -78,6 +78,7 @@ def test_unknown_name_is_answered_with_the_known_ones(values: dict[str, Any], kn
         ("decoder_weight", -0.1), ("hkd_weight", -1.0), ("hkd_hardest", 0), ("encoder_hkd_margin", 2.5),
         ("decoder_hkd_margin", -0.1), ("score_level_weights", (1.0,) * 4), ("level_fusion", "mean"),
         ("blur_sigma", -1.0), ("blur_sigma", math.nan), ("score_top_fraction", 1.1), ("epochs", 0), ("epochs", 2.5),
+        ("steps", 0), ("steps", -3), ("steps", "100"), ("steps", True), ("patience", -1), ("patience", None),
         ("batch_size", 0), ("optimizer", "adamw"), ("learning_rate", 0.0), ("learning_rate", math.nan),
         ("learning_rate", "0.1"), ("seed", -1), ("seed", None), ("amplification", 1), ("amplification_epochs", 0),
         ("amplification_batch_size", 0), ("amplification_learning_rate", 0.0), ("amplification_margin", -0.1),
@@ -165,7 +166,46 @@ def test_presets_are_the_published_wirings() -> None:
     assert [name for name, run in PRESETS.items() if run.amplification.amplification] == ["aand"]
     assert (aand.model, aand.score) == (PRESETS["rd4ad"].model, PRESETS["rd4ad"].score)
     assert (aand.loss.hkd_weight, aand.loss.hkd_hardest, aand.loss.decoder_hkd_margin) == (1.0, 10, 0.0)
-    assert (aand.amplification.amplification_epochs, aand.train.epochs, aand.train.schedule) == (100, 120, "multistep")
+    assert (aand.amplification.amplification_epochs, aand.train.schedule) == (100, "multistep")
+
+
+@pytest.mark.parametrize(("preset", "epochs"), [("stfpm", 100), ("rd4ad", 200), ("aand", 120)])
+def test_a_presets_length_is_its_papers_on_the_papers_data(preset: str, epochs: int) -> None:
+    """MVTec AD: 3,629 training images in 15 categories."""
+    train = PRESETS[preset].train
+    assert train.num_steps(20) == train.num_steps(2000) == epochs * math.ceil(3629 / 15 / train.batch_size)
+    assert PRESETS["dskd"].train.steps == PRESETS["rd4ad"].train.steps, "whose optimiser and batch it has"
+
+
+def test_a_length_is_in_steps_or_in_epochs() -> None:
+    assert (TrainConfig().steps, TrainConfig().epochs) == (3200, None)
+    assert (TrainConfig(epochs=5).steps, TrainConfig(epochs=5).epochs) == (None, 5)
+    with pytest.raises(ValueError, match="either steps or epochs, got steps 3 and epochs 5; leave one out") as raised:
+        TrainConfig(steps=3, epochs=5)
+    assert "\n" not in str(raised.value)
+    with pytest.raises(ValueError, match="either steps or epochs"):
+        RunConfig().with_values({"steps": 3, "epochs": 5})
+    run = RunConfig()
+    for changes, length in (({"epochs": 5}, "5 epochs"), ({"steps": 7}, "7 steps"), ({"epochs": 9}, "9 epochs")):
+        run = run.with_values(changes)
+        assert run.train.length == length and RunConfig.from_dict(run.to_dict()) == run
+        assert run.with_values(run.flat()) == run
+    assert run.with_values({"seed": 4}).train.length == "9 epochs"
+
+
+@pytest.mark.parametrize("steps", [1, 9, 10, 19, 20, 32, 100, 299, 300, 301, 800, 3200])
+def test_a_length_in_steps_is_validated_at_equal_distances(steps: int) -> None:
+    train = TrainConfig(steps=steps)
+    ends = train.interval_ends(12)
+    assert ends == train.interval_ends(12345) and ends[-1] == steps and len(ends) == train.num_validations <= 30
+    distances = [end - start for start, end in itertools.pairwise((0, *ends))]
+    assert max(distances) - min(distances) <= 1 and (len(ends) == 1 or min(distances) >= 10)
+
+
+def test_a_length_in_epochs_is_validated_after_each() -> None:
+    train = TrainConfig(epochs=100, batch_size=16)
+    assert train.interval_ends(40) == tuple(range(2, 201, 2)), "an epoch is as many steps as there are full batches"
+    assert train.num_steps(9) == 100, "or one that is not full"
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def ended(line: str, monkeypatch: pytest.MonkeyPatch) -> int:
 def test_flags_reach_the_search_and_default_to_the_demo_of_the_readme() -> None:
     usual = DemoSettings().search("hub")
     assert (usual.data, usual.storage, usual.name) == ("dskd-demo/data", "dskd-demo/results", "demo-hub")
-    assert (usual.trials, usual.epochs, usual.image_size, usual.batch_size) == (4, 8, 128, 8)
+    assert (usual.trials, usual.steps, usual.epochs, usual.image_size, usual.batch_size) == (4, 120, None, 128, 8)
     asked = DemoSettings(
         out=Path("d"), trials=2, epochs=3, image_size=64, batch_size=4, name="mine", address="auto"
     ).search("weights.pth")
@@ -95,7 +95,7 @@ def test_what_the_unreachable_hub_advises_is_a_flag_of_the_demo(monkeypatch: pyt
     helped = subprocess.run(
         [sys.executable, "tune/demo.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
     )
-    for flag in ("--teacher-weights", "--out", "--trials", "--epochs", "--image-size", "--address"):
+    for flag in ("--teacher-weights", "--out", "--trials", "--steps", "--epochs", "--image-size", "--address"):
         assert flag in helped.stdout
 
 

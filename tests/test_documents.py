@@ -40,6 +40,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "dskd/README.md": (
         "Commands",
         "Methods",
+        "Length",
         "Terms",
         "Data",
         "Validation and thresholds",
@@ -85,13 +86,13 @@ SECTIONS: dict[str, tuple[str, ...]] = {
 """What each document must have; in README in this order."""
 
 SMALLER: dict[str, tuple[str, ...]] = {
-    "dskd train": ("--epochs", "1", "--image-size", "64", "--batch-size", "4"),
+    "dskd train": ("--steps", "1", "--image-size", "64", "--batch-size", "4"),
     "tune/search.py": (
-        *("--epochs", "1", "--image-size", "64", "--batch-size", "4", "--trials", "2"),
+        *("--steps", "1", "--image-size", "64", "--batch-size", "4", "--trials", "2"),
         *("--score-candidates", "20", "--categories", "flange"),
     ),
-    "tune/train.py": ("--epochs", "1", "--image-size", "64", "--batch-size", "4"),
-    "tune/demo.py": ("--epochs", "1", "--image-size", "64", "--batch-size", "4", "--trials", "2"),
+    "tune/train.py": ("--steps", "1", "--image-size", "64", "--batch-size", "4"),
+    "tune/demo.py": ("--steps", "1", "--image-size", "64", "--batch-size", "4", "--trials", "2"),
     "benchmarks/export.py": ("--repeats", "1", "--image-size", "64", "--presets", "stfpm"),
     "benchmarks/overhead.py": (
         "--repeats",

@@ -43,7 +43,7 @@ def with_thresholds(config: RunConfig, teacher: Any, students: nn.Module) -> Det
         record = DetectorRecord(
             category="tile", config=config, teacher="random", teacher_sha256="", data_sha256="", validation_files=(),
             calibration_files=(),
-            epoch=0, thresholds=thresholds, metrics={},
+            step=1, thresholds=thresholds, metrics={},
         )  # fmt: skip
         return Detector(record, teacher, students.eval(), torch.device("cpu"))
 

@@ -15,16 +15,16 @@ from dskd.presets import PRESETS
 from dskd.training.inputs import TrainingData
 from tune.preflight.forecast import Slots, Speed, SpeedTask, forecast, measure_speed, plan_categories, share_slots
 from tune.settings.workers import Workers
-from tune.trial.asha import REDUCTION, expected_epochs, expected_survivors, grace_period, rungs
+from tune.trial.asha import REDUCTION, expected_reports, expected_survivors, grace_period, rungs
 
 
-def epochs_of_asha(trials: int, epochs: int, rng: random.Random) -> int:
+def reports_under_asha(trials: int, reports: int, rng: random.Random) -> int:
     """What Ray's own scheduler lets run of trials whose objectives at every rung are uniform noise."""
-    bracket = _Bracket(grace_period(epochs), epochs + 1, REDUCTION, 0)
+    bracket = _Bracket(grace_period(reports), reports + 1, REDUCTION, 0)
     total = 0
     for trial in range(trials):
-        trained = epochs
-        for rung in rungs(epochs):
+        trained = reports
+        for rung in rungs(reports):
             if bracket.on_result(cast(Any, SimpleNamespace(trial_id=trial)), rung, rng.random()) == "STOP":
                 trained = rung
                 break
@@ -33,9 +33,15 @@ def epochs_of_asha(trials: int, epochs: int, rng: random.Random) -> int:
 
 
 def test_rungs_are_those_of_rays_scheduler() -> None:
-    for epochs in (1, 2, 8, 9, 30, 100, 200):
-        bracket = _Bracket(grace_period(epochs), epochs + 1, REDUCTION, 0)
-        assert list(rungs(epochs)) == sorted(rung for rung, _ in bracket._rungs if rung < epochs)
+    for reports in (1, 2, 8, 9, 30, 100, 200):
+        bracket = _Bracket(grace_period(reports), reports + 1, REDUCTION, 0)
+        assert list(rungs(reports)) == sorted(rung for rung, _ in bracket._rungs if rung < reports)
+
+
+@pytest.mark.parametrize("reports", [3, 10, 29, 30, 31, 35, 44, 100, 137])
+def test_no_trial_is_stopped_before_a_tenth_of_its_length(reports: int) -> None:
+    assert grace_period(reports) >= reports / 10
+    assert rungs(30) == (3, 9, 27)
 
 
 def test_survivors_of_one_rung_are_rays_in_the_mean() -> None:
@@ -51,11 +57,11 @@ def test_survivors_of_one_rung_are_rays_in_the_mean() -> None:
         assert mean(passed) == pytest.approx(expected_survivors(trials), rel=0.05)
 
 
-@pytest.mark.parametrize(("trials", "epochs"), [(4, 30), (16, 100), (32, 9), (1, 50), (5, 1)])
-def test_expected_epochs_are_rays_in_the_mean(trials: int, epochs: int) -> None:
+@pytest.mark.parametrize(("trials", "reports"), [(4, 30), (16, 100), (32, 9), (1, 50), (5, 1)])
+def test_expected_reports_are_rays_in_the_mean(trials: int, reports: int) -> None:
     rng = random.Random(1)
-    found = mean(epochs_of_asha(trials, epochs, rng) for _ in range(300))
-    assert found == pytest.approx(expected_epochs(trials, epochs), rel=0.06)
+    found = mean(reports_under_asha(trials, reports, rng) for _ in range(300))
+    assert found == pytest.approx(expected_reports(trials, reports), rel=0.06)
 
 
 ONE = Workers(1, cpus=1.0, gpus=0.0)
@@ -80,8 +86,14 @@ def test_times_add_up(mvtec_root: Path) -> None:
     one = forecast(plans, only_steps, Slots(1, 1), config=config, trials=6, workers=ONE)
     assert one.trial_seconds == 10 * steps * 3.0
     assert one.wall_seconds_full == 2 * 6 * one.trial_seconds == pytest.approx(one.cpu_hours_full * 3600)
-    assert one.wall_seconds_pruned == pytest.approx(2 * expected_epochs(6, 10) * steps * 3.0)
-    assert one.gpu_hours_full == 0 and one.epochs_full == 120
+    assert one.wall_seconds_pruned == pytest.approx(2 * expected_reports(6, 10) * steps * 3.0)
+    assert one.gpu_hours_full == 0 and one.steps_full == 120 * steps
+
+    in_steps = config.with_values({"steps": 200})
+    few = plans[0]._replace(num_train=2)
+    given = forecast([plans[0], few], only_steps, Slots(1, 1), config=in_steps, trials=6, workers=ONE)
+    assert given.trial_seconds == 200 * 3.0 and given.steps_full == 2 * 6 * 200
+    assert given.wall_seconds_full == 6 * (200 * 3.0 + 200 * 1.5), "a batch of 2 images takes half of one of 4"
 
     both = forecast(plans, only_steps, Slots(2, 1), config=config, trials=6, workers=ONE._replace(gpus=1.0))
     assert both.wall_seconds_full == one.wall_seconds_full / 2
@@ -129,8 +141,8 @@ def test_a_step_is_measured_on_as_much_of_a_batch_as_there_is_time_for(
         act()
         return 1.0
 
-    monkeypatch.setattr("tune.preflight.forecast._seconds", a_second)
-    monkeypatch.setattr("tune.preflight.forecast._MIN_STEP_SECONDS", long_enough)
+    monkeypatch.setattr("dskd.training.speed.seconds_of", a_second)
+    monkeypatch.setattr("dskd.training.speed.MIN_STEP_SECONDS", long_enough)
     speed = measure_speed(task(mvtec_root, tiny, num_workers=workers))
     assert (speed.images_measured, speed.step) == (measured, step)
     assert (speed.device, speed.amplification) == ("CPU", 0.0)

@@ -37,6 +37,7 @@ def test_the_same_search_goes_on_with_more_trials_at_another_pace(storage: Stora
     ("values", "difference"),
     [
         ({"epochs": 100}, "epochs 30, got 100"),
+        ({"epochs": None, "steps": 300}, "steps none, got 300"),
         ({"image_size": 64}, "image_size 256, got 64"),
         ({"batch_size": 4}, "batch_size 16, got 4"),
         ({"preset": "aand"}, r"preset \['dskd'\], got \['aand'\]"),

@@ -112,7 +112,8 @@ def test_a_dry_run_prints_plan_and_forecast_and_leaves_no_trace(
         document["config"]["data"]["image_size"] == 32 and document["varied"]["tile"]["level_fusion"] == "sum | product"
     )
     found = document["forecast"]
-    assert 0 < found["wall_seconds_pruned"] <= found["wall_seconds_full"] and found["epochs_full"] == 12
+    assert 0 < found["wall_seconds_pruned"] <= found["wall_seconds_full"] and found["steps_full"] == 24
+    assert [each["num_steps"] for each in document["categories"]] == [6, 6], "3 epochs of 2 full batches"
     assert "2 categories × 2 trials × 3 epochs" in said.err and "untrained teacher" in said.err
     assert "not read: " in said.err and "1 .txt" in said.err
     assert str(tmp_path / "a" / "results" / "search") in said.err and "forecast:" in said.err

@@ -50,6 +50,9 @@ def test_flags_stand_above_the_file_and_the_file_above_the_preset(
     assert run() == PRESETS["stfpm"].with_values({"epochs": 7, "learning_rate": 1.0})
     assert run("--epochs", "9").train.epochs == 9 and run("--epochs", "9").train.learning_rate == 1
     assert run("--preset", "rd4ad") == PRESETS["rd4ad"].with_values({"epochs": 7, "learning_rate": 1.0})
+    assert run("--steps", "9").train.length == "9 steps", "a length of one kind replaces one of the other"
+    file.write_text("[train]\nsteps = 70\n")
+    assert run().train.length == "70 steps" and run("--epochs", "9").train.length == "9 epochs"
 
 
 BAD = {
@@ -63,6 +66,10 @@ BAD = {
     "no section": ("train = 3\n", "[train] must be a section of fields, got train = 3"),
     "field outside": ("epochs = 3\n", "unknown section 'epochs'"),
     "out of range": ("[data]\nimage_size = 33\n", "image_size must be a positive multiple of 32"),
+    "two lengths": (
+        "[train]\nepochs = 3\nsteps = 3\n",
+        "the length is either steps or epochs, got steps 3 and epochs 3",
+    ),
     "unknown preset": ('preset = "patchcore"\n', "preset must be one of "),
     "preset of a wrong type": ("preset = [1]\n", "preset must be one of "),
     "no TOML": ("epochs: 3\n", "is not TOML: "),
@@ -82,6 +89,25 @@ def test_a_bad_file_is_one_line_naming_file_section_and_field(
     said = capsys.readouterr()
     assert end.value.code == 2 and said.out == ""
     assert said.err.count("\n") == 1 and "run.toml" in said.err and message in said.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--steps", "5", "--epochs", "7"], "--steps and --epochs exclude each other"),
+        (["--steps", "0"], "steps must be at least 1, got 0"),
+        (["--epochs", "0"], "epochs must be at least 1, got 0"),
+        (["--steps", "many"], "--steps: invalid literal for int() with base 10: 'many'"),
+    ],
+)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_bad_length_is_one_line(
+    preset: str, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--print-config", "--preset", preset, *words])
+    said = capsys.readouterr()
+    assert end.value.code == 2 and said.out == "" and said.err.count("\n") == 1 and message in said.err
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

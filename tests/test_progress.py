@@ -92,7 +92,7 @@ def test_lines_warnings_and_logs_stand_above_the_table(clock: Clock) -> None:
     log.removeHandler(handler)
     assert handler.stream is sys.stderr
     shown = written(console)
-    for expected in ("trial 1/1 failed after 0 epochs: ValueError: [bold]too hot[/]; best", "mind the gap",
+    for expected in ("trial 1/1 failed after 0 validations: ValueError: [bold]too hot[/]; best", "mind the gap",
                      "a log line", "printed"):  # fmt: skip
         assert shown.count(expected) == 1, expected
         assert shown.index(expected) < shown.rindex("1:05 so far")
@@ -134,7 +134,9 @@ def test_elsewhere_there_are_plain_lines_and_nothing_else(capsys: pytest.Capture
             progress.show(event)
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err == "[  0:00] tile: trial 1/2 finished after 1 epochs; best validation objective so far 0.5000\n"
+    assert (
+        said.err == "[  0:00] tile: trial 1/2 finished after 1 validations; best validation objective so far 0.5000\n"
+    )
 
 
 def test_the_share_of_training_is_taken_over_the_trials_own_time(clock: Clock) -> None:

@@ -18,15 +18,16 @@ from dskd.cli.main import main
 from dskd.training.resume import has_state, training_folder
 from dskd.training.run import STATE_FILE
 
-EPOCHS = 14
-FIGURES = ("epoch", "loss", "encoder_loss", "decoder_loss", "hard_loss", "val/objective", "val/aupro")
+STEPS = 145
+"""Of which 10 or 11 lie between two validations; batches of 3 out of 8 images."""
+FIGURES = ("step", "loss", "encoder_loss", "decoder_loss", "hard_loss", "val/objective", "val/aupro")
 
 
 def words(data: Path, out: Path, *more: object) -> list[str]:
     given = [
         "train", "--data", data, "--category", "tile", "--out", out, "--image-size", "32", "--backbone", "test_resnet",
         "--levels", "1", "2", "--level-weights", "1", "1", "--score-level-weights", "1", "1", "--embedding-depth", "1",
-        "--hkd-weight", "1", "--epochs", EPOCHS, "--batch-size", "4", "--validation-fraction", "0.34",
+        "--hkd-weight", "1", "--steps", STEPS, "--batch-size", "3", "--validation-fraction", "0.34",
         "--teacher-weights", "random", "--device", "cpu", "--checkpoint-seconds", "0", "--json", *more,
     ]  # fmt: skip
     return [str(word) for word in given]
@@ -49,12 +50,12 @@ def refused(data: Path, out: Path, *more: object) -> str:
 
 
 def curve(document: dict[str, Any]) -> list[tuple[float, ...]]:
-    return [tuple(epoch[name] for name in FIGURES) for epoch in document["history"]]
+    return [tuple(interval[name] for name in FIGURES) for interval in document["history"]]
 
 
 @pytest.fixture(scope="module")
 def killed(mvtec_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a detector would lie, had its training not been killed after some epochs."""
+    """Where a detector would lie, had its training not been killed after some steps."""
     out = tmp_path_factory.mktemp("killed") / "tile"
     child = subprocess.Popen(
         [sys.executable, "-m", "dskd", *words(mvtec_root, out)],
@@ -62,7 +63,7 @@ def killed(mvtec_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     assert child.stderr is not None
     said = [child.stderr.readline()]
-    while said[-1] and not said[-1].startswith("epoch   2/"):
+    while said[-1] and not said[-1].startswith("step   21/"):
         said.append(child.stderr.readline())
     try:
         child.send_signal(signal.SIGSTOP)
@@ -78,18 +79,20 @@ def killed(mvtec_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_killed_training_goes_on_to_the_same_losses_and_the_same_weights(
     killed: Path, mvtec_root: Path, tmp_path: Path
 ) -> None:
-    assert "epochs is 14 there and 15 here; start afresh (dskd train --restart)" in refused(
-        mvtec_root, killed, "--epochs", "15"
+    assert "steps is 145 there and 150 here; start afresh (dskd train --restart)" in refused(
+        mvtec_root, killed, "--steps", "150"
     )
     assert has_state(killed.with_name("tile.training")), "a refusal throws nothing away"
     continued, said = trained(mvtec_root, killed)
     whole, _ = trained(mvtec_root, tmp_path / "tile")
-    (going_on,) = (line for line in said if line.startswith("going on after epoch"))
+    (going_on,) = (line for line in said if line.startswith("going on after step"))
     done = int(going_on.split()[4])
-    assert 1 <= done < EPOCHS, "the kill came in the middle"
-    assert f"epoch {done + 1:3d}/{EPOCHS}" in " ".join(said) and f"epoch {done:3d}/{EPOCHS}" not in " ".join(said)
+    assert 1 <= done < STEPS, "the kill came in the middle"
+    steps = [interval["step"] for interval in whole["history"]]
+    assert len(steps) == 14 and steps[-1] == STEPS and done in steps
+    told = [int(line.split("/")[0].removeprefix("step")) for line in said if line.startswith("step ")]
+    assert told == steps[steps.index(done) + 1 :]
     assert curve(continued) == curve(whole)
-    assert [epoch["epoch"] for epoch in whole["history"]] == list(range(EPOCHS))
     assert sha256_of(killed / WEIGHTS_FILE) == sha256_of(tmp_path / "tile" / WEIGHTS_FILE)
     assert read_record(killed) == read_record(tmp_path / "tile")
     assert sorted(path.name for path in killed.parent.iterdir()) == ["tile"]
@@ -101,7 +104,7 @@ def test_restart_throws_the_state_away(mvtec_root: Path, tmp_path: Path) -> None
     folder.mkdir()
     (folder / STATE_FILE).write_bytes(b"broken")
     assert "is no readable training state" in refused(mvtec_root, tmp_path / "tile")
-    document, said = trained(mvtec_root, tmp_path / "tile", "--restart", "--epochs", "1")
+    document, said = trained(mvtec_root, tmp_path / "tile", "--restart", "--steps", "1")
     assert len(document["history"]) == 1 and not any("going on" in line for line in said)
     assert not folder.exists()
 

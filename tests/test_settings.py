@@ -30,6 +30,9 @@ def plan_of(asked: SearchSettings) -> SearchPlan:
         ({"cpus_per_worker": 0.0}, "--cpus-per-worker must be positive"),
         ({"gpus_per_worker": -1.0}, "--gpus-per-worker must not be negative"),
         ({"epochs": 0}, "epochs must be at least 1"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"patience": -1}, "patience must not be negative"),
+        ({"steps": 10, "epochs": 10}, "--steps and --epochs exclude each other"),
         ({"image_size": 100}, "image_size must be a positive multiple of 32"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"preset": "dskd,stpfm"}, "--preset takes dskd, stfpm, rd4ad, aand or all, got 'stpfm'"),
@@ -115,8 +118,8 @@ def test_an_address_goes_before_the_environments(monkeypatch: pytest.MonkeyPatch
 def test_trials_vary_the_preset_with_the_flags_on_top(preset: Any) -> None:
     (run,) = settings(preset=preset, epochs=7, image_size=64, score_candidates=9).run_configs().values()
     assert run == PRESETS[preset].with_values({"epochs": 7, "image_size": 64, "score_candidates": 9})
-    (run,) = settings(preset=preset, batch_size=5).run_configs().values()
-    assert run.train.batch_size == 5
+    (run,) = settings(preset=preset, batch_size=5, patience=4).run_configs().values()
+    assert (run.train.batch_size, run.train.patience) == (5, 4)
 
 
 def test_several_presets_share_what_is_measured_and_how_long() -> None:
@@ -126,6 +129,17 @@ def test_several_presets_share_what_is_measured_and_how_long() -> None:
     shared = {"epochs": 7, "image_size": 64, "batch_size": 32, "score_candidates": 500}
     assert runs["aand"] == PRESETS["aand"].with_values(shared)
     assert list(settings(preset="all").run_configs()) == list(PRESETS)
+
+
+def test_without_a_length_each_preset_has_its_own_and_all_report_equally_often() -> None:
+    runs = settings(preset="all").run_configs()
+    assert {name: run.train.steps for name, run in runs.items()} == {
+        name: preset.train.steps for name, preset in PRESETS.items()
+    }
+    assert {run.train.num_validations for run in runs.values()} == {30} == {settings(preset="all").num_reports}
+    runs = settings(preset="all", steps=90).run_configs()
+    assert {run.train.steps for run in runs.values()} == {90} and settings(steps=90).num_reports == 9
+    assert settings(epochs=90).num_reports == 90
 
 
 @pytest.mark.parametrize(("words", "seconds"), [("2h", 7200), ("1h30m", 5400), ("90s", 90), ("1h1s", 3601)])

@@ -168,7 +168,7 @@ def test_a_champion_of_another_search_is_found_in_the_space_or_the_obstacle_is_n
     point = space.point_of(won)
     assert point["preset"] == "aand" and point["aand.level_weights_2"] == 1.5
     found = space.configuration(point)
-    assert found == won.with_values({"epochs": 120, "image_size": 256, "batch_size": 16})
+    assert found == won.with_values({"steps": 1920, "image_size": 256, "batch_size": 16})
     for change, obstacle in (
         ({"hkd_weight": 2.5}, "hkd_weight 2.5 lies outside"),
         ({"amplification_margin": 0.7}, "amplification_margin is 0.7 there and 0.3 here"),
@@ -237,6 +237,7 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
         ("depth = 2", "depth: unknown field; known: amplification, "),
         ("[category.screw]\ndepth = 2", r"\[category.screw\]: depth: unknown field"),
         ("epochs = [5, 10]", "epochs: all trials share epochs"),
+        ("steps = [500, 1000]", "steps: all trials share steps"),
         ("image_size = 64", "all trials share image_size"),
         ("levels_1 = 1.0", "levels_1: unknown field"),
         ("level_weights = [1.0, 2.0]", "level_weights: has an entry for each level: level_weights_1"),

@@ -213,8 +213,8 @@ def test_a_download_replaces_an_older_detector_and_nothing_else(
 ) -> None:
     older = tmp_path / "out/tile"
     shutil.copytree(detector_folder, older)
-    rewrite_record(older, dataclasses.replace(read_record(older), epoch=99))
-    assert download_detector(store, champion, older).epoch != 99
+    rewrite_record(older, dataclasses.replace(read_record(older), step=99))
+    assert download_detector(store, champion, older).step != 99
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/holiday.png").write_text("precious")
     with pytest.raises(ValueError, match="photos"):

@@ -82,7 +82,7 @@ def test_two_workers_train_a_detector_that_inspects_on_the_same_cluster(
              "--storage", storage, "--json"]  # fmt: skip
     trained = run(*words, env=cluster)
     assert trained.returncode == 0, trained.stderr
-    assert "epoch   2/2  loss" in trained.stderr and "UNTRAINED TEACHER" in trained.stderr
+    assert "validation   2/2  step 4  loss" in trained.stderr and "UNTRAINED TEACHER" in trained.stderr
     document, record = json.loads(trained.stdout), read_record(to)
     assert document["metrics"] == record.metrics and "test/aupro" in record.metrics
     client = MlflowClient(tracking_uri=f"sqlite:///{storage}/mlflow.db")

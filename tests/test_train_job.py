@@ -48,6 +48,13 @@ def test_a_text_that_is_no_value_is_refused() -> None:
         config_of({"epochs": "1.5"})
 
 
+def test_a_run_of_the_time_when_every_length_was_in_epochs_comes_back() -> None:
+    params = {field: str(value) for field, value in PRESETS["aand"].with_values({"epochs": 120}).flat().items()}
+    del params["steps"], params["patience"]
+    config = config_of(params)
+    assert config == PRESETS["aand"].with_values({"epochs": 120}) and config.train.steps is None
+
+
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, RunConfig]:
     """A tracking store, a run in it as a training leaves it, and the run's configuration."""
@@ -102,7 +109,7 @@ def test_a_run_to_repeat_gives_all_that_is_not_given(
     tracked: tuple[str, str, RunConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:  # fmt: skip
-    """Also the textures of its synthetic defects and what chose its epoch, which were once dropped in silence."""
+    """Also the textures of its synthetic defects and what chose its step, which were once dropped in silence."""
     uri, run_id, config = tracked
     asked: list[TrainingSettings] = []
 
@@ -125,6 +132,18 @@ def test_a_run_to_repeat_gives_all_that_is_not_given(
     said = capsys.readouterr().err
     assert "epochs 5 (there 3)" in said and "another teacher than run" in said and "revision 1234567890ab" in said
     assert "textures" not in said and "selection" not in said, "they are the run's own"
+
+    in_steps = line.replace("--epochs 5", "--steps 50")
+    monkeypatch.setattr(sys, "argv", ["tune/train.py", *in_steps.split()])
+    with pytest.raises(SystemExit):
+        train.main()
+    assert asked.pop().config == config.with_values({"steps": 50}), "a length replaces the run's, of whichever kind"
+    assert "epochs None (there 3)" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["tune/train.py", *line.split(), "--steps", "50"])
+    with pytest.raises(SystemExit) as end:
+        train.main()
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1 and "--steps and --epochs exclude each other" in said
 
     monkeypatch.setattr(sys, "argv", ["tune/train.py", *line.split(), "--selection", "val", "--textures", "leaves"])
     with pytest.raises(SystemExit):

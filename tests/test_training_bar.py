@@ -26,7 +26,7 @@ def watched(run: TrainingRun) -> None:
             if isinstance(event, Step):
                 bar.advance(event)
             else:
-                bar.say(f"epoch {event.epoch.number + 1} done")
+                bar.say(f"step {event.interval.step} done")
 
 
 def test_a_terminal_shows_how_far_the_run_is(
@@ -37,11 +37,11 @@ def test_a_terminal_shows_how_far_the_run_is(
     monkeypatch.setattr(training_bar, "REFRESH_SECONDS", 0.0)
     watched(TrainingRun.begin(tiny, inputs, CPU))
     shown = terminal.getvalue()
-    assert "epoch 1 done\n" in shown and "epoch 2 done\n" in shown
+    assert "step 2 done\n" in shown and "step 4 done\n" in shown
     states = re.findall(
-        r"(\d+)%\|[^|]*\| (\d+)/16 \[[\d:]+<[\d:?]+, [^\]]*?(?:images/s|s/ images)(?:, loss (\d\.\d+))?", shown
+        r"(\d+)%\|[^|]*\| (\d+)/4 \[[\d:]+<[\d:?]+, [^\]]*?(?:steps/s|s/ steps)(?:, loss (\d\.\d+))?", shown
     )
-    assert [int(images) for _, images, _ in states][-1] == 16, "2 epochs of 2 full batches of 4"
+    assert [int(steps) for _, steps, _ in states][-1] == 4, "2 epochs of 2 full batches"
     assert any(loss for _, _, loss in states)
 
 
@@ -49,7 +49,7 @@ def test_a_continued_run_starts_where_it_was(
     tiny: RunConfig, inputs: TrainingData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = TrainingRun.begin(tiny, inputs, CPU)
-    next(run.epochs())
+    next(run.intervals())
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     with TrainingBar(run):
@@ -62,4 +62,4 @@ def test_elsewhere_there_are_plain_lines_and_nothing_else(
 ) -> None:
     watched(TrainingRun.begin(tiny, inputs, CPU))
     said = capsys.readouterr()
-    assert (said.out, said.err) == ("", "epoch 1 done\nepoch 2 done\n")
+    assert (said.out, said.err) == ("", "step 2 done\nstep 4 done\n")

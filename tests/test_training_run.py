@@ -63,7 +63,7 @@ def test_validation_is_normals_and_their_copies_with_masked_defects(inputs: Trai
 def test_the_detector_scores_as_its_search_of_score_parameters_found(tiny: RunConfig, inputs: TrainingData) -> None:
     searching = tiny.with_values({"score_candidates": 40})
     run = TrainingRun.begin(searching, inputs, CPU)
-    list(run.epochs())
+    list(run.intervals())
     record, _ = run.detector()
     assert record.metrics["val/score_candidates"] == 0, "two held-out images are too few to measure a gain on"
     assert record.config == searching and record.metrics["val/objective"] == run.best_objective
@@ -93,8 +93,8 @@ def test_the_test_split_is_never_opened(
     blind = prepared(tiny, tmp_path)
     assert blind.data_sha256 == inputs.data_sha256
     np.testing.assert_array_equal(blind.validation.images, inputs.validation.images)
-    assert [p.scores for p in TrainingRun.begin(tiny, blind, CPU).epochs()] == [
-        p.scores for p in TrainingRun.begin(tiny, inputs, CPU).epochs()
+    assert [p.scores for p in TrainingRun.begin(tiny, blind, CPU).intervals()] == [
+        p.scores for p in TrainingRun.begin(tiny, inputs, CPU).intervals()
     ]
 
 
@@ -159,7 +159,7 @@ def test_validation_images_of_the_user_are_held_out_and_judge(
     np.testing.assert_array_equal(masks[-3:-1], drawn)
     assert masks[-2].any() and not masks[-1].any()
     run = TrainingRun.begin(tiny, found, CPU)
-    (last,) = [each for each in run.epochs() if each.epoch.number == 1]
+    (last,) = [each for each in run.intervals() if each.interval.number == 1]
     seen = score_images(found.validation_features, run.students, images, tiny, CPU)
     assert last.scores == compute_metrics(seen, found.validation)
     assert last.scores != compute_metrics(seen, found.validation._replace(has_mask=np.ones_like(has_mask)))
@@ -220,10 +220,10 @@ def test_objective_is_the_mean_of_image_auroc_and_aupro() -> None:
     assert objective(scores) == pytest.approx(0.65)
 
 
-def test_the_students_of_the_best_epoch_are_kept(tiny: RunConfig, inputs: TrainingData) -> None:
+def test_the_students_of_the_best_validation_are_kept(tiny: RunConfig, inputs: TrainingData) -> None:
     run = TrainingRun.begin(tiny.with_values({"epochs": 6, "learning_rate": 0.05}), inputs, CPU)
     states, progress = [], []
-    for each in run.epochs():
+    for each in run.intervals():
         states.append({name: value.clone() for name, value in run.students.state_dict().items()})
         progress.append(each)
     objectives = [each.objective for each in progress]
@@ -232,7 +232,7 @@ def test_the_students_of_the_best_epoch_are_kept(tiny: RunConfig, inputs: Traini
     assert best < len(objectives) - 1, "these settings are expected to get worse again, or the test shows nothing"
     assert [each.best_objective for each in progress] == np.maximum.accumulate(objectives).tolist()
     record, weights = run.detector()
-    assert record.epoch == best and record.metrics["val/objective"] == max(objectives)
+    assert record.step == 2 * (best + 1) and record.metrics["val/objective"] == max(objectives)
     assert {name: record.metrics[f"val/{name}"] for name in Scores._fields} == progress[best].scores._asdict()
     for name, value in states[best].items():
         assert torch.equal(weights[f"students.{name}"], value)
@@ -242,7 +242,7 @@ def test_the_students_of_the_best_epoch_are_kept(tiny: RunConfig, inputs: Traini
 
 def test_thresholds_are_calibrated_on_the_held_out_normals_alone(tiny: RunConfig, inputs: TrainingData) -> None:
     run = TrainingRun.begin(tiny, inputs, CPU)
-    list(run.epochs())
+    list(run.intervals())
     record, _ = run.detector()
     students = build_students(tiny.model, inputs.teacher, 0)
     students.load_state_dict(run.best_weights)
@@ -260,10 +260,10 @@ def test_calibration_images_change_no_weight_and_no_choice(
         shutil.copy(mvtec_root / "wood/train/good" / name, tmp_path / "tile/train/good" / name)
     config = tiny.with_values({"epochs": 5, "learning_rate": 0.05})
     runs = [TrainingRun.begin(config, each, CPU) for each in (inputs, prepared(config, tmp_path))]
-    one, other = ([progress[1:] for progress in run.epochs()] for run in runs)
+    one, other = ([progress[1:] for progress in run.intervals()] for run in runs)
     assert one == other
     (first, weights), (second, same) = (run.detector() for run in runs)
-    assert first.epoch == second.epoch and first.metrics == second.metrics
+    assert first.step == second.step and first.metrics == second.metrics
     assert all(torch.equal(weights[name], same[name]) for name in weights)
     assert first.thresholds != second.thresholds, "the thresholds alone rest on them"
 
@@ -273,7 +273,7 @@ def test_without_a_share_for_calibration_the_held_out_normals_serve_both(tiny: R
     assert shared.calibration_files == shared.validation_files and len(shared.validation_files) == 4
     np.testing.assert_array_equal(shared.calibration_images, shared.validation.images[~shared.validation.labels])
     run = TrainingRun.begin(tiny.with_values({"calibration_fraction": 0.0, "epochs": 1}), shared, CPU)
-    list(run.epochs())
+    list(run.intervals())
     record, _ = run.detector()
     assert record.is_approximate and record.thresholds[0].num_normals == 4
     assert '"false_alarm_rates": "approximate"' in record.to_json("")
@@ -281,7 +281,7 @@ def test_without_a_share_for_calibration_the_held_out_normals_serve_both(tiny: R
 
 def test_the_record_says_what_the_detector_rests_on(tiny: RunConfig, inputs: TrainingData, tmp_path: Path) -> None:
     run = TrainingRun.begin(tiny, inputs, CPU)
-    list(run.epochs())
+    list(run.intervals())
     record, weights = run.detector("c0ffee")
     assert (record.category, record.config, record.revision) == ("tile", tiny, "c0ffee")
     assert record.teacher == "random" and record.is_untrained_teacher
@@ -380,7 +380,7 @@ def test_a_detector_with_an_amplified_teacher_loads_to_the_same_maps(
 ) -> None:
     config = amplified.with_values({**wiring, "epochs": 1})
     run = TrainingRun.begin(config, prepared(config, mvtec_root, ArrayCache(tmp_path / "cache", 10**9)), CPU)
-    list(run.epochs())
+    list(run.intervals())
     write_detector(tmp_path / "tile", *run.detector())
     loaded = Detector.load(tmp_path / "tile")
     assert loaded.record.config == config

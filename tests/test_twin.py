@@ -49,7 +49,7 @@ def trained(data: Path, config: RunConfig, folder: Path) -> tuple[DetectorRecord
     spec = DataSpec(data=data, category="tile", teacher=TeacherSource("random"))
     inputs = prepare(config, spec, device=torch.device("cpu"), cache=None)
     run = TrainingRun.begin(config, inputs, torch.device("cpu"))
-    for _ in run.epochs():
+    for _ in run.intervals():
         pass
     write_detector(folder, *run.detector())
     return read_record(folder), Detector.load(folder).evaluate(data, "tile")

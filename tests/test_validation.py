@@ -34,7 +34,7 @@ def test_a_run_leaves_readable_figures_whose_areas_are_its_metrics(
     tiny: RunConfig, inputs: TrainingData, tmp_path: Path
 ) -> None:
     run = TrainingRun.begin(tiny, inputs, torch.device("cpu"))
-    for _ in run.epochs():
+    for _ in run.intervals():
         pass
     record, _ = run.detector()
     write_figures(tmp_path / "figures", run, record)

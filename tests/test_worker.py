@@ -16,7 +16,7 @@ from dskd.training.run import STATE_FILE, TrainingRun
 from dskd.training.stage_one import fit_amplifier
 from tune.storage.uris import DETECTOR_FOLDER
 from tune.trial import worker
-from tune.trial.spec import OBJECTIVE, TrialSpec, UnrecoverableTrialError
+from tune.trial.spec import EPOCH, OBJECTIVE, RUNG, TrialSpec, UnrecoverableTrialError
 from tune.trial.worker import train
 
 CPU = torch.device("cpu")
@@ -145,12 +145,28 @@ def test_a_training_goes_on_with_another_number_of_workers(
 ) -> None:
     """What a worker saved is the same whatever their number: in one process alone all of them train alike."""
     whole = TrainingRun.begin(tiny, inputs, CPU)
-    expected = [progress.epoch.loss for progress in whole.epochs()]
+    expected = [progress.interval.loss for progress in whole.intervals()]
     begun = TrainingRun.begin(tiny, inputs, CPU, before)
-    next(begun.epochs())
+    next(begun.intervals())
     begun.save(tmp_path)
     resumed = TrainingRun.begin(tiny, inputs, CPU, after)
     resumed.restore(tmp_path)
-    (last,) = resumed.epochs()
-    assert last.epoch.loss == pytest.approx(expected[-1], rel=1e-6)
+    (last,) = resumed.intervals()
+    assert last.interval.loss == pytest.approx(expected[-1], rel=1e-6)
     assert resumed.detector()[1].keys() == whole.detector()[1].keys()
+
+
+def test_a_trial_that_ends_by_its_patience_is_complete(
+    tiny: RunConfig, mvtec_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dskd.training.run.objective", lambda scores: 0.5)
+    config = tiny.with_values({"steps": 200, "patience": 2})
+    reports = []
+    for report in train(spec(config, mvtec_root), WorkerRank(), CPU, None):
+        reports.append(report.metrics)
+        has_detector = report.checkpoint is not None and (report.checkpoint / DETECTOR_FOLDER).is_dir()
+    assert has_detector and [metrics["train/steps"] for metrics in reports] == [10, 20, 30]
+    assert [metrics[EPOCH] for metrics in reports] == [1, 2, 20], "the search takes the last report for complete"
+    assert {name: value for name, value in reports[-1].items() if name.startswith(RUNG)} == {
+        f"{RUNG}3": 0.5, f"{RUNG}9": 0.5,
+    }  # fmt: skip

@@ -28,7 +28,8 @@ def _config_of(arguments: Sequence[str]) -> RunConfig:
         return chosen.read()
     if other := [flag for flag in ("preset", "config") if getattr(chosen, flag) is not None]:
         raise ValueError(f"--from-run and --{other[0]} exclude each other: both set the configuration.")
-    return tracked_run(tracking_store(chosen.tracking_uri, chosen.storage), chosen.from_run).config
+    run = tracked_run(tracking_store(chosen.tracking_uri, chosen.storage), chosen.from_run)
+    return chosen.with_length(run.config)
 
 
 def main() -> None:

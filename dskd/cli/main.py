@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import threading
-import time
+import time as clock
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,17 +21,18 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from dskd.arguments import ConfigSource, UsageError, parse, parse_known
+from dskd.arguments import ConfigSource, UsageError, given_length, parse, parse_known
 from dskd.cli.output import (
     describe_thresholds,
-    epoch_document,
+    interval_document,
     print_json,
     print_report,
     print_scores,
     say,
+    training_document,
 )
 from dskd.config import VERSION, DataSpec, RunConfig, TeacherSource
-from dskd.presets import Preset
+from dskd.presets import PRESETS, Preset
 
 if TYPE_CHECKING:
     from dskd.detector import Detector, Prediction, Unreadable
@@ -56,10 +57,17 @@ def check_data(
     /,
     *,
     image_size: int = 256,
+    preset: Preset = "dskd",
+    steps: int | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    time: bool = True,
     max_megapixels: float | None = None,
     json: bool = False,
 ) -> None:
     """Read a data folder as training does and list its problems; exit code 1 if it cannot be trained on.
+
+    It also says how many steps a training of each category has, and measures how long they take here.
 
     Categories may lie in the layout of MVTec AD, MVTec 3D-AD, BTAD, VisA or MT Defects, or as plain folders
     (good/, optional test/<good or defect>/ and ground_truth/<defect>/), at PATH or up to three levels below.
@@ -67,19 +75,45 @@ def check_data(
     Args:
         path: Folder of categories, or one category.
         image_size: Image size of training; a defect whose mask vanishes at this size is reported.
+        preset: Method of the training that is forecast.
+        steps: Its length; by default the preset's.
+        epochs: Its length in passes over the images instead.
+        batch_size: Images of one of its steps; by default the preset's.
+        time: Measure a step, which takes some seconds; validations, and stage I of aand, are not counted.
         max_megapixels: Larger images are refused as decompression bombs; 512, or $DSKD_MAX_MEGAPIXELS, unless given.
         json: Print one JSON document.
     """
     from dskd.data.check import check_data
 
     _allow_megapixels(max_megapixels)
+    changes = given_length(steps, epochs) | {"image_size": image_size}
+    config = PRESETS[preset].with_values(changes if batch_size is None else changes | {"batch_size": batch_size})
     report = check_data(path, image_size, progress=True)
+    seconds = _step_seconds(config) if time and report.is_trainable else None
+    training = training_document(report, config, seconds)
     if json:
-        print_json(report.to_document())
+        print_json(report.to_document() | {"training": training})
     else:
-        print_report(report)
+        print_report(report, training)
     if not report.is_trainable:
         sys.exit(1)
+
+
+def _step_seconds(config: RunConfig) -> float | None:
+    """Seconds of a step on this machine's GPU, or on its CPU if it has none; None if it cannot hold a batch.
+
+    Then it says so.
+    """
+    import torch
+
+    from dskd.device import computing_device
+    from dskd.training.speed import untrained_step_speed
+
+    try:
+        return untrained_step_speed(config, computing_device("auto")).seconds
+    except torch.OutOfMemoryError:
+        say("a batch does not fit into the memory of this machine's GPU; lower --batch-size or --image-size")
+        return None
 
 
 def train(
@@ -118,10 +152,10 @@ def train(
         device: auto, cpu, cuda or cuda:N.
         max_megapixels: Larger images are refused as decompression bombs; 512, or $DSKD_MAX_MEGAPIXELS, unless given.
         restart: Discard the saved state of an interrupted training into the same folder.
-        checkpoint_seconds: Seconds between saves of the training state, after whole epochs; 0: save after every epoch.
+        checkpoint_seconds: Seconds between saves of the training state; a save follows a validation, with 0 each.
         cache_dir: Folder of decoded images and teacher features, shared by all runs.
         cache_gb: Size in GB that the cache may reach; 0 turns it off.
-        json: Print one JSON document with the validation figures and every epoch's losses.
+        json: Print one JSON document with the validation figures and the losses up to each validation.
     """
     _allow_megapixels(max_megapixels)
     if print_config:
@@ -169,7 +203,7 @@ def train(
         run = TrainingRun.begin(settings, inputs, place)
         if has_state(unfinished):
             run.restore(unfinished)
-            say(f"going on after epoch {run.next_epoch} of {settings.train.epochs}, found in {unfinished}")
+            say(f"going on after step {run.step} of {run.num_steps}, found in {unfinished}")
         _train(run, unfinished, checkpoint_seconds)
         record, weights = run.detector()
         write_detector(out, record, weights, preview_of(run, record))
@@ -180,41 +214,41 @@ def train(
             f"{record.metrics['val/score_gain']:+.4f} ± {record.metrics['val/score_gain_error']:.4f} "
             "on validation images that did not choose it"
         )
-    say(f"wrote {out}: epoch {record.epoch + 1}, {describe_thresholds(record)}")
+    say(f"wrote {out}: step {record.step}, {describe_thresholds(record)}")
     if json:
         print_json(
             {
                 "detector": str(out),
                 "category": category,
                 "teacher": record.teacher,
-                "epoch": record.epoch,
+                "step": record.step,
                 "false_alarm_rates": record.guarantee,
                 **record.metrics,
-                "history": [epoch_document(progress) for progress in run.history],
+                "history": [interval_document(progress) for progress in run.history],
             }
         )
 
 
 def _train(run: "TrainingRun", unfinished: Path, checkpoint_seconds: float) -> None:
-    """Train to the last epoch with progress on stderr, saving the state every `checkpoint_seconds`."""
+    """Train to the end with progress on stderr, saving the state every `checkpoint_seconds`."""
     from dskd.show.training_bar import TrainingBar
     from dskd.training.loop import Step
 
-    saved = time.monotonic()
+    saved = clock.monotonic()
     with TrainingBar(run) as bar:
         for event in run.steps():
             if isinstance(event, Step):
                 bar.advance(event)
                 continue
-            epoch, scores = event.epoch, event.scores
+            interval, scores = event.interval, event.scores
             bar.say(
-                f"epoch {epoch.number + 1:3d}/{run.config.train.epochs}  loss {epoch.loss:.4f}  "
-                f"{epoch.images_per_second:5.1f} images/s  val image AUROC {scores.image_auroc:.3f}  "
+                f"step {interval.step:4d}/{run.num_steps}  loss {interval.loss:.4f}  "
+                f"{interval.images_per_second:5.1f} images/s  val image AUROC {scores.image_auroc:.3f}  "
                 f"AUPRO {scores.aupro:.3f}"
             )
-            if time.monotonic() - saved >= checkpoint_seconds:
+            if clock.monotonic() - saved >= checkpoint_seconds:
                 run.save(unfinished)
-                saved = time.monotonic()
+                saved = clock.monotonic()
 
 
 def evaluate(

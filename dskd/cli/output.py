@@ -7,19 +7,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dskd.show.times import duration
+
 if TYPE_CHECKING:
     from dskd.checkpoint import DetectorRecord
+    from dskd.config import RunConfig
     from dskd.data.check import Report
     from dskd.metrics import Scores
-    from dskd.training.run import EpochResult
+    from dskd.training.run import IntervalResult
 
 _MANY_NOTES = 5  # of one kind in one folder; more are only counted
 
 
-def epoch_document(progress: "EpochResult") -> dict[str, float | None]:
-    figures = progress.epoch._asdict()
+def interval_document(progress: "IntervalResult") -> dict[str, float | None]:
+    figures = progress.interval._asdict()
+    del figures["number"]
     return {
-        "epoch": figures.pop("number"),
+        "step": figures.pop("step"),
         **figures,
         "val/objective": progress.objective,
         **{f"val/{name}": value if math.isfinite(value) else None for name, value in progress.scores._asdict().items()},
@@ -33,11 +37,34 @@ def describe_thresholds(record: "DetectorRecord") -> str:
     return f"{said} ({APPROXIMATE})" if record.is_approximate else said
 
 
-def print_report(report: "Report") -> None:
+def training_document(report: "Report", config: "RunConfig", seconds_per_step: float | None) -> dict[str, Any]:
+    """Length of a training of each category, and its time where a step was measured."""
+    train = config.train
+    found: dict[str, Any] = {"batch_size": train.batch_size, "seconds_per_step": seconds_per_step, "categories": {}}
+    for category in report.categories:
+        if num_images := category.num_training_images(config.data.validation_fraction):
+            steps, batch = train.num_steps(num_images), min(train.batch_size, num_images)
+            seconds = None if seconds_per_step is None else seconds_per_step * steps * batch / train.batch_size
+            found["categories"][category.name] = {
+                "images": num_images,
+                "steps": steps,
+                "times_each_image_is_seen": steps * batch / num_images,
+                "seconds": seconds,
+            }
+    return found
+
+
+def print_report(report: "Report", training: Mapping[str, Any]) -> None:
     for category in report.categories:
         print(f"{category.name}  ({category.layout}, {category.folder})")
         for split, counts in category.counts.items():
             print(f"  {split:11} {_counted(counts)}")
+        if (length := training["categories"].get(category.name)) is not None:
+            print(
+                f"  {'training':11} {length['steps']} steps, each of {length['images']} images seen "
+                f"{length['times_each_image_is_seen']:.0f} times"
+                + ("" if length["seconds"] is None else f"; {duration(length['seconds'])} on this machine")
+            )
         if category.extent:
             print(f"  {'size':11} {_span(category.extent.width)} x {_span(category.extent.height)} pixels")
         depths = ", ".join(f"{count} of {name}" for name, count in category.depths.items())

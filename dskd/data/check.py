@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from dskd.data.datasets import CategoryFolder, scan, too_few, unread_images
+from dskd.data.datasets import CategoryFolder, num_held_out, scan, too_few, unread_images
 from dskd.data.depth import Levels, PixelScale
 from dskd.data.files import Walk, walk
 from dskd.data.images import in_threads, is_same_shape, read_levels, read_mask, read_pixels, resize_mask
@@ -59,6 +59,13 @@ class CategoryReport(NamedTuple):
     """Files in its folder that are not images."""
     num_strays: int
     """Images at a place that is not part of the layout."""
+
+    def num_training_images(self, validation_fraction: float) -> int:
+        """Images that train the students: good ones, without those held out; 0 if training is impossible."""
+        good = self.counts["train"].get("good", 0)
+        if self.counts["validation"].get("good", 0):
+            return good
+        return good - num_held_out(good, validation_fraction) if good >= 2 else 0
 
 
 class Report(NamedTuple):

@@ -188,13 +188,18 @@ def hold_out(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[tup
 
     Both parts keep the given order and hold at least one sample.
     """
-    num_held = min(max(1, round(len(samples) * fraction)), len(samples) - 1)
+    num_held = num_held_out(len(samples), fraction)
     order = sorted(range(len(samples)), key=lambda i: split_key(samples[i].path, seed))
     held = set(order[:num_held])
     return (
         tuple(sample for i, sample in enumerate(samples) if i not in held),
         tuple(sample for i, sample in enumerate(samples) if i in held),
     )
+
+
+def num_held_out(num_samples: int, fraction: float) -> int:
+    """How many of so many normal samples `hold_out` takes from training."""
+    return min(max(1, round(num_samples * fraction)), num_samples - 1)
 
 
 def split_calibration(

@@ -7,8 +7,7 @@ from typing import Self
 
 from tqdm import tqdm
 
-from dskd.device import WorkerRank
-from dskd.training.loop import Step, epoch_batches
+from dskd.training.loop import Step
 from dskd.training.run import TrainingRun
 
 REFRESH_SECONDS = 0.5
@@ -16,16 +15,13 @@ REFRESH_SECONDS = 0.5
 
 
 class TrainingBar:
-    """Finished share of the run, loss, images per second, time left; on stderr, if that is a terminal."""
+    """Finished share of the run, loss, steps per second, time left; on stderr, if that is a terminal."""
 
     def __init__(self, run: TrainingRun) -> None:
-        train = run.config.train
-        batches = epoch_batches(len(run.inputs.train_images), train.batch_size, train.seed, 0, WorkerRank())
-        per_epoch = sum(map(len, batches))
         self._bar = tqdm(
-            total=train.epochs * per_epoch,
-            initial=run.next_epoch * per_epoch,
-            unit=" images",
+            total=run.num_steps,
+            initial=run.step,
+            unit=" steps",
             mininterval=REFRESH_SECONDS,
             ncols=shutil.get_terminal_size().columns,  # 80 if the terminal's width is unknown; tqdm would draw nothing
             leave=False,
@@ -42,7 +38,7 @@ class TrainingBar:
 
     def advance(self, step: Step) -> None:
         """Count a step; if the bar is redrawn, it shows the loss of this step."""
-        if self._bar.update(step.num_images):
+        if self._bar.update():
             self._bar.set_postfix_str(f"loss {step.loss.item():.4f}", refresh=False)
 
     def say(self, line: str) -> None:

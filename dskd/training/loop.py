@@ -1,5 +1,10 @@
-"""Training of students on normal images: `fit` yields steps and epochs, and the caller decides what to do next."""
+"""Training of students on normal images: `fit` yields steps and intervals, and the caller decides what to do next.
 
+An interval is the steps from one validation to the next. An epoch, one pass over the images, has no meaning here: with
+few images it is so short that a validation after each would cost as much as the training itself.
+"""
+
+import itertools
 import math
 import time
 from collections.abc import Iterator
@@ -18,7 +23,7 @@ from dskd.model.teacher import normalize
 
 
 class NonFiniteLossError(FloatingPointError):
-    """Training diverged; the message names step, epoch, student and level, and says what to try."""
+    """Training diverged; the message names step, student and level, and says what to try."""
 
 
 class Step(NamedTuple):
@@ -30,8 +35,8 @@ class Step(NamedTuple):
     """This worker's loss, a scalar on the training device; reading it waits for the device."""
 
 
-class Epoch(NamedTuple):
-    """Result of one pass over the training images; losses are means over all workers' steps."""
+class Interval(NamedTuple):
+    """Result of the steps from one validation to the next; losses are means over all workers' steps."""
 
     number: int
     """Counted from 0."""
@@ -41,6 +46,8 @@ class Epoch(NamedTuple):
     hard_loss: float
     images_per_second: float
     seconds: float
+    step: int
+    """Steps of the training up to the end of the interval."""
 
 
 def build_optimizer(students: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -61,17 +68,20 @@ def learning_rate(config: TrainConfig, progress: float) -> float:
     return config.learning_rate
 
 
-def epoch_batches(
-    num_images: int, batch_size: int, seed: int, epoch: int, worker: WorkerRank
-) -> list[npt.NDArray[np.int64]]:
-    """Indices of this process's share of every global batch of an epoch.
+def draw_batches(
+    num_images: int,
+    batch_size: int,
+    seed: int,
+    worker: WorkerRank = WorkerRank(),  # noqa: B008 - an immutable tuple
+) -> Iterator[npt.NDArray[np.int64]]:
+    """Indices of this process's share of every global batch, without end.
 
-    The order depends only on seed and epoch, and a global batch holds the same images for any
-    number of processes, so N workers see the same images as one worker. The last batch is left out if it
-    is not full, unless it is the only one. Every share has the same size, as DDP's mean over
-    gradients requires, so up to world_size - 1 images of a batch may be left out.
+    The images come in one random order after the other, and a batch may begin in one and end in the next: so after
+    any step no image was seen more than once oftener than another. No image is twice in a batch; with fewer images
+    than `batch_size` a batch is all of them. The order depends only on the seed, and a global batch holds the same
+    images for any number of processes, so N workers see the same images as one worker. Every share has the same size,
+    as DDP's mean over gradients requires, so up to world_size - 1 images of a batch, others each time, are left out.
     """
-    order = np.random.default_rng((seed, epoch)).permutation(num_images)
     size = min(batch_size, num_images)
     share = size // worker.world_size
     if share == 0:
@@ -79,10 +89,18 @@ def epoch_batches(
             f"a batch of {size} images cannot be shared by {worker.world_size} workers; "
             "lower --workers-per-trial or raise the batch size."
         )
-    return [
-        order[start : start + share * worker.world_size][worker.rank :: worker.world_size]
-        for start in range(0, num_images - size + 1, size)
-    ]
+    left = np.zeros(0, np.int64)  # images of the last order that did not fill a batch
+    for number in itertools.count():
+        order = np.random.default_rng((seed, number)).permutation(num_images)
+        if len(left):
+            # The batch that they begin is filled with the first images that it does not hold yet.
+            is_held = np.isin(order, left)
+            first = np.flatnonzero(~is_held)[: size - len(left)]
+            order = np.concatenate([left, order[first], np.delete(order, first)])
+        num_full = len(order) // size * size
+        for batch in order[:num_full].reshape(-1, size):
+            yield batch[: share * worker.world_size][worker.rank :: worker.world_size]
+        left = order[num_full:]
 
 
 def fit(
@@ -94,26 +112,28 @@ def fit(
     *,
     device: torch.device,
     worker: WorkerRank = WorkerRank(),  # noqa: B008 - an immutable tuple
-    first_epoch: int = 0,
-) -> Iterator[Step | Epoch]:
-    """Train `students` in place on normal images (N, S, S, 3); yields every step, and each epoch after its steps.
+    first_interval: int = 0,
+) -> Iterator[Step | Interval]:
+    """Train `students` in place on normal images (N, S, S, 3); yields every step, and each interval after its steps.
 
     `students` maps (images, teacher pyramid) to student pyramids and may be wrapped for DDP. The whole
-    state is in `students` and `optimizer`: save both after an epoch, later restore them and pass the
-    next index as `first_epoch`; the remaining epochs are then equal to those of an uninterrupted run.
+    state is in `students` and `optimizer`: save both after an interval, later restore them and pass the
+    next index as `first_interval`; the remaining intervals are then equal to those of an uninterrupted run.
 
-    Raises NonFiniteLossError at the end of an epoch in which a loss is not a finite number.
+    Raises NonFiniteLossError at the end of an interval in which a loss is not a finite number.
     """
     on_gpu = device.type == "cuda"
-    for epoch in range(first_epoch, config.train.epochs):
+    train = config.train
+    ends = (0, *train.interval_ends(len(images)))
+    batches = draw_batches(len(images), train.batch_size, train.seed, worker)
+    batches = itertools.islice(batches, ends[first_interval], None)
+    for number in range(first_interval, train.num_validations):
         started = time.perf_counter()
         students.train()
-        batches = epoch_batches(len(images), config.train.batch_size, config.train.seed, epoch, worker)
-        losses = []
-        for step, indices in enumerate(batches):
-            progress = (epoch + step / len(batches)) / config.train.epochs
+        losses, seen = [], []
+        for step, indices in zip(range(ends[number], ends[number + 1]), batches, strict=False):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config.train, progress)
+                group["lr"] = learning_rate(train, step / ends[-1])
             pixels = normalize(to_device(device, images, indices))
             targets = teacher_features.pyramid(indices, device)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=on_gpu):
@@ -124,25 +144,30 @@ def fit(
             optimizer.step()
             scalars = torch.stack([terms.total, terms.encoder, terms.decoder, terms.hard]).detach()
             losses.append(torch.cat([scalars, terms.levels.flatten()]))
+            seen.append(indices)
             yield Step(len(indices) * worker.world_size, scalars[0])
-        # Read once per epoch: reading every step would make the host wait for the GPU.
+        # Read once per interval: reading every step would make the host wait for the GPU.
         table = mean_over_workers(torch.stack(losses).double()).cpu()  # (steps, 4 + 2 * levels)
         loss, encoder, decoder, hard = table[:, :4].mean(dim=0).tolist()
         if not math.isfinite(loss):
-            raise NonFiniteLossError(_divergence(epoch, table, batches, teacher_features, config))
+            raise NonFiniteLossError(_divergence(table, seen, ends[number], ends[-1], teacher_features, config))
         seconds = time.perf_counter() - started
-        num_seen = sum(map(len, batches)) * worker.world_size
-        yield Epoch(epoch, loss, encoder, decoder, hard, num_seen / seconds, seconds)
+        num_seen = sum(map(len, seen)) * worker.world_size
+        yield Interval(number, loss, encoder, decoder, hard, num_seen / seconds, seconds, ends[number + 1])
 
 
 def _divergence(
-    epoch: int,
     losses: Tensor,
     batches: list[npt.NDArray[np.int64]],
+    first_step: int,
+    num_steps: int,
     teacher_features: FeatureTable,
     config: RunConfig,
 ) -> str:
-    """The error message if not all `losses` (steps, 4 + 2 * levels) are finite; it names the first such step."""
+    """The error message if not all `losses` (steps, 4 + 2 * levels) are finite; it names the first such step.
+
+    `first_step` is the number, counted from 0 and out of `num_steps`, of the step of the first row and batch.
+    """
     step = int(losses[:, 0].isfinite().logical_not().nonzero()[0])
     levels = config.model.levels
     wrong = losses[step, 4:].isfinite().logical_not().unflatten(0, (2, len(levels)))  # (2, levels)
@@ -152,7 +177,7 @@ def _divergence(
         if row.any()
     ]
     where = f"loss of the {' and the '.join(culprits) or 'student pair'} is not finite"
-    at = f"in epoch {epoch + 1}, step {step + 1} of {len(batches)}"
+    at = f"at step {first_step + step + 1} of {num_steps}"
     targets = teacher_features.pyramid(batches[step], torch.device("cpu"))
     if broken := [level for level, target in zip(levels, targets, strict=True) if not target.isfinite().all()]:
         return (

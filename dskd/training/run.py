@@ -1,4 +1,4 @@
-"""The run of one category: train the students on prepared inputs and keep those of the best epoch."""
+"""The run of one category: train the students on prepared inputs and keep those of the best validation."""
 
 import copy
 import dataclasses
@@ -22,26 +22,26 @@ from dskd.model.batchnorm import share_batchnorm
 from dskd.model.network import build_students
 from dskd.model.teacher import UNREADABLE, normalize
 from dskd.training.inputs import TrainingData
-from dskd.training.loop import Epoch, NonFiniteLossError, Step, build_optimizer, fit
+from dskd.training.loop import Interval, NonFiniteLossError, Step, build_optimizer, fit
 from dskd.training.score_search import search_scores
 
 STATE_FILE = "training.pt"
 _START_AFRESH = "start afresh (dskd train --restart), or in another folder"
 
 
-class EpochResult(NamedTuple):
-    """One epoch with its validation."""
+class IntervalResult(NamedTuple):
+    """One interval with the validation at its end."""
 
-    epoch: Epoch
+    interval: Interval
     scores: Scores
     """Metrics on held-out normals, synthetic defects, and real labelled defects if there are some."""
     objective: float
     best_objective: float
-    """Highest objective of the epochs so far; a search compares this value, because a run keeps its best epoch."""
+    """Highest objective so far; a search compares this value, because a run keeps its best students."""
 
 
 def objective(scores: Scores) -> float:
-    """The value by which epochs and trials are selected: mean of image AUROC and AUPRO on the validation images."""
+    """The value by which steps and trials are selected: mean of image AUROC and AUPRO on the validation images."""
     return (scores.image_auroc + scores.aupro) / 2
 
 
@@ -54,13 +54,13 @@ class TrainingRun:
     device: torch.device
     students: nn.Module
     optimizer: torch.optim.Optimizer
-    next_epoch: int = 0
-    best_epoch: int = -1
+    next_interval: int = 0
+    best_interval: int = -1
     best_objective: float = -1.0
     best_scores: Scores | None = None
     best_weights: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-    history: list[EpochResult] = dataclasses.field(default_factory=list)
-    """All epochs so far, including those before an interruption."""
+    history: list[IntervalResult] = dataclasses.field(default_factory=list)
+    """All intervals so far, including those before an interruption."""
 
     @classmethod
     def begin(
@@ -82,20 +82,43 @@ class TrainingRun:
             students = share_batchnorm(students, device)
         return cls(config, inputs, device, students, build_optimizer(students, config.train))
 
-    def epochs(self, trained: nn.Module | None = None, worker: WorkerRank = WorkerRank()) -> Iterator[EpochResult]:  # noqa: B008
-        """Train until the configured last epoch, with a validation after each epoch.
+    @property
+    def step(self) -> int:
+        """Steps of the optimiser up to the last validation."""
+        return self.history[-1].interval.step if self.history else 0
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole training, where patience does not end it before."""
+        return self.config.train.num_steps(len(self.inputs.train_images))
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the last interval is trained, or the configured patience is at its end."""
+        train = self.config.train
+        without_gain = self.next_interval - 1 - self.best_interval
+        return self.next_interval == train.num_validations or 0 < train.patience <= without_gain
+
+    def intervals(
+        self,
+        trained: nn.Module | None = None,
+        worker: WorkerRank = WorkerRank(),  # noqa: B008 - an immutable tuple
+    ) -> Iterator[IntervalResult]:
+        """Train to the end, with a validation after each interval.
 
         `trained` is `students` wrapped for DDP if several workers train together; every worker
         then yields the same results.
         """
-        return (each for each in self.steps(trained, worker) if isinstance(each, EpochResult))
+        return (each for each in self.steps(trained, worker) if isinstance(each, IntervalResult))
 
     def steps(
         self,
         trained: nn.Module | None = None,
         worker: WorkerRank = WorkerRank(),  # noqa: B008 - an immutable tuple
-    ) -> Iterator[Step | EpochResult]:
-        """Like `epochs`, but also yields every optimiser step, before its epoch."""
+    ) -> Iterator[Step | IntervalResult]:
+        """Like `intervals`, but also yields every optimiser step, before its interval."""
+        if self.is_finished:  # restored
+            return
         inputs = self.inputs
         training = fit(
             trained or self.students,
@@ -105,7 +128,7 @@ class TrainingRun:
             self.config,
             device=self.device,
             worker=worker,
-            first_epoch=self.next_epoch,
+            first_interval=self.next_interval,
         )
         for each in training:
             if isinstance(each, Step):
@@ -114,15 +137,17 @@ class TrainingRun:
             scores = self._validate(each, worker)
             value = objective(scores)
             if value > self.best_objective:
-                self.best_epoch, self.best_objective, self.best_scores = each.number, value, scores
+                self.best_interval, self.best_objective, self.best_scores = each.number, value, scores
                 self.best_weights = {
                     name: tensor.detach().cpu().clone() for name, tensor in self.students.state_dict().items()
                 }
-            self.next_epoch = each.number + 1
-            self.history.append(EpochResult(each, scores, value, self.best_objective))
+            self.next_interval = each.number + 1
+            self.history.append(IntervalResult(each, scores, value, self.best_objective))
             yield self.history[-1]
+            if self.is_finished:
+                return
 
-    def _validate(self, epoch: Epoch, worker: WorkerRank) -> Scores:
+    def _validate(self, interval: Interval, worker: WorkerRank) -> Scores:
         inputs = self.inputs
         try:
             return compute_metrics_shared(
@@ -137,7 +162,7 @@ class TrainingRun:
         except ValueError as error:
             # Images and labels are valid: the error can only come from maps that are not finite after the last update.
             raise NonFiniteLossError(
-                f"the students of epoch {epoch.number + 1} give no finite anomaly maps; "
+                f"the students of step {interval.step} give no finite anomaly maps; "
                 f"learning_rate {self.config.train.learning_rate:g} is probably too high, try a tenth of it."
             ) from error
 
@@ -150,12 +175,12 @@ class TrainingRun:
             "identity": self._identity(),
             "students": self.students.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "next_epoch": self.next_epoch,
-            "best_epoch": self.best_epoch,
+            "next_interval": self.next_interval,
+            "best_interval": self.best_interval,
             "best_objective": self.best_objective,
             "best_scores": tuple(self.best_scores) if self.best_scores else None,
             "best_weights": self.best_weights,
-            "history": [(tuple(each.epoch), tuple(each.scores), *each[2:]) for each in self.history],
+            "history": [(tuple(each.interval), tuple(each.scores), *each[2:]) for each in self.history],
         }
         content = io.BytesIO()  # on a full disk torch's own writer raises a RuntimeError about file positions
         torch.save(state, content)
@@ -174,7 +199,8 @@ class TrainingRun:
         except UNREADABLE as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ValueError(f"{path} is no readable training state ({reason}); {_START_AFRESH}.") from None
-        here = self._identity()
+        # A field newer than the state has its default there; before there were steps every length was in epochs.
+        here, there = self._identity(), RunConfig().flat() | {"steps": None} | there
         if differing := sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name)):
             name = differing[0]
             raise ValueError(
@@ -183,11 +209,17 @@ class TrainingRun:
             )
         self.students.load_state_dict(state["students"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.next_epoch, self.best_epoch = state["next_epoch"], state["best_epoch"]
+        if "next_epoch" in state:  # of the time when every length was in epochs, which are intervals too
+            ends = self.config.train.interval_ends(len(self.inputs.train_images))
+            state["next_interval"], state["best_interval"] = state["next_epoch"], state["best_epoch"]
+            state["history"] = [((*epoch, ends[epoch[0]]), *rest) for epoch, *rest in state["history"]]
+        self.next_interval, self.best_interval = state["next_interval"], state["best_interval"]
         self.best_objective = state["best_objective"]
         self.best_scores = Scores(*state["best_scores"]) if state["best_scores"] else None
         self.best_weights = {name: tensor.cpu() for name, tensor in state["best_weights"].items()}
-        self.history = [EpochResult(Epoch(*epoch), Scores(*scores), *rest) for epoch, scores, *rest in state["history"]]
+        self.history = [
+            IntervalResult(Interval(*interval), Scores(*scores), *rest) for interval, scores, *rest in state["history"]
+        ]
 
     def _identity(self) -> dict[str, Any]:
         """All that determines the result of this training, by name; runs with equal values give equal results."""
@@ -204,9 +236,9 @@ class TrainingRun:
         """Record and weights (teacher and best students) of the finished detector.
 
         With `score_candidates` its score configuration is the one that `search_scores` found, and the record's
-        `val/` metrics are those of that configuration. Afterwards `students` has the weights of the best epoch.
+        `val/` metrics are those of that configuration. Afterwards `students` has the weights of the best validation.
         """
-        assert self.best_scores is not None, "no epoch has been trained"
+        assert self.best_scores is not None, "no interval has been trained"
         self.students.load_state_dict(self.best_weights)
         inputs = self.inputs
         config, scores, searched = self._with_best_score()
@@ -224,7 +256,7 @@ class TrainingRun:
             selection=inputs.selection,
             scale=inputs.scale,
             calibration_files=inputs.calibration_files,
-            epoch=self.best_epoch,
+            step=self.history[self.best_interval].interval.step,
             thresholds=calibrate(seen.scores.tolist()),
             metrics={
                 "val/objective": objective(scores),

@@ -1,7 +1,7 @@
 """Stage I of AAND: an amplifier learns from synthetic defects to separate normal and abnormal teacher features.
 
-`fit_amplifier` yields one epoch at a time, like `dskd.training.loop.fit` for the students, which are trained
-afterwards on good images only (Tang et al., arXiv 2405.02068).
+`fit_amplifier` yields one epoch at a time; the students are trained afterwards on good images only
+(Tang et al., arXiv 2405.02068).
 """
 
 import math
@@ -19,12 +19,12 @@ from torch import Tensor
 
 from dskd.config import AmplificationConfig, TrainConfig
 from dskd.data.defects import add_defects, find_foreground
-from dskd.device import WorkerRank, to_device
+from dskd.device import to_device
 from dskd.losses import amplification_loss, focal_loss
 from dskd.model.amplification import Amplifier, LevelAmplifier
 from dskd.model.distances import Pyramid
 from dskd.model.teacher import Teacher, normalize
-from dskd.training.loop import NonFiniteLossError, build_optimizer, epoch_batches, learning_rate
+from dskd.training.loop import NonFiniteLossError, build_optimizer, learning_rate
 
 CLEAN_SHARE = 0.2
 """Probability that an image is shown without a defect."""
@@ -89,15 +89,15 @@ def fit_amplifier(
     with torch.no_grad():
         sizes = [(level.shape[2], level.shape[3]) for level in teacher(_pixels(images[:1], device))]
     objects = _object_patches(images, sizes)
-    for epoch in range(first_epoch, schedule.epochs):
+    for epoch in range(first_epoch, config.amplification_epochs):
         started = time.perf_counter()
-        batches = epoch_batches(len(images), schedule.batch_size, schedule.seed, epoch, WorkerRank())
+        batches = _epoch_batches(len(images), schedule.batch_size, schedule.seed, epoch)
         sums = torch.zeros(3, dtype=torch.float64, device=device)
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:
             drawn = _draw_ahead(threads, images, batches, schedule.seed, epoch, textures)
             for step, (indices, (pictures, masks)) in enumerate(zip(batches, drawn, strict=True)):
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(schedule, (epoch + step / len(batches)) / schedule.epochs)
+                    group["lr"] = learning_rate(schedule, (epoch + step / len(batches)) / config.amplification_epochs)
                 with torch.no_grad():
                     pyramid = teacher(_pixels(pictures, device))
                 defects = patch_masks(masks, sizes)
@@ -173,6 +173,13 @@ def _schedule(config: AmplificationConfig) -> TrainConfig:
         schedule="multistep",
         seed=config.amplification_seed,
     )
+
+
+def _epoch_batches(num_images: int, batch_size: int, seed: int, epoch: int) -> list[npt.NDArray[np.int64]]:
+    """Indices of the batches of an epoch in an order of its own; a last one that is not full is left out."""
+    order = np.random.default_rng((seed, epoch)).permutation(num_images)
+    size = min(batch_size, num_images)
+    return [order[start : start + size] for start in range(0, num_images - size + 1, size)]
 
 
 def _object_patches(images: npt.NDArray[np.uint8], sizes: Sequence[tuple[int, int]]) -> list[npt.NDArray[np.bool_]]:

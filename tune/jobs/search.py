@@ -62,7 +62,7 @@ class _Begun(NamedTuple):
 
 
 def _search(settings: SearchSettings, held: ExitStack) -> list["CategoryResult"]:
-    progress = SearchProgress(settings.trials, settings.epochs)
+    progress = SearchProgress(settings.trials, settings.num_reports)
     plan, workers, groups = _begin(settings, progress, held)
     from dskd.detector import UNTRAINED_TEACHER
     from tune.jobs.outcome import show_outcome

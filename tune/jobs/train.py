@@ -60,7 +60,7 @@ class Trained(NamedTuple):
             "run": self.run_id,
             "category": self.record.category,
             "teacher": self.record.teacher,
-            "epoch": self.record.epoch,
+            "step": self.record.step,
             "data_sha256": self.record.data_sha256,
             "metrics": dict(self.record.metrics),
             "thresholds": [threshold._asdict() for threshold in self.record.thresholds],
@@ -87,7 +87,7 @@ def train(settings: TrainingSettings) -> int:
             ray.shutdown()
     metrics = trained.record.metrics
     figures = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("test/"))
-    say(f"wrote {trained.folder}: epoch {trained.record.epoch + 1}, validation {metrics['val/objective']:.4f}")
+    say(f"wrote {trained.folder}: step {trained.record.step}, validation {metrics['val/objective']:.4f}")
     say(f"test images: {figures or 'no figures'}")
     say(f"MLflow: {run_link(settings.addresses.tracking, trained.run_id) or 'away'}")
     if settings.json:
@@ -254,7 +254,7 @@ class _EpochTracking:
     """Prints and tracks the first worker's reports."""
 
     def __init__(self, settings: TrainingSettings, key: str, spec: TrialSpec, tracker: Tracker) -> None:
-        self._epochs = settings.config.train.epochs
+        self._epochs = settings.config.train.num_validations
         self._key, self._category, self._tracker = key, spec.category, tracker
         self._remarks: set[str] = set()
 
@@ -269,13 +269,14 @@ class _EpochTracking:
 
 
 def _epoch_line(report: Metrics, epochs: int) -> str:
-    at = f"epoch {report[EPOCH]:3d}/{epochs}"
+    at = f"validation {report[EPOCH]:3d}/{epochs}"
     if ERROR in report:
         return f"{at}  {report[ERROR]}"
     if "train/loss" not in report:
         return f"{at}  already trained"
     return (
-        f"{at}  loss {report['train/loss']:.4f}  {report['time/images_per_second']:5.1f} images/s  "
+        f"{at}  step {report['train/steps']}  loss {report['train/loss']:.4f}  "
+        f"{report['time/images_per_second']:5.1f} images/s  "
         f"val image AUROC {report['val/image_auroc']:.3f}  AUPRO {report['val/aupro']:.3f}"
     )
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dskd.config import RunConfig, TeacherSource
 from dskd.data.datasets import read_category
+from dskd.show.times import duration
 from tune.preflight.draft import Draft, drafted
 from tune.preflight.forecast import (
     CategoryPlan,
@@ -202,7 +203,10 @@ def _document(found: _DryRun) -> dict[str, Any]:
     return {
         "name": plan.name,
         "trials": plan.trials,
-        "categories": [category._asdict() for category in found.categories],
+        "categories": [
+            category._asdict() | {"num_steps": plan.config.train.num_steps(category.num_train)}
+            for category in found.categories
+        ],
         "config": plan.config.to_dict(),
         "varied": {name: _varied(space) for name, space in plan.spaces.items()},
         "slots": found.slots._asdict(),
@@ -226,13 +230,13 @@ def _show(found: _DryRun, settings: SearchSettings) -> None:
     plan, config = found.plan, found.plan.config
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 110, highlight=False, markup=False)
     table = Table(title=f"Plan of {plan.name}: {len(plan.categories)} categories × {plan.trials} trials × "
-                  f"{config.train.epochs} epochs")  # fmt: skip
-    for column in ("category", "training images", "validation", "calibration", "test"):
+                  f"{config.train.length}")  # fmt: skip
+    for column in ("category", "training images", "steps", "validation", "calibration", "test"):
         table.add_column(column, justify="left" if column == "category" else "right")
     for each in found.categories:
-        table.add_row(
-            each.category, *map(str, (each.num_train, each.num_validation, each.num_calibration, each.num_test))
-        )
+        num_steps = config.train.num_steps(each.num_train)
+        counts = (each.num_train, num_steps, each.num_validation, each.num_calibration, each.num_test)
+        table.add_row(each.category, *map(str, counts))
     console.print(table)
     for line in found.unread:
         console.print(line, soft_wrap=True)
@@ -243,6 +247,7 @@ def _show(found: _DryRun, settings: SearchSettings) -> None:
     slots, workers = found.slots, found.workers
     lines = {
         "trains": f"{settings.preset}, {config.data.image_size} pixels, batches of {config.train.batch_size}, "
+        f"{config.train.num_validations} validations, "
         f"teacher {config.model.backbone} ({settings.teacher_weights})"
         + (f", stage I of {config.amplification.amplification_epochs} epochs" if _has_stage_one(config) else ""),
         "at once": f"{slots.side_by_side} categories, {slots.concurrency} trials of each; a trial takes "
@@ -277,7 +282,7 @@ def _speed_line(found: _DryRun) -> str:
 def _forecast_line(found: _DryRun) -> str:
     if (cost := found.forecast) is None:
         return "none"
-    if cost.epochs_pruned == cost.epochs_full:
+    if cost.steps_pruned == cost.steps_full:
         span, cpu, gpu = (
             duration(cost.wall_seconds_full),
             f"{cost.cpu_hours_full:.3g}",
@@ -289,16 +294,3 @@ def _forecast_line(found: _DryRun) -> str:
         gpu = f"{cost.gpu_hours_pruned:.3g} … {cost.gpu_hours_full:.3g}"
     hours = f"{cpu} CPU hours" + (f", {gpu} GPU hours" if cost.gpu_hours_full > 0 else "")
     return f"{span}; {hours}; a whole trial {duration(cost.trial_seconds)}"
-
-
-def duration(seconds: float) -> str:
-    """A duration as text in one or two units, the larger first."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 48:
-        return f"{hours} h {minutes:02d} min"
-    return f"{hours // 24} d {hours % 24} h"

@@ -3,20 +3,15 @@
 import dataclasses
 import heapq
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from dskd.config import RunConfig
 from dskd.data.datasets import NUM_VALIDATION_DEFECTS, Category, split_calibration, split_normals
 from tune.settings.workers import Workers
-from tune.trial.asha import expected_epochs
-
-_MIN_STEP_SECONDS = 0.4
-"""Seconds of a step above which no larger batch is measured: on a slow device a full batch would take too long."""
-_MIN_IMAGES = 2
+from tune.trial.asha import expected_reports
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +69,6 @@ def measure_speed(task: SpeedTask) -> Speed:
 
 
 def _measured(task: SpeedTask) -> Speed:
-    import numpy as np
     import torch
 
     from dskd.config import RunConfig
@@ -85,7 +79,7 @@ def _measured(task: SpeedTask) -> Speed:
     from dskd.model.features import feature_table
     from dskd.model.network import build_students
     from dskd.model.teacher import Teacher, build_teacher
-    from dskd.training.loop import Step, build_optimizer, fit
+    from dskd.training.speed import seconds_of, step_speed
     from dskd.training.stage_one import amplifier_optimizer, fit_amplifier
 
     torch.set_num_threads(max(1, int(task.cpus_per_worker)))
@@ -98,7 +92,7 @@ def _measured(task: SpeedTask) -> Speed:
         files = [Path(temporary, str(number)) for number in range(len(task.images))]
         for file, content in zip(files, task.images, strict=True):
             file.write_bytes(content)
-        decoding = _seconds(lambda: load_images(files, config.data.image_size)) / len(files)
+        decoding = seconds_of(lambda: load_images(files, config.data.image_size)) / len(files)
         images = load_images(files, config.data.image_size)
 
     teacher: Teacher = plain
@@ -113,29 +107,11 @@ def _measured(task: SpeedTask) -> Speed:
         amplification = list(stage_epochs)[-1].seconds / len(images)
         teacher = AmplifiedTeacher(plain, amplifier)
 
-    students = build_students(config.model, teacher, config.train.seed).to(device)
-    optimizer = build_optimizer(students, config.train)
-
-    def step_seconds(num_images: int) -> float:
-        batch = images[np.resize(np.arange(len(images)), num_images)]
-        table = feature_table(teacher, batch, device)
-        one_batch = config.with_values({"batch_size": num_images, "epochs": 1000})
-        taken = fit(students, optimizer, batch, table, one_batch, device=device)
-        steps = (each for each in taken if isinstance(each, Step))
-        next(steps).loss.item()  # reading the loss waits for the device
-        times: list[float] = []
-        while len(times) < 3 and sum(times) < _MIN_STEP_SECONDS:
-            times.append(_seconds(lambda: next(steps).loss.item()))
-        return median(times)
-
     share = max(1, config.train.batch_size // task.num_workers)
-    measured = min(share, _MIN_IMAGES)
-    step = step_seconds(measured)
-    while measured < share and step < _MIN_STEP_SECONDS:
-        measured = min(share, max(measured + 1, int(measured * _MIN_STEP_SECONDS / step)))
-        step = step_seconds(measured)
+    measured, step = step_speed(config, teacher, images, share, device)
+    students = build_students(config.model, teacher, config.train.seed).to(device)
 
-    defects = _seconds(lambda: synthetic_validation(images[:1], seed=0, num_defective=2)) / 2
+    defects = seconds_of(lambda: synthetic_validation(images[:1], seed=0, num_defective=2)) / 2
     truth = synthetic_validation(images, seed=0, num_defective=len(images))
     few = feature_table(teacher, truth.images, device)
     compute_metrics_shared(few, students, truth, config, device, 0, 1)
@@ -146,14 +122,14 @@ def _measured(task: SpeedTask) -> Speed:
     features = (time.perf_counter() - started) / (
         len(truth.images) + 1
     )  # feature_table computes one more pyramid, for the shapes
-    validation = _seconds(lambda: compute_metrics_shared(table, students, truth, config, device, 0, 1)) / len(
+    validation = seconds_of(lambda: compute_metrics_shared(table, students, truth, config, device, 0, 1)) / len(
         truth.images
     )
     return Speed(
         device=torch.cuda.get_device_name(device) if uses_gpu else "CPU",
         num_gpus=num_gpus,
         images_measured=measured,
-        step=step * share / measured,
+        step=step,
         validation=validation,
         decoding=decoding,
         teacher=features,
@@ -162,19 +138,13 @@ def _measured(task: SpeedTask) -> Speed:
     )
 
 
-def _seconds(act: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    act()
-    return time.perf_counter() - started
-
-
 class CategoryPlan(NamedTuple):
     """Number of images of one category, by use."""
 
     category: str
     num_train: int
     num_validation: int
-    """Inspected after every epoch: held-out normals, synthetic defects, labelled defects."""
+    """Inspected at every validation: held-out normals, synthetic defects, labelled defects."""
     num_synthetic: int
     num_calibration: int
     num_test: int
@@ -193,16 +163,16 @@ class Forecast(NamedTuple):
     """Times in seconds and hours; `…_full`: no trial is pruned, `…_pruned`: with ASHA's expected pruning."""
 
     trial_seconds: float
-    """The longest trial: all epochs on the largest category."""
+    """The longest trial: all steps on the largest category."""
     wall_seconds_full: float
     wall_seconds_pruned: float
     cpu_hours_full: float
     cpu_hours_pruned: float
     gpu_hours_full: float
     gpu_hours_pruned: float
-    epochs_full: int
+    steps_full: int
     """Over all trials and categories."""
-    epochs_pruned: float
+    steps_pruned: float
 
 
 def plan_categories(categories: Mapping[str, Category], config: RunConfig) -> list[CategoryPlan]:
@@ -243,24 +213,27 @@ def forecast(
 ) -> Forecast:
     """Forecast of a search of all `plans` on `slots`, with workers of the measured `speed`.
 
-    A trial takes epochs × (optimiser steps + validation) + its thresholds; a category takes its preparation once
+    A trial takes its optimiser steps + its validations + its thresholds; a category takes its preparation once
     (decoding, teacher, synthetic defects, stage I), then its trials on `concurrency` slots, then the test images.
     Not included: effects of suggested values (embedding depth, hard loss), communication between workers, the start
     of Ray and its processes, writing to the storage, and other load on the machines.
     """
-    epochs = config.train.epochs
+    reports = config.train.num_validations
     compute_full = compute_pruned = 0.0
     walls_full, walls_pruned, longest = [], [], 0.0
-    pruned_epochs = expected_epochs(trials, epochs)
+    pruned_share = expected_reports(trials, reports) / (trials * reports)
+    steps_full = 0
     for plan in plans:
-        steps = max(1, plan.num_train // config.train.batch_size)
-        epoch = steps * speed.step + plan.num_validation * speed.validation / workers.number
+        steps = config.train.num_steps(plan.num_train)
+        steps_full += trials * steps
+        step = speed.step * min(1.0, plan.num_train / config.train.batch_size)  # a batch holds no image twice
+        training = steps * step + reports * plan.num_validation * speed.validation / workers.number
         finish = plan.num_calibration * speed.validation
         preparation = _preparation(plan, config, speed)
         test = plan.num_test * (speed.decoding + speed.teacher + speed.validation)
-        trial = epochs * epoch + finish
+        trial = training + finish
         longest = max(longest, trial)
-        full, pruned = trials * trial, pruned_epochs * epoch + finish * min(trials, pruned_epochs / epochs)
+        full, pruned = trials * trial, trials * pruned_share * trial
         rounds = -(-trials // slots.concurrency)
         walls_full.append(preparation + rounds * trial + test)
         walls_pruned.append(preparation + max(trial, pruned / slots.concurrency) + test)
@@ -275,8 +248,8 @@ def forecast(
         cpu_hours_pruned=compute_pruned * hours * workers.cpus,
         gpu_hours_full=compute_full * hours * workers.gpus,
         gpu_hours_pruned=compute_pruned * hours * workers.gpus,
-        epochs_full=trials * epochs * len(plans),
-        epochs_pruned=pruned_epochs * len(plans),
+        steps_full=steps_full,
+        steps_pruned=steps_full * pruned_share,
     )
 
 

@@ -7,6 +7,7 @@ anything that affects a result is refused.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from dskd.config import RunConfig
 from tune.settings.plan import SearchPlan
 from tune.storage.files import Storage
 
@@ -56,7 +57,7 @@ def _compare(storage: Storage, category: str, mine: Mapping[str, Any], name: str
         return False
     here, there = dict(_flat(mine)), dict(_flat({key: known.get(key) for key in mine}))
     for path in {**here, **there}:
-        if here.get(path) != there.get(path):
+        if here.get(path) != there.get(path, _older(path)):
             *_, section, field = ["", *path.split("/")]
             if "/dimensions/" in path:
                 field = f"{field} of {section}"
@@ -65,6 +66,12 @@ def _compare(storage: Storage, category: str, mine: Mapping[str, Any], name: str
                 f"{_quoted(here.get(path))}; continue it with what it was begun with, or give another --name."
             )
     return True
+
+
+def _older(path: str) -> Any:
+    """What a record stands for that is older than the field: the default, and before there were steps, epochs."""
+    fields = RunConfig().flat() | {"steps": None}
+    return fields.get(path.rpartition("/")[2]) if "/bases/" in path else None
 
 
 def _flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

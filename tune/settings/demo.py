@@ -6,6 +6,8 @@ from typing import Literal
 
 from tune.settings.search import SearchSettings
 
+_STEPS = 120
+"""Enough for good verdicts on the drawn products (benchmarks/README.md)."""
 TeacherLabel = Literal["hub", "random", "file"]
 """Source of the teacher's weights, as used in the name of the search."""
 
@@ -21,8 +23,10 @@ class DemoSettings:
     every output is marked so."""
     trials: int = 4
     """Trials per category."""
-    epochs: int = 8
-    """Epochs of a trial that is not pruned."""
+    steps: int | None = None
+    """Optimiser steps of a trial that is not pruned; 120 unless --epochs is given."""
+    epochs: int | None = None
+    """Length in passes over the training images instead of steps."""
     image_size: int = 128
     """Side in pixels that images are resized to; a multiple of 32."""
     batch_size: int = 8
@@ -49,6 +53,7 @@ class DemoSettings:
             data=str(self.data),
             name=self.name or f"demo-{label}",
             trials=self.trials,
+            steps=_STEPS if self.steps is None and self.epochs is None else self.steps,
             epochs=self.epochs,
             image_size=self.image_size,
             batch_size=self.batch_size,

@@ -23,7 +23,7 @@ class SearchPlan:
     spaces: Mapping[str, Space]
     """Search space by category, without the champions of earlier searches."""
     configs: Mapping[str, RunConfig]
-    """Configuration by preset, in the given order; all have the same epochs, image size and batch size."""
+    """Configuration by preset, in the given order; all have the same image size, batch size and number of reports."""
     addresses: Addresses
     studies: str = field(repr=False)
     """URL of Optuna's storage, which may hold a password."""
@@ -58,8 +58,9 @@ class SearchPlan:
         return next(iter(self.configs.values()))
 
     @property
-    def epochs(self) -> int:
-        return self.config.train.epochs
+    def num_reports(self) -> int:
+        """Reports of a trial that is not pruned, one after each validation; what `EPOCH` counts."""
+        return self.config.train.num_validations
 
     def of_category(self, category: str, space: Space) -> "SearchPlan":
         """The part of the plan that the process of one category needs."""

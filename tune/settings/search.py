@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from dskd.arguments import given_length
 from dskd.config import RunConfig, Selection
 from dskd.presets import PRESETS
 from tune.storage.uris import LOCAL_RESULTS, is_address
@@ -29,8 +30,12 @@ class SearchSettings:
     time_budget: str | None = None
     """Wall time of the whole search, such as 2h, 1h30m or 90s; each category gets its share of the remaining time when
     it starts. Trials still running at the end are interrupted; the same command continues them."""
-    epochs: int = 100
-    """Epochs of a trial that is not pruned."""
+    steps: int | None = None
+    """Optimiser steps of a trial that is not pruned; by default those of each preset, however few images there are."""
+    epochs: int | None = None
+    """Length in passes over the training images instead of steps, with a validation after each."""
+    patience: int = 0
+    """End a trial after this many validations in a row without a better objective; 0: never."""
     image_size: int = 256
     """Side in pixels that images are resized to; a multiple of 32."""
     preset: str = "dskd"
@@ -45,7 +50,7 @@ class SearchSettings:
     """Optuna's sampler: multivariate TPE, Gaussian process, CMA-ES, quasi-random or random; with several presets
     tpe or random."""
     selection: Selection = "val"
-    """What selects epochs and trials: val, images without test labels; or oracle, the labelled test images, to
+    """What selects steps and trials: val, images without test labels; or oracle, the labelled test images, to
     reproduce papers. An oracle result is marked in every output and never becomes champion in MLflow."""
     textures: Path | None = None
     """Folder of texture images, such as DTD, for the synthetic defects; at the same path on every node."""
@@ -130,8 +135,15 @@ class SearchSettings:
             raise ValueError(f"--start-from names this search itself, {self.name!r}; it continues by its own name.")
         self.budget_seconds()
 
+    @property
+    def num_reports(self) -> int:
+        """Reports of a trial that is not pruned, one after each validation."""
+        return next(iter(self.run_configs().values())).train.num_validations
+
     def run_configs(self) -> dict[str, RunConfig]:
-        """The configuration of each given preset, in their order, all with the same epochs, image and batch size.
+        """The configuration of each given preset, in their order, all with the same image and batch size.
+
+        The length too is the same if it is given; else each preset has its own, with as many validations.
 
         Raises ValueError on an unknown preset or a value out of range.
         """
@@ -139,8 +151,8 @@ class SearchSettings:
         if not names or (unknown := [name for name in names if name not in PRESETS]):
             got = unknown[0] if names else self.preset
             raise ValueError(f"--preset takes {', '.join(PRESETS)} or all, got {got!r}.")
-        changes = {
-            "epochs": self.epochs,
+        changes = given_length(self.steps, self.epochs) | {
+            "patience": self.patience,
             "image_size": self.image_size,
             "score_candidates": self.score_candidates,
             "batch_size": self.batch_size if self.batch_size is not None else PRESETS[names[0]].train.batch_size,

@@ -15,8 +15,9 @@ from dskd.config import RunConfig
 PRESET = "preset"
 _MEASURED = frozenset({"image_size", "validation_fraction", "calibration_fraction", "split_seed"})
 _STRUCTURE = frozenset({"backbone", "levels", "student_encoder", "student_decoder"})
-_SHARED = _MEASURED | _STRUCTURE | {"epochs"}
-"""Fields that set the measurement, the number of epochs or the network: equal in all trials of a preset."""
+_LENGTH = frozenset({"steps", "epochs", "patience"})
+_SHARED = _MEASURED | _STRUCTURE | _LENGTH
+"""Fields that set the measurement, the length or the network: equal in all trials of a preset."""
 _ENCODER = frozenset(("encoder_match", "encoder_hkd_margin"))
 _DECODER = frozenset(("decoder_match", "decoder_hkd_margin", "decoder_input", "detach_embedding", "embedding_depth"))
 _BOTH = frozenset(("decoder_weight", "encoder_score_weight", "decoder_score_weight", "student_fusion"))
@@ -218,7 +219,7 @@ class Space:
         return any(point.items() <= suggested.items() for point in self._untuned())
 
     def point_of(self, config: RunConfig) -> dict[str, Any]:
-        """The point with the configuration `config`; epochs, image size and batch size are ignored.
+        """The point with the configuration `config`; length, image size and batch size are ignored.
 
         Raises ValueError with the reason if it lies outside this space.
         """
@@ -258,7 +259,7 @@ class Space:
             yield f"levels are {config.model.levels} there and {base.model.levels} here"
             return
         able = base.with_values({"amplification": True}) if "amplification" in dimensions else base
-        ignored = _MEASURED | {"epochs", "batch_size"}
+        ignored = _MEASURED | _LENGTH | {"batch_size"}
         values = _values(config)
         for name, here in _values(base).items():
             there = values[name]

@@ -89,8 +89,8 @@ def search_category(
                 scheduler=Halving(
                     time_attr=EPOCH,
                     # Above the last epoch, so that a trial ends by itself after its last one.
-                    max_t=plan.epochs + 1,
-                    grace_period=grace_period(plan.epochs),
+                    max_t=plan.num_reports + 1,
+                    grace_period=grace_period(plan.num_reports),
                     reduction_factor=REDUCTION,
                 ),
                 trial_name_creator=_trial_id,
@@ -160,7 +160,7 @@ def _summarise(results: ray.tune.ResultGrid, context: StudyContext) -> StudyResu
             # Tune's own error may be from an earlier attempt.
             reason = context.failure_reasons.get(trial_id) or str(metrics.get(ERROR) or result.error)
             errors.append(reason.strip().splitlines()[-1])
-        elif metrics.get(EPOCH, 0) < context.plan.epochs or detector is None:
+        elif metrics.get(EPOCH, 0) < context.plan.num_reports or detector is None:
             num_pruned += 1
         else:
             finished.append((metrics[OBJECTIVE], metrics["trial_id"], detector))

@@ -236,7 +236,7 @@ def _send_end(trial: Trial, is_lost: bool) -> None:
     if is_lost:
         failures = _failure_text(trial)
         error = context.failure_reasons[trial.trial_id] = out_of_memory_reason(failures) or failures
-    is_last = last.get(EPOCH, 0) >= context.plan.epochs
+    is_last = last.get(EPOCH, 0) >= context.plan.num_reports
     status: Status = "failed" if error else "finished" if is_last else "pruned"
     detector = detector_uri(last, trial.checkpoint) if status == "finished" else None
     objective = float(last.get(OBJECTIVE, 0.0))

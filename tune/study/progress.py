@@ -160,7 +160,7 @@ class SearchProgress:
         reason = f": {event.error.strip().splitlines()[-1]}" if event.error.strip() else ""
         self.say(
             f"{event.category}: trial {category.num_ended}/{self._trials} {event.status} after "
-            f"{self._epochs_of.get(event.trial_id, 0)} epochs{reason}; "
+            f"{self._epochs_of.get(event.trial_id, 0)} validations{reason}; "
             f"best validation objective so far {category.best or 0.0:.4f}"
         )
 

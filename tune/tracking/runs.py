@@ -58,7 +58,7 @@ def tracked_run(uri: str, run_id: str) -> TrackedRun:
     return TrackedRun(
         run_id=run_id,
         config=config,
-        unknown_fields=tuple(name for name in config.flat() if name not in params),
+        unknown_fields=tuple(name for name, value in config.flat().items() if name not in params and value is not None),
         category=tags["dskd.category"],
         teacher_weights=params.get("teacher_weights", ""),
         textures=params.get("textures", "drawn"),

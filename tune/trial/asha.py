@@ -1,22 +1,25 @@
-"""ASHA's schedule: the epochs at which it may stop a trial, and the expected number of epochs of a study."""
+"""ASHA's schedule: the reports at which it may stop a trial, and the expected number of reports of a study.
+
+A trial reports after each validation, at equal distances, so a report stands for a share of the trial's length.
+"""
 
 REDUCTION = 3
 """At each rung about one in this many trials continues."""
-_MIN_EPOCHS = 3
-"""First epoch whose objective is used: in a real search of *transistor* with 9 epochs all six tuned trials were stopped
-after epoch 1 at .25 to .30, where the preset, which ended at .73, had .31."""
+_MIN_REPORTS = 3
+"""First report whose objective is used: in a real search of *transistor* with 9 epochs all six tuned trials were
+stopped after epoch 1 at .25 to .30, where the preset, which ended at .73, had .31."""
 
 
-def grace_period(epochs: int) -> int:
-    """Epochs that every trial is trained for: the first rung."""
-    return max(min(_MIN_EPOCHS, epochs), epochs // REDUCTION**2)
+def grace_period(reports: int) -> int:
+    """Reports that every trial of `reports` is trained for, at least a tenth of them: the first rung."""
+    return max(min(_MIN_REPORTS, reports), reports // REDUCTION**2, -(-reports // 10))
 
 
-def rungs(epochs: int) -> tuple[int, ...]:
-    """Epochs after which a trial of `epochs` epochs may be stopped early."""
+def rungs(reports: int) -> tuple[int, ...]:
+    """Reports after which a trial of `reports` may be stopped early."""
     found = []
-    rung = grace_period(epochs)
-    while rung < epochs:
+    rung = grace_period(reports)
+    while rung < reports:
         found.append(rung)
         rung *= REDUCTION
     return tuple(found)
@@ -41,14 +44,14 @@ def _share_that_passes(before: int) -> float:
     return 1 - ((before - 1) * (1 - 1 / REDUCTION) + 1) / (before + 1)
 
 
-def expected_epochs(trials: int, epochs: int) -> float:
-    """Expected epochs over all trials of a study; a stopped trial counts up to the rung that stopped it.
+def expected_reports(trials: int, reports: int) -> float:
+    """Expected reports over all trials of a study; a stopped trial counts up to the rung that stopped it.
 
     The rungs are treated as independent draws. If instead the order of the trials never changes, later survivors are
-    better than the first one, which passed unconditionally, and more continue: 13 to 20 % more epochs by simulation.
+    better than the first one, which passed unconditionally, and more continue: 13 to 20 % more reports by simulation.
     """
     total, running, trained = 0.0, float(trials), 0
-    for rung in rungs(epochs):
+    for rung in rungs(reports):
         total += running * (rung - trained)
         running, trained = expected_survivors(running), rung
-    return total + running * (epochs - trained)
+    return total + running * (reports - trained)

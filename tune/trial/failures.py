@@ -23,7 +23,7 @@ _PEER = re.compile(r"Connection (closed|reset) by peer|ncclRemoteError|remote pr
 _HEAD = re.compile(r"^Failure # \d+ \(occurred at [^)]*\)$", re.MULTILINE)
 
 MAX_RETRY_COST = 99
-"""A trial is restarted while the retry costs of its failures since its last new epoch sum to at most this."""
+"""A trial is restarted while the retry costs of its failures since its last new report sum to at most this."""
 
 
 def retry_cost(text: str) -> int:

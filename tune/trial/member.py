@@ -112,7 +112,7 @@ class _Member:
             return
         spec = assignment.spec
         newest = self._shared(lambda: newest_checkpoint(spec.workers_uri, assignment.trial_id))
-        last = RunConfig.from_dict(spec.config).train.epochs
+        last = RunConfig.from_dict(spec.config).train.num_validations
         with (
             opened(newest) as resumed,
             contextlib.closing(train(spec, self._worker, device, resumed, self._is_leaving)) as reports,

@@ -13,9 +13,9 @@ if TYPE_CHECKING:  # the relays of trials need none of what it imports
     from tune.settings.plan import SearchPlan
 
 EPOCH = "epoch"
-"""Epochs trained so far, counted from 1."""
+"""Number of the report, counted from 1; one follows each of the `TrainConfig.num_validations`."""
 OBJECTIVE = "val/best_objective"
-"""Highest validation objective of the epochs so far; the search compares trials by it."""
+"""Highest validation objective so far; the search compares trials by it."""
 ERROR = "error"
 """Reason of a trial that would fail again on every attempt; its objective is 0."""
 CATEGORY = "category"
@@ -29,7 +29,7 @@ CHECKPOINT = "checkpoint_path"
 LOST = "lost"
 """Set in the last report of a trial that its own values are not to blame for: machines failed too often."""
 RUNG = "rung/"
-"""Prefix before an epoch: the objective at that epoch, repeated in all later reports."""
+"""Prefix before the number of a report: the objective of that report, repeated in all later ones."""
 SYSTEM = "system/"
 """Prefix of MLflow's system metrics."""
 _TRACKED = ("train/", "val/", "time/", SYSTEM)
@@ -133,14 +133,14 @@ class UnrecoverableTrialError(RuntimeError):
 
 
 class Report(NamedTuple):
-    """Metrics of one epoch, and the checkpoint folder if one is due."""
+    """Metrics of one validation, and the checkpoint folder if one is due."""
 
     metrics: dict[str, Any]
     checkpoint: Path | None
 
 
 def tracked_figures(reported: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics of one epoch's report that MLflow records."""
+    """The metrics of one report that MLflow records."""
     return {
         name: float(value)
         for name, value in reported.items()

@@ -19,7 +19,7 @@ from dskd.show.overlays import preview_of
 from dskd.show.validation import write_figures
 from dskd.training.inputs import TrainingData, prepare
 from dskd.training.loop import NonFiniteLossError
-from dskd.training.run import EpochResult, TrainingRun
+from dskd.training.run import IntervalResult, TrainingRun
 from tune.storage.files import with_retries
 from tune.storage.staging import local_copy
 from tune.storage.uris import DETECTOR_FOLDER, FIGURES_FOLDER
@@ -40,7 +40,7 @@ from tune.trial.spec import (
 )
 
 CHECKPOINT_SECONDS = float(os.environ.get("DSKD_CHECKPOINT_SECONDS", "60"))
-"""Seconds between checkpoints: a killed trial loses at most this much training, or one epoch if that takes longer."""
+"""Seconds between checkpoints: a killed trial loses at most this much, or the steps between two validations."""
 
 
 def _never_leaves() -> bool:
@@ -54,13 +54,13 @@ def train(
     resumed: Path | None,
     is_leaving: Callable[[], bool] = _never_leaves,
 ) -> Generator[Report, None, None]:
-    """Train to the last epoch, from the checkpoint in the folder `resumed` if given; yields a report after every epoch.
+    """Train to the end, from the checkpoint in the folder `resumed` if given; yields a report after every validation.
 
     The first worker's last report has the finished detector in `detector/`; earlier ones have a checkpoint every
-    `CHECKPOINT_SECONDS`, or every epoch once `is_leaving` returns True because a node will go. All workers call it
-    after every epoch. A failure that would occur on every attempt, such as a diverged training or too little memory,
-    ends the trial with objective 0 and the reason under `error`. If only one of several workers meets it, it is
-    raised as UnrecoverableTrialError.
+    `CHECKPOINT_SECONDS`, or every one once `is_leaving` returns True because a node will go. All workers call it
+    after every validation. A failure that would occur on every attempt, such as a diverged training or too little
+    memory, ends the trial with objective 0 and the reason under `error`. If only one of several workers meets it, it
+    is raised as UnrecoverableTrialError.
     """
     last = 0
     try:
@@ -98,7 +98,7 @@ def _train(
     device = computing_device(str(device))
     config = RunConfig.from_dict(spec.config)
     if resumed is not None and (resumed / DETECTOR_FOLDER / RECORD_FILE).is_file():
-        yield _finished(resumed / DETECTOR_FOLDER, config.train.epochs)
+        yield _finished(resumed / DETECTOR_FOLDER, config.train.num_validations)
         return
     inputs, remark = shared_inputs(config.for_inputs(), data_of(spec), spec.cache_gb, device)
     run = TrainingRun.begin(config, inputs, device, worker.world_size)
@@ -107,13 +107,15 @@ def _train(
     trained = ray.train.torch.prepare_model(run.students) if worker.world_size > 1 else run.students
     saved = time.monotonic()
     machine_usage(device, default_folder())  # starts the measuring period of the next call
-    for result, seconds in _timed(run.epochs(trained, worker)):
-        epoch = result.epoch
+    for result, seconds in _timed(run.intervals(trained, worker)):
+        epoch = result.interval
         metrics = {
-            EPOCH: epoch.number + 1,
+            # One that ends early, by its patience, is complete all the same.
+            EPOCH: config.train.num_validations if run.is_finished else epoch.number + 1,
             OBJECTIVE: result.best_objective,
             "val/objective": result.objective,
             **{f"val/{name}": value for name, value in result.scores._asdict().items()},
+            "train/steps": epoch.step,
             "train/loss": epoch.loss,
             "train/encoder_loss": epoch.encoder_loss,
             "train/decoder_loss": epoch.decoder_loss,
@@ -121,13 +123,13 @@ def _train(
             "time/train_seconds": epoch.seconds,
             "time/validation_seconds": seconds - epoch.seconds,
             "time/images_per_second": epoch.images_per_second,
-            **{f"{RUNG}{rung}": run.history[rung - 1].best_objective for rung in _passed(run)},
+            **{f"{RUNG}{rung}": run.history[:rung][-1].best_objective for rung in _passed(run)},
             **machine_usage(device, default_folder()),
             CATEGORY: inputs.category,
             DATA_SHA256: inputs.data_sha256,
             **({REMARK: remark} if remark else {}),
         }
-        is_last = run.next_epoch == config.train.epochs
+        is_last = run.is_finished
         is_due = is_leaving() or is_last or time.monotonic() - saved >= CHECKPOINT_SECONDS
         if worker.rank != 0 or not is_due:
             yield Report(metrics, None)
@@ -152,23 +154,23 @@ def _write_result(folder: Path, run: TrainingRun, record: DetectorRecord, weight
 
 def _passed(run: TrainingRun) -> list[int]:
     """The rungs that the run has passed."""
-    return [rung for rung in rungs(run.config.train.epochs) if rung <= run.next_epoch]
+    return [rung for rung in rungs(run.config.train.num_validations) if run.is_finished or rung <= run.next_interval]
 
 
-def _timed(epochs: Iterator[EpochResult]) -> Iterator[tuple[EpochResult, float]]:
-    """Each epoch with the seconds of its training and validation; the caller's time in between is not counted."""
+def _timed(intervals: Iterator[IntervalResult]) -> Iterator[tuple[IntervalResult, float]]:
+    """Each interval with the seconds of its training and validation; the caller's time in between is not counted."""
     while True:
         started = time.perf_counter()
-        result = next(epochs, None)
+        result = next(intervals, None)
         if result is None:
             return
         yield result, time.perf_counter() - started
 
 
-def _finished(detector: Path, epochs: int) -> Report:
+def _finished(detector: Path, num_reports: int) -> Report:
     """Repeat the last report: the trial was killed between its last checkpoint and its end."""
     record = read_record(detector)
-    return Report({EPOCH: epochs, OBJECTIVE: record.metrics["val/objective"], **record.metrics}, detector.parent)
+    return Report({EPOCH: num_reports, OBJECTIVE: record.metrics["val/objective"], **record.metrics}, detector.parent)
 
 
 def data_of(spec: TrialSpec) -> DataSpec:

@@ -1,0 +1,76 @@
+"""How long a step of the optimiser takes on this machine."""
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dskd.config import RunConfig
+from dskd.model.features import feature_table
+from dskd.model.network import build_students
+from dskd.model.teacher import Teacher, build_teacher
+from dskd.training.loop import Step, build_optimizer, fit
+
+MIN_STEP_SECONDS = 0.4
+"""Seconds of a step above which no larger batch is measured: on a slow device a full batch would take too long."""
+_MIN_IMAGES = 2
+
+
+class StepSpeed(NamedTuple):
+    """Measured time of a step."""
+
+    images_measured: int
+    """Number of images in the timed step; if fewer than in the batch, the time was scaled up."""
+    seconds: float
+    """Of one step on the whole batch."""
+
+
+def step_speed(
+    config: RunConfig, teacher: Teacher, images: npt.NDArray[np.uint8], num_images: int, device: torch.device
+) -> StepSpeed:
+    """Time of a step with untrained students on `num_images`, of which `images` (N, S, S, 3) may be fewer.
+
+    Features of the teacher are taken as cached. The first step includes set-up and is not counted.
+    """
+    students = build_students(config.model, teacher, config.train.seed).to(device)
+    optimizer = build_optimizer(students, config.train)
+
+    def timed(size: int) -> float:
+        batch = images[np.resize(np.arange(len(images)), size)]
+        table = feature_table(teacher, batch, device)
+        # More steps than are taken, so that no interval ends meanwhile.
+        taken = fit(
+            students, optimizer, batch, table, config.with_values({"batch_size": size, "steps": 1000}), device=device
+        )
+        steps = (each for each in taken if isinstance(each, Step))
+        next(steps).loss.item()  # reading the loss waits for the device
+        times: list[float] = []
+        while len(times) < 3 and sum(times) < MIN_STEP_SECONDS:
+            times.append(seconds_of(lambda: next(steps).loss.item()))
+        return median(times)
+
+    measured = min(num_images, _MIN_IMAGES)
+    seconds = timed(measured)
+    while measured < num_images and seconds < MIN_STEP_SECONDS:
+        measured = min(num_images, max(measured + 1, int(measured * MIN_STEP_SECONDS / seconds)))
+        seconds = timed(measured)
+    return StepSpeed(measured, seconds * num_images / measured)
+
+
+def untrained_step_speed(config: RunConfig, device: torch.device) -> StepSpeed:
+    """Time of a step on a batch of random pixels, with an untrained teacher: neither changes the time."""
+    teacher = build_teacher(config.model.backbone, config.model.levels, "random").to(device)
+    side = config.data.image_size
+    images = np.random.default_rng(0).integers(0, 256, (_MIN_IMAGES, side, side, 3), np.uint8)
+    return step_speed(config, teacher, images, config.train.batch_size, device)
+
+
+def seconds_of(act: Callable[[], object]) -> float:
+    """Wall time of a call."""
+    started = time.perf_counter()
+    act()
+    return time.perf_counter() - started

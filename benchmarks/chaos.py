@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TARGETS = {
     "worker": ("ray::RayTrainWorker", "ray::LoneWorker"),
     "controller": ("ray::TrainController",),
-    "dispatcher": ("ray::Post",),
+    "dispatcher": ("ray::DispatcherActor",),
     "relay": ("ray::ImplicitFunc",),
     "study": ("ray::search_category",),
 }

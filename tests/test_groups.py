@@ -93,7 +93,9 @@ def test_a_lone_worker_and_the_dispatcher_are_killed_in_a_trial_and_between_two(
     with worker_groups(
         Workers(1, 1.0, 0.0), min_workers=None, home=str(tmp_path), max_groups=2, first=trial("first", 1, 1)
     ) as groups:
-        told = trained(groups, trial("one", 40, 1), {5: "ray::Post", 15: "ray::LoneWorker", 25: "ray::Post"})
+        told = trained(
+            groups, trial("one", 40, 1), {5: "ray::DispatcherActor", 15: "ray::LoneWorker", 25: "ray::DispatcherActor"}
+        )
         assert sorted(set(told)) == list(range(1, 41)), "every epoch is told"
         assert len(told) <= 41, "and the one that was lost again"
         before = kill("ray::LoneWorker")  # idle

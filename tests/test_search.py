@@ -259,7 +259,7 @@ import json, ray
 from ray.util.state import list_actors
 ray.init(log_to_driver=False)
 groups = [group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
-kinds = ("RayTrainWorker", "TrainController", "ImplicitFunc", "LoneWorker", "Post")
+kinds = ("RayTrainWorker", "TrainController", "ImplicitFunc", "LoneWorker", "DispatcherActor")
 workers = [actor for actor in list_actors(limit=1000) if actor.state != "DEAD" and actor.class_name in kinds]
 cpus = ray.available_resources()["CPU"]
 print(json.dumps({"cpus": cpus, "groups": len(groups), "workers": len(workers)}))

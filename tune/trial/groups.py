@@ -26,7 +26,7 @@ _LEAVE_SECONDS = 5.0
 """Seconds that the driver waits at its end for idle groups to leave by themselves."""
 
 
-class Post(Dispatcher):
+class DispatcherActor(Dispatcher):
     """The dispatcher as an actor, which Ray restarts where it was."""
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class Groups:
         """Name of the dispatcher's actor."""
         # Not a decorator: a decorated class would be pickled by value.
         self._post: Any = (
-            ray.remote(Post)
+            ray.remote(DispatcherActor)
             .options(
                 name=self.dispatcher,
                 num_cpus=0,

@@ -1,7 +1,8 @@
 """The same trainings as a search's, as Ray's documentation has them: the other side of search_share.py, which runs it.
 
 `python benchmarks/plain_search.py REQUEST.json`: one trial at a time, a function trainable; with several workers a
-TorchTrainer in each trial. No cache, no process that is used again. Writes when the steps before each validation began and ended.
+TorchTrainer in each trial. No cache, no process that is used again. Writes when the steps before each validation began,
+and when the validation ended.
 """
 
 import json

@@ -9,7 +9,7 @@ import sys
 
 from dskd.arguments import parse_into
 from tune.settings.demo import DemoSettings
-from tune.settings.entry import run_entry
+from tune.settings.entry import end_at_once, run_entry
 
 
 def main() -> None:
@@ -26,4 +26,4 @@ def _demo() -> int:
 
 
 if __name__ == "__main__":
-    main()
+    end_at_once(main)

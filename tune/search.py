@@ -3,7 +3,7 @@
 import sys
 
 from dskd.arguments import parse_into
-from tune.settings.entry import run_entry
+from tune.settings.entry import end_at_once, run_entry
 from tune.settings.search import SearchSettings
 
 
@@ -25,4 +25,4 @@ def _search() -> int:
 
 
 if __name__ == "__main__":
-    main()
+    end_at_once(main)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from dskd.arguments import ConfigSource, parse_into, parse_known
 from dskd.config import RunConfig
-from tune.settings.entry import run_entry
+from tune.settings.entry import end_at_once, run_entry
 from tune.settings.train import training_settings
 from tune.tracking.runs import tracked_run, tracking_store
 
@@ -47,4 +47,4 @@ def _train() -> int:
 
 
 if __name__ == "__main__":
-    main()
+    end_at_once(main)

@@ -38,6 +38,8 @@ class Options:
     epochs: int = 3
     image_size: int = 64
     batch_size: int = 16
+    score_candidates: int = 0
+    """Free trials of score parameters after a training; plain Ray Tune has none."""
     workers_per_trial: tuple[int, ...] = (1, 2)
     """Measured one after the other."""
     rounds: int = 1
@@ -154,7 +156,7 @@ def run_search(options: Options, workers: int, folder: Path, env: dict[str, str]
         "tune/search.py", "--data", str(options.data), "--categories", options.category, "--name", "share",
         "--trials", str(options.trials), "--epochs", str(options.epochs), "--image-size", str(options.image_size),
         "--batch-size", str(options.batch_size), "--teacher-weights", options.teacher_weights,
-        "--preset", options.preset, "--storage", str(folder / "results"), "--workers-per-trial", str(workers),
+        "--preset", options.preset, "--score-candidates", str(options.score_candidates), "--storage", str(folder / "results"), "--workers-per-trial", str(workers),
         "--max-concurrent", "1",
     ]  # fmt: skip
     command = measured(words, env, folder / "search.log")

@@ -156,7 +156,8 @@ def run_search(options: Options, workers: int, folder: Path, env: dict[str, str]
         "tune/search.py", "--data", str(options.data), "--categories", options.category, "--name", "share",
         "--trials", str(options.trials), "--epochs", str(options.epochs), "--image-size", str(options.image_size),
         "--batch-size", str(options.batch_size), "--teacher-weights", options.teacher_weights,
-        "--preset", options.preset, "--score-candidates", str(options.score_candidates), "--storage", str(folder / "results"), "--workers-per-trial", str(workers),
+        "--preset", options.preset, "--score-candidates", str(options.score_candidates),
+        "--storage", str(folder / "results"), "--workers-per-trial", str(workers),
         "--max-concurrent", "1",
     ]  # fmt: skip
     command = measured(words, env, folder / "search.log")

@@ -21,8 +21,8 @@ import tyro
 # An event that is unknown here is printed by tyro as it is.
 from tyro import _errors as mistakes
 
-from dskd.config import RunConfig
-from dskd.presets import PRESETS, Preset, read_config
+from dskd.config import RunConfig, TeacherSource
+from dskd.presets import PRESETS, Preset, read_config, with_backbone
 
 _ALWAYS_KNOWN = ("help", "tyro-print-completion", "tyro-write-completion")
 
@@ -97,12 +97,19 @@ class ConfigSource:
 
     config: Path | None = None
     preset: Preset | None = None
+    backbone: str | None = None
+    teacher_weights: str | None = None
 
     def read(self) -> RunConfig:
-        """The configuration of the file, or of the preset. Raises ValueError as `read_config`."""
+        """The configuration of the file, or of the preset, with what goes with the teacher that the flags choose.
+
+        Raises ValueError as `read_config`.
+        """
+        backbone = self.backbone or TeacherSource(self.teacher_weights or "hub").backbone
         if self.config is not None:
-            return read_config(self.config, self.preset)
-        return PRESETS[self.preset or "dskd"]
+            return read_config(self.config, self.preset, backbone)
+        usual = PRESETS[self.preset or "dskd"]
+        return usual if backbone is None else with_backbone(usual, backbone)
 
 
 def _one_line(prog: str, known_flags: Iterable[str]) -> mistakes.ParseErrorHook:

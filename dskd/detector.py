@@ -135,6 +135,8 @@ class Detector:
         record, weights = read_detector(folder)
         model = record.config.model
         teacher = build_teacher(model.backbone, model.levels, "random")
+        if "teacher.input_scale" not in weights:  # of the time when every backbone saw ImageNet's normalisation
+            teacher = Teacher(teacher.features)
         if record.config.amplification.amplification:
             teacher = AmplifiedTeacher(teacher, build_amplifier(teacher, record.config.amplification.memory_size, 0))
         students = build_students(model, teacher, seed=0)

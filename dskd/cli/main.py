@@ -114,7 +114,8 @@ def train(
         preset: Method to start from; the file and the other flags change it.
         print_config: Print the configuration as TOML, and train nothing.
         textures: Folder of images, such as DTD, that feed the synthetic defects; else textures are drawn.
-        teacher_weights: hub, a .safetensors or .pth file, or random (untrained, for wiring tests).
+        teacher_weights: hub, lite0 (EfficientNet-Lite0 from an installed package), a .safetensors or .pth file, or
+            random (untrained, for wiring tests).
         device: auto, cpu, cuda or cuda:N.
         max_megapixels: Larger images are refused as decompression bombs; 512, or $DSKD_MAX_MEGAPIXELS, unless given.
         restart: Discard the saved state of an interrupted training into the same folder.
@@ -124,6 +125,7 @@ def train(
         json: Print one JSON document with the validation figures and every epoch's losses.
     """
     _allow_megapixels(max_megapixels)
+    TeacherSource(teacher_weights).check_fits(settings.model.backbone)
     if print_config:
         from dskd.presets import to_toml
 

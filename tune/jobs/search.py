@@ -54,7 +54,7 @@ def search(settings: SearchSettings) -> int:
 
 
 def _search(settings: SearchSettings, held: ExitStack) -> list[CategoryResult]:
-    progress = SearchProgress(settings.trials, settings.epochs)
+    progress = SearchProgress(settings.trials, next(iter(settings.run_configs().values())).train.epochs)
     plan = _checked_plan(settings, progress, held)
     if plan.teacher.is_untrained:
         progress.say(UNTRAINED_TEACHER)

@@ -317,7 +317,7 @@ def repeat(settings: TrainingSettings, run: TrackedRun) -> TrainingSettings:
 
 
 def _teacher_of(run: TrackedRun) -> str:
-    if run.teacher_weights not in ("hub", "random"):
+    if run.teacher_weights not in ("hub", "lite0", "random"):
         raise ValueError(
             f"run {run.run_id} had its teacher from the file {run.teacher_weights or '(not recorded)'}; "
             "name its path with --teacher-weights."

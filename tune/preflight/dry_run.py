@@ -240,7 +240,7 @@ def _show(found: _DryRun, settings: SearchSettings) -> None:
     others = [space for space in rest if space.dimensions != usual.dimensions]
     slots, workers = found.slots, found.workers
     lines = {
-        "trains": f"{settings.preset}, {config.data.image_size} pixels, batches of {config.train.batch_size}, "
+        "trains": f"{', '.join(plan.configs)}, {config.data.image_size} pixels, batches of {config.train.batch_size}, "
         f"teacher {config.model.backbone} ({settings.teacher_weights})"
         + (f", stage I of {config.amplification.amplification_epochs} epochs" if _has_stage_one(config) else ""),
         "at once": f"{slots.side_by_side} categories, {slots.concurrency} trials of each; a trial takes "

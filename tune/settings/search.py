@@ -4,13 +4,18 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from dskd.config import RunConfig, Selection
-from dskd.presets import PRESETS
+from dskd.config import RunConfig, Selection, TeacherSource
+from dskd.presets import PRESETS, read_config, read_document, with_backbone
 from tune.storage.uris import LOCAL_RESULTS, is_address
 
 SamplerName = Literal["tpe", "gp", "cmaes", "qmc", "random"]
+FIXED = (
+    "epochs", "image_size", "batch_size", "score_candidates", "backbone", "levels", "student_encoder",
+    "student_decoder", "validation_fraction", "calibration_fraction", "split_seed",
+)  # fmt: skip
+"""Flags that set the configuration's field of the same name for all trials."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,13 +34,32 @@ class SearchSettings:
     time_budget: str | None = None
     """Wall time of the whole search, such as 2h, 1h30m or 90s; each category gets its share of the remaining time when
     it starts. Trials still running at the end are interrupted; the same command continues them."""
-    epochs: int = 100
-    """Epochs of a trial that is not pruned."""
-    image_size: int = 256
-    """Side in pixels that images are resized to; a multiple of 32."""
-    preset: str = "dskd"
-    """Method to start from: dskd, stfpm, rd4ad or aand. Several, separated by commas, or all are searched
-    together; each is first tried untuned."""
+    epochs: int | None = None
+    """Epochs of a trial that is not pruned; by default those of --config, else 100."""
+    image_size: int | None = None
+    """Side in pixels that images are resized to, a multiple of 32, or of 28 for a teacher with patches of 14; by
+    default that of --config, else 256."""
+    preset: str | None = None
+    """Method to start from: dskd, stfpm, rd4ad or aand; by default that of --config, else dskd. Several, separated by
+    commas, or all are searched together; each is first tried untuned."""
+    config: Path | None = None
+    """TOML file of fields, as dskd train --print-config writes them, that replace those of every preset: fixed for all
+    trials where the space does not vary them."""
+    backbone: str | None = None
+    """timm model of the teacher and of the student encoder; by default that of --config, else resnet18.tv_in1k. Several
+    as a dimension: backbone = ["…", "…"] in --space."""
+    levels: tuple[int, ...] | None = None
+    """timm feature indices of the pyramid; by default those of --config, else what goes with the backbone."""
+    student_encoder: bool | None = None
+    """Train a student of the backbone's own shape; by default as in --config, else as in the preset."""
+    student_decoder: bool | None = None
+    """Train a reversed student; by default as in --config, else as in the preset."""
+    validation_fraction: float | None = None
+    """Share of the normal training images held out; by default that of --config, else 0.2."""
+    calibration_fraction: float | None = None
+    """Share of the held-out images that set the thresholds alone; by default that of --config, else 0.5."""
+    split_seed: int | None = None
+    """Seed of the held-out splits; by default that of --config, else 0."""
     space: Path | None = None
     """TOML file with changes to the default search space: field = value, [values] or {low, high, log}, for all
     categories or below [category.NAME] or [preset.NAME]."""
@@ -50,11 +74,13 @@ class SearchSettings:
     textures: Path | None = None
     """Folder of texture images, such as DTD, for the synthetic defects; at the same path on every node."""
     teacher_weights: str = "hub"
-    """hub, a .safetensors or .pth file at the same path on every node, or random (wiring tests)."""
+    """hub, lite0 (EfficientNet-Lite0 from an installed package), a .safetensors or .pth file at the same path on every
+    node, or random (wiring tests)."""
     batch_size: int | None = None
-    """Images per optimiser step over all workers; by default that of the preset."""
-    score_candidates: int = 500
-    """Score configurations tried on each trained trial without retraining; 0: none."""
+    """Images per optimiser step over all workers; by default that of --config, else of the preset."""
+    score_candidates: int | None = None
+    """Score configurations tried on each trained trial without retraining; 0: none; by default that of --config, else
+    500."""
     workers_per_trial: int = 1
     """Processes of one trial; several train with DDP, on several nodes if needed."""
     min_workers_per_trial: int | None = None
@@ -133,19 +159,37 @@ class SearchSettings:
     def run_configs(self) -> dict[str, RunConfig]:
         """The configuration of each given preset, in their order, all with the same epochs, image and batch size.
 
-        Raises ValueError on an unknown preset or a value out of range.
+        Flags override --config, which overrides the presets. Raises ValueError on an unknown preset, an unusable file,
+        a value out of range, and weights of another backbone.
         """
-        names = tuple(PRESETS) if self.preset == "all" else split_words(self.preset)
+        own, document = (None, {}) if self.config is None else read_document(self.config)
+        preset = self.preset if self.preset is not None else own or "dskd"
+        names = tuple(PRESETS) if preset == "all" else split_words(preset)
         if not names or (unknown := [name for name in names if name not in PRESETS]):
-            got = unknown[0] if names else self.preset
+            got = unknown[0] if names else preset
             raise ValueError(f"--preset takes {', '.join(PRESETS)} or all, got {got!r}.")
-        changes = {
-            "epochs": self.epochs,
-            "image_size": self.image_size,
-            "score_candidates": self.score_candidates,
-            "batch_size": self.batch_size if self.batch_size is not None else PRESETS[names[0]].train.batch_size,
+        teacher = TeacherSource(self.teacher_weights)
+        backbone = self.backbone or teacher.backbone
+        stated = {name: value for section in document.values() for name, value in section.items()}
+        usual: dict[str, Any] = {
+            "epochs": 100,
+            "score_candidates": 500,
+            "batch_size": PRESETS[names[0]].train.batch_size,
         }
-        return {name: PRESETS[name].with_values(changes) for name in names}
+        changes = {name: value for name, value in usual.items() if name not in stated}
+        changes |= {name: value for name in FIXED if (value := getattr(self, name)) is not None}
+        if self.levels is not None:
+            ones = (1.0,) * len(self.levels)
+            changes |= {name: ones for name in ("level_weights", "score_level_weights") if name not in stated}
+        bases = {}
+        for name in names:
+            if self.config is not None:
+                base = read_config(self.config, name, backbone)
+            else:
+                base = PRESETS[name] if backbone is None else with_backbone(PRESETS[name], backbone)
+            bases[name] = base.with_values(changes)
+            teacher.check_fits(bases[name].model.backbone)
+        return bases
 
     def budget_seconds(self) -> float | None:
         """Wall time of the whole search; None: no limit.

@@ -15,10 +15,12 @@ from dskd.config import RunConfig
 PRESET = "preset"
 _MEASURED = frozenset({"image_size", "validation_fraction", "calibration_fraction", "split_seed"})
 _STRUCTURE = frozenset({"backbone", "levels", "student_encoder", "student_decoder"})
-_SHARED = _MEASURED | _STRUCTURE | {"epochs"}
+SHARED = _MEASURED | _STRUCTURE | {"epochs"}
 """Fields that set the measurement, the number of epochs or the network: equal in all trials of a preset."""
 _ENCODER = frozenset(("encoder_match", "encoder_hkd_margin"))
-_DECODER = frozenset(("decoder_match", "decoder_hkd_margin", "decoder_input", "detach_embedding", "embedding_depth"))
+_DECODER = frozenset(
+    ("decoder_match", "decoder_hkd_margin", "decoder_input", "detach_embedding", "embedding_depth", "decoder_output")
+)
 _BOTH = frozenset(("decoder_weight", "encoder_score_weight", "decoder_score_weight", "student_fusion"))
 _STAGE_ONE = frozenset(name for name in RunConfig().to_dict()["amplification"] if name != "amplification")
 
@@ -109,13 +111,13 @@ def field_kind(name: str) -> type:
     Raises ValueError if a search cannot vary it.
     """
     fields = RunConfig().flat()
-    if name in _SHARED:
+    if name in SHARED:
         raise ValueError(f"all trials share {name}; it is not part of a space.")
     indexed = re.fullmatch(r"(.+)_(\d+)", name)
-    if name not in fields and indexed and isinstance(fields.get(indexed[1]), tuple) and indexed[1] not in _SHARED:
+    if name not in fields and indexed and isinstance(fields.get(indexed[1]), tuple) and indexed[1] not in SHARED:
         return float
     if name not in fields:
-        known = ", ".join(sorted(_spelled(field) for field in fields.keys() - _SHARED))
+        known = ", ".join(sorted(_spelled(field) for field in fields.keys() - SHARED))
         raise ValueError(f"unknown field; known: {known}.")
     if isinstance(fields[name], tuple):
         raise ValueError(f"has an entry for each level: {name}_1, {name}_2, ….")
@@ -273,7 +275,7 @@ def _values(config: RunConfig) -> dict[str, Any]:
     """Values by dimension name, each weight separately."""
     values: dict[str, Any] = {}
     for field, value in config.flat().items():
-        if isinstance(value, tuple) and field not in _SHARED:
+        if isinstance(value, tuple) and field not in SHARED:
             values |= {f"{field}_{position}": weight for position, weight in enumerate(value, 1)}
         else:
             values[field] = value

@@ -17,11 +17,18 @@ from dskd.checkpoint import DetectorRecord, read_record, sha256_of, write_detect
 from dskd.cli.main import main
 from dskd.config import LITE0_BACKBONE, ModelConfig, RunConfig
 from dskd.detector import Detector
+from dskd.device import WorkerRank
 from dskd.export import build_model, compare, generated_images
 from dskd.model import Teacher, TeacherUnavailableError, build_students, build_teacher, normalize
 from dskd.model import teacher as module
 from dskd.model.teacher import IMAGENET, LITE0_SHA256, lite0_file, negative_levels
 from dskd.presets import PRESETS, read_config, with_backbone
+from tune.settings.plan import plan_search, resolve_addresses
+from tune.settings.search import SearchSettings
+from tune.settings.workers import Workers
+from tune.storage.uris import DETECTOR_FOLDER
+from tune.trial.spec import OBJECTIVE, build_spec
+from tune.trial.worker import train
 
 FAMILIES = {
     "vision transformer": ("test_vit", (1, 3, 5)),
@@ -189,6 +196,29 @@ def test_every_family_trains_and_exports(family: str, mvtec_root: Path, tmp_path
     images = generated_images(64)
     parity = compare(detector, build_model(detector).SerializeToString(), images)
     assert max(parity.map_error, parity.score_error) < 1e-5
+
+
+def test_trials_of_one_search_train_with_the_teacher_that_they_chose(mvtec_root: Path, tmp_path: Path) -> None:
+    (tmp_path / "space.toml").write_text('backbone = ["test_resnet", "test_convnext"]\n')
+    settings = SearchSettings(
+        data=str(mvtec_root), storage=str(tmp_path / "results"), preset="rd4ad", space=tmp_path / "space.toml",
+        teacher_weights="random", levels=(1, 2), image_size=64, epochs=1, batch_size=4, trials=2, categories="tile",
+    )  # fmt: skip
+    plan = plan_search(settings, resolve_addresses(settings), mvtec_root)
+    space = plan.spaces["tile"]
+    spec = build_spec(
+        plan.config, data=plan.data, category="tile", teacher=plan.teacher, textures="", selection="val", cache_gb=1.0,
+        workers=Workers(1, 1.0, 0.0), min_workers=None, workers_uri="", revision="",
+    )  # fmt: skip
+    backbones = []
+    for point in space.starting_points()[:2]:
+        config = space.configuration(point)
+        for report in train(spec.with_config(config), WorkerRank(), torch.device("cpu"), None):
+            assert report.checkpoint is not None and report.metrics[OBJECTIVE] > 0
+            detector = Detector.load(report.checkpoint / DETECTOR_FOLDER)
+            assert detector.record.config.model == config.model
+            backbones.append(detector.record.config.model.backbone)
+    assert backbones == ["test_resnet", "test_convnext"]
 
 
 # What goes with a backbone

@@ -5,6 +5,7 @@ import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,7 +81,7 @@ def check_inputs(draft: Draft, *, leave_no_trace: bool = False) -> Inputs:
         return Inputs(categories, [*draft.errors, *errors])
     # SQLite files are in the storage, which is created here.
     storage = collect_errors(lambda: Storage(addresses.home).probe())
-    errors = [*collect_all_errors(read, check_textures, lambda: _check_teacher(settings)), *storage]
+    errors = [*collect_all_errors(read, check_textures, lambda: _check_teachers(settings, plan)), *storage]
     if not storage:
         errors += collect_errors(check_earlier)
         errors += collect_all_errors(lambda: check_server(addresses.tracking))
@@ -147,11 +148,18 @@ def _check_earlier(plan: SearchPlan) -> None:
         check_continues(Storage(plan.addresses.home), plan)
 
 
-def _check_teacher(settings: SearchSettings) -> None:
+def _check_teachers(settings: SearchSettings, plan: SearchPlan | None) -> None:
+    """Load every teacher that a trial may have. Raises PreflightError with a line for each that cannot be loaded."""
     from dskd.model.teacher import build_teacher  # torch is slow to import; a dry run does that in another process
 
-    model = next(iter(settings.run_configs().values())).model
-    build_teacher(model.backbone, model.levels, settings.teacher_weights)
+    models = [config.model for config in (plan.teachers if plan else settings.run_configs()).values()]
+    errors = [
+        line
+        for model in models
+        for line in collect_errors(partial(build_teacher, model.backbone, model.levels, settings.teacher_weights))
+    ]
+    if errors:
+        raise PreflightError(list(dict.fromkeys(errors)))
 
 
 def _check_studies(url: str) -> None:

@@ -156,11 +156,11 @@ class SearchSettings:
             raise ValueError(f"--start-from names this search itself, {self.name!r}; it continues by its own name.")
         self.budget_seconds()
 
-    def run_configs(self) -> dict[str, RunConfig]:
+    def run_configs(self, backbone: str | None = None) -> dict[str, RunConfig]:
         """The configuration of each given preset, in their order, all with the same epochs, image and batch size.
 
-        Flags override --config, which overrides the presets. Raises ValueError on an unknown preset, an unusable file,
-        a value out of range, and weights of another backbone.
+        `backbone` replaces that of the flag. Flags override --config, which overrides the presets. Raises ValueError on
+        an unknown preset, an unusable file, a value out of range, and weights of another backbone.
         """
         own, document = (None, {}) if self.config is None else read_document(self.config)
         preset = self.preset if self.preset is not None else own or "dskd"
@@ -169,7 +169,8 @@ class SearchSettings:
             got = unknown[0] if names else preset
             raise ValueError(f"--preset takes {', '.join(PRESETS)} or all, got {got!r}.")
         teacher = TeacherSource(self.teacher_weights)
-        backbone = self.backbone or teacher.backbone
+        backbone = backbone or self.backbone
+        family = backbone or teacher.backbone
         stated = {name: value for section in document.values() for name, value in section.items()}
         usual: dict[str, Any] = {
             "epochs": 100,
@@ -184,10 +185,10 @@ class SearchSettings:
         bases = {}
         for name in names:
             if self.config is not None:
-                base = read_config(self.config, name, backbone)
+                base = read_config(self.config, name, family)
             else:
-                base = PRESETS[name] if backbone is None else with_backbone(PRESETS[name], backbone)
-            bases[name] = base.with_values(changes)
+                base = PRESETS[name] if family is None else with_backbone(PRESETS[name], family)
+            bases[name] = base.with_values(changes if backbone is None else changes | {"backbone": backbone})
             teacher.check_fits(bases[name].model.backbone)
         return bases
 

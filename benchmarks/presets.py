@@ -126,7 +126,7 @@ def run(
             flush=True,
         )
     last = {name: tensor.detach().clone() for name, tensor in distillation.students.state_dict().items()}
-    truth = labelled_test_split(data, inputs.category, config.data.image_size)
+    truth = labelled_test_split(data, inputs.category, config.data.image_size, layout=config.data.layout)
     table = feature_table(inputs.teacher, truth.images, device, cache=cache)
     is_pair = config.model.student_encoder and config.model.student_decoder
     figures = []
@@ -188,7 +188,8 @@ def missing_and_known(options: Options) -> Iterator[dict[str, Any]]:
     cache = ArrayCache(options.cache_dir, int(options.cache_gb * 1e9)) if options.cache_gb > 0 else None
     known = finished_runs(options.results)
     wanted = methods(options)
-    for category in options.categories or tuple(find_categories(options.data)):
+    layout = next(iter(wanted.values())).data.layout
+    for category in options.categories or tuple(find_categories(options.data, layout)):
         inputs: dict[RunConfig, TrainingData] = {}
         for seed in options.seeds:
             for name, unseeded in wanted.items():
@@ -233,7 +234,7 @@ def markdown(records: Sequence[dict[str, Any]]) -> str:
             groups.setdefault((record["category"], record["method"], scored_by), []).append(record)
     for (category, method, scored_by), runs in groups.items():
         figures = {
-            epoch: {figure: [_figures(record, epoch, scored_by)[figure] for record in runs] for figure in FIGURES}
+            epoch: {figure: [figures_of(record, epoch, scored_by)[figure] for record in runs] for figure in FIGURES}
             for epoch in ("best", "last")
         }
         train = runs[0]["config"]["train"]
@@ -253,7 +254,7 @@ def markdown(records: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _figures(record: dict[str, Any], epoch: str, scored_by: str) -> dict[str, Any]:
+def figures_of(record: dict[str, Any], epoch: str, scored_by: str) -> dict[str, Any]:
     (found,) = (entry for entry in record["figures"] if (entry["epoch"], entry["scored_by"]) == (epoch, scored_by))
     return dict(found)
 

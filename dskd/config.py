@@ -15,6 +15,7 @@ VERSION = "0.1.0"
 
 Fusion = Literal["sum", "product", "max"]
 StudentFusion = Literal["sum", "product", "max", "noisy-or"]
+LayoutName = Literal["auto", "classes"]
 Selection = Literal["val", "oracle"]
 """What chooses epochs and trials: validation images without test labels, or, as papers do, the test images."""
 LITE0_BACKBONE = "tf_efficientnet_lite0.in1k"
@@ -110,6 +111,9 @@ class DataConfig:
     are used for both, and the thresholds' false-alarm rates are approximate."""
     split_seed: int = 0
     """Seed of the held-out splits and of the synthetic defects drawn on it."""
+    layout: LayoutName = "auto"
+    """How the data folder is read: auto, as the layout that its folders show; or classes, for one-class novelty: every
+    folder is a class and a category, normal for its own detector and anomalous for all others."""
 
     def __post_init__(self) -> None:
         _require_finite(self)

@@ -230,7 +230,7 @@ class Detector:
     def evaluate(self, data: Path, category: str, on_note: Callable[[str], object] = lambda note: None) -> Scores:
         """All metrics on the labelled test split of a category; notes and errors as `labelled_test_split`."""
         size = self.record.config.data.image_size
-        truth = labelled_test_split(data, category, size, self.record.scale, on_note)
+        truth = labelled_test_split(data, category, size, self.record.scale, on_note, self.record.config.data.layout)
         return compute_metrics(self.score_images(truth.images), truth)
 
 

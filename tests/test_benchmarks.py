@@ -2,6 +2,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from statistics import mean, stdev
 from types import ModuleType
 
 import pytest
@@ -19,6 +20,42 @@ def presets() -> ModuleType:
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def digits(presets: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """As when it is started: the folder of the benchmarks is searched first."""
+    monkeypatch.setitem(sys.modules, "presets", presets)
+    spec = importlib.util.spec_from_file_location("benchmarks_digits", BENCHMARKS / "digits.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_digits_are_written_and_every_method_is_measured_on_each_of_its_classes(
+    digits: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "--data", tmp_path / "digits", "--results", tmp_path / "runs.jsonl", "--categories", "0", "8", "--presets",
+        "stfpm", "rd4ad", "--seeds", "0", "1", "--image-size", "32", "--epochs", "1", "--batch-size", "64",
+        "--teacher-weights", "random", "--cache-gb", "0", "--set", "backbone", "test_resnet", "levels", "[1, 2]",
+        "level_weights", "[1, 1]", "score_level_weights", "[1, 1]", "embedding_depth", "1",
+    ]  # fmt: skip
+    digits.main([str(word) for word in words])
+    assert sum(1 for _ in (tmp_path / "digits").rglob("*.png")) == 1797
+    records = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert [(record["category"], record["method"]) for record in records[:2]] == [("0", "stfpm"), ("0", "rd4ad")]
+    assert len(records) == 8 and {record["num_test"] for record in records} == {359}
+    assert all(record["figures"][0]["pixel_auroc"] is None for record in records)
+    stfpm = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| stfpm | its own map | "))
+    cells = [cell.strip() for cell in stfpm.strip("|").split("|")]
+    means = [
+        mean(record["figures"][0]["image_auroc"] for record in records
+             if (record["method"], record["config"]["train"]["seed"]) == ("stfpm", seed))
+        for seed in (0, 1)
+    ]  # fmt: skip
+    assert cells[4] == f"{mean(means):.3f} ± {stdev(means):.3f}" and cells[-1] == "2"
 
 
 def test_a_killed_benchmark_of_the_presets_continues(

@@ -30,7 +30,7 @@ from dskd.cli.output import (
     print_scores,
     say,
 )
-from dskd.config import VERSION, DataSpec, RunConfig, TeacherSource
+from dskd.config import VERSION, DataSpec, LayoutName, RunConfig, TeacherSource
 from dskd.presets import Preset
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def check_data(
     /,
     *,
     image_size: int = 256,
+    layout: LayoutName = "auto",
     max_megapixels: float | None = None,
     json: bool = False,
 ) -> None:
@@ -67,13 +68,14 @@ def check_data(
     Args:
         path: Folder of categories, or one category.
         image_size: Image size of training; a defect whose mask vanishes at this size is reported.
+        layout: auto, or classes for a folder of class folders (one-class novelty).
         max_megapixels: Larger images are refused as decompression bombs; 512, or $DSKD_MAX_MEGAPIXELS, unless given.
         json: Print one JSON document.
     """
     from dskd.data.check import check_data
 
     _allow_megapixels(max_megapixels)
-    report = check_data(path, image_size, progress=True)
+    report = check_data(path, image_size, layout, progress=True)
     if json:
         print_json(report.to_document())
     else:
@@ -145,7 +147,7 @@ def train(
     if checkpoint_seconds < 0:
         raise ValueError(f"--checkpoint-seconds must not be negative, got {checkpoint_seconds:g}.")
     if category is None:
-        categories = list(find_categories(data))
+        categories = list(find_categories(data, settings.data.layout))
         if len(categories) > 1:
             raise ValueError(f"{data} holds several categories, choose one with --category: {', '.join(categories)}.")
         category = categories[0]
@@ -211,8 +213,8 @@ def _train(run: "TrainingRun", unfinished: Path, checkpoint_seconds: float) -> N
             epoch, scores = event.epoch, event.scores
             bar.say(
                 f"epoch {epoch.number + 1:3d}/{run.config.train.epochs}  loss {epoch.loss:.4f}  "
-                f"{epoch.images_per_second:5.1f} images/s  val image AUROC {scores.image_auroc:.3f}  "
-                f"AUPRO {scores.aupro:.3f}"
+                f"{epoch.images_per_second:5.1f} images/s  val image AUROC {scores.image_auroc:.3f}"
+                + ("" if math.isnan(scores.aupro) else f"  AUPRO {scores.aupro:.3f}")
             )
             if time.monotonic() - saved >= checkpoint_seconds:
                 run.save(unfinished)

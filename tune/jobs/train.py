@@ -190,13 +190,14 @@ def _checked(settings: TrainingSettings) -> tuple[str, str]:
     if not settings.addresses.is_remote:
         Path(settings.addresses.storage).mkdir(parents=True, exist_ok=True)
     with outline(settings.data) as root:
-        categories = list(find_categories(root))
+        layout = settings.config.data.layout
+        categories = list(find_categories(root, layout))
         if settings.category is None and len(categories) > 1:
             raise ValueError(
                 f"{settings.data} holds several categories, choose one with --category: {', '.join(categories)}."
             )
         category = settings.category or categories[0]
-        found = read_category(root, category)
+        found = read_category(root, category, layout)
     num_normals = len(found.train)
     share = min(settings.config.train.batch_size, num_normals) // settings.workers
     if share == 0:
@@ -205,7 +206,7 @@ def _checked(settings: TrainingSettings) -> tuple[str, str]:
     build_teacher(model.backbone, model.levels, teacher.weights)
     decisive = {
         "config": settings.config.to_dict(),
-        "data": listing_key(settings.data, category),
+        "data": listing_key(settings.data, category, layout),
         "teacher": sha256_of(Path(teacher.weights)) if teacher.is_file else teacher.name,
         "selection": settings.selection or "val",
         "textures": fingerprint(choose_textures(settings.textures)) if settings.textures else "drawn",

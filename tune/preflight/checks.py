@@ -111,16 +111,17 @@ def read_categories(plan: SearchPlan, root: Path) -> dict[str, Category]:
     and files with errors.
     """
     categories, errors = {}, []
+    layout = plan.config.data.layout
     for name in plan.categories:
         try:
             check_category(name)
-            categories[name] = read_category(root, name)
+            categories[name] = read_category(root, name, layout)
             if plan.selection == "oracle":
-                read_test_split(root, name)
+                read_test_split(root, name, layout)
         except (ValueError, OSError) as error:
             errors.append(f"{name}: {error}")
     for name, category in categories.items():
-        masked = any(sample.mask is not None for sample in category.test)
+        masked = layout == "classes" or any(sample.mask is not None for sample in category.test)
         if plan.selection == "oracle" and (not masked or all(sample.is_defective for sample in category.test)):
             errors.append(
                 f"--selection oracle needs good test images and masks of defective ones, category {name} lacks "

@@ -116,7 +116,7 @@ def _tasks(draft: Draft) -> list[SpeedTask]:
     if draft.plan is None or draft.root is None:
         raise ValueError("; ".join(draft.errors))
     plan = draft.plan
-    category = read_category(draft.root, plan.categories[0])
+    category = read_category(draft.root, plan.categories[0], plan.config.data.layout)
     images = tuple(content(plan.data, draft.root, sample.path) for sample in category.train[:_NUM_IMAGES])
     return [
         SpeedTask(

@@ -80,9 +80,9 @@ def plan_search(settings: SearchSettings, addresses: Addresses, root: Path) -> S
 
     Raises ValueError on an unknown category, or with file and entry where --space is invalid.
     """
-    known = find_categories(root)
-    categories = _chosen_categories(settings, tuple(known))
     configs = settings.run_configs()
+    known = find_categories(root, next(iter(configs.values())).data.layout)
+    categories = _chosen_categories(settings, tuple(known))
     return SearchPlan(
         data=absolute(settings.data),
         categories=categories,

@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from dskd.config import RunConfig, Selection, TeacherSource
+from dskd.config import LayoutName, RunConfig, Selection, TeacherSource
 from dskd.presets import PRESETS, read_config, read_document, with_backbone
 from tune.storage.uris import LOCAL_RESULTS, is_address
 
 SamplerName = Literal["tpe", "gp", "cmaes", "qmc", "random"]
 FIXED = (
     "epochs", "image_size", "batch_size", "score_candidates", "backbone", "levels", "student_encoder",
-    "student_decoder", "validation_fraction", "calibration_fraction", "split_seed",
+    "student_decoder", "validation_fraction", "calibration_fraction", "split_seed", "layout",
 )  # fmt: skip
 """Flags that set the configuration's field of the same name for all trials."""
 
@@ -60,6 +60,8 @@ class SearchSettings:
     """Share of the held-out images that set the thresholds alone; by default that of --config, else 0.5."""
     split_seed: int | None = None
     """Seed of the held-out splits; by default that of --config, else 0."""
+    layout: LayoutName | None = None
+    """auto, or classes for a folder of class folders (one-class novelty); by default that of --config, else auto."""
     space: Path | None = None
     """TOML file with changes to the default search space: field = value, [values] or {low, high, log}, for all
     categories or below [category.NAME] or [preset.NAME]."""

@@ -18,7 +18,7 @@ PRESET = "preset"
 BACKBONE = "backbone"
 _AT = "@"
 """Between preset and backbone in the name of a variant of a preset; no backbone's name contains it."""
-_MEASURED = frozenset({"image_size", "validation_fraction", "calibration_fraction", "split_seed"})
+_MEASURED = frozenset({"image_size", "validation_fraction", "calibration_fraction", "split_seed", "layout"})
 _STRUCTURE = frozenset({"levels", "student_encoder", "student_decoder"})
 SHARED = _MEASURED | _STRUCTURE | {"epochs"}
 """Fields that set the measurement, the number of epochs or the network: equal in all trials of a preset."""

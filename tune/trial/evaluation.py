@@ -42,7 +42,8 @@ def evaluate_on_test(
         Storage(root).download(name, folder)
         detector = Detector.load(folder, "cuda" if torch.cuda.is_available() else "cpu")
         try:
-            scores = detector.evaluate(local_copy(data, category, cache_gb), category)
+            layout = detector.record.config.data.layout
+            scores = detector.evaluate(local_copy(data, category, cache_gb, layout), category)
         except ValueError as error:
             print(f"{category}: no test figures: {error}")  # noqa: T201 - Ray sends it to the driver
             return {}

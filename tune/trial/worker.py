@@ -128,7 +128,7 @@ def _train(
     device = computing_device(str(device))
     config = RunConfig.from_dict(spec.config)
     data = DataSpec(
-        data=local_copy(spec.data, spec.category, spec.cache_gb),
+        data=local_copy(spec.data, spec.category, spec.cache_gb, config.data.layout),
         category=spec.category,
         teacher=TeacherSource(spec.teacher_weights),
         textures=Path(spec.textures) if spec.textures else None,

@@ -77,7 +77,7 @@ class Options:
     """Methods to train."""
     parts: bool = False
     """Also train DSKD's students alone, and together without the decoder's gradient into the encoder."""
-    memory_share: float = 0.01
+    memory_share: float = 0.05
     """Share of the good images' patches that the reference without students keeps; 0: no such reference."""
     seeds: tuple[int, ...] = (0,)
     image_size: int = 256
@@ -110,7 +110,7 @@ def methods(options: Options) -> dict[str, RunConfig]:
     found = {}
     if options.memory_share:
         values = {"image_size": options.image_size} | {name: _value(text) for name, text in options.set.items()}
-        found[f"{NEAREST}, {options.memory_share:.2%} kept"] = PRESETS["dskd"].with_values(values).for_inputs()
+        found[f"{NEAREST}, {100 * options.memory_share:g}% kept"] = PRESETS["dskd"].with_values(values).for_inputs()
     for name, values in chosen.items():
         preset = name.partition(":")[0]
         epochs = options.epochs_of.get(preset, options.epochs)

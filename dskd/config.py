@@ -406,7 +406,8 @@ class RunConfig:
         ones = (1.0,) * len(self.model.levels)
         return RunConfig(
             data=self.data,
-            model=ModelConfig(backbone=self.model.backbone, levels=self.model.levels),
+            # without a decoder, which asks for larger multiples of a patch than its absence
+            model=ModelConfig(backbone=self.model.backbone, levels=self.model.levels, student_decoder=False),
             loss=LossConfig(level_weights=ones),
             score=ScoreConfig(score_level_weights=ones),
             amplification=self.amplification,

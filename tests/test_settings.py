@@ -211,7 +211,8 @@ def test_what_a_search_keeps_fixed_comes_from_flags_above_the_file_above_the_pre
 
 def test_every_shared_field_of_a_space_is_a_flag_of_the_search() -> None:
     names = {each.name for each in dataclasses.fields(SearchSettings)}
-    assert set(FIXED) <= names and SHARED - {"backbone"} <= set(FIXED), "what no trial varies must be set somewhere"
+    assert set(FIXED) <= names
+    assert SHARED - set(FIXED) == {"student_encoder", "student_decoder"}, "the preset's, or of --config"
 
 
 def test_a_backbone_brings_what_goes_with_it_to_a_search() -> None:

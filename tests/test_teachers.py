@@ -199,10 +199,11 @@ def test_every_family_trains_and_exports(family: str, mvtec_root: Path, tmp_path
 
 
 def test_trials_of_one_search_train_with_the_teacher_that_they_chose(mvtec_root: Path, tmp_path: Path) -> None:
-    (tmp_path / "space.toml").write_text('backbone = ["test_resnet", "test_convnext"]\n')
+    asked = ["test_resnet", "test_convnext", "test_vit", "test_efficientnet"]
+    (tmp_path / "space.toml").write_text(f"backbone = {asked}\n")
     settings = SearchSettings(
         data=str(mvtec_root), storage=str(tmp_path / "results"), preset="rd4ad", space=tmp_path / "space.toml",
-        teacher_weights="random", levels=(1, 2), image_size=64, epochs=1, batch_size=4, trials=2, categories="tile",
+        teacher_weights="random", levels=(1, 2), image_size=64, epochs=1, batch_size=4, trials=4, categories="tile",
     )  # fmt: skip
     plan = plan_search(settings, resolve_addresses(settings), mvtec_root)
     space = plan.spaces["tile"]
@@ -211,14 +212,14 @@ def test_trials_of_one_search_train_with_the_teacher_that_they_chose(mvtec_root:
         workers=Workers(1, 1.0, 0.0), min_workers=None, workers_uri="", revision="",
     )  # fmt: skip
     backbones = []
-    for point in space.starting_points()[:2]:
+    for point in space.starting_points()[:4]:
         config = space.configuration(point)
         for report in train(spec.with_config(config), WorkerRank(), torch.device("cpu"), None):
             assert report.checkpoint is not None and report.metrics[OBJECTIVE] > 0
             detector = Detector.load(report.checkpoint / DETECTOR_FOLDER)
             assert detector.record.config.model == config.model
             backbones.append(detector.record.config.model.backbone)
-    assert backbones == ["test_resnet", "test_convnext"]
+    assert backbones == asked
 
 
 # What goes with a backbone
@@ -274,7 +275,8 @@ def test_flags_and_files_stand_above_what_a_backbone_brings(tmp_path: Path, caps
 def test_an_image_is_of_whole_patches(values: dict[str, object], expected: str | None) -> None:
     base = with_backbone(PRESETS["dskd"], "vit_small_patch14_dinov2.lvd142m")
     if expected is None:
-        base.with_values(values)
+        run = base.with_values(values)
+        assert run.for_inputs().data == run.data
         return
     with pytest.raises(ValueError, match=expected):
         base.with_values(values)

@@ -283,7 +283,8 @@ def _show(found: _DryRun, settings: SearchSettings) -> None:
         console.print("forecast: none")
     for backbone, teacher in found.teachers.items():
         alone = f" if all trials had {backbone}" if len(found.teachers) > 1 else ""
-        console.print(f"measured: {_speed_line(found, teacher)}", soft_wrap=True)
+        what = f"{backbone} on " if alone else ""
+        console.print(f"measured: {what}{_speed_line(found, teacher)}", soft_wrap=True)
         console.print(f"forecast: {_forecast_line(teacher.forecast)}{alone}", soft_wrap=True)
     if found.teachers:
         console.print(f"cache:    {_cache_line(found)}", soft_wrap=True)

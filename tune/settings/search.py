@@ -12,8 +12,8 @@ from tune.storage.uris import LOCAL_RESULTS, is_address
 
 SamplerName = Literal["tpe", "gp", "cmaes", "qmc", "random"]
 FIXED = (
-    "epochs", "image_size", "batch_size", "score_candidates", "backbone", "levels", "student_encoder",
-    "student_decoder", "validation_fraction", "calibration_fraction", "split_seed", "layout",
+    "epochs", "image_size", "batch_size", "score_candidates", "backbone", "levels", "validation_fraction",
+    "calibration_fraction", "split_seed", "layout",
 )  # fmt: skip
 """Flags that set the configuration's field of the same name for all trials."""
 
@@ -50,10 +50,6 @@ class SearchSettings:
     as a dimension: backbone = ["…", "…"] in --space."""
     levels: tuple[int, ...] | None = None
     """timm feature indices of the pyramid; by default those of --config, else what goes with the backbone."""
-    student_encoder: bool | None = None
-    """Train a student of the backbone's own shape; by default as in --config, else as in the preset."""
-    student_decoder: bool | None = None
-    """Train a reversed student; by default as in --config, else as in the preset."""
     validation_fraction: float | None = None
     """Share of the normal training images held out; by default that of --config, else 0.2."""
     calibration_fraction: float | None = None

@@ -119,6 +119,8 @@ class DetectorRecord:
             if not math.isfinite(number):
                 raise ValueError(f"a threshold or figure is not finite: {number}")
         config = document.config
+        if "decoder_output" not in config.get("model", {}):  # of the time when every level ended in a ReLU
+            config = {**config, "model": {**config.get("model", {}), "decoder_output": "relu"}}
         calibration_files = document.calibration_files
         if calibration_files is None:  # of the time when all held-out images served both
             config = {**config, "data": {**config.get("data", {}), "calibration_fraction": 0.0}}

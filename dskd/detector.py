@@ -135,6 +135,8 @@ class Detector:
         record, weights = read_detector(folder)
         model = record.config.model
         teacher = build_teacher(model.backbone, model.levels, "random")
+        if "teacher.input_scale" not in weights:  # of the time when every backbone saw ImageNet's normalisation
+            teacher = Teacher(teacher.features)
         if record.config.amplification.amplification:
             teacher = AmplifiedTeacher(teacher, build_amplifier(teacher, record.config.amplification.memory_size, 0))
         students = build_students(model, teacher, seed=0)
@@ -228,7 +230,7 @@ class Detector:
     def evaluate(self, data: Path, category: str, on_note: Callable[[str], object] = lambda note: None) -> Scores:
         """All metrics on the labelled test split of a category; notes and errors as `labelled_test_split`."""
         size = self.record.config.data.image_size
-        truth = labelled_test_split(data, category, size, self.record.scale, on_note)
+        truth = labelled_test_split(data, category, size, self.record.scale, on_note, self.record.config.data.layout)
         return compute_metrics(self.score_images(truth.images), truth)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dskd import metrics
 from dskd.anomaly import Discrepancies, anomaly_maps, discrepancies, image_scores
-from dskd.config import RunConfig
+from dskd.config import LayoutName, RunConfig
 from dskd.data.datasets import read_test_split
 from dskd.data.defects import add_defects
 from dskd.data.depth import PixelScale
@@ -104,6 +104,7 @@ def labelled_test_split(
     image_size: int,
     scale: PixelScale | None = None,
     on_note: Callable[[str], object] = _unheard,
+    layout: LayoutName = "auto",
 ) -> LabelledImages:
     """The labelled test split of a category; nothing that selects or tunes may call this.
 
@@ -111,7 +112,7 @@ def labelled_test_split(
     and of masks and images that are worth a look. Raises ValueError where the category has no test images of both
     kinds, or a mask that cannot be told or has another shape than its image.
     """
-    found = read_test_split(data, category)
+    found = read_test_split(data, category, layout)
     samples = found.test
     on_note(found.describe())
     num_defective = sum(sample.is_defective for sample in samples)

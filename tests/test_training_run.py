@@ -345,7 +345,7 @@ def test_a_finished_stage_one_is_not_done_again_and_another_one_is_not_taken_for
     cache = ArrayCache(tmp_path / "cache", 10**9)
     first = prepared(amplified, mvtec_root, cache)
     uncached = prepared(amplified, mvtec_root)
-    other = prepared(amplified.with_values({"amplification_margin": 0.9}), mvtec_root, cache)
+    other = prepared(amplified.with_values({"amplification_learning_rate": 0.001}), mvtec_root, cache)
     plain = prepared(amplified.with_values({"amplification": False}), mvtec_root, cache)
     monkeypatch.setattr("dskd.training.inputs.fit_amplifier", lambda *_, **__: pytest.fail("stage I once more"))
     again = prepared(amplified, mvtec_root, ArrayCache(tmp_path / "cache", 10**9))

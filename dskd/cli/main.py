@@ -31,7 +31,7 @@ from dskd.cli.output import (
     say,
     training_document,
 )
-from dskd.config import VERSION, DataSpec, RunConfig, TeacherSource
+from dskd.config import VERSION, DataSpec, LayoutName, RunConfig, TeacherSource
 from dskd.presets import PRESETS, Preset
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def check_data(
     /,
     *,
     image_size: int = 256,
+    layout: LayoutName = "auto",
     preset: Preset = "dskd",
     steps: int | None = None,
     epochs: int | None = None,
@@ -75,6 +76,7 @@ def check_data(
     Args:
         path: Folder of categories, or one category.
         image_size: Image size of training; a defect whose mask vanishes at this size is reported.
+        layout: auto, or classes for a folder of class folders (one-class novelty).
         preset: Method of the training that is forecast.
         steps: Its length; by default the preset's.
         epochs: Its length in passes over the images instead.
@@ -88,7 +90,7 @@ def check_data(
     _allow_megapixels(max_megapixels)
     changes = given_length(steps, epochs) | {"image_size": image_size}
     config = PRESETS[preset].with_values(changes if batch_size is None else changes | {"batch_size": batch_size})
-    report = check_data(path, image_size, progress=True)
+    report = check_data(path, image_size, layout, progress=True)
     seconds = _step_seconds(config) if time and report.is_trainable else None
     training = training_document(report, config, seconds)
     if json:
@@ -148,7 +150,8 @@ def train(
         preset: Method to start from; the file and the other flags change it.
         print_config: Print the configuration as TOML, and train nothing.
         textures: Folder of images, such as DTD, that feed the synthetic defects; else textures are drawn.
-        teacher_weights: hub, a .safetensors or .pth file, or random (untrained, for wiring tests).
+        teacher_weights: hub, lite0 (EfficientNet-Lite0 from an installed package), a .safetensors or .pth file, or
+            random (untrained, for wiring tests).
         device: auto, cpu, cuda or cuda:N.
         max_megapixels: Larger images are refused as decompression bombs; 512, or $DSKD_MAX_MEGAPIXELS, unless given.
         restart: Discard the saved state of an interrupted training into the same folder.
@@ -158,6 +161,7 @@ def train(
         json: Print one JSON document with the validation figures and the losses up to each validation.
     """
     _allow_megapixels(max_megapixels)
+    TeacherSource(teacher_weights).check_fits(settings.model.backbone)
     if print_config:
         from dskd.presets import to_toml
 
@@ -177,7 +181,7 @@ def train(
     if checkpoint_seconds < 0:
         raise ValueError(f"--checkpoint-seconds must not be negative, got {checkpoint_seconds:g}.")
     if category is None:
-        categories = list(find_categories(data))
+        categories = list(find_categories(data, settings.data.layout))
         if len(categories) > 1:
             raise ValueError(f"{data} holds several categories, choose one with --category: {', '.join(categories)}.")
         category = categories[0]
@@ -243,8 +247,8 @@ def _train(run: "TrainingRun", unfinished: Path, checkpoint_seconds: float) -> N
             interval, scores = event.interval, event.scores
             bar.say(
                 f"step {interval.step:4d}/{run.num_steps}  loss {interval.loss:.4f}  "
-                f"{interval.images_per_second:5.1f} images/s  val image AUROC {scores.image_auroc:.3f}  "
-                f"AUPRO {scores.aupro:.3f}"
+                f"{interval.images_per_second:5.1f} images/s  val image AUROC {scores.image_auroc:.3f}"
+                + ("" if math.isnan(scores.aupro) else f"  AUPRO {scores.aupro:.3f}")
             )
             if clock.monotonic() - saved >= checkpoint_seconds:
                 run.save(unfinished)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from dskd.config import LayoutName
 from dskd.data.datasets import CategoryFolder, num_held_out, scan, too_few, unread_images
 from dskd.data.depth import Levels, PixelScale
 from dskd.data.files import Walk, walk
@@ -123,7 +124,7 @@ class _Look(NamedTuple):
     problems: tuple[Problem, ...]
 
 
-def check_data(root: Path, image_size: int = 256, *, progress: bool = False) -> Report:
+def check_data(root: Path, image_size: int = 256, layout: LayoutName = "auto", *, progress: bool = False) -> Report:
     """Read every image and mask of every category at or below `root`, on all cores, with limited memory.
 
     A defect that disappears when its mask is resized to `image_size` is reported as a note. With `progress` a progress
@@ -131,7 +132,7 @@ def check_data(root: Path, image_size: int = 256, *, progress: bool = False) -> 
     """
     if image_size < 1:
         raise ValueError(f"--image-size must be at least 1, got {image_size}.")
-    found = scan(root)
+    found = scan(root, layout)
     problems = [*_same_names(found)]
     categories = []
     for place in found:
@@ -141,7 +142,10 @@ def check_data(root: Path, image_size: int = 256, *, progress: bool = False) -> 
         report, wrong = _check_category(place, image_size, progress)
         categories.append(report)
         problems += wrong
-    problems += _files_outside(root.resolve(), [place.folder for place in found])
+    inside = [place.folder for place in found]
+    if layout == "classes" and (root.resolve() / "test") not in inside:
+        inside.append(root.resolve() / "test")  # of all classes, where the split is published
+    problems += _files_outside(root.resolve(), inside)
     ordered = sorted(problems, key=lambda problem: problem.severity == "note")
     return Report(root, tuple(categories), tuple(ordered))
 

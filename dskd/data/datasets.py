@@ -6,8 +6,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from dskd.config import LayoutName
 from dskd.data.files import class_folders, walk
-from dskd.data.layouts import LAYOUTS, SPLIT_FOLDERS, TEST_ONLY, Layout, Listing, has_test_split, recognised
+from dskd.data.layouts import (
+    CLASSES,
+    LAYOUTS,
+    SPLIT_FOLDERS,
+    TEST_ONLY,
+    Layout,
+    Listing,
+    class_folders_of,
+    has_test_split,
+    recognised,
+)
 from dskd.data.samples import Sample, split_key
 
 NUM_VALIDATION_DEFECTS = 32
@@ -55,15 +66,18 @@ class CategoryFolder(NamedTuple):
         return f"{self.folder} is ambiguous, it holds {found}; keep one of them."
 
 
-def scan(root: Path, *, with_test_only: bool = False) -> tuple[CategoryFolder, ...]:
+def scan(root: Path, layout: LayoutName = "auto", *, with_test_only: bool = False) -> tuple[CategoryFolder, ...]:
     """The folders of all categories at or up to three levels below `root`, in path order.
 
-    With `with_test_only` also folders that have a test split and no training images.
+    With `with_test_only` also folders that have a test split and no training images. With the layout "classes" the
+    class folders directly below `root`, or below its folder `train`.
 
     Raises ValueError if `root` does not exist or holds no category.
     """
     if not root.is_dir():
         raise ValueError(f"data folder {root} does not exist; --data takes a folder of categories.")
+    if layout == "classes":
+        return tuple(CategoryFolder(folder, (CLASSES,)) for folder in class_folders_of(root.resolve()))
     found = tuple(_category_folders(root.resolve(), _MAX_DEPTH, with_test_only, set()))
     if not found:
         wanted = ", ".join(f"{layout.landmark} ({layout.name})" for layout in LAYOUTS)
@@ -87,17 +101,18 @@ def _category_folders(folder: Path, depth: int, with_test_only: bool, entered: s
                 yield from _category_folders(child, depth - 1, with_test_only, entered | {real})
 
 
-def find_categories(root: Path) -> dict[str, Path]:
-    """Name to folder of all categories, in any of the layouts, at or up to three levels below `root`.
+def find_categories(root: Path, layout: LayoutName = "auto") -> dict[str, Path]:
+    """Name to folder of all categories, in any of the layouts, at or up to three levels below `root`; `layout` as in
+    `scan`.
 
     Raises ValueError if `root` does not exist, holds no category, an ambiguous one, or two with the same name.
     """
-    return {name: found.folder for name, found in _by_name(root).items()}
+    return {name: found.folder for name, found in _by_name(root, layout).items()}
 
 
-def _by_name(root: Path, *, with_test_only: bool = False) -> dict[str, CategoryFolder]:
+def _by_name(root: Path, layout: LayoutName, *, with_test_only: bool = False) -> dict[str, CategoryFolder]:
     by_name: dict[str, CategoryFolder] = {}
-    for found in scan(root, with_test_only=with_test_only):
+    for found in scan(root, layout, with_test_only=with_test_only):
         if found.fault:
             raise ValueError(found.fault)
         if found.name in by_name:
@@ -106,37 +121,37 @@ def _by_name(root: Path, *, with_test_only: bool = False) -> dict[str, CategoryF
     return dict(sorted(by_name.items()))
 
 
-def read_category(root: Path, name: str) -> Category:
+def read_category(root: Path, name: str, layout: LayoutName = "auto") -> Category:
     """The samples of category `name` under `root` for training, each split in the order of its layout.
 
     Raises ValueError on an unknown category, fewer than two training images, or a fault in the training or validation
     images, such as a validation mask without an image. A fault in the test split prevents only evaluation.
     """
-    folder, layout, listing = _listed(root, name, with_test_only=False)
+    folder, found, listing = _listed(root, name, layout, with_test_only=False)
     if faults := [fault for fault in listing.faults if fault.split != "test"]:
         raise ValueError(faults[0].message)
-    if fault := too_few(listing, folder, layout):
+    if fault := too_few(listing, folder, found):
         raise ValueError(fault)
-    return _as_category(name, folder, layout, listing)
+    return _as_category(name, folder, found, listing)
 
 
-def read_test_split(root: Path, name: str) -> Category:
+def read_test_split(root: Path, name: str, layout: LayoutName = "auto") -> Category:
     """The labelled test samples of category `name` under `root` for evaluation; training images are not required.
 
     Raises ValueError on an unknown category, and if it is unclear which images belong to the test split.
     """
-    folder, layout, listing = _listed(root, name, with_test_only=True)
+    folder, found, listing = _listed(root, name, layout, with_test_only=True)
     if faults := [fault for fault in listing.faults if fault.split == "test" or not listing.test]:
         raise ValueError(faults[0].message)
-    return _as_category(name, folder, layout, listing)
+    return _as_category(name, folder, found, listing)
 
 
-def _listed(root: Path, name: str, *, with_test_only: bool) -> tuple[Path, Layout, Listing]:
-    categories = _by_name(root, with_test_only=with_test_only)
+def _listed(root: Path, name: str, layout: LayoutName, *, with_test_only: bool) -> tuple[Path, Layout, Listing]:
+    categories = _by_name(root, layout, with_test_only=with_test_only)
     if name not in categories:
         raise ValueError(f"no category {name!r} in {root}; it holds: {', '.join(categories)}.")
-    folder, (layout,) = categories[name]
-    return folder, layout, layout.read(folder)
+    folder, (found,) = categories[name]
+    return folder, found, found.read(folder)
 
 
 def _as_category(name: str, folder: Path, layout: Layout, listing: Listing) -> Category:

@@ -83,7 +83,7 @@ def prepare(
     teacher_sha256 = weights_fingerprint(teacher)
     texture_files = choose_textures(spec.textures) if spec.textures is not None else []
     texture_images = load_textures(texture_files, data.image_size) if texture_files else None
-    samples = read_category(spec.data, category)
+    samples = read_category(spec.data, category, data.layout)
     notes = [samples.describe()]
     scale = find_scale([sample.path for sample in samples.train])
     train, held, held_names = split_normals(samples, data.validation_fraction, data.split_seed)
@@ -114,8 +114,8 @@ def prepare(
     calibration_images = held_images[[held.index(sample) for sample in calibrating]]
     if spec.selection == "oracle":
         defects = []
-        validation = labelled_test_split(spec.data, category, data.image_size, scale, notes.append)
-        if not validation.masks.any():
+        validation = labelled_test_split(spec.data, category, data.image_size, scale, notes.append, data.layout)
+        if not validation.masks.any() and data.layout != "classes":
             raise ValueError(
                 f"category {category} in {spec.data} has no masks of its test defects: AUPRO, a half of the objective "
                 "of selection 'oracle', cannot be computed."
@@ -124,6 +124,8 @@ def prepare(
         validation = synthetic_validation(
             selection_images, seed=data.split_seed, num_defective=NUM_VALIDATION_DEFECTS, textures=texture_images
         )
+    if data.layout == "classes":  # what is anomalous is the whole image, not a part of it
+        validation = validation._replace(masks=np.zeros_like(validation.masks), has_mask=~validation.labels)
     if defects:
         defect_images, defect_sha256 = pixels(defects, "validation defects")
         validation = join(validation, label(defects, defect_images, notes.append))

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import io
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,8 +42,11 @@ class IntervalResult(NamedTuple):
 
 
 def objective(scores: Scores) -> float:
-    """The value by which steps and trials are selected: mean of image AUROC and AUPRO on the validation images."""
-    return (scores.image_auroc + scores.aupro) / 2
+    """The value by which steps and trials are selected: mean of image AUROC and AUPRO on the validation images.
+
+    Image AUROC alone if no image has a mask, as in one-class novelty.
+    """
+    return scores.image_auroc if math.isnan(scores.aupro) else (scores.image_auroc + scores.aupro) / 2
 
 
 @dataclasses.dataclass
@@ -260,7 +264,7 @@ class TrainingRun:
             thresholds=calibrate(seen.scores.tolist()),
             metrics={
                 "val/objective": objective(scores),
-                **{f"val/{name}": value for name, value in scores._asdict().items()},
+                **{f"val/{name}": value for name, value in scores._asdict().items() if math.isfinite(value)},
                 **searched,
             },
             revision=revision,

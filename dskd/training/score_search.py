@@ -130,14 +130,15 @@ def _objectives(
     config: ScoreConfig,
     parts: list[npt.NDArray[np.int64]],
 ) -> list[float]:
-    """Mean of image AUROC and AUPRO for each part of the images."""
+    """Mean of image AUROC and AUPRO for each part of the images; image AUROC alone if no image has a mask."""
     maps = anomaly_maps(found, config, _GRID)
     scores = image_scores(maps, config.score_top_fraction).numpy()
     pixels = maps.numpy()
     figures = []
     for part in parts:
         known = part[has_mask[part]]
-        figures.append((metrics.auroc(scores[part], labels[part]) + metrics.aupro(pixels[known], truth[known])) / 2)
+        of_images = metrics.auroc(scores[part], labels[part])
+        figures.append((of_images + metrics.aupro(pixels[known], truth[known])) / 2 if truth.any() else of_images)
     return figures
 
 

@@ -49,6 +49,13 @@ class Speed(NamedTuple):
     """Per synthetic defect, drawn once."""
     amplification: float
     """Per image and epoch of stage I; 0 if the configuration has no stage I."""
+    feature_bytes: int = 0
+    """Size of an image's features in the cache."""
+
+
+def measure_speeds(tasks: Sequence[SpeedTask]) -> list[Speed]:
+    """`measure_speed` of each task, one after the other."""
+    return [measure_speed(task) for task in tasks]
 
 
 def measure_speed(task: SpeedTask) -> Speed:
@@ -135,6 +142,7 @@ def _measured(task: SpeedTask) -> Speed:
         teacher=features,
         defects=defects,
         amplification=amplification,
+        feature_bytes=few.rows.shape[1] * few.rows.itemsize,
     )
 
 
@@ -251,6 +259,14 @@ def forecast(
         steps_full=steps_full,
         steps_pruned=steps_full * pruned_share,
     )
+
+
+def cache_bytes(plans: Sequence[CategoryPlan], speed: Speed, config: RunConfig) -> int:
+    """Size in bytes of the decoded images and features that a node keeps if it trains on all `plans`."""
+    pixels = 3 * config.data.image_size**2
+    read = sum(plan.num_train + plan.num_validation - plan.num_synthetic + plan.num_calibration for plan in plans)
+    seen = sum(plan.num_train + plan.num_validation + plan.num_calibration for plan in plans)
+    return read * pixels + seen * speed.feature_bytes
 
 
 def _preparation(plan: CategoryPlan, config: RunConfig, speed: Speed) -> float:

@@ -33,6 +33,7 @@ from dskd import metrics
 from dskd.config import DataSpec, RunConfig, TeacherSource
 from dskd.data.cache import ArrayCache, default_folder
 from dskd.data.datasets import find_categories
+from dskd.data.geometry import Geometry
 from dskd.evaluate import compute_metrics, labelled_test_split, score_images
 from dskd.model.features import feature_table
 from dskd.presets import PRESETS
@@ -126,7 +127,7 @@ def run(
             flush=True,
         )
     last = {name: tensor.detach().clone() for name, tensor in distillation.students.state_dict().items()}
-    truth = labelled_test_split(data, inputs.category, config.data.image_size)
+    truth = labelled_test_split(data, inputs.category, Geometry.of(config.data))
     table = feature_table(inputs.teacher, truth.images, device, cache=cache)
     is_pair = config.model.student_encoder and config.model.student_decoder
     figures = []

@@ -20,6 +20,8 @@ Selection = Literal["val", "oracle"]
 _Config = typing.TypeVar("_Config")
 _MAX_IMAGE_SIZE, _MAX_DEPTH, _MAX_LEVELS, _MAX_MEMORY_SIZE = 8192, 100, 16, 100_000
 """Far above what anyone trains with: a detector.json that asks for more would only fill the memory of who loads it."""
+_MAX_PATTERN = 500
+_SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 
 
 def _require(holds: bool, message: str) -> None:
@@ -86,6 +88,16 @@ class DataConfig:
 
     image_size: int = 256
     """Side in pixels of the square that every image is resized to, without crop (as in the four papers)."""
+    resize: str = "square"
+    """square: stretched to image_size (as in the four papers); letterbox: the same square, the aspect ratio kept
+    between bars; or WIDTHxHEIGHT such as 512x256, for backbones that take such images."""
+    tile: int = 0
+    """Side in pixels of the tiles that images are cut into at their own size, instead of being resized; 0: none."""
+    overlap: int = 32
+    """Pixels that neighbouring tiles share; their maps are blended there."""
+    group_by: str = ""
+    """Regular expression that finds the name of a part in an image's path, for parts with several images: they stay
+    together when images are held out, and a part gets a verdict of its own; empty: every image is a part."""
     validation_fraction: float = 0.2
     """Share of the normal training images held out for validation, in (0, 1); STFPM holds out 0.2."""
     calibration_fraction: float = 0.5
@@ -102,6 +114,32 @@ class DataConfig:
             f"got {self.image_size}.",
         )
         _require(
+            self.resize in ("square", "letterbox") or _SIZE.fullmatch(self.resize) is not None,
+            f"resize must be square, letterbox or WIDTHxHEIGHT, got {self.resize!r}.",
+        )
+        for side in self.input_size:
+            _require(
+                32 <= side <= _MAX_IMAGE_SIZE and side % 32 == 0,
+                f"the sides of resize, and tile, must be multiples of 32 (backbone stride), at most {_MAX_IMAGE_SIZE}, "
+                f"got {side}.",
+            )
+        _require(
+            self.tile == 0 or self.resize == "square",
+            f"tile {self.tile} cuts images at their own size: leave out resize {self.resize!r}, or tile.",
+        )
+        _require(
+            self.overlap >= 0 and self.overlap % 32 == 0 and (self.tile == 0 or self.overlap <= self.tile // 2),
+            f"overlap must be a multiple of 32 (backbone stride), at most half of the tile, got {self.overlap}.",
+        )
+        try:
+            re.compile(self.group_by)
+        except re.error as error:
+            raise ValueError(f"group_by must be a regular expression, got {self.group_by!r}: {error}.") from None
+        _require(
+            len(self.group_by) <= _MAX_PATTERN,
+            f"group_by must have at most {_MAX_PATTERN} characters, got {len(self.group_by)}.",
+        )
+        _require(
             0 < self.validation_fraction < 1,
             f"validation_fraction must lie in (0, 1), got {self.validation_fraction}.",
         )
@@ -110,6 +148,15 @@ class DataConfig:
             f"calibration_fraction must lie in [0, 1), got {self.calibration_fraction}.",
         )
         _require(self.split_seed >= 0, f"split_seed must not be negative, got {self.split_seed}.")
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """(width, height) of the network's input in pixels."""
+        if self.tile:
+            return self.tile, self.tile
+        if found := _SIZE.fullmatch(self.resize):
+            return int(found[1]), int(found[2])
+        return self.image_size, self.image_size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -382,6 +429,9 @@ class DataSpec:
     teacher: TeacherSource
     textures: Path | None = None
     """Folder of images that feed the synthetic defects; None: textures are drawn."""
+    region: str = ""
+    """The region of interest: LEFT,TOP,RIGHT,BOTTOM, three or more points "X,Y X,Y X,Y", or a mask image; empty: what
+    region.png or region.txt in the category's folder says, else the whole image."""
     selection: Selection = "val"
     """What chooses the epoch; "oracle" puts the labelled test images in the place of the validation images, to
     reproduce papers that select by them."""

@@ -49,7 +49,7 @@ def test_held_out_images_take_no_part_in_training(tiny: RunConfig, inputs: Train
 
 
 def test_validation_is_normals_and_their_copies_with_masked_defects(inputs: TrainingData) -> None:
-    images, masks, labels, has_mask, sources = inputs.validation
+    images, masks, labels, has_mask, sources = inputs.validation[:5]
     assert has_mask.all()
     num_normals = int((~labels).sum())
     assert labels.tolist() == [False] * num_normals + [True] * 32
@@ -114,7 +114,7 @@ def test_the_cache_changes_nothing_but_the_work(
     cache = ArrayCache(tmp_path / "cache", 10**9)
     filled = prepared(tiny, mvtec_root, cache)
     written = {file: file.stat().st_ino for file in (tmp_path / "cache").glob("*.npy")}
-    for place in ("dskd.training.inputs.load_images", "dskd.model.features.progress_bar"):
+    for place in ("dskd.training.reading.load_images", "dskd.model.features.progress_bar"):
         monkeypatch.setattr(place, lambda *_, **__: pytest.fail("computed a second time"))
     again = prepared(tiny, mvtec_root, ArrayCache(tmp_path / "cache", 10**9))
     monkeypatch.undo()
@@ -149,7 +149,7 @@ def test_validation_images_of_the_user_are_held_out_and_judge(
     assert len(found.train_images) == 12 and found.num_validation_defects == 3
     held = {*found.validation_files, *found.calibration_files}
     assert held == {"validation/good/000.png", "validation/good/001.png"} and len(found.calibration_files) == 1
-    images, masks, labels, has_mask, sources = found.validation
+    images, masks, labels, has_mask, sources = found.validation[:5]
     assert sources.tolist() == [0] * 33 + [1, 2, 3]
     assert labels.tolist() == [False] + [True] * 35
     assert has_mask.tolist() == [True] * 35 + [False]
@@ -180,7 +180,7 @@ def test_labelled_defects_without_normals_leave_the_seeded_split(
     found = prepared(tiny, tmp_path)
     assert found.validation_files == inputs.validation_files and found.num_validation_defects == 3
     np.testing.assert_array_equal(found.train_images, inputs.train_images)
-    for name, joined in found.validation._asdict().items():
+    for name, joined in zip(found.validation._fields[:5], found.validation[:5], strict=True):
         np.testing.assert_array_equal(joined[:-3], getattr(inputs.validation, name))
 
 

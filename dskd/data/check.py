@@ -9,7 +9,8 @@ from typing import Any, Literal, NamedTuple
 from dskd.data.datasets import CategoryFolder, scan, too_few, unread_images
 from dskd.data.depth import Levels, PixelScale
 from dskd.data.files import Walk, walk
-from dskd.data.images import in_threads, is_same_shape, read_levels, read_mask, read_pixels, resize_mask
+from dskd.data.geometry import is_same_shape
+from dskd.data.images import in_threads, read_levels, read_mask, read_pixels, resize_mask
 from dskd.data.layouts import Listing
 from dskd.data.samples import Sample
 

@@ -78,6 +78,7 @@ def _measured(task: SpeedTask) -> Speed:
     import torch
 
     from dskd.config import RunConfig
+    from dskd.data.geometry import Geometry
     from dskd.data.images import load_images
     from dskd.device import computing_device
     from dskd.evaluate import compute_metrics_shared, join, synthetic_validation
@@ -98,8 +99,9 @@ def _measured(task: SpeedTask) -> Speed:
         files = [Path(temporary, str(number)) for number in range(len(task.images))]
         for file, content in zip(files, task.images, strict=True):
             file.write_bytes(content)
-        decoding = _seconds(lambda: load_images(files, config.data.image_size)) / len(files)
-        images = load_images(files, config.data.image_size)
+        geometry = dataclasses.replace(Geometry.of(config.data), tile=0)  # a tile's pixels are of the input's size too
+        decoding = _seconds(lambda: load_images(files, geometry)) / len(files)
+        images = load_images(files, geometry)
 
     teacher: Teacher = plain
     amplification = 0.0
@@ -212,8 +214,8 @@ def plan_categories(categories: Mapping[str, Category], config: RunConfig) -> li
 
 def _plan(name: str, category: Category, config: RunConfig) -> CategoryPlan:
     data = config.data
-    train, held, _ = split_normals(category, data.validation_fraction, data.split_seed)
-    selecting, calibrating = split_calibration(held, data.calibration_fraction, data.split_seed)
+    train, held, _ = split_normals(category, data.validation_fraction, data.split_seed, data.group_by)
+    selecting, calibrating = split_calibration(held, data.calibration_fraction, data.split_seed, data.group_by)
     num_synthetic = max(NUM_VALIDATION_DEFECTS, len(selecting))
     num_defects = sum(sample.is_defective for sample in category.validation)
     return CategoryPlan(

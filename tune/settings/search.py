@@ -33,6 +33,14 @@ class SearchSettings:
     """Epochs of a trial that is not pruned."""
     image_size: int = 256
     """Side in pixels that images are resized to; a multiple of 32."""
+    resize: str = "square"
+    """square: stretched to image_size; letterbox: aspect ratio kept between bars; or WIDTHxHEIGHT."""
+    tile: int = 0
+    """Side in pixels of the tiles that images are cut into at their own size, instead of being resized; 0: none."""
+    overlap: int = 32
+    """Pixels that neighbouring tiles share."""
+    group_by: str = ""
+    """Regular expression that finds a part's name in an image's path, for parts with several images."""
     preset: str = "dskd"
     """Method to start from: dskd, stfpm, rd4ad or aand. Several, separated by commas, or all are searched
     together; each is first tried untuned."""
@@ -142,6 +150,10 @@ class SearchSettings:
         changes = {
             "epochs": self.epochs,
             "image_size": self.image_size,
+            "resize": self.resize,
+            "tile": self.tile,
+            "overlap": self.overlap,
+            "group_by": self.group_by,
             "score_candidates": self.score_candidates,
             "batch_size": self.batch_size if self.batch_size is not None else PRESETS[names[0]].train.batch_size,
         }

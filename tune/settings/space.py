@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, Protocol
 from dskd.config import RunConfig
 
 PRESET = "preset"
-_MEASURED = frozenset({"image_size", "validation_fraction", "calibration_fraction", "split_seed"})
+_GEOMETRY = frozenset({"image_size", "resize", "tile", "overlap", "group_by"})
+_MEASURED = _GEOMETRY | {"validation_fraction", "calibration_fraction", "split_seed"}
 _STRUCTURE = frozenset({"backbone", "levels", "student_encoder", "student_decoder"})
 _SHARED = _MEASURED | _STRUCTURE | {"epochs"}
 """Fields that set the measurement, the number of epochs or the network: equal in all trials of a preset."""

@@ -400,6 +400,7 @@ def test_validation_and_stage_one_draw_only_inside(panels: Path, tmp_path: Path)
     np.testing.assert_array_equal(again.train_images, found.train_images)
     other = prepared(config, panels, "", cache)
     assert (other.train_images != found.train_images).any(), "a region has pixels of its own in the cache"
+    assert other.data_sha256 != found.data_sha256, "and no training with it goes on without it"
 
 
 def test_a_detector_keeps_its_region_and_older_ones_have_none(within: Inspected, tmp_path: Path) -> None:

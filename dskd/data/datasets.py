@@ -14,6 +14,8 @@ from dskd.data.samples import Sample, split_key
 
 NUM_VALIDATION_DEFECTS = 32
 """Least number of synthetic defects for the selection; they are made on copies of the held-out normals."""
+MAX_TRAINING_TILES, MAX_VALIDATION_TILES = 2048, 64
+"""More tiles than these are not used: the teacher's features of 2048 tiles of 256 pixels take 3.7 GB."""
 _MAX_DEPTH = 3  # of a category folder below the data folder
 
 

@@ -13,7 +13,15 @@ from torch.nn.utils import parameters_to_vector
 
 from dskd.config import AmplificationConfig, DataSpec, RunConfig, Selection
 from dskd.data.cache import ArrayCache
-from dskd.data.datasets import NUM_VALIDATION_DEFECTS, fingerprint, read_category, split_calibration, split_normals
+from dskd.data.datasets import (
+    MAX_TRAINING_TILES,
+    MAX_VALIDATION_TILES,
+    NUM_VALIDATION_DEFECTS,
+    fingerprint,
+    read_category,
+    split_calibration,
+    split_normals,
+)
 from dskd.data.defects import choose_textures, load_textures
 from dskd.data.depth import PixelScale
 from dskd.data.geometry import Geometry, RegionOfInterest
@@ -24,9 +32,6 @@ from dskd.model.features import FeatureTable, feature_table
 from dskd.model.teacher import Teacher, build_teacher, weights_fingerprint
 from dskd.training.reading import ImageReader, Seen, check_input, find_region
 from dskd.training.stage_one import AmplificationEpoch, amplifier_optimizer, fit_amplifier
-
-MAX_TRAINING_TILES, MAX_VALIDATION_TILES = 2048, 64
-"""More tiles than these are not used: the teacher's features of 2048 tiles of 256 pixels take 3.7 GB."""
 
 
 class TrainingData(NamedTuple):
@@ -109,6 +114,8 @@ def prepare(
     # With tiles the thresholds come from whole images, which are read one by one when the students are trained.
     calibration = selection.none() if geometry.tile else reader.read(calibrating, "calibration images")
     content = training.sha256 + fingerprint([sample.path for sample in held])
+    if region is not None:  # other images, as far as the network is concerned
+        content += hashlib.sha256(repr(region).encode()).hexdigest()
     textures_sha256 = fingerprint(texture_files) if texture_files else ""
     if amplification.amplification:
         teacher = _amplified(

@@ -10,7 +10,14 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from dskd.config import RunConfig
-from dskd.data.datasets import NUM_VALIDATION_DEFECTS, Category, split_calibration, split_normals
+from dskd.data.datasets import (
+    MAX_TRAINING_TILES,
+    MAX_VALIDATION_TILES,
+    NUM_VALIDATION_DEFECTS,
+    Category,
+    split_calibration,
+    split_normals,
+)
 from tune.settings.workers import Workers
 from tune.trial.asha import expected_epochs
 
@@ -54,6 +61,8 @@ class Speed(NamedTuple):
     """Per synthetic defect, drawn once."""
     amplification: float
     """Per image and epoch of stage I; 0 if the configuration has no stage I."""
+    tiles: float = 1.0
+    """Tiles of an image; with them, the times above are those of a tile."""
 
 
 def measure_speed(task: SpeedTask) -> Speed:
@@ -79,7 +88,8 @@ def _measured(task: SpeedTask) -> Speed:
 
     from dskd.config import RunConfig
     from dskd.data.geometry import Geometry
-    from dskd.data.images import load_images
+    from dskd.data.images import image_size, load_images
+    from dskd.data.tiles import tile_places
     from dskd.device import computing_device
     from dskd.evaluate import compute_metrics_shared, join, synthetic_validation
     from dskd.model.amplification import AmplifiedTeacher, build_amplifier
@@ -99,7 +109,10 @@ def _measured(task: SpeedTask) -> Speed:
         files = [Path(temporary, str(number)) for number in range(len(task.images))]
         for file, content in zip(files, task.images, strict=True):
             file.write_bytes(content)
-        geometry = dataclasses.replace(Geometry.of(config.data), tile=0)  # a tile's pixels are of the input's size too
+        geometry = Geometry.of(config.data)
+        frames = [geometry.frame(*image_size(file)) for file in files] if geometry.tile else []
+        tiles = len(tile_places(frames, geometry)) / len(files) if geometry.tile else 1.0
+        geometry = dataclasses.replace(geometry, tile=0)  # a whole image of a tile's size takes as long as a tile
         decoding = _seconds(lambda: load_images(files, geometry)) / len(files)
         images = load_images(files, geometry)
 
@@ -161,6 +174,7 @@ def _measured(task: SpeedTask) -> Speed:
         teacher=features,
         defects=defects,
         amplification=amplification,
+        tiles=tiles,
     )
 
 
@@ -254,7 +268,7 @@ def forecast(
     compute_full = compute_pruned = 0.0
     walls_full, walls_pruned, longest = [], [], 0.0
     pruned_epochs = expected_epochs(trials, epochs)
-    for plan in plans:
+    for plan in (in_tiles(plan, speed.tiles) for plan in plans):
         steps = max(1, plan.num_train // config.train.batch_size)
         epoch = steps * speed.step + plan.num_validation * speed.validation / workers.number
         finish = plan.num_calibration * speed.validation
@@ -279,6 +293,21 @@ def forecast(
         gpu_hours_pruned=compute_pruned * hours * workers.gpus,
         epochs_full=trials * epochs * len(plans),
         epochs_pruned=pruned_epochs * len(plans),
+    )
+
+
+def in_tiles(plan: CategoryPlan, tiles: float) -> CategoryPlan:
+    """The same in tiles, if an image has so many; training and validation use no more than so many of them."""
+    if tiles == 1:
+        return plan
+    selecting = min(round((plan.num_validation - plan.num_synthetic) * tiles), MAX_VALIDATION_TILES)
+    synthetic = max(NUM_VALIDATION_DEFECTS, selecting)
+    return plan._replace(
+        num_train=min(round(plan.num_train * tiles), MAX_TRAINING_TILES),
+        num_validation=selecting + synthetic,
+        num_synthetic=synthetic,
+        num_calibration=round(plan.num_calibration * tiles),
+        num_test=round(plan.num_test * tiles),
     )
 
 

@@ -39,6 +39,7 @@ from dskd.data.cache import ArrayCache, default_folder
 from dskd.data.datasets import read_category, read_test_split
 from dskd.data.geometry import Geometry
 from dskd.data.images import Framed, checked_mask, read_image
+from dskd.data.regions import find_region
 from dskd.data.samples import Sample, split_key
 from dskd.data.tiles import MAP_STRIDE
 from dskd.demo.dataset import draw_dataset
@@ -47,7 +48,6 @@ from dskd.metrics import MetricState
 from dskd.presets import PRESETS
 from dskd.training.inputs import prepare
 from dskd.training.loop import Step
-from dskd.training.reading import find_region
 from dskd.training.run import TrainingRun
 
 FIGURES = ("image_auroc", "pixel_auroc", "aupro")

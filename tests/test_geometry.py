@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from dskd.checkpoint import RECORD_FILE, SCHEMA_VERSION, read_record, write_dete
 from dskd.cli.main import main
 from dskd.config import DataConfig, DataSpec, RunConfig, TeacherSource
 from dskd.data.cache import ArrayCache
+from dskd.data.check import check_data
 from dskd.data.datasets import read_test_split
 from dskd.data.defects import add_defects
 from dskd.data.geometry import (
@@ -35,6 +37,7 @@ from dskd.data.geometry import (
     whole_frame,
 )
 from dskd.data.images import load_framed, load_inside, load_masks
+from dskd.data.regions import find_region
 from dskd.detector import Detector, Prediction, find_regions, in_image, outline
 from dskd.evaluate import labelled_test_split
 from dskd.export import OnnxDetector, build_model, compare, generated_inputs, network_inputs
@@ -43,7 +46,7 @@ from dskd.model.teacher import Teacher
 from dskd.presets import PRESETS
 from dskd.show.overlays import overlay
 from dskd.training.inputs import TrainingData, prepare
-from dskd.training.reading import check_input, find_region
+from dskd.training.reading import check_input
 from dskd.training.run import TrainingRun
 from tune.jobs.score import SCHEMA, Inspector, decode
 from tune.settings.workers import Workers
@@ -176,6 +179,22 @@ def test_a_region_is_found_in_its_file_or_in_the_folder(panels: Path, tmp_path: 
     Image.fromarray(mask * 0).save(tmp_path / "empty.png")
     with pytest.raises(ValueError, match=r"--region .*empty\.png: the region of interest is empty"):
         find_region(str(tmp_path / "empty.png"), tmp_path, image)
+
+
+def test_check_data_finds_what_training_would_refuse(panels: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "panel"
+    shutil.copytree(panels / "panel", folder)
+    (folder / "region.txt").write_text("8,16,400,48")
+    (problem,) = check_data(tmp_path).problems
+    assert problem.severity == "error" and "within its image of 160 x 96" in problem.message
+    with pytest.raises(ValueError, match="within its image of 160 x 96"):
+        prepared(PRESETS["stfpm"].with_values(TINY), tmp_path)
+    (folder / "region.txt").write_text("8,16,40,48")
+    assert check_data(tmp_path).is_trainable
+    Image.new("RGB", (80, 80)).save(folder / "train/good/odd.png")
+    report = check_data(tmp_path)
+    assert not report.is_trainable
+    assert [each.path.name for each in report.problems if each.kind == "another shape than the region"] == ["odd.png"]
 
 
 def test_a_region_drawn_on_other_images_is_refused_by_name(tmp_path: Path) -> None:

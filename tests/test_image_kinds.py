@@ -21,7 +21,7 @@ from dskd.data.geometry import Geometry
 from dskd.data.images import (
     find_scale,
     image_size,
-    load_image,
+    load_framed,
     load_images,
     load_masks,
     read_image,
@@ -116,7 +116,9 @@ def test_deeper_values_give_the_very_pixels_of_their_eight_bit_twin(kind: str, t
     np.testing.assert_array_equal(read_image(path, scale), expected)
     assert image_size(path) == (9, 6)
     Image.fromarray(twin).save(tmp_path / "twin.png")
-    np.testing.assert_array_equal(load_image(path, 4, scale), load_image(tmp_path / "twin.png", 4))
+    small = Geometry.square(4)
+    reduced = load_framed(tmp_path / "twin.png", small).rgb
+    np.testing.assert_array_equal(load_framed(path, small, scale).rgb, reduced)
     with pytest.raises(UnreadableImageError, match=r"deep\.\w+ is not a readable image .*8 bits per channel"):
         read_image(path, find_scale([tmp_path / "twin.png"]))
 

@@ -9,7 +9,15 @@ from PIL import Image
 from dskd.data import images
 from dskd.data.files import list_images
 from dskd.data.geometry import Geometry
-from dskd.data.images import check_header, load_image, load_images, load_mask, load_masks, read_image, read_mask
+from dskd.data.images import (
+    check_header,
+    load_framed,
+    load_images,
+    load_masks,
+    read_image,
+    read_mask,
+    resize_mask,
+)
 from dskd.data.samples import Sample
 
 
@@ -24,7 +32,7 @@ def test_a_truncated_or_foreign_file_is_named(mvtec_root: Path, tmp_path: Path) 
     for name, content in (("cut.png", whole[: len(whole) // 2]), ("text.jpg", b"hello"), ("empty.png", b"")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"{name} is not a readable image") as raised:
-            load_image(tmp_path / name, 32)
+            load_framed(tmp_path / name, Geometry.square(32))
         assert "\n" not in str(raised.value)
     with pytest.raises(ValueError, match=r"gone\.png does not exist"):
         load_images([paint(tmp_path / "fine.png"), tmp_path / "gone.png"], Geometry.square(32))
@@ -33,14 +41,14 @@ def test_a_truncated_or_foreign_file_is_named(mvtec_root: Path, tmp_path: Path) 
 def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "MAX_PIXELS", 50)
     with pytest.raises(ValueError, match=r"large\.png is refused as a decompression bomb"):
-        load_image(paint(tmp_path / "large.png"), 32)
+        load_framed(paint(tmp_path / "large.png"), Geometry.square(32))
 
 
 def test_sixteen_bit_grey_is_scaled_and_not_clipped(tmp_path: Path) -> None:
     levels = np.array([[0, 255], [256 * 100, 65535]], np.uint16)
     for name in ("grey.png", "grey.tiff"):
         Image.fromarray(levels).save(tmp_path / name)
-        pixels = load_image(tmp_path / name, 2)
+        pixels = load_framed(tmp_path / name, Geometry.square(2)).rgb
         assert pixels.tolist() == [[[0] * 3, [0] * 3], [[100] * 3, [255] * 3]]
 
 
@@ -48,7 +56,7 @@ def test_sixteen_bit_grey_is_scaled_and_not_clipped(tmp_path: Path) -> None:
 def test_every_mode_becomes_three_channels(tmp_path: Path, mode: str) -> None:
     path = tmp_path / "image.tiff"
     Image.new("RGB", (8, 8), (255, 255, 255)).convert(mode).save(path)
-    assert load_image(path, 4).tolist() == [[[255] * 3] * 4] * 4
+    assert load_framed(path, Geometry.square(4)).rgb.tolist() == [[[255] * 3] * 4] * 4
 
 
 def test_images_keep_their_order_and_can_be_written_in_place(tmp_path: Path) -> None:
@@ -64,9 +72,9 @@ def test_masks_are_resized_to_their_nearest_pixel(tmp_path: Path) -> None:
     spot[1, 1] = 255
     Image.fromarray(spot).save(tmp_path / "mask.png")
     # Any interpolation would round the corners of the one pixel.
-    np.testing.assert_array_equal(load_mask(tmp_path / "mask.png", 24), spot.repeat(8, 0).repeat(8, 1) > 0)
+    np.testing.assert_array_equal(resize_mask(read_mask(tmp_path / "mask.png"), 24), spot.repeat(8, 0).repeat(8, 1) > 0)
     Image.fromarray(np.array([[0, 127], [128, 255]], np.uint8)).save(tmp_path / "mask.png")
-    assert load_mask(tmp_path / "mask.png", 2).tolist() == [[False, False], [True, True]]
+    assert resize_mask(read_mask(tmp_path / "mask.png"), 2).tolist() == [[False, False], [True, True]]
 
 
 def save(values: list[list[int]], path: Path, dtype: type = np.uint8, *, palette: bool = False) -> Path:

@@ -11,7 +11,8 @@ from dskd.calibration import calibrate
 from dskd.checkpoint import write_detector
 from dskd.config import AmplificationConfig, DataSpec, RunConfig, Selection, TeacherSource
 from dskd.data.cache import ArrayCache
-from dskd.data.images import load_image, load_mask
+from dskd.data.geometry import Geometry
+from dskd.data.images import load_framed, read_mask, resize_mask
 from dskd.detector import Detector
 from dskd.evaluate import compute_metrics, score_images
 from dskd.metrics import Scores
@@ -153,9 +154,11 @@ def test_validation_images_of_the_user_are_held_out_and_judge(
     assert sources.tolist() == [0] * 33 + [1, 2, 3]
     assert labels.tolist() == [False] + [True] * 35
     assert has_mask.tolist() == [True] * 35 + [False]
-    scratched = [load_image(tile / f"validation/scratch/00{index}.png", 32) for index in range(3)]
+    scratched = [load_framed(tile / f"validation/scratch/00{index}.png", Geometry.square(32)).rgb for index in range(3)]
     np.testing.assert_array_equal(images[-3:], scratched)
-    drawn = [load_mask(tile / f"validation_ground_truth/scratch/00{index}_mask.png", 32) for index in range(2)]
+    drawn = [
+        resize_mask(read_mask(tile / f"validation_ground_truth/scratch/00{index}_mask.png"), 32) for index in range(2)
+    ]
     np.testing.assert_array_equal(masks[-3:-1], drawn)
     assert masks[-2].any() and not masks[-1].any()
     run = TrainingRun.begin(tiny, found, CPU)
@@ -180,8 +183,8 @@ def test_labelled_defects_without_normals_leave_the_seeded_split(
     found = prepared(tiny, tmp_path)
     assert found.validation_files == inputs.validation_files and found.num_validation_defects == 3
     np.testing.assert_array_equal(found.train_images, inputs.train_images)
-    for name, joined in zip(found.validation._fields[:5], found.validation[:5], strict=True):
-        np.testing.assert_array_equal(joined[:-3], getattr(inputs.validation, name))
+    for joined, alone in zip(found.validation[:5], inputs.validation[:5], strict=True):
+        np.testing.assert_array_equal(joined[:-3], alone)
 
 
 def test_textures_change_some_of_the_drawn_defects_and_their_cached_features(

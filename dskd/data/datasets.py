@@ -6,8 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from dskd.data.files import class_folders, walk
-from dskd.data.geometry import REGION_FILES
+from dskd.data.files import REGION_FILES, class_folders, walk
 from dskd.data.layouts import LAYOUTS, SPLIT_FOLDERS, TEST_ONLY, Layout, Listing, has_test_split, recognised
 from dskd.data.parts import part_of
 from dskd.data.samples import Sample, split_key

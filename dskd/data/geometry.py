@@ -18,8 +18,6 @@ from PIL import Image, ImageDraw
 
 from dskd.config import DataConfig
 
-REGION_FILES = ("region.png", "region.txt")
-"""In a category's folder: its region of interest, as a mask or as the text of `DataSpec.region`."""
 NEUTRAL = (124, 116, 104)
 """ImageNet's mean colour: zero after the normalisation."""
 _MAX_MASK_SIDE = 2048

@@ -81,17 +81,6 @@ def read_image(path: Path, scale: PixelScale | None = None) -> npt.NDArray[np.ui
     return read_pixels(path, scale).rgb
 
 
-def load_pixels(path: Path, size: int, scale: PixelScale | None = None) -> Pixels:
-    """Pixels (size, size), resized bilinearly with antialiasing, without cropping; errors as `read_pixels`."""
-    image, num_clipped = _in_rgb(path, scale)
-    return Pixels(np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)), num_clipped)
-
-
-def load_image(path: Path, size: int, scale: PixelScale | None = None) -> npt.NDArray[np.uint8]:
-    """RGB pixels (size, size, 3) as `load_pixels`."""
-    return load_pixels(path, size, scale).rgb
-
-
 class Framed(NamedTuple):
     """One image as input for a network, with the way back to its own pixels."""
 
@@ -207,11 +196,6 @@ def read_mask(path: Path, above: int = 127) -> npt.NDArray[np.bool_]:
 def resize_mask(mask: npt.NDArray[np.bool_], size: int) -> npt.NDArray[np.bool_]:
     """A mask (H, W) resized to (size, size), each pixel from the nearest one."""
     return np.asarray(Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST))
-
-
-def load_mask(path: Path, size: int, above: int = 127) -> npt.NDArray[np.bool_]:
-    """Defect pixels (size, size) of a mask file; `above` and errors as `read_mask`."""
-    return resize_mask(read_mask(path, above), size)
 
 
 def load_images(

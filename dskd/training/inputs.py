@@ -26,11 +26,12 @@ from dskd.data.defects import choose_textures, load_textures
 from dskd.data.depth import PixelScale
 from dskd.data.geometry import Geometry, RegionOfInterest
 from dskd.data.images import find_scale
+from dskd.data.regions import find_region
 from dskd.evaluate import LabelledImages, join, synthetic_validation, test_samples
 from dskd.model.amplification import AmplifiedTeacher, build_amplifier
 from dskd.model.features import FeatureTable, feature_table
 from dskd.model.teacher import Teacher, build_teacher, weights_fingerprint
-from dskd.training.reading import ImageReader, Seen, check_input, find_region
+from dskd.training.reading import ImageReader, Seen, check_input
 from dskd.training.stage_one import AmplificationEpoch, amplifier_optimizer, fit_amplifier
 
 

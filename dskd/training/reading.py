@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -12,8 +11,8 @@ import torch
 from dskd.data.cache import ArrayCache
 from dskd.data.datasets import fingerprint
 from dskd.data.depth import PixelScale
-from dskd.data.geometry import REGION_FILES, Frame, Geometry, RegionOfInterest, box_or_polygon, region_of_mask
-from dskd.data.images import frame_of, image_size, load_images, load_inside, read_mask
+from dskd.data.geometry import Frame, Geometry
+from dskd.data.images import frame_of, load_images, load_inside
 from dskd.data.samples import Sample
 from dskd.data.tiles import TilePlace, load_tiles, some_places, tile_places, tiles_inside
 from dskd.evaluate import LabelledImages, label, label_tiles
@@ -108,31 +107,6 @@ class ImageReader(NamedTuple):
                 "their tiles is defective."
             )
         return kept
-
-
-def find_region(text: str, folder: Path, image: Path) -> RegionOfInterest | None:
-    """The region of interest that `text` (`DataSpec.region`) or a file in the category's folder tells; None: all.
-
-    A box or a polygon is in pixels of `image`, one of the category's. Raises ValueError on a region that cannot be
-    read, is empty, or is not within the image.
-    """
-    named = Path(text) if text else None
-    if not text:
-        there = [folder / name for name in REGION_FILES if (folder / name).is_file()]
-        if len(there) > 1:
-            raise ValueError(f"{folder} holds {' and '.join(REGION_FILES)}; keep one of them.")
-        if not there:
-            return None
-        named = there[0]
-    assert named is not None
-    if named.suffix == ".txt" and named.is_file():
-        text = named.read_text(encoding="utf-8").strip()
-    elif named.is_file():
-        try:
-            return region_of_mask(read_mask(named))
-        except ValueError as error:
-            raise ValueError(f"--region {named}: {error}") from None
-    return box_or_polygon(text, image_size(image))
 
 
 def check_input(teacher: Teacher, backbone: str, geometry: Geometry, device: torch.device) -> None:

@@ -23,12 +23,15 @@ from dskd.anomaly import anomaly_maps, discrepancies
 from dskd.checkpoint import write_detector
 from dskd.config import DataConfig, DataSpec, RunConfig, TeacherSource
 from dskd.data.cache import ArrayCache
+from dskd.data.datasets import read_test_split
+from dskd.data.depth import PixelScale
 from dskd.data.geometry import Geometry, box_or_polygon
 from dskd.data.samples import Sample
 from dskd.data.tiles import (
     ALIGNMENT,
     MAP_STRIDE,
     cut,
+    defective_tiles,
     load_tiles,
     on_map,
     some_places,
@@ -46,6 +49,7 @@ from dskd.model.teacher import normalize
 from dskd.predict import predict_images
 from dskd.presets import PRESETS
 from dskd.training.inputs import prepare
+from dskd.training.reading import ImageReader
 from dskd.training.run import TrainingRun
 from tune.jobs.score import Inspector
 from tune.settings.workers import Workers
@@ -241,7 +245,20 @@ def test_tiles_outside_of_the_region_are_not_trained_on(tmp_path: Path) -> None:
     mask[70:80, 10:20] = True
     samples = [Sample(paths[0], "dent", Path("mask")), Sample(paths[1], "good", None)]
     masks = tile_masks(samples, lambda sample: mask, frames, places, plain)
-    assert masks.any(axis=(1, 2)).tolist() == [False, False, False, True, False, False, False]
+    expected = [False, False, False, True, False, False, False]
+    assert masks.any(axis=(1, 2)).tolist() == expected
+    assert defective_tiles(samples, lambda sample: mask, frames, places, plain) == expected
+
+
+def test_few_defective_tiles_among_many_are_taken_first(strips: Path) -> None:
+    geometry = Geometry.of(DataConfig(tile=64, overlap=32))
+    samples = read_test_split(strips, "strip").test
+    reader = ImageReader(geometry, PixelScale(kind="none"), None, False, 0, lambda note: None)
+    truth, _ = reader.read_labelled(samples, "test images", 40)
+    assert len(truth.images) == 40 and 6 <= int(truth.labels.sum()) <= 20
+    assert (truth.masks.any(axis=(1, 2)) == truth.labels).all()
+    few, _ = reader.read_labelled(samples, "test images", 6)
+    assert int(few.labels.sum()) == 3
 
 
 # ------------------------------------------------------------------------------------------- seams

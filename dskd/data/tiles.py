@@ -149,6 +149,25 @@ def tile_masks(
     return found
 
 
+def defective_tiles(
+    samples: Sequence[Sample],
+    masks: Callable[[Sample], npt.NDArray[np.bool_]],
+    frames: Sequence[Frame],
+    places: Sequence[TilePlace],
+    geometry: Geometry,
+) -> list[bool]:
+    """Which tiles have a defect, as `tile_masks`, but with one image's mask in memory at a time."""
+    found, side = [], geometry.tile // MAP_STRIDE
+    known, marked = -1, None
+    for place in places:
+        if place.image != known:
+            known, sample = place.image, samples[place.image]
+            marked = None if sample.mask is None else on_map(geometry.mask(masks(sample), frames[place.image]))
+        row, column = place.top // MAP_STRIDE, place.left // MAP_STRIDE
+        found.append(marked is not None and bool(marked[row : row + side, column : column + side].any()))
+    return found
+
+
 def on_map(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     """A mask (h, w) with one value per `MAP_STRIDE` pixels along each side: true if any of them is."""
     rows, columns = (np.arange(0, side, MAP_STRIDE) for side in mask.shape)

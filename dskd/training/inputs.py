@@ -53,7 +53,7 @@ class TrainingData(NamedTuple):
     validation_files: tuple[str, ...]
     calibration_images: npt.NDArray[np.uint8]
     """Held-out normals for computing the thresholds; if calibration_fraction is 0, the same as for the selection.
-    None with tiles, as thresholds are computed from whole images then."""
+    Empty with tiles, as thresholds are computed from the whole images of `calibration_paths` then."""
     calibration_features: FeatureTable
     calibration_files: tuple[str, ...]
     data_sha256: str
@@ -133,7 +133,7 @@ def prepare(
     if spec.selection == "oracle":
         defects = []
         test = reader.with_known_defects(test_samples(spec.data, category, notes.append))
-        validation = reader.labelled(test, reader.read(test, "test images", 4 * MAX_VALIDATION_TILES))
+        validation, _ = reader.read_labelled(test, "test images", 4 * MAX_VALIDATION_TILES)
         if not validation.masks.any():
             raise ValueError(
                 f"category {category} in {spec.data} has no masks of its test defects: AUPRO, a half of the objective "
@@ -148,10 +148,10 @@ def prepare(
             inside=selection.inside,
         )
     if defects := reader.with_known_defects(defects):
-        seen = reader.read(defects, "validation defects", 4 * MAX_VALIDATION_TILES)
-        validation = join(validation, reader.labelled(defects, seen))
+        real, defects_sha256 = reader.read_labelled(defects, "validation defects", 4 * MAX_VALIDATION_TILES)
+        validation = join(validation, real)
         masks_sha256 = fingerprint(sample.mask for sample in defects if sample.mask is not None)
-        content += seen.sha256 + masks_sha256
+        content += defects_sha256 + masks_sha256
 
     def features(images: npt.NDArray[np.uint8], what: str) -> FeatureTable:
         return feature_table(teacher, images, device, cache=cache, progress=f"teacher on {what}" if progress else None)

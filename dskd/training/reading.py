@@ -12,9 +12,9 @@ from dskd.data.cache import ArrayCache
 from dskd.data.datasets import fingerprint
 from dskd.data.depth import PixelScale
 from dskd.data.geometry import Frame, Geometry
-from dskd.data.images import frame_of, load_images, load_inside
+from dskd.data.images import checked_mask, frame_of, load_images, load_inside
 from dskd.data.samples import Sample
-from dskd.data.tiles import TilePlace, load_tiles, some_places, tile_places, tiles_inside
+from dskd.data.tiles import TilePlace, defective_tiles, load_tiles, some_places, tile_places, tiles_inside
 from dskd.evaluate import LabelledImages, label, label_tiles
 from dskd.model.features import content_sha256
 from dskd.model.teacher import Teacher
@@ -29,9 +29,6 @@ class Seen(NamedTuple):
     """(N, H, W), which pixels are scored; None: all."""
     sha256: str
     """Of the files."""
-    frames: tuple[Frame, ...] = ()
-    """Of the files that tiles were cut from."""
-    places: tuple[TilePlace, ...] = ()
 
     @property
     def content(self) -> str:
@@ -59,28 +56,58 @@ class ImageReader(NamedTuple):
     on_note: Callable[[str], object]
 
     def read(self, samples: Sequence[Sample], what: str, limit: int | None = None) -> Seen:
-        """The images of the samples, or at most `limit` of their tiles; from the cache if they are there."""
+        """The images of the samples, or (at most `limit` of) their tiles; from the cache if they are there."""
+        if self.geometry.tile:
+            frames = self._frames(samples)
+            every = tile_places(frames, self.geometry)
+            return self._tiles(samples, what, frames, some_places(every, limit or len(every), self.seed), len(every))
         paths = [sample.path for sample in samples]
-        label = f"reading {what}" if self.progress else None
-        geometry, scale, content = self.geometry, self.scale, fingerprint(paths)
-        if geometry.tile:
-            frames = tuple(frame_of(path, geometry) for path in paths)
-            every = tile_places(frames, geometry)
-            places = tuple(some_places(every, limit or len(every), self.seed))
-            self.on_note(f"{what}: {len(places)} of {len(every)} tiles of {geometry.tile} x {geometry.tile} pixels.")
-            where = hashlib.sha256(repr((places, geometry)).encode()).hexdigest()
-            tiles = self._cached(
-                f"upright tiles|{scale}|{content}|{where}",
-                len(places),
-                lambda out: load_tiles(paths, places, geometry, scale, out, progress=label),
-            )
-            return Seen(tiles, tiles_inside(frames, places, geometry), content, frames, places)
+        content = fingerprint(paths)
         pixels = self._cached(
-            f"upright bilinear pixels|{scale}|{content}{'' if geometry.is_plain else f'|{geometry}'}",
+            f"upright bilinear pixels|{self.scale}|{content}{'' if self.geometry.is_plain else f'|{self.geometry}'}",
             len(paths),
-            lambda out: load_images(paths, geometry, out, scale=scale, progress=label),
+            lambda out: load_images(paths, self.geometry, out, scale=self.scale, progress=self._label(what)),
         )
-        return Seen(pixels, load_inside(paths, geometry), content)
+        return Seen(pixels, load_inside(paths, self.geometry), content)
+
+    def read_labelled(self, samples: Sequence[Sample], what: str, limit: int) -> tuple[LabelledImages, str]:
+        """The images of the samples with labels and masks, or at most `limit` of their tiles, and SHA-256 of the files.
+
+        Of tiles at least half are defective, if there are so many.
+        """
+        geometry = self.geometry
+        if not geometry.tile:
+            seen = self.read(samples, what, limit)
+            return label(samples, seen.images, geometry, self.on_note), seen.sha256
+        frames = self._frames(samples)
+        every = tile_places(frames, geometry)
+        known = list(zip(every, defective_tiles(samples, checked_mask, frames, every, geometry), strict=True))
+        good = [place for place, is_defective in known if not is_defective]
+        bad = [place for place, is_defective in known if is_defective]
+        bad = some_places(bad, max(limit // 2, limit - len(good)), self.seed)
+        places = sorted([*bad, *some_places(good, limit - len(bad), self.seed)])
+        seen = self._tiles(samples, what, frames, places, len(every))
+        return label_tiles(samples, frames, places, seen.images, geometry), seen.sha256
+
+    def _tiles(
+        self, samples: Sequence[Sample], what: str, frames: Sequence[Frame], places: Sequence[TilePlace], num_all: int
+    ) -> Seen:
+        geometry, paths = self.geometry, [sample.path for sample in samples]
+        content = fingerprint(paths)
+        self.on_note(f"{what}: {len(places)} of {num_all} tiles of {geometry.tile} x {geometry.tile} pixels.")
+        where = hashlib.sha256(repr((places, geometry)).encode()).hexdigest()
+        tiles = self._cached(
+            f"upright tiles|{self.scale}|{content}|{where}",
+            len(places),
+            lambda out: load_tiles(paths, places, geometry, self.scale, out, progress=self._label(what)),
+        )
+        return Seen(tiles, tiles_inside(frames, places, geometry), content)
+
+    def _frames(self, samples: Sequence[Sample]) -> list[Frame]:
+        return [frame_of(sample.path, self.geometry) for sample in samples]
+
+    def _label(self, what: str) -> str | None:
+        return f"reading {what}" if self.progress else None
 
     def _cached(self, key: str, count: int, fill: Callable[[npt.NDArray[np.uint8]], object]) -> npt.NDArray[np.uint8]:
         shape = (count, self.geometry.height, self.geometry.width, 3)
@@ -90,14 +117,8 @@ class ImageReader(NamedTuple):
         fill(pixels)
         return pixels
 
-    def labelled(self, samples: Sequence[Sample], seen: Seen) -> LabelledImages:
-        """What `read` saw of the samples, with labels and masks."""
-        if self.geometry.tile:
-            return label_tiles(samples, seen.frames, seen.places, seen.images, self.geometry)
-        return label(samples, seen.images, self.geometry, self.on_note)
-
     def with_known_defects(self, samples: Sequence[Sample]) -> list[Sample]:
-        """The samples that `labelled` can label: with tiles no defective one without a mask."""
+        """The samples that `read_labelled` can label: with tiles no defective one without a mask."""
         if not self.geometry.tile:
             return list(samples)
         kept = [sample for sample in samples if sample.mask is not None or not sample.is_defective]

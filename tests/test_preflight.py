@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from dskd.model import teacher
 from tune import search
 from tune.preflight import dry_run
 from tune.preflight.checks import PreflightError, check_cluster, check_inputs, read_categories
@@ -154,6 +156,21 @@ def test_each_teacher_is_loaded_before_the_first_trial(data: Path, tmp_path: Pat
     with drafted(asked) as draft:
         errors = check_inputs(draft).errors
     assert len(errors) == 2 and "'resnet0'" in errors[0] and "'resnet00'" in errors[1]
+
+
+def test_a_teacher_that_takes_squares_only_is_found_before_the_first_trial(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Fixed(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            assert images.shape[-2] == images.shape[-1], "Input width doesn't match model."
+            return (images,)
+
+    monkeypatch.setattr(teacher, "build_teacher", lambda *_: teacher.Teacher(Fixed()))
+    for resize, expected in (("letterbox", []), ("64x32", ["takes no images of 64 x 32 pixels"])):
+        with drafted(settings(data, tmp_path / "results", resize=resize)) as draft:
+            errors = check_inputs(draft).errors
+        assert len(errors) == len(expected) and all(text in error for text, error in zip(expected, errors, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -264,8 +264,11 @@ def _show(found: _DryRun, settings: SearchSettings) -> None:
     usual, *rest = plan.spaces.values()
     others = [space for space in rest if space.dimensions != usual.dimensions]
     slots, workers = found.slots, found.workers
+    width, height = config.data.input_size
+    shape = f"{width} pixels" if width == height else f"{width} x {height} pixels"
+    shape = f"tiles of {shape}" if config.data.tile else shape
     lines = {
-        "trains": f"{', '.join(plan.configs)}, {config.data.image_size} pixels, batches of {config.train.batch_size}, "
+        "trains": f"{', '.join(plan.configs)}, {shape}, batches of {config.train.batch_size}, "
         f"teacher {' or '.join(plan.teachers)} ({settings.teacher_weights})"
         + (f", stage I of {config.amplification.amplification_epochs} epochs" if _has_stage_one(config) else ""),
         "at once": f"{slots.side_by_side} categories, {slots.concurrency} trials of each; a trial takes "

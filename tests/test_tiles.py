@@ -292,17 +292,20 @@ def rough(seed: int, side: int) -> np.ndarray:
     return np.asarray((smooth + rng.normal(0, 4, smooth.shape)).clip(0, 255), np.uint8)
 
 
-@pytest.mark.parametrize("preset", ["stfpm", "rd4ad", "dskd"])
-def test_an_image_that_is_shifted_has_the_shifted_map(preset: str, surface: Path, tmp_path: Path) -> None:
-    """Within 5 % of the threshold wherever tiles meet, as for the map of the whole image without tiles."""
-    values = TINY | {"tile": 128, "overlap": 64, "epochs": 8, "batch_size": 8, "validation_fraction": 0.34}
+@pytest.mark.parametrize(("preset", "overlap"), [("stfpm", 32), ("rd4ad", 64), ("dskd", 64)])
+def test_an_image_that_is_shifted_has_the_shifted_map(preset: str, overlap: int, surface: Path, tmp_path: Path) -> None:
+    """Within 5 % of the threshold wherever tiles meet, as for the map of the whole image without tiles.
+
+    A decoder sees further than an encoder, so its tiles share more here, for a test with a margin.
+    """
+    values = TINY | {"tile": 128, "overlap": overlap, "epochs": 8, "batch_size": 8, "validation_fraction": 0.34}
     detector = trained(PRESETS[preset].with_values(values), surface, tmp_path / "strip")
     config, threshold = detector.record.config, detector.record.thresholds[0].value
     texture = rough(99, 448)
     step, border = 2 * detector.teacher.reductions[-1], 64
     assert ALIGNMENT % step == 0
 
-    def by_tiles(canvas: np.ndarray, overlap: int = 64) -> np.ndarray:
+    def by_tiles(canvas: np.ndarray, overlap: int = overlap) -> np.ndarray:
         geometry = Geometry.of(DataConfig(tile=128, overlap=overlap))
         frame = geometry.frame(canvas.shape[1], canvas.shape[0])
         return score_canvas(detector.teacher, detector.students, canvas, frame, config, geometry, CPU)[0]

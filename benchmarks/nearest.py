@@ -54,14 +54,28 @@ def coreset(patches: Float[Tensor, "n c"], count: int, seed: int) -> npt.NDArray
 
 @torch.inference_mode()
 def score_by_memory(
-    table: FeatureTable, memory: Float[Tensor, "n c"], image_size: int, device: torch.device
+    table: FeatureTable,
+    memory: Float[Tensor, "n c"],
+    size: tuple[int, int],
+    device: torch.device,
+    inside: npt.NDArray[np.bool_] | None = None,
 ) -> AnomalyScores:
-    """Maps and scores of the images of `table`: the distance of each patch from the nearest one in `memory`."""
+    """Maps (N, H, W) of `size` (H, W) and scores: the distance of each patch from the nearest one in `memory`.
+
+    The maps are 0 where `inside` (N, H, W) is false, and patches that lie there whole have no part in the score.
+    """
     maps, scores = [], []
+    start = 0
     for patches in _patches(table, device):
         distances = torch.stack([torch.cdist(image.flatten(0, 1), memory).amin(dim=1) for image in patches])
         distances = distances.unflatten(1, patches.shape[1:3])  # (B, H, W)
-        maps.append(anomaly_maps(Discrepancies((distances,), None), _SCORE, image_size).cpu().numpy())
+        heat = anomaly_maps(Discrepancies((distances,), None), _SCORE, size)
+        if inside is not None:
+            scored = torch.from_numpy(inside[start : start + len(heat)]).to(device)
+            heat = heat * scored
+            distances = distances * F.adaptive_max_pool2d(scored[:, None].float(), distances.shape[1:])[:, 0]
+            start += len(heat)
+        maps.append(heat.cpu().numpy())
         scores.append(distances.amax(dim=(1, 2)).cpu().numpy())
     return AnomalyScores(np.concatenate(maps), np.concatenate(scores))
 

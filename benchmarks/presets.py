@@ -36,6 +36,7 @@ from dskd.arguments import given_length
 from dskd.config import DataSpec, RunConfig, TeacherSource
 from dskd.data.cache import ArrayCache, default_folder
 from dskd.data.datasets import find_categories
+from dskd.data.geometry import Geometry
 from dskd.evaluate import AnomalyScores, LabelledImages, compute_metrics, labelled_test_split, score_images
 from dskd.model.features import feature_table
 from dskd.presets import PRESETS
@@ -121,6 +122,8 @@ def methods(options: Options) -> dict[str, RunConfig]:
         given = {"image_size": options.image_size, "batch_size": options.batch_size, **length}
         changes = {key: value for key, value in given.items() if value is not None}
         found[name] = PRESETS[preset].with_values(values | changes | {k: _value(v) for k, v in options.set.items()})
+    if any(config.data.tile for config in found.values()):
+        raise ValueError("methods are compared on whole images; tiles are measured by benchmarks/geometry.py.")
     return found
 
 
@@ -130,12 +133,13 @@ def remember(
 ) -> dict[str, Any]:  # fmt: skip
     """Evaluate the reference without students; its figures are those of the best and of the last step alike."""
     started = time.perf_counter()
-    size = config.data.image_size
+    width, height = config.data.input_size
     memory = build_memory(inputs.train_features, device, share, config.train.seed)
-    truth = labelled_test_split(data, inputs.category, size, layout=config.data.layout)
+    truth = _test_split(config, inputs, data)
     table = feature_table(inputs.teacher, truth.images, device, cache=cache)
-    figures = _figures(score_by_memory(table, memory, size, device), truth)
-    validated = compute_metrics(score_by_memory(inputs.validation_features, memory, size, device), inputs.validation)
+    figures = _figures(score_by_memory(table, memory, (height, width), device, truth.inside), truth)
+    seen = score_by_memory(inputs.validation_features, memory, (height, width), device, inputs.validation.inside)
+    validated = compute_metrics(seen, inputs.validation)
     print(f"{inputs.category}  {name}  {len(memory)} patches", file=sys.stderr, flush=True)
     return {
         "category": inputs.category,
@@ -149,11 +153,17 @@ def remember(
     }
 
 
+def _test_split(config: RunConfig, inputs: TrainingData, data: Path) -> LabelledImages:
+    geometry = Geometry.of(config.data, inputs.region)
+    return labelled_test_split(data, inputs.category, geometry, layout=config.data.layout)
+
+
 def _figures(seen: AnomalyScores, truth: LabelledImages) -> dict[str, float | None]:
-    """All metrics by name; None for those that do not exist, as no image has a mask."""
+    """All metrics by name; None for those that do not exist, as no image has a mask, or only a part is inspected."""
     scores = compute_metrics(seen, truth)._asdict()
+    is_known = truth.masks.any() and truth.inside is None
     scores["aupro_rd"] = (
-        metrics.aupro_rd(seen.maps[truth.has_mask], truth.masks[truth.has_mask]) if truth.masks.any() else math.nan
+        metrics.aupro_rd(seen.maps[truth.has_mask], truth.masks[truth.has_mask]) if is_known else math.nan
     )
     return {figure: value if math.isfinite(value) else None for figure, value in scores.items()}
 
@@ -193,14 +203,16 @@ def run(
             flush=True,
         )
     last = {name: tensor.detach().clone() for name, tensor in distillation.students.state_dict().items()}
-    truth = labelled_test_split(data, inputs.category, config.data.image_size, layout=config.data.layout)
+    truth = _test_split(config, inputs, data)
     table = feature_table(inputs.teacher, truth.images, device, cache=cache)
     is_pair = config.model.student_encoder and config.model.student_decoder
     figures = []
     for chosen, weights in (("best", distillation.best_weights), ("last", last)):
         distillation.students.load_state_dict(weights)
         for scored_by, values in SCORED_BY.items() if is_pair else [("its own map", {})]:
-            seen = score_images(table, distillation.students, truth.images, config.with_values(values), device)
+            seen = score_images(
+                table, distillation.students, truth.images, config.with_values(values), device, inside=truth.inside
+            )
             figures.append({"chosen": chosen, "scored_by": scored_by, **_figures(seen, truth)})
     return {
         "category": inputs.category,

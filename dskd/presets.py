@@ -57,8 +57,8 @@ def with_backbone(config: RunConfig, backbone: str) -> RunConfig:
 
     Vision transformers have no stages, so their levels are blocks at a third, two thirds and the end, and ConvNeXt
     counts its stages from 0. For both, two students become the decoder alone, fed by the teacher (RD4AD): a student
-    encoder of such a network learns too little from some hundred images. The image size becomes the nearest one of
-    whole patches.
+    encoder of such a network learns too little from some hundred images. The image size, and what tiles share, become
+    the nearest of whole patches.
     """
     values: dict[str, Any] = {"backbone": backbone}
     is_transformer = re.search(r"patch\d+", backbone) is not None
@@ -70,9 +70,12 @@ def with_backbone(config: RunConfig, backbone: str) -> RunConfig:
         values["levels"] = (0, 1, 2)
     if (is_transformer or is_convnext) and config.model.student_encoder and config.model.student_decoder:
         values |= {"student_encoder": False, "decoder_input": "teacher"}
-    multiple, _ = dataclasses.replace(config.model, **values).image_multiple
+    model = dataclasses.replace(config.model, **values)
+    multiple, _ = model.image_multiple
     if config.data.image_size % multiple:
         values["image_size"] = max(1, round(config.data.image_size / multiple)) * multiple
+    if config.data.overlap % model.tile_alignment:
+        values["overlap"] = round(config.data.overlap / model.tile_alignment) * model.tile_alignment
     return config.with_values(values)
 
 

@@ -38,6 +38,11 @@ def presets(nearest: ModuleType) -> ModuleType:
     return benchmark("presets")
 
 
+@pytest.fixture(scope="module")
+def geometry() -> ModuleType:
+    return benchmark("geometry")
+
+
 @pytest.fixture
 def digits(presets: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """As when it is started: the folder of the benchmarks is searched first."""
@@ -131,14 +136,57 @@ def test_a_patch_is_as_anomalous_as_it_is_far_from_the_nearest_good_one(nearest:
     device = torch.device("cpu")
     whole = nearest.build_memory(table, device, 1.0, seed=0)
     assert whole.shape == (5 * 16, 3), "all levels but the shallowest"
-    np.testing.assert_allclose(nearest.score_by_memory(table, whole, 32, device).scores, 0, atol=3e-3)
+    np.testing.assert_allclose(nearest.score_by_memory(table, whole, (32, 32), device).scores, 0, atol=3e-3)
     changed = rows.copy()
     deepest = changed[2, 128:].reshape(3, 4, 4)
     deepest[:, :3, :3] += 50.0
-    seen = nearest.score_by_memory(FeatureTable(changed, shapes), whole, 32, device)
+    seen = nearest.score_by_memory(FeatureTable(changed, shapes), whole, (32, 32), device)
     assert seen.scores.argmax() == 2 and seen.scores[2] > 40 and np.delete(seen.scores, 2).max() < 1
     top, left = np.unravel_index(seen.maps[2].argmax(), (32, 32))
     assert top < 24 and left < 24 and seen.maps.shape == (5, 32, 32)
+    inside = np.ones((5, 48, 32), np.bool_)
+    inside[:, :40, :30] = False
+    part = nearest.score_by_memory(FeatureTable(changed, shapes), whole, (48, 32), device, inside)
+    assert part.maps.shape == (5, 48, 32) and not part.maps[~inside].any() and part.maps[2][inside[2]].any()
+
+
+def test_methods_are_not_compared_on_tiles(presets: ModuleType, tmp_path: Path) -> None:
+    options = presets.Options(data=tmp_path, results=tmp_path / "runs.jsonl", set={"tile": "64", "overlap": "32"})
+    with pytest.raises(ValueError, match=r"on whole images; tiles are measured by benchmarks/geometry\.py"):
+        presets.methods(options)
+
+
+def test_the_benchmark_of_shapes_gives_each_as_much_time_and_continues(
+    geometry: ModuleType,
+    mvtec_root: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    results = tmp_path / "runs.jsonl"
+    words = [
+        "--data", mvtec_root, "--results", results, "--categories", "tile", "--side", "32", "--overlap", "0",
+        "--seeds", "0", "--tile-epochs", "1", "--clutter-epochs", "1", "--batch-size", "4", "--train-images", "10",
+        "--test-images", "3", "--teacher-weights", "random", "--cache-dir", tmp_path / "cache", "--set", "backbone",
+        "test_resnet", "levels", "[1, 2]", "level_weights", "[1, 1]", "score_level_weights", "[1, 1]",
+        "embedding_depth", "1",
+    ]  # fmt: skip
+    geometry.main([str(word) for word in words])
+    table = capsys.readouterr().out
+    records = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [record["mode"] for record in records] == [
+        geometry.TILES, geometry.SQUARE, geometry.LETTERBOX, geometry.WHOLE, geometry.REGION,
+    ]  # fmt: skip
+    tiles, *others = records[:3]
+    assert tiles["epochs"] == 1 and tiles["num_train"] == 8 * 4 and tiles["num_test"] == 6
+    assert all(each["train_seconds"] >= tiles["train_seconds"] and each["num_train"] == 8 for each in others)
+    assert all(0 <= value <= 1 for record in records for value in record["figures"].values())
+    assert table.count("| tile | ") == 3 and table.count("| flange in clutter | ") == 2
+
+    monkeypatch.setattr(TrainingRun, "begin", lambda *_: pytest.fail("trained a second time"))
+    geometry.main([str(word) for word in words])
+    again = capsys.readouterr().out
+    assert again.split("\n\n")[0] == table.split("\n\n")[0]
 
 
 def test_figures_against_steps_are_those_of_cut_categories_and_a_killed_benchmark_continues(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dskd.checkpoint import write_detector
 from dskd.cli.main import main
 from dskd.config import DataSpec, RunConfig, TeacherSource
 from dskd.data.check import check_data
@@ -135,6 +137,50 @@ def test_a_class_is_trained_selected_and_measured_by_images_alone(
     record, _ = run.detector()
     assert {"val/objective", "val/image_auroc"} <= set(record.metrics) and "val/aupro" not in record.metrics
     assert record.metrics["val/objective"] == record.metrics["val/image_auroc"]
+
+
+@pytest.mark.parametrize("selection", ["val", "oracle"])
+def test_every_tile_of_another_class_is_anomalous(
+    selection: Any, novelty: RunConfig, published: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "large"
+    for source in sorted(published.rglob("*.png")):
+        target = root / source.relative_to(published)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(source).resize((96, 64)).save(target)
+    config = novelty.with_values({"tile": 32, "overlap": 0})
+    spec = DataSpec(data=root, category="ship", teacher=TeacherSource("random"), selection=selection)
+    inputs = prepare(config, spec, device=CPU, cache=None)
+    truth = inputs.validation
+    assert truth.labels.any() and not truth.labels.all() and not truth.masks.any()
+    np.testing.assert_array_equal(truth.has_mask, ~truth.labels)
+    if selection == "oracle":  # 6 images of each class, of 6 tiles each
+        assert truth.labels.sum() == (~truth.labels).sum() == 36
+    run = TrainingRun.begin(config, inputs, CPU)
+    for _ in run.intervals():
+        pass
+    write_detector(tmp_path / "ship", *run.detector())
+    figures = Detector.load(tmp_path / "ship").evaluate(root, "ship")
+    assert 0 <= figures.image_auroc <= 1 and math.isnan(figures.aupro)
+
+
+def test_the_region_of_a_class_is_no_image_of_it(published: Path, novelty: RunConfig, tmp_path: Path) -> None:
+    root = tmp_path / "published"
+    shutil.copytree(published, root)
+    mask = np.zeros((16, 16), np.uint8)
+    mask[4:12, 2:14] = 255
+    Image.fromarray(mask).save(root / "train/ship/region.png")
+    for name in ("ship", "good"):
+        assert read_category(root, name, "classes").train == tuple(
+            sample._replace(path=root / sample.path.relative_to(published))
+            for sample in read_category(published, name, "classes").train
+        )
+    assert check_data(root, 16, "classes").is_trainable
+    regions = [
+        prepare(novelty, DataSpec(data=root, category=name, teacher=TeacherSource("random")), device=CPU, cache=None)
+        for name in ("ship", "good")
+    ]
+    assert regions[0].region is not None and regions[0].region.box == (2, 4, 14, 12) and regions[1].region is None
 
 
 def test_the_commands_train_and_measure_a_class(

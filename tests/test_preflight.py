@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from dskd.model import teacher
 from tune import search
 from tune.preflight import dry_run
 from tune.preflight.checks import check_inputs, read_categories
@@ -119,6 +121,19 @@ def test_a_dry_run_prints_plan_and_forecast_and_leaves_no_trace(
     assert str(tmp_path / "a" / "results" / "search") in said.err and "forecast:" in said.err
 
 
+def test_a_dry_run_counts_the_steps_on_tiles(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert dry_run.dry_run(settings(data, tmp_path / "results", json=True, tile=32, overlap=0)) == 0
+    said = capsys.readouterr()
+    document = json.loads(said.out)
+    for each in document["categories"]:  # 4 tiles of an image of 64 pixels, and 4 of them in a batch
+        assert each["num_steps"] == 3 * each["num_train"]
+    assert document["forecast"]["steps_full"] == 2 * sum(each["num_steps"] for each in document["categories"])
+    assert "tiles of 32 pixels" in said.err
+
+
 def test_a_dry_run_measures_and_forecasts_each_teacher_that_a_trial_may_have(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,6 +171,21 @@ def test_each_teacher_is_loaded_before_the_first_trial(data: Path, tmp_path: Pat
     with drafted(asked) as draft:
         errors = check_inputs(draft).errors
     assert len(errors) == 2 and "'resnet0'" in errors[0] and "'resnet00'" in errors[1]
+
+
+def test_a_teacher_that_takes_squares_only_is_found_before_the_first_trial(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Fixed(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            assert images.shape[-2] == images.shape[-1], "Input width doesn't match model."
+            return (images,)
+
+    monkeypatch.setattr(teacher, "build_teacher", lambda *_: teacher.Teacher(Fixed()))
+    for resize, expected in (("letterbox", []), ("64x32", ["takes no images of 64 x 32 pixels"])):
+        with drafted(settings(data, tmp_path / "results", resize=resize)) as draft:
+            errors = check_inputs(draft).errors
+        assert len(errors) == len(expected) and all(text in error for text, error in zip(expected, errors, strict=True))
 
 
 @pytest.mark.parametrize(

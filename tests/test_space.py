@@ -170,6 +170,17 @@ def test_each_of_several_backbones_has_its_own_configuration_and_its_own_dimensi
     assert described[f"stfpm.{dinov3}.level_fusion"] == "sum | product"
 
 
+def test_teachers_of_one_space_see_the_same_tiles() -> None:
+    asked_for = {"rd4ad": {"backbone": Choice(("resnet18.tv_in1k", "vit_small_patch14_dinov2.lvd142m"))}}
+    tiled = PRESETS["rd4ad"].with_values({"tile": 224})
+    with pytest.raises(ValueError, match=r"must have one overlap of tiles, got 32 for resnet18\S* and 28 for vit_"):
+        build_space({"rd4ad": tiled}, asked_for)
+    space = build_space({"rd4ad": tiled.with_values({"overlap": 0})}, asked_for)
+    assert {base.data.input_size for base in space.bases.values()} == {(224, 224)}
+    wide = build_space({"rd4ad": PRESETS["rd4ad"].with_values({"resize": "448x224"})}, asked_for)
+    assert {base.data.input_size for base in wide.bases.values()} == {(448, 224)}
+
+
 def test_a_champion_of_a_teacher_starts_a_search_that_has_it() -> None:
     space = SPACES["two teachers"]
     won = with_backbone(PRESETS["dskd"], TEACHERS.options[1]).with_values({"hkd_weight": 0.7})
@@ -287,6 +298,7 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
         ("epochs = [5, 10]", "epochs: all trials share epochs"),
         ("steps = [500, 1000]", "steps: all trials share steps"),
         ("image_size = 64", "all trials share image_size"),
+        ("tile = [0, 256]", "all trials share tile"),
         ("levels_1 = 1.0", "levels_1: unknown field"),
         ("backbone = ['a/b']", "backbone = 'a/b' with preset dskd: backbone must be the plain name"),
         ("backbone = [3]", "backbone: expected values of type str, got 3"),

@@ -11,18 +11,21 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from PIL import Image
 
 from dskd.calibration import Threshold
 from dskd.checkpoint import DetectorRecord, read_record, sha256_of, write_detector
 from dskd.cli.main import main
-from dskd.config import LITE0_BACKBONE, ModelConfig, RunConfig
+from dskd.config import LITE0_BACKBONE, DataSpec, ModelConfig, RunConfig, TeacherSource
 from dskd.detector import Detector
 from dskd.device import WorkerRank
-from dskd.export import build_model, compare, generated_images
+from dskd.export import as_inputs, build_model, compare, generated_images, generated_inputs, network_inputs
 from dskd.model import Teacher, TeacherUnavailableError, build_students, build_teacher, normalize
 from dskd.model import teacher as module
 from dskd.model.teacher import IMAGENET, LITE0_SHA256, lite0_file, negative_levels
 from dskd.presets import PRESETS, read_config, with_backbone
+from dskd.training.inputs import prepare
+from dskd.training.run import TrainingRun
 from tune.settings.plan import plan_search, resolve_addresses
 from tune.settings.search import SearchSettings
 from tune.settings.workers import Workers
@@ -30,6 +33,7 @@ from tune.storage.uris import DETECTOR_FOLDER
 from tune.trial.spec import OBJECTIVE, build_spec
 from tune.trial.worker import train
 
+CPU = torch.device("cpu")
 FAMILIES = {
     "vision transformer": ("test_vit", (1, 3, 5)),
     "ConvNeXt": ("test_convnext", (0, 1, 2)),
@@ -193,9 +197,40 @@ def test_every_family_trains_and_exports(family: str, mvtec_root: Path, tmp_path
     words = ["--config", tmp_path / "run.toml", "--data", mvtec_root, "--category", "tile", "--out", tmp_path / "tile"]
     main(["train", *map(str, words), "--teacher-weights", "random", "--cache-gb", "0"])
     detector = Detector.load(tmp_path / "tile")
-    images = generated_images(64)
+    images = as_inputs(generated_images(64))
     parity = compare(detector, build_model(detector).SerializeToString(), images)
     assert max(parity.map_error, parity.score_error) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("backbone", "shape"),
+    [
+        ("test_vit", {"resize": "96x64"}),
+        ("test_vit", {"resize": "letterbox"}),
+        ("test_vit", {"tile": 64, "overlap": 32}),
+        ("vit_small_patch14_dinov2.lvd142m", {"tile": 56, "overlap": 28}),
+    ],
+)
+def test_a_transformer_inspects_images_of_every_shape(
+    backbone: str, shape: dict[str, Any], mvtec_root: Path, tmp_path: Path
+) -> None:
+    wide = tmp_path / "data/tile"
+    for source in sorted((mvtec_root / "tile").rglob("*.png")):
+        target = wide / source.relative_to(mvtec_root / "tile")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(source).resize((90, 60), Image.Resampling.NEAREST).save(target)
+    config = wired("vision transformer", backbone=backbone, levels=(0, 1, 2), epochs=1, image_size=56 * 8, **shape)
+    spec = DataSpec(data=tmp_path / "data", category="tile", teacher=TeacherSource("random"))
+    run = TrainingRun.begin(config, prepare(config, spec, device=CPU, cache=None), CPU)
+    for _ in run.intervals():
+        pass
+    write_detector(tmp_path / "tile", *run.detector())
+    detector = Detector.load(tmp_path / "tile")
+    images = network_inputs(detector, sorted((wide / "test").rglob("*.png"))[:2]) + generated_inputs(detector)[:3]
+    parity = compare(detector, build_model(detector).SerializeToString(), images)
+    assert max(parity.map_error, parity.score_error) < 1e-4
+    figures = detector.evaluate(tmp_path / "data", "tile")
+    assert 0 <= figures.image_auroc <= 1 and 0 <= figures.aupro <= 1
 
 
 def test_trials_of_one_search_train_with_the_teacher_that_they_chose(mvtec_root: Path, tmp_path: Path) -> None:
@@ -270,6 +305,17 @@ def test_flags_and_files_stand_above_what_a_backbone_brings(tmp_path: Path, caps
         ({"image_size": 238, "student_decoder": False, "student_encoder": True}, None),
         ({"image_size": 448}, None),
         ({"backbone": "vit_small_patch16_dinov3", "image_size": 240}, r"multiple of 32 \(two patches of 16"),
+        ({"resize": "letterbox"}, None),
+        ({"resize": "448x224"}, None),
+        ({"resize": "512x256"}, r"sides of resize, and tile, must be multiples of 28 \(two patches of 14.*got 512"),
+        ({"tile": 252}, None),
+        ({"tile": 256}, r"sides of resize, and tile, must be multiples of 28 \(two patches of 14 pixels\), .*got 256"),
+        ({"tile": 252, "overlap": 32}, "overlap must be a multiple of 28, at which tiles start, got 32"),
+        (
+            {"tile": 238, "overlap": 56, "student_decoder": False, "student_encoder": True},
+            r"must be multiples of 28 \(patch of the backbone, and the 4 pixels of a value of the map\), .*got 238",
+        ),
+        ({"backbone": "vit_small_patch16_dinov3", "image_size": 256, "tile": 256, "overlap": 48}, None),
     ],
 )
 def test_an_image_is_of_whole_patches(values: dict[str, object], expected: str | None) -> None:
@@ -277,6 +323,7 @@ def test_an_image_is_of_whole_patches(values: dict[str, object], expected: str |
     if expected is None:
         run = base.with_values(values)
         assert run.for_inputs().data == run.data
+        assert run.for_inputs().model.tile_alignment == run.model.tile_alignment, "the same tiles for all trials"
         return
     with pytest.raises(ValueError, match=expected):
         base.with_values(values)

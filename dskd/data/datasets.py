@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from dskd.config import LayoutName
-from dskd.data.files import class_folders, walk
+from dskd.data.files import REGION_FILES, class_folders, walk
 from dskd.data.layouts import (
     CLASSES,
     LAYOUTS,
@@ -19,10 +19,13 @@ from dskd.data.layouts import (
     has_test_split,
     recognised,
 )
+from dskd.data.parts import part_of
 from dskd.data.samples import Sample, split_key
 
 NUM_VALIDATION_DEFECTS = 32
 """Least number of synthetic defects for the selection; they are made on copies of the held-out normals."""
+MAX_TRAINING_TILES, MAX_VALIDATION_TILES = 2048, 64
+"""More tiles than these are not used: the teacher's features of 2048 tiles of 256 pixels take 3.7 GB."""
 _MAX_DEPTH = 3  # of a category folder below the data folder
 
 
@@ -165,7 +168,7 @@ def _as_category(name: str, folder: Path, layout: Layout, listing: Listing) -> C
 def unread_images(folder: Path, layout: Layout, listing: Listing) -> list[Path]:
     """Image files in a category's folder that are not part of its layout, in path order."""
     used = {path for split in listing[:3] for sample in split for path in (sample.path, sample.mask)}
-    used |= {fault.path for fault in listing.faults}
+    used |= {fault.path for fault in listing.faults} | {folder / name for name in REGION_FILES}
     return [
         path
         for path in walk(folder).images
@@ -183,29 +186,42 @@ def too_few(listing: Listing, folder: Path, layout: Layout) -> str | None:
 
 
 def split_normals(
-    category: Category, fraction: float, seed: int
+    category: Category, fraction: float, seed: int, group_by: str = ""
 ) -> tuple[tuple[Sample, ...], tuple[Sample, ...], tuple[str, ...]]:
     """Normal samples (for training, held out) and the names of the held-out files.
 
     If the category has validation normals, these are held out, named by their path below the category's folder.
-    Otherwise a share of the training images is held out (`hold_out`), named by file name.
+    Otherwise a share of the training images is held out (`hold_out`), named by file name. `group_by` as in `hold_out`.
     """
     if held := tuple(sample for sample in category.validation if not sample.is_defective):
         return category.train, held, tuple(sample.path.relative_to(category.folder).as_posix() for sample in held)
-    train, held = hold_out(category.train, fraction, seed)
+    train, held = hold_out(category.train, fraction, seed, group_by)
     # If the training images are in several folders, two file names may be equal: use the path below the common folder.
     base = Path(os.path.commonpath([sample.path.parent for sample in category.train]))
     return train, held, tuple(sample.path.relative_to(base).as_posix() for sample in held)
 
 
-def hold_out(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
+def hold_out(
+    samples: Sequence[Sample], fraction: float, seed: int, group_by: str = ""
+) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
     """Split normal samples into (training, validation); the split depends only on file names and seed.
 
-    Both parts keep the given order and hold at least one sample.
+    Both parts keep the given order and hold at least one sample. With `group_by` (`DataConfig.group_by`) the images of
+    a part are on one side, and the split depends on the names of parts; if there is only one part, it is torn.
     """
     num_held = num_held_out(len(samples), fraction)
     order = sorted(range(len(samples)), key=lambda i: split_key(samples[i].path, seed))
     held = set(order[:num_held])
+    if group_by:
+        parts: dict[str, list[int]] = {}
+        for index, sample in enumerate(samples):
+            parts.setdefault(part_of(sample, group_by), []).append(index)
+        if len(parts) > 1:
+            held = set()
+            for name in sorted(parts, key=lambda part: split_key(Path(part), seed))[:-1]:
+                held.update(parts[name])
+                if len(held) >= num_held:
+                    break
     return (
         tuple(sample for i, sample in enumerate(samples) if i not in held),
         tuple(sample for i, sample in enumerate(samples) if i in held),
@@ -218,15 +234,16 @@ def num_held_out(num_samples: int, fraction: float) -> int:
 
 
 def split_calibration(
-    held: Sequence[Sample], fraction: float, seed: int
+    held: Sequence[Sample], fraction: float, seed: int, group_by: str = ""
 ) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
     """Split held-out normals into (for selection, for calibration); the split depends only on file names and seed.
 
     Each part holds at least one sample. If that is impossible, or `fraction` is 0, each part holds all samples.
+    `group_by` as in `hold_out`.
     """
     if fraction == 0 or len(held) < 2:
         return tuple(held), tuple(held)
-    return hold_out(held, fraction, seed)
+    return hold_out(held, fraction, seed, group_by)
 
 
 def fingerprint(paths: Iterable[Path]) -> str:

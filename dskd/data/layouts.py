@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
-from dskd.data.files import class_folders, list_images
+from dskd.data.files import REGION_FILES, class_folders, list_images
 from dskd.data.samples import Sample, split_key
 
 SPLIT_FOLDERS = frozenset({"train", "validation", "test", "ground_truth", "validation_ground_truth"})
@@ -292,8 +292,8 @@ def _has_class_split(root: Path) -> bool:
 def _read_class(folder: Path) -> Listing:
     """The class of `folder` as normal and all others as anomalous, which only the test split has."""
     if folder.parent.name == "train" and _has_class_split(folder.parent.parent):
-        train, test = list_images(folder), folder.parent.parent / "test"
-        parts = {child.name: list_images(child) for child in class_folders(test)}
+        train, test = _images_of_class(folder), folder.parent.parent / "test"
+        parts = {child.name: _images_of_class(child) for child in class_folders(test)}
     else:
         train, _ = _class_split(folder)
         parts = {child.name: _class_split(child)[1] for child in class_folders(folder.parent)}
@@ -307,9 +307,15 @@ def _read_class(folder: Path) -> Listing:
     return Listing(_normals(train), (), (*_normals(parts.get(folder.name, ())), *others), (), folder)
 
 
+def _images_of_class(folder: Path) -> list[Path]:
+    """The images of a class, among which its region of interest may lie as a mask."""
+    regions = {folder / name for name in REGION_FILES}
+    return [path for path in list_images(folder) if path not in regions]
+
+
 def _class_split(folder: Path) -> tuple[list[Path], list[Path]]:
     """The images of a class for training and for test; which one is which depends on its file name alone."""
-    images = list_images(folder)
+    images = _images_of_class(folder)
     ranked = sorted(images, key=lambda path: split_key(path, _CLASS_SEED))
     held = set(ranked[: round(_CLASS_TEST_SHARE * len(ranked))])
     return [path for path in images if path not in held], [path for path in images if path in held]

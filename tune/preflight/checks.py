@@ -13,7 +13,9 @@ import optuna
 import sqlalchemy
 from sqlalchemy.exc import SQLAlchemyError
 
+from dskd.config import RunConfig
 from dskd.data.datasets import Category, read_category, read_test_split
+from dskd.data.geometry import Geometry
 from dskd.data.images import check_header
 from tune.preflight.draft import Draft, with_user_address
 from tune.preflight.identity import check_continues
@@ -142,17 +144,24 @@ def _check_earlier(plan: SearchPlan) -> None:
 
 
 def _check_teachers(settings: SearchSettings, plan: SearchPlan | None) -> None:
-    """Load every teacher that a trial may have. Raises PreflightError with a line for each that cannot be loaded."""
-    from dskd.model.teacher import build_teacher  # torch is slow to import; a dry run does that in another process
+    """Load every teacher that a trial may have, and show it an image of the search's shape if that is no square.
 
-    models = [config.model for config in (plan.teachers if plan else settings.run_configs()).values()]
-    errors = [
-        line
-        for model in models
-        for line in collect_errors(partial(build_teacher, model.backbone, model.levels, settings.teacher_weights))
-    ]
+    Raises PreflightError with a line for each that cannot be loaded, or takes no such images.
+    """
+    configs = list((plan.teachers if plan else settings.run_configs()).values())
+    errors = [line for config in configs for line in collect_errors(partial(_check_teacher, settings, config))]
     if errors:
         raise PreflightError(list(dict.fromkeys(errors)))
+
+
+def _check_teacher(settings: SearchSettings, config: RunConfig) -> None:
+    import torch  # slow to import; a dry run does that in another process
+
+    from dskd.model.teacher import build_teacher
+    from dskd.training.reading import check_input
+
+    teacher = build_teacher(config.model.backbone, config.model.levels, settings.teacher_weights)
+    check_input(teacher, config.model.backbone, Geometry.of(config.data), torch.device("cpu"))
 
 
 def _check_studies(url: str) -> None:

@@ -24,6 +24,7 @@ from tune.preflight.forecast import (
     SpeedTask,
     cache_bytes,
     forecast,
+    in_tiles,
     measure_speed,
     measure_speeds,
     plan_categories,
@@ -56,6 +57,11 @@ class _DryRun(NamedTuple):
     def slowest(self) -> "_Measured | None":
         """The teacher with which the search would take longest."""
         return max(self.teachers.values(), key=lambda each: each.forecast.wall_seconds_full, default=None)
+
+    def num_steps(self, category: CategoryPlan) -> int:
+        """Steps of a whole trial; of tiles, if images are cut into them and their number is known."""
+        tiles = self.slowest.speed.tiles if self.slowest else 1.0
+        return self.plan.config.train.num_steps(in_tiles(category, tiles).num_train)
 
 
 class _Measured(NamedTuple):
@@ -219,8 +225,7 @@ def _document(found: _DryRun) -> dict[str, Any]:
         "name": plan.name,
         "trials": plan.trials,
         "categories": [
-            category._asdict() | {"num_steps": plan.config.train.num_steps(category.num_train)}
-            for category in found.categories
+            category._asdict() | {"num_steps": found.num_steps(category)} for category in found.categories
         ],
         "config": plan.config.to_dict(),
         "varied": {name: space.describe() for name, space in plan.spaces.items()},
@@ -259,8 +264,7 @@ def _show(found: _DryRun, settings: SearchSettings) -> None:
     for column in ("category", "training images", "steps", "validation", "calibration", "test"):
         table.add_column(column, justify="left" if column == "category" else "right")
     for each in found.categories:
-        num_steps = config.train.num_steps(each.num_train)
-        counts = (each.num_train, num_steps, each.num_validation, each.num_calibration, each.num_test)
+        counts = (each.num_train, found.num_steps(each), each.num_validation, each.num_calibration, each.num_test)
         table.add_row(each.category, *map(str, counts))
     console.print(table)
     for line in found.unread:
@@ -270,8 +274,11 @@ def _show(found: _DryRun, settings: SearchSettings) -> None:
     usual, *rest = plan.spaces.values()
     others = [space for space in rest if space.dimensions != usual.dimensions]
     slots, workers = found.slots, found.workers
+    width, height = config.data.input_size
+    shape = f"{width} pixels" if width == height else f"{width} x {height} pixels"
+    shape = f"tiles of {shape}" if config.data.tile else shape
     lines = {
-        "trains": f"{', '.join(plan.configs)}, {config.data.image_size} pixels, batches of {config.train.batch_size}, "
+        "trains": f"{', '.join(plan.configs)}, {shape}, batches of {config.train.batch_size}, "
         f"{config.train.num_validations} validations, teacher {' or '.join(plan.teachers)} ({settings.teacher_weights})"
         + (f", stage I of {config.amplification.amplification_epochs} epochs" if _has_stage_one(config) else ""),
         "at once": f"{slots.side_by_side} categories, {slots.concurrency} trials of each; a trial takes "

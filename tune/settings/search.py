@@ -13,8 +13,8 @@ from tune.storage.uris import LOCAL_RESULTS, is_address
 
 SamplerName = Literal["tpe", "gp", "cmaes", "qmc", "random"]
 FIXED = (
-    "steps", "epochs", "patience", "image_size", "batch_size", "score_candidates", "backbone", "levels",
-    "validation_fraction", "calibration_fraction", "split_seed", "layout",
+    "steps", "epochs", "patience", "image_size", "resize", "tile", "overlap", "group_by", "batch_size",
+    "score_candidates", "backbone", "levels", "validation_fraction", "calibration_fraction", "split_seed", "layout",
 )  # fmt: skip
 """Flags that set the configuration's field of the same name for all trials."""
 
@@ -46,6 +46,18 @@ class SearchSettings:
     image_size: int | None = None
     """Side in pixels that images are resized to, a multiple of 32, or of 28 for a teacher with patches of 14; by
     default that of --config, else 256."""
+    resize: str | None = None
+    """square: stretched to image_size; letterbox: aspect ratio kept between bars; or WIDTHxHEIGHT; by default that of
+    --config, else square."""
+    tile: int | None = None
+    """Side in pixels of the tiles that images are cut into at their own size, instead of being resized; 0: none; by
+    default that of --config, else 0."""
+    overlap: int | None = None
+    """Pixels that neighbouring tiles share; by default that of --config, else 32, or 28 for a teacher with patches of
+    14."""
+    group_by: str | None = None
+    """Regular expression that finds a part's name in an image's path, for parts with several images; by default that
+    of --config, else none."""
     preset: str | None = None
     """Method to start from: dskd, stfpm, rd4ad or aand; by default that of --config, else dskd. Several, separated by
     commas, or all are searched together; each is first tried untuned."""

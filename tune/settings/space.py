@@ -18,7 +18,8 @@ PRESET = "preset"
 BACKBONE = "backbone"
 _AT = "@"
 """Between preset and backbone in the name of a variant of a preset; no backbone's name contains it."""
-_MEASURED = frozenset({"image_size", "validation_fraction", "calibration_fraction", "split_seed", "layout"})
+_GEOMETRY = frozenset({"image_size", "resize", "tile", "overlap", "group_by"})
+_MEASURED = _GEOMETRY | {"validation_fraction", "calibration_fraction", "split_seed", "layout"}
 _STRUCTURE = frozenset({"levels", "student_encoder", "student_decoder"})
 _LENGTH = frozenset({"steps", "epochs", "patience"})
 SHARED = _MEASURED | _STRUCTURE | _LENGTH
@@ -387,7 +388,7 @@ def _variants(
     with_teacher: Callable[[RunConfig, str, str], RunConfig],
 ) -> Iterator[tuple[str, RunConfig, dict[str, Dimension]]]:
     """Name, configuration and entries of each preset, or of each of its variants if there are several backbones."""
-    sizes: dict[int, str] = {}
+    sizes: dict[tuple[tuple[int, int], int], str] = {}
     for preset, base in bases.items():
         mine = dict(entries.get(preset, {}))
         backbones = mine.pop(BACKBONE, Choice((base.model.backbone,))).ends()
@@ -397,14 +398,24 @@ def _variants(
                 own = base if backbone == base.model.backbone else with_teacher(base, preset, backbone)
             except ValueError as error:
                 raise ValueError(f"{BACKBONE} = {backbone!r} with preset {preset}: {error}") from None
-            sizes.setdefault(own.data.image_size, backbone)
+            sizes.setdefault((own.data.input_size, own.data.overlap if own.data.tile else 0), backbone)
             if len(sizes) > 1:
-                (one, first), (other, second) = sizes.items()
-                raise ValueError(
-                    f"trials of one category must have one image size, got {one} for {first} and {other} for {second}; "
-                    "give an --image-size that suits both, such as 224."
-                )
+                raise ValueError(_two_sizes(sizes))
             yield name, own, dict(mine)
+
+
+def _two_sizes(sizes: Mapping[tuple[tuple[int, int], int], str]) -> str:
+    """Why teachers with different inputs cannot be compared: input (width, height) and overlap, each with its first."""
+    (one, first), (other, second) = sizes.items()
+    if one[0] == other[0]:
+        return (
+            f"trials of one category must have one overlap of tiles, got {one[1]} for {first} and {other[1]} for "
+            f"{second}; give an --overlap that suits both, such as 0."
+        )
+    return (
+        f"trials of one category must have one image size, got {one[0][0]} for {first} and {other[0][0]} for {second}; "
+        "give an --image-size that suits both, such as 224."
+    )
 
 
 def _check_corners(preset: str, base: RunConfig, dimensions: Mapping[str, Dimension]) -> None:

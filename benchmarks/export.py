@@ -18,7 +18,7 @@ import tyro
 
 from dskd.checkpoint import DetectorRecord
 from dskd.detector import Detector
-from dskd.export import INPUT, OUTPUTS, build_model, compare, generated_images
+from dskd.export import INPUT, OUTPUTS, as_inputs, build_model, compare, generated_images
 from dskd.model import AmplifiedTeacher, build_amplifier, build_students, build_teacher
 from dskd.presets import PRESETS
 
@@ -76,7 +76,7 @@ def main() -> None:
     for preset in options.presets:
         detector = untrained(preset, options.image_size)
         model = build_model(detector).SerializeToString()
-        error = compare(detector, model, generated_images(options.image_size)).map_error
+        error = compare(detector, model, as_inputs(generated_images(options.image_size))).map_error
         session = onnxruntime.InferenceSession(model, session_options, providers=["CPUExecutionProvider"])
         rng = np.random.default_rng(0)
         for batch in options.batch_sizes:

@@ -6,7 +6,8 @@ Trains every method on every category with every seed. It selects the step only 
 images, some with synthetic defects) and evaluates on the test split afterwards. The seed sets the students'
 initial weights and the order of the images; the held-out split is always the same. Two students trained together
 are also scored with each student's map alone. `--parts` also trains each student alone, and both without the
-decoder's gradient into the encoder.
+decoder's gradient into the encoder. A memory of the teacher's features (nearest.py), which trains nothing, is the
+reference that shows what training buys; `--memory-share 0` leaves it out.
 
 Each finished run is one line of the results file. The same command continues after a kill and does not repeat
 finished runs. Other flags add runs to the file; the table shows only the runs of the current flags.
@@ -28,17 +29,19 @@ from typing import Any
 
 import torch
 import tyro
+from nearest import build_memory, score_by_memory
 
 from dskd import metrics
 from dskd.arguments import given_length
 from dskd.config import DataSpec, RunConfig, TeacherSource
 from dskd.data.cache import ArrayCache, default_folder
 from dskd.data.datasets import find_categories
-from dskd.evaluate import compute_metrics, labelled_test_split, score_images
+from dskd.data.geometry import Geometry
+from dskd.evaluate import AnomalyScores, LabelledImages, compute_metrics, labelled_test_split, score_images
 from dskd.model.features import feature_table
 from dskd.presets import PRESETS
 from dskd.training.inputs import TrainingData, prepare
-from dskd.training.run import TrainingRun
+from dskd.training.run import TrainingRun, objective
 
 PARTS: dict[str, dict[str, Any]] = {
     "dskd: encoder trained alone": {"student_decoder": False},
@@ -50,6 +53,7 @@ SCORED_BY: dict[str, dict[str, Any]] = {
     "encoder's map": {"decoder_score_weight": 0.0},
     "decoder's map": {"encoder_score_weight": 0.0},
 }
+NEAREST = "nearest neighbours"
 FIGURES = ("image_auroc", "pixel_auroc", "aupro", "aupro_rd")
 
 # Image AUROC, pixel AUROC and PRO as published; each method defines PRO differently, and none as we do.
@@ -75,6 +79,8 @@ class Options:
     """Methods to train."""
     parts: bool = False
     """Also train DSKD's students alone, and together without the decoder's gradient into the encoder."""
+    memory_share: float = 0.05
+    """Share of the good images' patches that the reference without students keeps; 0: no such reference."""
     seeds: tuple[int, ...] = (0,)
     image_size: int = 256
     steps: int | None = None
@@ -100,10 +106,15 @@ def methods(options: Options) -> dict[str, RunConfig]:
     """Configurations of one category and seed, by their name in the table."""
     if unknown := [name for name in (*options.presets, *options.steps_of) if name not in PRESETS]:
         raise ValueError(f"unknown preset {unknown[0]!r}; known: {', '.join(PRESETS)}.")
+    if not 0 <= options.memory_share <= 1:
+        raise ValueError(f"--memory-share must lie in [0, 1], got {options.memory_share}.")
     chosen: dict[str, dict[str, Any]] = {name: {} for name in options.presets}
     if options.parts:
         chosen |= PARTS
     found = {}
+    if options.memory_share:
+        values = {"image_size": options.image_size} | {name: _value(text) for name, text in options.set.items()}
+        found[f"{NEAREST}, {100 * options.memory_share:g}% kept"] = PRESETS["dskd"].with_values(values).for_inputs()
     for name, values in chosen.items():
         preset = name.partition(":")[0]
         own = options.steps_of.get(preset)
@@ -111,7 +122,69 @@ def methods(options: Options) -> dict[str, RunConfig]:
         given = {"image_size": options.image_size, "batch_size": options.batch_size, **length}
         changes = {key: value for key, value in given.items() if value is not None}
         found[name] = PRESETS[preset].with_values(values | changes | {k: _value(v) for k, v in options.set.items()})
+    if any(config.data.tile for config in found.values()):
+        raise ValueError("methods are compared on whole images; tiles are measured by benchmarks/geometry.py.")
     return found
+
+
+def remember(
+    name: str, config: RunConfig, inputs: TrainingData, share: float, data: Path, device: torch.device,
+    cache: ArrayCache | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Evaluate the reference without students; its figures are those of the best and of the last step alike."""
+    started = time.perf_counter()
+    width, height = config.data.input_size
+    memory = build_memory(inputs.train_features, device, share, config.train.seed)
+    truth = _test_split(config, inputs, data)
+    table = feature_table(inputs.teacher, truth.images, device, cache=cache)
+    figures = _figures(score_by_memory(table, memory, (height, width), device, truth.inside), truth)
+    seen = score_by_memory(inputs.validation_features, memory, (height, width), device, inputs.validation.inside)
+    validated = compute_metrics(seen, inputs.validation)
+    print(f"{inputs.category}  {name}  {len(memory)} patches", file=sys.stderr, flush=True)
+    return {
+        "category": inputs.category,
+        "method": name,
+        "best_step": None,
+        "num_steps": None,
+        "validation": objective(validated),
+        "seconds_per_step": None,
+        "figures": [{"chosen": chosen, "scored_by": "its own map", **figures} for chosen in ("best", "last")],
+        **_circumstances(config, inputs, len(truth.images), device, started),
+    }
+
+
+def _test_split(config: RunConfig, inputs: TrainingData, data: Path) -> LabelledImages:
+    geometry = Geometry.of(config.data, inputs.region)
+    return labelled_test_split(data, inputs.category, geometry, layout=config.data.layout)
+
+
+def _figures(seen: AnomalyScores, truth: LabelledImages) -> dict[str, float | None]:
+    """All metrics by name; None for those that do not exist, as no image has a mask, or only a part is inspected."""
+    scores = compute_metrics(seen, truth)._asdict()
+    is_known = truth.masks.any() and truth.inside is None
+    scores["aupro_rd"] = (
+        metrics.aupro_rd(seen.maps[truth.has_mask], truth.masks[truth.has_mask]) if is_known else math.nan
+    )
+    return {figure: value if math.isfinite(value) else None for figure, value in scores.items()}
+
+
+def _circumstances(
+    config: RunConfig, inputs: TrainingData, num_test: int, device: torch.device, started: float
+) -> dict[str, Any]:
+    """With what a run was made."""
+    return {
+        "seconds": time.perf_counter() - started,
+        "num_train": len(inputs.train_images),
+        "num_test": num_test,
+        "config": config.to_dict(),
+        "teacher": inputs.teacher_source,
+        "torch": str(torch.__version__),
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "command": shlex.join(sys.argv),
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
 
 
 def run(
@@ -130,22 +203,17 @@ def run(
             flush=True,
         )
     last = {name: tensor.detach().clone() for name, tensor in distillation.students.state_dict().items()}
-    truth = labelled_test_split(data, inputs.category, config.data.image_size)
+    truth = _test_split(config, inputs, data)
     table = feature_table(inputs.teacher, truth.images, device, cache=cache)
     is_pair = config.model.student_encoder and config.model.student_decoder
     figures = []
     for chosen, weights in (("best", distillation.best_weights), ("last", last)):
         distillation.students.load_state_dict(weights)
         for scored_by, values in SCORED_BY.items() if is_pair else [("its own map", {})]:
-            seen = score_images(table, distillation.students, truth.images, config.with_values(values), device)
-            scores = compute_metrics(seen, truth)._asdict()
-            scores["aupro_rd"] = (
-                metrics.aupro_rd(seen.maps[truth.has_mask], truth.masks[truth.has_mask])
-                if truth.masks.any()
-                else math.nan
+            seen = score_images(
+                table, distillation.students, truth.images, config.with_values(values), device, inside=truth.inside
             )
-            known = {figure: value if math.isfinite(value) else None for figure, value in scores.items()}
-            figures.append({"chosen": chosen, "scored_by": scored_by, **known})
+            figures.append({"chosen": chosen, "scored_by": scored_by, **_figures(seen, truth)})
     return {
         "category": inputs.category,
         "method": name,
@@ -153,18 +221,8 @@ def run(
         "num_steps": distillation.step,
         "validation": distillation.best_objective,
         "seconds_per_step": seconds / distillation.step,
-        "seconds": time.perf_counter() - started,
-        "num_train": len(inputs.train_images),
-        "num_test": len(truth.images),
         "figures": figures,
-        "config": config.to_dict(),
-        "teacher": inputs.teacher_source,
-        "torch": str(torch.__version__),
-        "threads": torch.get_num_threads(),
-        "cpus": os.cpu_count(),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "command": shlex.join(sys.argv),
-        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **_circumstances(config, inputs, len(truth.images), device, started),
     }
 
 
@@ -193,7 +251,8 @@ def missing_and_known(options: Options) -> Iterator[dict[str, Any]]:
     cache = ArrayCache(options.cache_dir, int(options.cache_gb * 1e9)) if options.cache_gb > 0 else None
     known = finished_runs(options.results)
     wanted = methods(options)
-    for category in options.categories or tuple(find_categories(options.data)):
+    layout = next(iter(wanted.values())).data.layout
+    for category in options.categories or tuple(find_categories(options.data, layout)):
         inputs: dict[RunConfig, TrainingData] = {}
         for seed in options.seeds:
             for name, unseeded in wanted.items():
@@ -216,7 +275,11 @@ def missing_and_known(options: Options) -> Iterator[dict[str, Any]]:
                     )
                 key = key_of(name, config, inputs[needs])
                 if key not in known:
-                    record = {"key": key, **run(name, config, inputs[needs], options.data, device, cache)}
+                    if name.startswith(NEAREST):
+                        found = remember(name, config, inputs[needs], options.memory_share, options.data, device, cache)
+                    else:
+                        found = run(name, config, inputs[needs], options.data, device, cache)
+                    record = {"key": key, **found}
                     with options.results.open("a") as file:
                         file.write(json.dumps(record, allow_nan=False) + "\n")
                         file.flush()
@@ -238,19 +301,24 @@ def markdown(records: Sequence[dict[str, Any]]) -> str:
             groups.setdefault((record["category"], record["method"], scored_by), []).append(record)
     for (category, method, scored_by), runs in groups.items():
         figures = {
-            chosen: {figure: [_figures(record, chosen, scored_by)[figure] for record in runs] for figure in FIGURES}
+            chosen: {figure: [figures_of(record, chosen, scored_by)[figure] for record in runs] for figure in FIGURES}
             for chosen in ("best", "last")
         }
-        train = runs[0]["config"]["train"]
         cells = [
             category,
             method,
             scored_by,
             *(_spread(figures["best"][figure]) for figure in FIGURES),
             " / ".join(_spread(figures["last"][figure]) for figure in FIGURES[:3]),
-            f"{', '.join(str(record['best_step']) for record in runs)} of {runs[0]['num_steps']}",
-            str(train["batch_size"]),
-            f"{median(record['seconds_per_step'] for record in runs):.2g}",
+            *(
+                ("–", "–", "–")
+                if runs[0]["best_step"] is None
+                else (
+                    f"{', '.join(str(record['best_step']) for record in runs)} of {runs[0]['num_steps']}",
+                    str(runs[0]["config"]["train"]["batch_size"]),
+                    f"{median(record['seconds_per_step'] for record in runs):.2g}",
+                )
+            ),
             str(len(runs)),
             PUBLISHED.get((method, category), ""),
         ]
@@ -258,7 +326,8 @@ def markdown(records: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _figures(record: dict[str, Any], chosen: str, scored_by: str) -> dict[str, Any]:
+def figures_of(record: dict[str, Any], chosen: str, scored_by: str) -> dict[str, Any]:
+    """The metrics of a run's students, `chosen` "best" or "last", with one of its maps."""
     (found,) = (entry for entry in record["figures"] if (entry["chosen"], entry["scored_by"]) == (chosen, scored_by))
     return dict(found)
 

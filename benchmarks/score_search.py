@@ -21,6 +21,7 @@ import tyro
 from dskd.config import DataSpec, ScoreConfig, TeacherSource
 from dskd.data.cache import ArrayCache, default_folder
 from dskd.data.datasets import find_categories
+from dskd.data.geometry import Geometry
 from dskd.evaluate import compute_metrics, disagreements, labelled_test_split, score_images
 from dskd.presets import PRESETS
 from dskd.training.inputs import prepare
@@ -66,10 +67,10 @@ def row(options: Options, category: str) -> str:
     validation = inputs.validation
     found = disagreements(inputs.validation_features, run.students, validation.images, device)
     searches = [
-        search_scores(found, *validation[1:], config.score, num_candidates=options.num_candidates, seed=seed)
+        search_scores(found, *validation[1:5], config.score, num_candidates=options.num_candidates, seed=seed)
         for seed in range(options.seeds)
     ]
-    test = labelled_test_split(options.data, category, options.image_size)
+    test = labelled_test_split(options.data, category, Geometry.square(options.image_size))
 
     def figures(score: ScoreConfig) -> tuple[float, float]:
         scored = dataclasses.replace(config, score=score)

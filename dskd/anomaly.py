@@ -51,15 +51,16 @@ def discrepancies(teacher: Pyramid, encoder: Pyramid | None, decoder: Pyramid | 
 
 
 def anomaly_maps(
-    discrepancies: Discrepancies, config: ScoreConfig, image_size: int
-) -> Float[Tensor, "b image_size image_size"]:
+    discrepancies: Discrepancies, config: ScoreConfig, image_size: int | tuple[int, int]
+) -> Float[Tensor, "b h w"]:
     """One non-negative map per image: levels fused, then students, then blurred.
 
-    Levels are first brought to `image_size` by bilinear interpolation. Weights w fuse maps d as Σ w·d,
-    max w·d or Π d^w. Students may also fuse as 1 - Π (1 - w·a) (noisy-or, arXiv 2509.24448), where a in [0, 1]
-    is a student's fused map over the value that it has at a distance of 1 in every level, and 1 above that:
+    Levels are first brought to `image_size`, a square's side or (height, width), by bilinear interpolation. Weights
+    w fuse maps d as Σ w·d, max w·d or Π d^w. Students may also fuse as 1 - Π (1 - w·a) (noisy-or, arXiv 2509.24448),
+    where a in [0, 1] is a student's fused map over its value at a distance of 1 in every level, and 1 above that:
     orthogonal features are as abnormal as can be, and those of a ReLU are never further apart. A student
-    alone is taken as it is. The blur is a Gaussian of blur_sigma · image_size / 256 pixels.
+    alone is taken as it is. The blur is a Gaussian of blur_sigma · side / 256 pixels, where a square of that
+    side has the image's area.
     Raises ValueError where no student exists.
 
     >>> level = torch.tensor([[[0.0, 1.0], [0.0, 0.5]]])  # the encoder's only level, of one image
@@ -67,8 +68,9 @@ def anomaly_maps(
     >>> anomaly_maps(Discrepancies((level,), None), config, image_size=2).tolist()
     [[[0.0, 2.0], [0.0, 1.0]]]
     """
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
     students = [
-        (weight, _fuse(_resize(levels, image_size), config.score_level_weights, config.level_fusion))
+        (weight, _fuse(_resize(levels, size), config.score_level_weights, config.level_fusion))
         for weight, levels in (
             (config.encoder_score_weight, discrepancies.encoder),
             (config.decoder_score_weight, discrepancies.decoder),
@@ -87,7 +89,7 @@ def anomaly_maps(
         fused = first + second - first * second
     else:
         fused = _fuse([level for _, level in students], [weight for weight, _ in students], config.student_fusion)
-    return _blur(fused, config.blur_sigma * image_size / BLUR_REFERENCE)
+    return _blur(fused, config.blur_sigma * math.sqrt(size[0] * size[1]) / BLUR_REFERENCE)
 
 
 def image_scores(maps: Float[Tensor, "b h w"], top_fraction: float) -> Float[Tensor, " b"]:
@@ -104,8 +106,8 @@ def image_scores(maps: Float[Tensor, "b h w"], top_fraction: float) -> Float[Ten
     return values.topk(count, dim=1, sorted=False).values.mean(dim=1)
 
 
-def _resize(levels: Sequence[Tensor], size: int) -> list[Tensor]:
-    return [F.interpolate(level[:, None], (size, size), mode="bilinear", align_corners=False)[:, 0] for level in levels]
+def _resize(levels: Sequence[Tensor], size: tuple[int, int]) -> list[Tensor]:
+    return [F.interpolate(level[:, None], size, mode="bilinear", align_corners=False)[:, 0] for level in levels]
 
 
 def _fuse(maps: Sequence[Tensor], weights: Sequence[float], fusion: Fusion) -> Tensor:

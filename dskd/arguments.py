@@ -21,8 +21,8 @@ import tyro
 # An event that is unknown here is printed by tyro as it is.
 from tyro import _errors as mistakes
 
-from dskd.config import RunConfig
-from dskd.presets import PRESETS, Preset, read_config
+from dskd.config import RunConfig, TeacherSource
+from dskd.presets import PRESETS, Preset, read_config, with_backbone
 
 _ALWAYS_KNOWN = ("help", "tyro-print-completion", "tyro-write-completion")
 
@@ -97,17 +97,21 @@ class ConfigSource:
 
     config: Path | None = None
     preset: Preset | None = None
+    backbone: str | None = None
+    teacher_weights: str | None = None
     steps: int | None = None
     epochs: int | None = None
 
     def read(self) -> RunConfig:
-        """The configuration of the file, or of the preset, with the given length.
+        """The configuration of the file, or of the preset, with what goes with the teacher and length of the flags.
 
         Raises ValueError as `read_config`, and if two lengths are given.
         """
+        backbone = self.backbone or TeacherSource(self.teacher_weights or "hub").backbone
         if self.config is not None:
-            return self.with_length(read_config(self.config, self.preset))
-        return self.with_length(PRESETS[self.preset or "dskd"])
+            return self.with_length(read_config(self.config, self.preset, backbone))
+        usual = PRESETS[self.preset or "dskd"]
+        return self.with_length(usual if backbone is None else with_backbone(usual, backbone))
 
     def with_length(self, config: RunConfig) -> RunConfig:
         """The configuration with the length that the flags give.

@@ -23,6 +23,7 @@ from dskd.atomic import check_can_be_made, file_in_making, folder_in_making
 from dskd.calibration import Threshold
 from dskd.config import VERSION, RunConfig, Selection, TeacherSource
 from dskd.data.depth import PixelScale
+from dskd.data.geometry import RegionOfInterest
 from dskd.model.teacher import IMAGENET_MEAN, IMAGENET_STD
 
 SCHEMA_VERSION = 3
@@ -72,6 +73,10 @@ class DetectorRecord:
     scale: PixelScale | None = None
     """How images of more than 8 bits are read, found in the training images; None in older records, whose images of
     16 bits lose the low 8."""
+    region: RegionOfInterest | None = None
+    """The part of every image that is inspected; None: all."""
+    part_thresholds: tuple[Threshold, ...] = ()
+    """Of parts that several images show (`DataConfig.group_by`), from the held-out normal parts; else none."""
 
     @property
     def is_untrained_teacher(self) -> bool:
@@ -98,7 +103,9 @@ class DetectorRecord:
             **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
             "config": self.config.to_dict(),
             "thresholds": [threshold._asdict() for threshold in self.thresholds],
+            "part_thresholds": [threshold._asdict() for threshold in self.part_thresholds],
             "scale": dataclasses.asdict(self.scale) if self.scale else None,
+            "region": dataclasses.asdict(self.region) if self.region else None,
             "false_alarm_rates": self.guarantee,
             "preprocessing": {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "resize": "bilinear, antialiased"},
             "weights": {"file": WEIGHTS_FILE, "sha256": weights_sha256},
@@ -115,10 +122,13 @@ class DetectorRecord:
         A field that is newer than the document takes its default. Raises ValueError where it does not fit this schema.
         """
         document = msgspec.convert(values, _Document)
-        for number in (*document.metrics.values(), *(each.value for each in document.thresholds)):
+        limits = (*document.thresholds, *document.part_thresholds)
+        for number in (*document.metrics.values(), *(each.value for each in limits)):
             if not math.isfinite(number):
                 raise ValueError(f"a threshold or figure is not finite: {number}")
         config = document.config
+        if "decoder_output" not in config.get("model", {}):  # of the time when every level ended in a ReLU
+            config = {**config, "model": {**config.get("model", {}), "decoder_output": "relu"}}
         calibration_files = document.calibration_files
         if calibration_files is None:  # of the time when all held-out images served both
             config = {**config, "data": {**config.get("data", {}), "calibration_fraction": 0.0}}
@@ -129,6 +139,9 @@ class DetectorRecord:
             | {
                 "config": RunConfig.from_dict(config),
                 "thresholds": tuple(Threshold(*msgspec.structs.astuple(each)) for each in document.thresholds),
+                "part_thresholds": tuple(
+                    Threshold(*msgspec.structs.astuple(each)) for each in document.part_thresholds
+                ),
                 "calibration_files": calibration_files,
             }
         )
@@ -168,6 +181,8 @@ class _Document(msgspec.Struct, kw_only=True):
     textures_sha256: _Text = ""
     selection: Selection = "val"
     scale: PixelScale | None = None
+    region: RegionOfInterest | None = None
+    part_thresholds: Annotated[list[_Threshold], msgspec.Meta(max_length=1000)] = []
     weights: _Weights
 
 

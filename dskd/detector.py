@@ -1,7 +1,7 @@
 """A finished detector: load a folder, inspect images."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -14,8 +14,19 @@ from torch import nn
 from dskd.calibration import Threshold
 from dskd.checkpoint import BrokenDetectorError, DetectorRecord, read_detector, threshold_for
 from dskd.data.files import UnreadableImageError
-from dskd.data.images import Pixels, in_threads, load_pixels
-from dskd.evaluate import AnomalyScores, compute_metrics, labelled_test_split, score_images
+from dskd.data.geometry import Frame, Geometry, whole_frame
+from dskd.data.images import Framed, in_threads, load_framed
+from dskd.data.parts import PartVerdict, judge_parts
+from dskd.data.tiles import MAP_STRIDE
+from dskd.evaluate import (
+    AnomalyScores,
+    compute_metrics,
+    evaluate_tiled,
+    labelled_test_split,
+    score_canvas,
+    score_images,
+    test_samples,
+)
 from dskd.metrics import Scores
 from dskd.model.amplification import AmplifiedTeacher, build_amplifier
 from dskd.model.network import build_students
@@ -30,7 +41,7 @@ Verdict = Literal["good", "anomalous", "unreadable"]
 
 
 class Region(NamedTuple):
-    """A box around connected anomalous pixels, in pixels of the resized image."""
+    """Connected anomalous pixels: a box around them, and their outline. Of a prediction in pixels of its image."""
 
     left: int
     top: int
@@ -40,6 +51,12 @@ class Region(NamedTuple):
     """Exclusive."""
     peak: float
     """Highest map value inside."""
+    contour: tuple[tuple[int, int], ...] = ()
+    """Corners (x, y) of the outer border, clockwise from the top; they lie between pixels, as the box's edges do."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The region as plain values."""
+        return self._asdict() | {"contour": [list(corner) for corner in self.contour]}
 
 
 class Prediction(NamedTuple):
@@ -50,13 +67,39 @@ class Prediction(NamedTuple):
     threshold: float
     is_anomalous: bool
     regions: tuple[Region, ...]
-    """Connected pixels above the threshold, the highest peak first."""
+    """Connected pixels above the threshold, the highest peak first, in pixels of the image as it is in the file."""
     image: npt.NDArray[np.uint8]
-    """(S, S, 3)"""
-    map: npt.NDArray[np.float32]
-    """(S, S)"""
+    """(H, W, 3), the whole image, reduced to at most 768 pixels a side."""
+    heat: npt.NDArray[np.float32]
+    """(h, w), the map as it was scored, on the network's canvas."""
     num_clipped: int = 0
     """Values of the image beyond the scale of images of more than 8 bits: what is brighter there was not seen."""
+    frame: Frame | None = None
+    """Where the canvas lies in the image; None if the canvas is the image."""
+    stride: int = 1
+    """Pixels of the canvas per value of `heat`, along one side."""
+
+    @property
+    def width(self) -> int:
+        """Of the image as it is in the file, upright."""
+        return self.frame.width if self.frame else self.image.shape[1]
+
+    @property
+    def height(self) -> int:
+        return self.frame.height if self.frame else self.image.shape[0]
+
+    @property
+    def map(self) -> npt.NDArray[np.float32]:
+        """(height, width): a value for every pixel of the image as it is in the file, 0 where nothing is inspected.
+
+        Computed at every access, since a large image's map is larger than the image.
+        """
+        return self.frame.to_image(self.heat, self.stride) if self.frame else self.heat
+
+    def map_of(self, width: int, height: int) -> npt.NDArray[np.float32]:
+        """The map (height, width) of a copy of the image of that size."""
+        frame = self.frame or whole_frame(self.width, self.height)
+        return frame.to_image(self.heat, self.stride, (width, height))
 
     @property
     def verdict(self) -> Verdict:
@@ -65,13 +108,15 @@ class Prediction(NamedTuple):
     def to_dict(self, record: DetectorRecord, *, overlay: str | None = None) -> dict[str, Any]:
         """The prediction as plain values: one line of `dskd predict`, one row of `tune/score.py`, one served answer.
 
-        `overlay` is where its picture lies. The boxes in `regions`, none where the image is good, are in pixels of
-        the square of side `map_size` that the image was resized to.
+        `overlay` is where its picture lies. The boxes and outlines in `regions`, none where the image is good, are in
+        pixels of the image as it is in the file, whose `width` and `height` are given.
         """
         return _prediction_fields(record, str(self.path), self.threshold, self.verdict) | {
             "score": self.score,
             "is_anomalous": self.is_anomalous,
-            "regions": [region._asdict() for region in self.regions] if self.is_anomalous else [],
+            "regions": [region.to_dict() for region in self.regions] if self.is_anomalous else [],
+            "width": self.width,
+            "height": self.height,
             "overlay": overlay,
             "num_clipped": self.num_clipped,
         }
@@ -108,7 +153,8 @@ def _prediction_fields(record: DetectorRecord, image: str, threshold: float, ver
         "threshold": threshold,
         "is_anomalous": None,
         "regions": None,
-        "map_size": record.config.data.image_size,
+        "width": None,
+        "height": None,
         "overlay": None,
         "num_clipped": None,
         "category": record.category,
@@ -125,6 +171,7 @@ class Detector:
         self._teacher = teacher
         self._students = students
         self._device = device
+        self.geometry = Geometry.of(record.config.data, record.region, record.config.model.tile_alignment)
 
     @classmethod
     def load(cls, folder: Path, device: str = "cpu") -> Self:
@@ -135,6 +182,8 @@ class Detector:
         record, weights = read_detector(folder)
         model = record.config.model
         teacher = build_teacher(model.backbone, model.levels, "random")
+        if "teacher.input_scale" not in weights:  # of the time when every backbone saw ImageNet's normalisation
+            teacher = Teacher(teacher.features)
         if record.config.amplification.amplification:
             teacher = AmplifiedTeacher(teacher, build_amplifier(teacher, record.config.amplification.memory_size, 0))
         students = build_students(model, teacher, seed=0)
@@ -156,13 +205,44 @@ class Detector:
     def students(self) -> nn.Module:
         return self._students
 
-    def score_images(self, images: npt.NDArray[np.uint8]) -> AnomalyScores:
-        """Anomaly maps and scores of RGB images (N, S, S, 3), S as in training."""
-        return score_images(self._teacher, self._students, images, self.record.config, self._device)
+    def score_images(self, images: npt.NDArray[np.uint8], inside: npt.NDArray[np.bool_] | None = None) -> AnomalyScores:
+        """Anomaly maps and scores of the network's inputs (N, H, W, 3), of the size as in training.
+
+        The maps are 0 where `inside` (N, H, W) is false. With tiles these are tiles and not whole images.
+        """
+        return score_images(self._teacher, self._students, images, self.record.config, self._device, inside=inside)
 
     def threshold(self, false_alarm_rate: float) -> Threshold:
         """The stored threshold nearest to the wanted share of false alarms, never a stricter one."""
         return threshold_for(self.record.thresholds, false_alarm_rate)
+
+    def part_threshold(self, false_alarm_rate: float) -> Threshold:
+        """As `threshold`, of the worst score of a part that several images show.
+
+        Raises ValueError if the detector was not trained with `group_by`.
+        """
+        if not self.record.part_thresholds:
+            raise ValueError(
+                "this detector has no thresholds of parts; train it with --group-by PATTERN, which finds the name of a "
+                "part in an image's path."
+            )
+        return threshold_for(self.record.part_thresholds, false_alarm_rate)
+
+    def judge_parts(
+        self,
+        images: Iterable[tuple[str, float | None]],
+        false_alarm_rate: float = 0.01,
+        *,
+        group_by: str = "",
+        threshold: float | None = None,
+    ) -> list[PartVerdict]:
+        """A verdict per part from its images' paths and scores, None for one that cannot be read: the worst decides.
+
+        `group_by` finds a part's name in a path, by default as in training; `threshold` is taken as it is where given.
+        Raises ValueError as `part_threshold`.
+        """
+        limit = self.part_threshold(false_alarm_rate).value if threshold is None else threshold
+        return judge_parts(images, group_by or self.record.config.data.group_by, limit)
 
     def predict(self, paths: Sequence[Path], threshold: float) -> Iterator[Prediction]:
         """Verdicts in the order of `paths`, a bounded number of images in memory at a time.
@@ -180,67 +260,161 @@ class Detector:
         Raises ValueError on a threshold that is no finite number.
         """
         check_threshold(threshold)
-        size, scale = self.record.config.data.image_size, self.record.scale
-
-        def load(path: Path) -> Pixels | str:
-            try:
-                return load_pixels(path, size, scale)
-            except ValueError as error:
-                return str(error)
-
-        for start in range(0, len(paths), PREDICT_CHUNK):
-            chunk = paths[start : start + PREDICT_CHUNK]
-            loaded = in_threads(load, chunk)
-            sound = [index for index, each in enumerate(loaded) if not isinstance(each, str)]
-            pixels = [each for each in loaded if not isinstance(each, str)]
-            seen = self.predict_pixels(
-                [chunk[index] for index in sound],
-                np.stack([each.rgb for each in pixels]) if pixels else np.empty((0, size, size, 3), np.uint8),
+        # Of tiled images one is large enough to be alone in memory.
+        step = 1 if self.geometry.tile else PREDICT_CHUNK
+        for start in range(0, len(paths), step):
+            chunk = paths[start : start + step]
+            loaded = in_threads(self.load_image, chunk)
+            seen = self.predict_framed(
+                [path for path, each in zip(chunk, loaded, strict=True) if not isinstance(each, str)],
+                [each for each in loaded if not isinstance(each, str)],
                 threshold,
-                [each.num_clipped for each in pixels],
             )
             for path, each in zip(chunk, loaded, strict=True):
                 yield Unreadable(path, threshold, each) if isinstance(each, str) else next(seen)
 
-    def predict_pixels(
-        self,
-        paths: Sequence[Path],
-        images: npt.NDArray[np.uint8],
-        threshold: float,
-        num_clipped: Sequence[int] | None = None,
-    ) -> Iterator[Prediction | Unreadable]:
-        """Verdicts on RGB images (N, S, S, 3), S as in training, that were read from `paths`.
+    def load_image(self, path: Path) -> Framed | str:
+        """An image as `predict_framed` takes it, or one line that says why it cannot be read."""
+        try:
+            return load_framed(path, self.geometry, self.record.scale)
+        except ValueError as error:
+            return str(error)
 
-        An image whose score or map is not finite has none. `num_clipped` are the counts of clipped values.
-        """
-        if not len(images):
-            return
-        seen = self.score_images(images)
-        counts = num_clipped or [0] * len(images)
-        found = zip(paths, images, seen.maps, seen.scores.tolist(), counts, strict=True)
-        for path, image, heat, score, clipped in found:
-            if not (math.isfinite(score) and np.isfinite(heat).all()):
-                yield Unreadable(path, threshold, f"{path} gets no finite score, so that no verdict can be given.")
-                continue
-            regions = find_regions(heat, threshold)
-            yield Prediction(path, score, threshold, score > threshold, regions, image, heat, clipped)
+    def predict_framed(
+        self, paths: Sequence[Path], images: Sequence[Framed], threshold: float
+    ) -> Iterator[Prediction | Unreadable]:
+        """Verdicts on images that `load_image` read from `paths`; one whose score or map is not finite has none."""
+        return predictions(paths, images, *self.score_framed(images), threshold, self.geometry)
+
+    def score_framed(self, images: Sequence[Framed]) -> tuple[Sequence[npt.NDArray[np.float32]], Sequence[float]]:
+        """Maps and scores of whole images, by tiles if the detector has tiles."""
+        if not images:
+            return (), ()
+        if self.geometry.tile:
+            parts = [
+                score_canvas(
+                    self._teacher,
+                    self._students,
+                    image.rgb,
+                    image.frame,
+                    self.record.config,
+                    self.geometry,
+                    self._device,
+                )
+                for image in images
+            ]
+            return [heat for heat, _ in parts], [score for _, score in parts]
+        seen = self.score_images(np.stack([image.rgb for image in images]), inside_of(images, self.geometry))
+        return list(seen.maps), seen.scores.tolist()
 
     def evaluate(self, data: Path, category: str, on_note: Callable[[str], object] = lambda note: None) -> Scores:
         """All metrics on the labelled test split of a category; notes and errors as `labelled_test_split`."""
-        size = self.record.config.data.image_size
-        truth = labelled_test_split(data, category, size, self.record.scale, on_note)
-        return compute_metrics(self.score_images(truth.images), truth)
+        layout = self.record.config.data.layout
+        if self.geometry.tile:
+            return evaluate_tiled(
+                self._teacher,
+                self._students,
+                test_samples(data, category, on_note, layout),
+                self.record.config,
+                self.geometry,
+                self._device,
+                self.record.scale,
+                on_note,
+            )
+        truth = labelled_test_split(data, category, self.geometry, self.record.scale, on_note, layout)
+        return compute_metrics(self.score_images(truth.images, truth.inside), truth)
+
+
+def inside_of(images: Sequence[Framed], geometry: Geometry) -> npt.NDArray[np.bool_] | None:
+    """Which pixels (N, H, W) of the images' canvases are scored; None if all are."""
+    return np.stack([geometry.inside(image.frame) for image in images]) if geometry.is_masked else None
+
+
+def predictions(
+    paths: Sequence[Path],
+    images: Sequence[Framed],
+    maps: Sequence[npt.NDArray[np.float32]],
+    scores: Sequence[float],
+    threshold: float,
+    geometry: Geometry,
+) -> Iterator[Prediction | Unreadable]:
+    """The verdicts that maps and scores of images give; an image whose score or map is not finite has none."""
+    stride = MAP_STRIDE if geometry.tile else 1
+    for path, image, heat, score in zip(paths, images, maps, scores, strict=True):
+        if not (math.isfinite(score) and np.isfinite(heat).all()):
+            yield Unreadable(path, threshold, f"{path} gets no finite score, so that no verdict can be given.")
+            continue
+        regions = tuple(in_image(region, image.frame, stride) for region in find_regions(heat, threshold))
+        yield Prediction(
+            path,
+            score,
+            threshold,
+            score > threshold,
+            regions,
+            image.picture,
+            heat,
+            image.num_clipped,
+            image.frame,
+            stride,
+        )
 
 
 def find_regions(heat: npt.NDArray[np.float32], threshold: float) -> tuple[Region, ...]:
-    """Boxes of the 8-connected pixels of a map (S, S) above `threshold`, the highest peak first."""
+    """Boxes and outlines of the 8-connected pixels of a map (H, W) above `threshold`, the highest peak first."""
     labels, count = ndimage.label(heat > threshold, _EIGHT_NEIGHBOURS)
     peaks = ndimage.maximum(heat, labels, range(1, count + 1)) if count else []
-    regions = [
-        Region(columns.start, rows.start, columns.stop, rows.stop, float(peak))
-        for (rows, columns), peak in zip(ndimage.find_objects(labels), peaks, strict=True)
-    ]
+    regions = []
+    for number, ((rows, columns), peak) in enumerate(zip(ndimage.find_objects(labels), peaks, strict=True), 1):
+        corners = outline(labels[rows, columns] == number)
+        contour = tuple((columns.start + x, rows.start + y) for x, y in corners)
+        regions.append(Region(columns.start, rows.start, columns.stop, rows.stop, float(peak), contour))
     return tuple(sorted(regions, key=lambda region: -region.peak))
+
+
+def outline(mask: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """Corners (x, y) of the outer border of the one 8-connected region of a mask (H, W), clockwise from the top left.
+
+    Walks along the edges of pixels with the region on the right. Where two of its pixels touch at a corner, it turns
+    left, so that both lie within one border.
+    """
+    padded = np.pad(mask, 1)
+    top, left = divmod(int(np.flatnonzero(mask)[0]), mask.shape[1])
+    start = (top, left)
+    y, x = start
+    # right, down, left, up: the step, and where the pixels ahead on the left and on the right lie
+    steps = ((0, 1), (1, 0), (0, -1), (-1, 0))
+    lefts, rights = ((-1, 0), (0, 0), (0, -1), (-1, -1)), ((0, 0), (0, -1), (-1, -1), (-1, 0))
+    direction, corners = 0, [(left, top)]
+    while True:
+        y, x = y + steps[direction][0], x + steps[direction][1]
+        if padded[y + 1 + lefts[direction][0], x + 1 + lefts[direction][1]]:
+            turned = (direction - 1) % 4
+        elif padded[y + 1 + rights[direction][0], x + 1 + rights[direction][1]]:
+            turned = direction
+        else:
+            turned = (direction + 1) % 4
+        if (y, x) == start and turned == 0:
+            return corners
+        if turned != direction:
+            corners.append((x, y))
+        direction = turned
+
+
+def in_image(region: Region, frame: Frame, stride: int) -> Region:
+    """A region of a map of one value per `stride` pixels of a canvas, in pixels of the image."""
+
+    def corner(x: float, y: float) -> tuple[int, int]:
+        return round(frame.column(x * stride)), round(frame.row(y * stride))
+
+    contour = dict.fromkeys(corner(x, y) for x, y in region.contour)  # corners of a fine map may fall together
+    return Region(
+        math.floor(frame.column(region.left * stride)),
+        math.floor(frame.row(region.top * stride)),
+        math.ceil(frame.column(region.right * stride)),
+        math.ceil(frame.row(region.bottom * stride)),
+        region.peak,
+        tuple(contour),
+    )
 
 
 UNTRAINED_TEACHER = "UNTRAINED TEACHER: fit to see the machinery, not for inspection"

@@ -1,8 +1,9 @@
 """Maps, scores and metrics of labelled images; the only module that reads test labels."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,13 +12,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dskd import metrics
-from dskd.anomaly import Discrepancies, anomaly_maps, discrepancies, image_scores
-from dskd.config import RunConfig
+from dskd.anomaly import BLUR_REFERENCE, Discrepancies, anomaly_maps, discrepancies, image_scores
+from dskd.config import LayoutName, RunConfig
 from dskd.data.datasets import read_test_split
 from dskd.data.defects import add_defects
 from dskd.data.depth import PixelScale
-from dskd.data.images import load_images, load_masks
+from dskd.data.geometry import Frame, Geometry
+from dskd.data.images import checked_mask, load_framed, load_images, load_inside, load_masks
 from dskd.data.samples import Sample
+from dskd.data.tiles import MAP_STRIDE, TilePlace, on_map, stitched_map, tile_masks, tiled_score, tiles_inside
 from dskd.device import to_device
 from dskd.metrics import MetricState, Scores
 from dskd.model.features import FeatureTable
@@ -30,9 +33,9 @@ class LabelledImages(NamedTuple):
     """Images with what is known of their defects."""
 
     images: npt.NDArray[np.uint8]
-    """(N, S, S, 3)"""
+    """(N, H, W, 3)"""
     masks: npt.NDArray[np.bool_]
-    """(N, S, S), true on defects; all false for a normal image, or where a defect has no mask."""
+    """(N, H, W), true on defects; all false for a normal image, or where a defect has no mask."""
     labels: npt.NDArray[np.bool_]
     """(N,), true for a defective image, taken from its folder and never from its mask."""
     has_mask: npt.NDArray[np.bool_]
@@ -40,13 +43,15 @@ class LabelledImages(NamedTuple):
     pixel figures. Normal images need none."""
     sources: npt.NDArray[np.int64]
     """(N,), the same number for a normal image and for its copies with synthetic defects, another for every other."""
+    inside: npt.NDArray[np.bool_] | None = None
+    """(N, H, W), false for pixels that are not inspected: outside of the region of interest, or bars; None: all are."""
 
 
 class AnomalyScores(NamedTuple):
     """Anomaly maps and scores of some images."""
 
     maps: npt.NDArray[np.float32]
-    """(N, S, S); higher is more anomalous, no fixed range."""
+    """(N, H, W); higher is more anomalous, no fixed range."""
     scores: npt.NDArray[np.float32]
     """(N,)"""
 
@@ -56,54 +61,107 @@ def _unheard(note: str) -> None:
 
 
 def label(
-    samples: Sequence[Sample], images: npt.NDArray[np.uint8], on_note: Callable[[str], object] = _unheard
+    samples: Sequence[Sample],
+    images: npt.NDArray[np.uint8],
+    geometry: Geometry,
+    on_note: Callable[[str], object] = _unheard,
 ) -> LabelledImages:
-    """Labels and masks of `images` (N, S, S, 3), read from the folders and mask files of `samples`.
+    """Labels and masks of `images` (N, H, W, 3), read from the folders and mask files of `samples`.
 
-    `on_note` as in `load_masks`.
+    An image whose defect lies outside of the region of interest counts as good. `on_note` as in `load_masks`.
     """
+    labels = np.array([sample.is_defective for sample in samples], np.bool_)
+
+    def outside(index: int) -> None:
+        labels[index] = False
+        on_note(f"{samples[index].path} counts as good: its defect lies outside of the region of interest.")
+
+    masks = load_masks(samples, geometry, on_note, outside)
     return LabelledImages(
         images,
-        load_masks(samples, images.shape[1], on_note),
-        np.array([sample.is_defective for sample in samples], np.bool_),
+        masks,
+        labels,
         np.array([sample.mask is not None or not sample.is_defective for sample in samples], np.bool_),
         np.arange(len(samples)),
+        load_inside([sample.path for sample in samples], geometry),
+    )
+
+
+def label_tiles(
+    samples: Sequence[Sample],
+    frames: Sequence[Frame],
+    places: Sequence[TilePlace],
+    tiles: npt.NDArray[np.uint8],
+    geometry: Geometry,
+) -> LabelledImages:
+    """Labels and masks of tiles (N, T, T, 3): a tile is defective if its image's mask marks a pixel of it.
+
+    Every tile of a defective sample without a mask is defective, and its pixels stay out of the pixel figures.
+    """
+    masks = tile_masks(samples, checked_mask, frames, places, geometry)
+    is_unmasked = np.array([sample.is_defective and sample.mask is None for sample in samples], np.bool_)
+    unmasked = is_unmasked[[place.image for place in places]]
+    return LabelledImages(
+        tiles,
+        masks,
+        np.asarray(masks.any(axis=(1, 2)) | unmasked),
+        ~unmasked,
+        np.array([place.image for place in places], np.int64),
+        tiles_inside(frames, places, geometry),
     )
 
 
 def join(first: LabelledImages, second: LabelledImages) -> LabelledImages:
     """The images of both, in order; no source is in both."""
-    apart = second._replace(sources=second.sources + first.sources.max(initial=-1) + 1)
-    pairs: Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = zip(first, apart, strict=True)
-    return LabelledImages(*(np.concatenate(pair) for pair in pairs))
+    parts = [part.inside if part.inside is not None else np.ones_like(part.masks) for part in (first, second)]
+    is_masked = first.inside is not None or second.inside is not None
+    return LabelledImages(
+        np.concatenate([first.images, second.images]),
+        np.concatenate([first.masks, second.masks]),
+        np.concatenate([first.labels, second.labels]),
+        np.concatenate([first.has_mask, second.has_mask]),
+        np.concatenate([first.sources, second.sources + first.sources.max(initial=-1) + 1]),
+        np.concatenate(parts) if is_masked else None,
+    )
 
 
 def synthetic_validation(
-    normals: npt.NDArray[np.uint8], *, seed: int, num_defective: int, textures: npt.NDArray[np.uint8] | None = None
+    normals: npt.NDArray[np.uint8],
+    *,
+    seed: int,
+    num_defective: int,
+    textures: npt.NDArray[np.uint8] | None = None,
+    inside: npt.NDArray[np.bool_] | None = None,
 ) -> LabelledImages:
-    """Held-out normals (N, S, S, 3) followed by copies of them with synthetic defects.
+    """Held-out normals (N, H, W, 3) followed by copies of them with synthetic defects.
 
     The copies take the normals in turn, at least one of each, `num_defective` in all where that is
-    more, `textures` feeding some as in `add_defects`. No real defect and no test image is involved.
+    more, `textures` feeding some and only pixels `inside` (N, H, W) changing as in `add_defects`. No real
+    defect and no test image is involved.
     """
     repeats = -(-max(num_defective, len(normals)) // len(normals))
     count = max(num_defective, len(normals))
-    defective, masks = add_defects(np.concatenate([normals] * repeats)[:count], seed=seed, textures=textures)
+    scored = None if inside is None else np.concatenate([inside] * repeats)[:count]
+    defective, masks = add_defects(
+        np.concatenate([normals] * repeats)[:count], seed=seed, textures=textures, inside=scored
+    )
     return LabelledImages(
         np.concatenate([normals, defective]),
         np.concatenate([np.zeros(normals.shape[:3], np.bool_), masks]),
         np.arange(len(normals) + count) >= len(normals),
         np.ones(len(normals) + count, np.bool_),
         np.concatenate([np.arange(len(normals)), np.arange(count) % len(normals)]),
+        None if inside is None or scored is None else np.concatenate([inside, scored]),
     )
 
 
 def labelled_test_split(
     data: Path,
     category: str,
-    image_size: int,
+    geometry: Geometry,
     scale: PixelScale | None = None,
     on_note: Callable[[str], object] = _unheard,
+    layout: LayoutName = "auto",
 ) -> LabelledImages:
     """The labelled test split of a category; nothing that selects or tunes may call this.
 
@@ -111,21 +169,28 @@ def labelled_test_split(
     and of masks and images that are worth a look. Raises ValueError where the category has no test images of both
     kinds, or a mask that cannot be told or has another shape than its image.
     """
-    found = read_test_split(data, category)
-    samples = found.test
-    on_note(found.describe())
-    num_defective = sum(sample.is_defective for sample in samples)
-    if num_defective in (0, len(samples)):
-        raise ValueError(
-            f"category {category} in {data} needs good and defective test images to be evaluated, "
-            f"got {len(samples) - num_defective} good and {num_defective} defective."
-        )
+    samples = test_samples(data, category, on_note, layout)
 
     def clipped(path: Path, count: int) -> None:
         on_note(f"{path} has {count} values beyond the scale of the training images; they are clipped.")
 
     paths = [sample.path for sample in samples]
-    return label(samples, load_images(paths, image_size, scale=scale, on_clipped=clipped), on_note)
+    return label(samples, load_images(paths, geometry, scale=scale, on_clipped=clipped), geometry, on_note)
+
+
+def test_samples(
+    data: Path, category: str, on_note: Callable[[str], object] = _unheard, layout: LayoutName = "auto"
+) -> tuple[Sample, ...]:
+    """The samples of `labelled_test_split`; notes and errors as there."""
+    found = read_test_split(data, category, layout)
+    on_note(found.describe())
+    num_defective = sum(sample.is_defective for sample in found.test)
+    if num_defective in (0, len(found.test)):
+        raise ValueError(
+            f"category {category} in {data} needs good and defective test images to be evaluated, "
+            f"got {len(found.test) - num_defective} good and {num_defective} defective."
+        )
+    return found.test
 
 
 @torch.inference_mode()
@@ -136,18 +201,22 @@ def score_images(
     config: RunConfig,
     device: torch.device,
     indices: Sequence[int] | None = None,
+    inside: npt.NDArray[np.bool_] | None = None,
 ) -> AnomalyScores:
-    """Anomaly maps and scores of images (N, S, S, 3), or of those at `indices`, in that order.
+    """Anomaly maps and scores of images (N, H, W, 3), or of those at `indices`, in that order.
 
-    `teacher` is the network, or the table of its pyramids of the same images.
+    `teacher` is the network, or the table of its pyramids of the same images. Where `inside` (N, H, W) is false the
+    maps are 0.
     """
     order = np.arange(len(images)) if indices is None else np.asarray(indices, np.int64)
-    size = images.shape[1]
-    maps = np.empty((len(order), size, size), np.float32)
+    size = (images.shape[1], images.shape[2])
+    maps = np.empty((len(order), *size), np.float32)
     scores = np.empty(len(order), np.float32)
     start = 0
     for found in _compared(teacher, students, images, device, order):
         batch = anomaly_maps(found, config.score, size)
+        if inside is not None:
+            batch = batch * to_device(device, inside, order[start : start + len(batch)])
         maps[start : start + len(batch)] = batch.float().cpu().numpy()
         pooled = image_scores(batch, config.score.score_top_fraction)
         scores[start : start + len(batch)] = pooled.float().cpu().numpy()
@@ -155,11 +224,88 @@ def score_images(
     return AnomalyScores(maps, scores)
 
 
+def score_canvas(
+    teacher: Teacher,
+    students: nn.Module,
+    canvas: npt.NDArray[np.uint8],
+    frame: Frame,
+    config: RunConfig,
+    geometry: Geometry,
+    device: torch.device,
+) -> tuple[npt.NDArray[np.float32], float]:
+    """Map, one value per `MAP_STRIDE` pixels, and score of a canvas (h, w, 3) of any size, inspected tile by tile."""
+    side = geometry.tile // MAP_STRIDE
+    sharp = dataclasses.replace(config.score, blur_sigma=0.0)
+
+    @torch.inference_mode()
+    def score_tiles(tiles: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        (found,) = _compared(teacher, students, tiles, device, np.arange(len(tiles)))
+        maps: npt.NDArray[np.float32] = anomaly_maps(found, sharp, side).float().cpu().numpy()
+        return maps
+
+    sigma = config.score.blur_sigma * side / BLUR_REFERENCE
+    heat = stitched_map(canvas, geometry.inside(frame, MAP_STRIDE), geometry, sigma, score_tiles, _BATCH)
+    return heat, tiled_score(heat, geometry, config.score.score_top_fraction)
+
+
+def score_files(
+    teacher: Teacher,
+    students: nn.Module,
+    paths: Sequence[Path],
+    config: RunConfig,
+    geometry: Geometry,
+    device: torch.device,
+    scale: PixelScale | None,
+) -> list[float]:
+    """Scores of whole images that are inspected tile by tile, one image in memory at a time."""
+    scores = []
+    for path in paths:
+        framed = load_framed(path, geometry, scale)
+        scores.append(score_canvas(teacher, students, framed.rgb, framed.frame, config, geometry, device)[1])
+    return scores
+
+
+def evaluate_tiled(
+    teacher: Teacher,
+    students: nn.Module,
+    samples: Sequence[Sample],
+    config: RunConfig,
+    geometry: Geometry,
+    device: torch.device,
+    scale: PixelScale | None,
+    on_note: Callable[[str], object] = _unheard,
+) -> Scores:
+    """All metrics of whole labelled images that are inspected tile by tile, on the grid of their maps."""
+    state = MetricState()
+    for sample in samples:
+        framed = load_framed(sample.path, geometry, scale)
+        heat, score = score_canvas(teacher, students, framed.rgb, framed.frame, config, geometry, device)
+        mask, is_defective = np.zeros(heat.shape, np.bool_), sample.is_defective
+        if sample.mask is not None:
+            marked = checked_mask(sample, on_note)
+            mask = on_map(geometry.mask(marked, framed.frame))
+            if geometry.is_outside(marked):
+                is_defective = False
+                on_note(f"{sample.path} counts as good: its defect lies outside of the region of interest.")
+        is_known = sample.mask is not None or not sample.is_defective
+        inside = geometry.inside(framed.frame, MAP_STRIDE)
+        state = metrics.update(
+            state,
+            heat[None],
+            mask[None],
+            np.array([score]),
+            np.array([is_defective]),
+            np.array([is_known]),
+            inside[None],
+        )
+    return metrics.compute(state)
+
+
 @torch.inference_mode()
 def disagreements(
     teacher: Teacher | FeatureTable, students: nn.Module, images: npt.NDArray[np.uint8], device: torch.device
 ) -> Discrepancies:
-    """The discrepancies of images (N, S, S, 3), on the CPU; every score configuration starts from them."""
+    """The discrepancies of images (N, H, W, 3), on the CPU; every score configuration starts from them."""
     batches = list(_compared(teacher, students, images, device, np.arange(len(images))))
 
     def joined(parts: Sequence[tuple[Tensor, ...] | None]) -> tuple[Tensor, ...] | None:
@@ -187,7 +333,9 @@ def _compared(
 
 def compute_metrics(inspection: AnomalyScores, truth: LabelledImages) -> Scores:
     """All metrics of one inspection of `truth.images`."""
-    return metrics.score_maps(inspection.maps, truth.masks, inspection.scores, truth.labels, truth.has_mask)
+    return metrics.score_maps(
+        inspection.maps, truth.masks, inspection.scores, truth.labels, truth.has_mask, truth.inside
+    )
 
 
 def compute_metrics_shared(
@@ -205,9 +353,9 @@ def compute_metrics_shared(
     its last bits on the size of its batch, and this way the figures are exactly those of one worker.
     """
     mine = np.flatnonzero(np.arange(len(truth.images)) // _BATCH % world_size == rank)
-    seen = score_images(table, students, truth.images, config, device, mine.tolist())
-    known = truth.has_mask[mine]
-    state = metrics.update(MetricState(), seen.maps, truth.masks[mine], seen.scores, truth.labels[mine], known)
+    seen = score_images(table, students, truth.images, config, device, mine.tolist(), truth.inside)
+    known, inside = truth.has_mask[mine], None if truth.inside is None else truth.inside[mine]
+    state = metrics.update(MetricState(), seen.maps, truth.masks[mine], seen.scores, truth.labels[mine], known, inside)
     if dist.is_available() and dist.is_initialized():
         states: list[MetricState | None] = [None] * world_size
         dist.all_gather_object(states, state)

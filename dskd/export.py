@@ -1,22 +1,29 @@
 """Export a detector as one ONNX graph, from RGB bytes to anomaly maps and scores, and check that both agree."""
 
+import dataclasses
 import json
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from scipy import ndimage
 from torch import Tensor, nn
 
-from dskd.anomaly import anomaly_maps, discrepancies, image_scores
+from dskd.anomaly import BLUR_REFERENCE, anomaly_maps, discrepancies, image_scores
 from dskd.atomic import check_can_be_made, file_in_making
-from dskd.config import VERSION
-from dskd.detector import Detector
-from dskd.evaluate import AnomalyScores
+from dskd.config import VERSION, RunConfig
+from dskd.data.depth import PixelScale
+from dskd.data.files import UnreadableImageError
+from dskd.data.geometry import NEUTRAL, Geometry, RegionOfInterest, whole_frame
+from dskd.data.images import Framed, load_framed
+from dskd.data.tiles import MAP_STRIDE, stitched_map, tiled_score
+from dskd.detector import Detector, Prediction, Unreadable, inside_of, predictions
 from dskd.model.teacher import normalize
 
 if TYPE_CHECKING:
@@ -24,7 +31,11 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 INPUT = "images"
+INSIDE = "inside"
+"""Second input of detectors with a polygon or mask as region of interest, or bars: which pixels are scored."""
 OUTPUTS = ("maps", "scores")
+TILE_OUTPUTS = ("maps",)
+"""Of a detector with tiles: an image's score comes from the stitched map of all its tiles."""
 OPSETS = range(18, 26)
 """Opsets that torch's exporter writes, or its converter reaches, without falling back to another opset."""
 DEFAULT_OPSET = 18
@@ -75,21 +86,86 @@ class DetectorGraph(nn.Module):
         self.teacher = detector.teacher
         self.students = detector.students
         self.config = detector.record.config
+        self.geometry = detector.geometry
 
     def forward(
-        self, images: UInt8[Tensor, "b size size 3"]
-    ) -> tuple[Float[Tensor, "b size size"], Float[Tensor, " b"]]:
-        """Anomaly maps and image scores of RGB images, `size` as in training."""
+        self, images: UInt8[Tensor, "b height width 3"], inside: Bool[Tensor, "b height width"] | None = None
+    ) -> tuple[Float[Tensor, "b h w"], Float[Tensor, " b"]] | Float[Tensor, "b h w"]:
+        """Anomaly maps and image scores of RGB images of the size as in training; of tiles the maps, not blurred."""
         pixels = normalize(images)
         targets = self.teacher(pixels)
         outputs = self.students(pixels, targets)
         found = discrepancies(targets, outputs.encoder, outputs.decoder)
-        maps = anomaly_maps(found, self.config.score, self.config.data.image_size)
-        return maps, image_scores(maps, self.config.score.score_top_fraction)
+        score = self.config.score
+        if self.geometry.tile:
+            sharp = dataclasses.replace(score, blur_sigma=0.0)
+            return anomaly_maps(found, sharp, self.geometry.tile // MAP_STRIDE)
+        maps = anomaly_maps(found, score, (self.geometry.height, self.geometry.width))
+        if inside is not None:
+            maps = maps * inside
+        return maps, image_scores(maps, score.score_top_fraction)
 
 
-def export_onnx(detector: Detector, path: Path, images: npt.NDArray[np.uint8], opset: int = DEFAULT_OPSET) -> Parity:
-    """Write the graph to `path` if it agrees with the detector on RGB images (N, S, S, 3), S as in training.
+class OnnxDetector:
+    """An exported graph in onnxruntime, with all that surrounds it: reading images, tiles, boxes in their pixels.
+
+    The graph's metadata tell what it takes; a program in another language does the same with them.
+    """
+
+    def __init__(self, model: bytes) -> None:
+        import onnxruntime
+
+        self._session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+        known = self._session.get_modelmeta().custom_metadata_map
+        values = {name: json.loads(known[_PREFIX + name]) for name in ("config", "region", "scale")}
+        self._config = RunConfig.from_dict(values["config"])
+        region = msgspec.convert(values["region"], RegionOfInterest | None)
+        self.geometry = Geometry.of(self._config.data, region, self._config.model.tile_alignment)
+        self.scale = msgspec.convert(values["scale"], PixelScale | None)
+
+    def predict(self, paths: Sequence[Path], threshold: float) -> Iterator[Prediction | Unreadable]:
+        """Verdicts as `Detector.predict`; errors too."""
+        for path in paths:
+            framed = [load_framed(path, self.geometry, self.scale)]
+            yield from predictions([path], framed, *self.score_framed(framed), threshold, self.geometry)
+
+    def score_framed(
+        self, images: Sequence[Framed], batch_size: int = 1
+    ) -> tuple[Sequence[npt.NDArray[np.float32]], Sequence[float]]:
+        """Maps and scores of whole images, computed in full batches: the last is filled up with the first images."""
+        if not self.geometry.tile:
+            given = {INPUT: np.stack([image.rgb for image in images])}
+            inside = inside_of(images, self.geometry)
+            maps, scores = self._run(given | ({} if inside is None else {INSIDE: inside}), OUTPUTS, batch_size)
+            return list(maps), scores.tolist()
+        score, tile = self._config.score, self.geometry.tile
+        sigma = score.blur_sigma * (tile // MAP_STRIDE) / BLUR_REFERENCE
+
+        def score_tiles(tiles: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+            (found,) = self._run({INPUT: tiles}, TILE_OUTPUTS, batch_size)
+            return found
+
+        heats = []
+        for image in images:
+            inside = self.geometry.inside(image.frame, MAP_STRIDE)
+            heats.append(stitched_map(image.rgb, inside, self.geometry, sigma, score_tiles, batch_size))
+        return heats, [tiled_score(heat, self.geometry, score.score_top_fraction) for heat in heats]
+
+    def _run(
+        self, inputs: dict[str, npt.NDArray[Any]], outputs: Sequence[str], batch_size: int
+    ) -> list[npt.NDArray[np.float32]]:
+        count = len(inputs[INPUT])
+        num_batches = -(-count // batch_size)
+        batches = (np.arange(num_batches * batch_size) % count).reshape(num_batches, batch_size)
+        seen = [
+            self._session.run(list(outputs), {name: values[batch] for name, values in inputs.items()})
+            for batch in batches
+        ]
+        return [np.concatenate(parts)[:count] for parts in zip(*seen, strict=True)]
+
+
+def export_onnx(detector: Detector, path: Path, images: Sequence[Framed], opset: int = DEFAULT_OPSET) -> Parity:
+    """Write the graph to `path` if it agrees with the detector on these images.
 
     The file is written completely or not at all, and replaces an older export. Raises ParityError if the graph
     disagrees; ValueError if `path` is something else, a package is missing or the opset is outside `OPSETS`.
@@ -120,18 +196,24 @@ def build_model(detector: Detector, opset: int = DEFAULT_OPSET) -> "onnx.ModelPr
     """
     import onnx
 
-    size = detector.record.config.data.image_size
+    geometry = detector.geometry
     # The exporter would treat a batch size of one as a constant.
-    sample = torch.zeros(2, size, size, 3, dtype=torch.uint8)
+    samples = [torch.zeros(2, geometry.height, geometry.width, 3, dtype=torch.uint8)]
+    names = [INPUT]
+    if geometry.is_masked and not geometry.tile:
+        samples.append(torch.ones(2, geometry.height, geometry.width, dtype=torch.bool))
+        names.append(INSIDE)
+    batch = torch.export.Dim("batch", min=1)
     try:
         with torch.no_grad():
             program = torch.onnx.export(
                 DetectorGraph(detector).eval(),
-                (sample,),
+                tuple(samples),
                 dynamo=True,
-                input_names=[INPUT],
-                output_names=list(OUTPUTS),
-                dynamic_shapes={INPUT: {0: torch.export.Dim("batch", min=1)}},
+                input_names=names,
+                output_names=list(TILE_OUTPUTS if geometry.tile else OUTPUTS),
+                # The second input has the first one's batch size; the exporter warns of a name for it.
+                dynamic_shapes={name: {0: batch if name == INPUT else torch.export.Dim.AUTO} for name in names},
                 opset_version=opset,
                 external_data=False,
                 verbose=False,
@@ -150,22 +232,31 @@ def build_model(detector: Detector, opset: int = DEFAULT_OPSET) -> "onnx.ModelPr
     return model
 
 
-def compare(detector: Detector, model: bytes, images: npt.NDArray[np.uint8]) -> Parity:
-    """Run detector and graph on RGB images (N, S, S, 3), the graph with each of `BATCH_SIZES`.
+def compare(detector: Detector, model: bytes, images: Sequence[Framed]) -> Parity:
+    """Run detector and graph on whole images, the graph with each of `BATCH_SIZES`.
 
     Raises ParityError if an error is above `TOLERANCE`, if verdicts at a stored threshold differ, or if onnxruntime
     cannot run the graph.
     """
-    expected = detector.score_images(images)
-    found = [_run(model, images, size) for size in BATCH_SIZES]
-    peaks, scores = np.abs(expected.maps).max(axis=(1, 2)), np.abs(expected.scores)
-    map_error = max(_share(np.abs(seen.maps - expected.maps).max(axis=(1, 2)), peaks) for seen in found)
-    score_error = max(_share(np.abs(seen.scores - expected.scores), scores) for seen in found)
+    maps, values = detector.score_framed(images)
+    expected, peaks = np.array(values), np.array([np.abs(heat).max() for heat in maps])
+    map_errors, score_errors, found = [], [], []
+    try:
+        graph = OnnxDetector(model)
+        for size in BATCH_SIZES:
+            heats, scores = graph.score_framed(images, size)
+            apart = [np.abs(heat - other).max() for heat, other in zip(heats, maps, strict=True)]
+            map_errors.append(_share(np.array(apart), peaks))
+            found.append(np.array(scores))
+            score_errors.append(_share(np.abs(found[-1] - expected), np.abs(expected)))
+    except Exception as error:  # onnxruntime's errors have no other common base class
+        raise ParityError(f"onnxruntime cannot run the graph: {str(error).splitlines()[0]}") from error
+    map_error, score_error = max(map_errors), max(score_errors)
     verdicts, num_unequal = [], 0
     for rate, threshold, _ in detector.record.thresholds:
-        decided = np.abs(expected.scores - threshold) > TOLERANCE * abs(threshold)
-        anomalous = expected.scores > threshold
-        num_unequal += sum(int(((seen.scores > threshold) != anomalous)[decided].sum()) for seen in found)
+        decided = np.abs(expected - threshold) > TOLERANCE * abs(threshold)
+        anomalous = expected > threshold
+        num_unequal += sum(int(((scores > threshold) != anomalous)[decided].sum()) for scores in found)
         verdicts.append(Verdicts(rate, threshold, int(anomalous.sum()), int((~decided).sum())))
     if num_unequal or not max(map_error, score_error) < TOLERANCE:
         raise ParityError(
@@ -176,33 +267,48 @@ def compare(detector: Detector, model: bytes, images: npt.NDArray[np.uint8]) -> 
     return Parity(len(images), BATCH_SIZES, map_error, score_error, tuple(verdicts))
 
 
-def generated_images(image_size: int) -> npt.NDArray[np.uint8]:
-    """Generated images (N, S, S, 3) for the comparison if the user gave none: black, white, fine to coarse noise."""
+def generated_inputs(detector: Detector) -> list[Framed]:
+    """Generated images for the comparison if the user gave none; for tiles larger than one of them."""
+    geometry = detector.geometry
+    more = geometry.tile // 2
+    return as_inputs(generated_images(geometry.width + more, geometry.height + more))
+
+
+def network_inputs(detector: Detector, paths: Sequence[Path]) -> list[Framed]:
+    """Image files as the detector reads them.
+
+    Raises UnreadableImageError on a file that is no readable image.
+    """
+    found = []
+    for path in paths:
+        framed = detector.load_image(path)
+        if isinstance(framed, str):
+            raise UnreadableImageError(framed)
+        found.append(framed)
+    return found
+
+
+def as_inputs(images: npt.NDArray[np.uint8]) -> list[Framed]:
+    """Pixels (N, H, W, 3) as images that are their own canvas."""
+    return [Framed(image, whole_frame(images.shape[2], images.shape[1]), image) for image in images]
+
+
+def generated_images(width: int, height: int | None = None) -> npt.NDArray[np.uint8]:
+    """Generated images (N, height, width, 3), by default squares, for the comparison if the user gave none.
+
+    Black, white, fine to coarse noise.
+    """
     rng = np.random.default_rng(0)
-    drawn = [np.zeros((image_size, image_size, 3)), np.full((image_size, image_size, 3), 255.0)]
+    size = (width if height is None else height, width)
+    drawn = [np.zeros((*size, 3)), np.full((*size, 3), 255.0)]
     for index in range(NUM_GENERATED - len(drawn)):
         cells = 2 ** (1 + index % 5)
-        zoom = image_size / cells
-        drawn.append(ndimage.zoom(rng.uniform(0, 255, (cells, cells, 3)), (zoom, zoom, 1), order=1))
+        zoom = (size[0] / cells, size[1] / cells, 1)
+        drawn.append(ndimage.zoom(rng.uniform(0, 255, (cells, cells, 3)), zoom, order=1))
     return np.stack(drawn).round().astype(np.uint8)
 
 
-def _run(model: bytes, images: npt.NDArray[np.uint8], batch_size: int) -> AnomalyScores:
-    """The graph's maps and scores, computed in full batches: the last batch is filled up with the first images."""
-    import onnxruntime
-
-    num_batches = -(-len(images) // batch_size)
-    batches = (np.arange(num_batches * batch_size) % len(images)).reshape(num_batches, batch_size)
-    try:
-        session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-        seen = [session.run(list(OUTPUTS), {INPUT: images[indices]}) for indices in batches]
-    except Exception as error:  # onnxruntime's errors have no other common base class
-        raise ParityError(f"onnxruntime cannot run the graph: {str(error).splitlines()[0]}") from error
-    maps, scores = (np.concatenate(parts)[: len(images)] for parts in zip(*seen, strict=True))
-    return AnomalyScores(maps, scores)
-
-
-def _share(errors: npt.NDArray[np.float32], scales: npt.NDArray[np.float32]) -> float:
+def _share(errors: npt.NDArray[np.floating[Any]], scales: npt.NDArray[np.floating[Any]]) -> float:
     """The largest error relative to its scale; infinite if an error is NaN."""
     shares = errors / np.maximum(scales, np.finfo(np.float32).tiny)
     return float(shares.max()) if np.isfinite(shares).all() else float("inf")
@@ -215,8 +321,12 @@ def _metadata(detector: Detector) -> dict[str, str]:
         "version": VERSION,
         "category": record.category,
         "image_size": record.config.data.image_size,
+        "width": detector.geometry.width,
+        "height": detector.geometry.height,
         "thresholds": [threshold._asdict() for threshold in record.thresholds],
-        "input": "RGB bytes, channels last, resized to a square of image_size: bilinear, antialiased, no crop",
+        "input": _input_in_words(detector.geometry),
+        "region": dataclasses.asdict(record.region) if record.region else None,
+        "scale": dataclasses.asdict(record.scale) if record.scale else None,
         "teacher": record.teacher,
         "teacher_sha256": record.teacher_sha256,
         "data_sha256": record.data_sha256,
@@ -225,6 +335,27 @@ def _metadata(detector: Detector) -> dict[str, str]:
         "revision": record.revision,
     }
     return {_PREFIX + name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
+
+
+def _input_in_words(geometry: Geometry) -> str:
+    """What a program that feeds the graph has to do, in words."""
+    size = f"{geometry.width} x {geometry.height}"
+    if geometry.tile:
+        how = (
+            f"cut into tiles of {size} that share {geometry.overlap} pixels and start at multiples of "
+            f"{geometry.alignment}; the maps have one value per {MAP_STRIDE} pixels and are to be stitched, blurred "
+            "and scored as dskd.data.tiles does"
+        )
+    elif geometry.letterbox:
+        how = f"resized into {size} with its aspect ratio, in the middle between bars: bilinear, antialiased"
+    else:
+        how = f"resized to {size}: bilinear, antialiased, no crop"
+    text = f"RGB bytes, channels last, {how}"
+    if geometry.region is not None:
+        text += "; first cut to the box of region, given in pixels of images of its width and height"
+    if geometry.is_masked:
+        text += f"; bars and what lies outside of region are {NEUTRAL}, and false in {INSIDE} where the graph takes it"
+    return text
 
 
 def _is_ours(path: Path) -> bool:

@@ -207,7 +207,12 @@ def aupro_rd(maps: Array, masks: Array) -> float:
 
 
 def score_maps(
-    maps: Array, masks: Array, image_scores: Array, image_labels: Array, has_mask: Array | None = None
+    maps: Array,
+    masks: Array,
+    image_scores: Array,
+    image_labels: Array,
+    has_mask: Array | None = None,
+    inside: Array | None = None,
 ) -> Scores:
     """All metrics of one set of images; the pixels are sorted only once.
 
@@ -215,9 +220,10 @@ def score_maps(
     Labels come from the folders and are never derived from masks: a defective image may have an empty mask.
     Without any defect pixel the pixel metrics and `aupro` are NaN. `has_mask` (N,), by default all true, is
     false for an image whose mask is unknown: it counts only for the image metrics, not for the pixel metrics
-    and `aupro`. Errors as for `update` and `compute`.
+    and `aupro`. `inside` (N, H, W), by default all true, is false for pixels that are not inspected: they are of
+    neither kind. Errors as for `update` and `compute`.
     """
-    return compute(update(MetricState(), maps, masks, image_scores, image_labels, has_mask))
+    return compute(update(MetricState(), maps, masks, image_scores, image_labels, has_mask, inside))
 
 
 def update(
@@ -227,6 +233,7 @@ def update(
     image_scores: Array,
     image_labels: Array,
     has_mask: Array | None = None,
+    inside: Array | None = None,
 ) -> MetricState:
     """The state with a batch of images added; N may be 0, H and W may differ from batch to batch.
 
@@ -234,6 +241,9 @@ def update(
     is not finite, or a mask or label is not 0 or 1. Missing classes are an error only in `compute`.
     """
     pixels, mask = _checked_maps(maps, masks)
+    looked_at = np.ones_like(mask) if inside is None else _as_binary(inside, "inside")
+    if looked_at.shape != mask.shape:
+        raise ValueError(f"expected inside of the masks' shape {mask.shape}, got {looked_at.shape}.")
     scores, labels = _checked_scores(image_scores, image_labels)
     if len(scores) != len(pixels):
         raise ValueError(f"expected one image score per map, got {len(scores)} scores for {len(pixels)} maps.")
@@ -241,9 +251,10 @@ def update(
         known = _as_binary(has_mask, "has_mask")
         if known.shape != labels.shape:
             raise ValueError(f"expected has_mask of the labels' shape {labels.shape}, got {known.shape}.")
-        pixels, mask = pixels[known], mask[known]
+        pixels, mask, looked_at = pixels[known], mask[known], looked_at[known]
+    mask = mask & looked_at
     # Boolean indexing makes a copy of the maps; copy the scores too, as the caller may reuse its buffer.
-    batch = _Batch(pixels[~mask], pixels[mask], _regions(mask), scores.copy(), labels.copy())
+    batch = _Batch(pixels[looked_at & ~mask], pixels[mask], _regions(mask), scores.copy(), labels.copy())
     return MetricState((*state.batches, batch))
 
 

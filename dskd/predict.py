@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dskd.atomic import check_can_be_made
+from dskd.config import DataConfig
 from dskd.data.files import IMAGE_SUFFIXES, Walk, count_unread, walk
 from dskd.detector import UNTRAINED_TEACHER, Detector, Prediction, Unreadable, chosen_limit
 from dskd.show.overlays import overlay
 
 PREDICTIONS_FILE = "predictions.jsonl"
 OVERLAYS_FOLDER = "overlays"
+PARTS_FILE = "parts.jsonl"
 SUMMARY_FILE = "summary.json"
 _MAX_NAME_BYTES = 200
 """Of an overlay's name: file systems allow 255, and an image's own name may take them all."""
@@ -29,6 +31,8 @@ class PredictionSummary(NamedTuple):
     """Where the threshold comes from."""
     predictions: list[dict[str, Any]]
     """The lines of `predictions.jsonl`, in the order of the images."""
+    parts: Sequence[dict[str, Any]] = ()
+    """The lines of `parts.jsonl`, if the detector knows parts that several images show."""
 
     def describe(self) -> str:
         found = f"{self.num_anomalous} of {len(self.predictions)} anomalous"
@@ -36,6 +40,8 @@ class PredictionSummary(NamedTuple):
             found += f", {self.num_unreadable} unreadable"
         if self.num_clipped:
             found += f", {self.num_clipped} with clipped values"
+        if self.parts:
+            found += f"; {sum(part['verdict'] == 'anomalous' for part in self.parts)} of {len(self.parts)} parts"
         return f"{found}; {self.note}"
 
 
@@ -46,17 +52,23 @@ def predict_images(
     *,
     false_alarm_rate: float = 0.01,
     threshold: float | None = None,
+    group_by: str = "",
     on_prediction: Callable[[Prediction | Unreadable], object] = lambda prediction: None,
 ) -> PredictionSummary:
     """Inspect images and write `out`: a line of predictions.jsonl per image, as it comes, and an overlay per image.
 
     An image that cannot be read has a line that says why. What was written stays when the inspection is cut short;
     summary.json, which comes last, tells that all images were seen. The threshold is the detector's for
-    `false_alarm_rate` in (0, 1), unless `threshold` is given. `on_prediction` is called after every image. Raises
+    `false_alarm_rate` in (0, 1), unless `threshold` is given. A detector that was trained with `group_by` also says
+    something of each part, in parts.jsonl; `group_by` here finds parts in these images' paths in another way than in
+    training. `on_prediction` is called after every image. Raises
     ValueError where `out` exists, also when another inspection makes it at the same time, and on an impossible rate
     or threshold.
     """
     limit, note = chosen_limit(detector, false_alarm_rate, threshold)
+    if group_by:
+        DataConfig(group_by=group_by)  # refuses what is no regular expression
+        detector.part_threshold(false_alarm_rate)
     make_out(out)
     (out / OVERLAYS_FOLDER).mkdir()
     caption = UNTRAINED_TEACHER if detector.record.is_untrained_teacher else ""
@@ -75,15 +87,28 @@ def predict_images(
             file.flush()  # a process that is killed loses nothing of it
             lines.append(line)
             on_prediction(seen)
+    parts: list[dict[str, Any]] = []
+    if detector.record.part_thresholds:
+        seen_images = ((line["image"], line["score"]) for line in lines)
+        verdicts = detector.judge_parts(seen_images, false_alarm_rate, group_by=group_by, threshold=threshold)
+        parts = [verdict.to_dict() for verdict in verdicts]
+        (out / PARTS_FILE).write_text("".join(json.dumps(part, allow_nan=False) + "\n" for part in parts))
     summary = PredictionSummary(
         sum(line["verdict"] == "anomalous" for line in lines),
         sum(line["verdict"] == "unreadable" for line in lines),
         num_clipped,
         note,
         lines,
+        parts,
     )
     document = {"schema": 1, "num_images": len(lines), **summary._asdict(), "threshold": limit}
     document.pop("predictions")
+    if document.pop("parts"):
+        document |= {
+            "num_parts": len(parts),
+            "num_anomalous_parts": sum(part["verdict"] == "anomalous" for part in parts),
+            "part_threshold": parts[0]["threshold"],
+        }
     (out / SUMMARY_FILE).write_text(json.dumps(document, indent=2, allow_nan=False) + "\n")
     return summary
 

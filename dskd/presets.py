@@ -1,8 +1,10 @@
 """The published methods as configurations of the one network."""
 
+import dataclasses
+import re
 import tomllib
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tomli_w
 
@@ -44,14 +46,63 @@ PRESETS: dict[str, RunConfig] = {
 }
 
 _PRESET = "preset"
+_USUAL_LEVELS = ModelConfig().levels
+_TRANSFORMER_LEVELS = {"large": (7, 15, 23)}
+"""Ends of the second, fourth and last sixth block of each third; the smaller ones have 12 blocks."""
+_SMALL_TRANSFORMER_LEVELS = (3, 7, 11)
 
 
-def read_config(path: Path, preset: str | None = None) -> RunConfig:
-    """The configuration in a TOML file; what it leaves out is the preset's.
+def with_backbone(config: RunConfig, backbone: str) -> RunConfig:
+    """`config` with another teacher, and with what goes with that teacher's family where `config` has the usual.
 
-    `preset` overrides the file's own, which overrides "dskd".
+    Vision transformers have no stages, so their levels are blocks at a third, two thirds and the end, and ConvNeXt
+    counts its stages from 0. For both, two students become the decoder alone, fed by the teacher (RD4AD): a student
+    encoder of such a network learns too little from some hundred images. The image size, and what tiles share, become
+    the nearest of whole patches.
+    """
+    values: dict[str, Any] = {"backbone": backbone}
+    is_transformer = re.search(r"patch\d+", backbone) is not None
+    is_convnext = backbone.startswith("convnext")
+    if config.model.levels == _USUAL_LEVELS and is_transformer:
+        sizes = [levels for size, levels in _TRANSFORMER_LEVELS.items() if f"_{size}_" in backbone]
+        values["levels"] = (*sizes, _SMALL_TRANSFORMER_LEVELS)[0]
+    elif config.model.levels == _USUAL_LEVELS and is_convnext:
+        values["levels"] = (0, 1, 2)
+    if (is_transformer or is_convnext) and config.model.student_encoder and config.model.student_decoder:
+        values |= {"student_encoder": False, "decoder_input": "teacher"}
+    model = dataclasses.replace(config.model, **values)
+    multiple, _ = model.image_multiple
+    if config.data.image_size % multiple:
+        values["image_size"] = max(1, round(config.data.image_size / multiple)) * multiple
+    if config.data.overlap % model.tile_alignment:
+        values["overlap"] = round(config.data.overlap / model.tile_alignment) * model.tile_alignment
+    return config.with_values(values)
+
+
+def read_config(path: Path, preset: str | None = None, backbone: str | None = None) -> RunConfig:
+    """The configuration in a TOML file; what it leaves out is the preset's, with what goes with its teacher.
+
+    `preset` overrides the file's own, which overrides "dskd". `backbone` is the teacher of a file that names none; in
+    any other it chooses the teacher's family alone, for a caller that replaces the file's.
     Raises ValueError naming the file, and the section and field where one is unknown, of the wrong type or out
     of range.
+    """
+    own, document = read_document(path)
+    base = PRESETS[preset or own or "dskd"]
+    backbone = backbone or document.get("model", {}).get("backbone")
+    try:
+        sections = (base if backbone is None else with_backbone(base, backbone)).to_dict()
+        for name, fields in document.items():
+            sections[name] = replaced(sections[name], fields)
+        return RunConfig.from_dict(sections)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def read_document(path: Path) -> tuple[str | None, dict[str, dict[str, Any]]]:
+    """The preset that a TOML file names, if it does, and the fields that it sets, by section.
+
+    Raises ValueError naming the file, and the section or field where one is unknown.
     """
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8-sig"))
@@ -59,10 +110,10 @@ def read_config(path: Path, preset: str | None = None) -> RunConfig:
         raise ValueError(f"--config {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is not TOML: {error}.") from None
-    own = document.pop(_PRESET, "dskd")
-    if not isinstance(own, str) or own not in PRESETS:
+    own = document.pop(_PRESET, None)
+    if own is not None and (not isinstance(own, str) or own not in PRESETS):
         raise ValueError(f"{path}: preset must be one of {', '.join(PRESETS)}, got {own!r}.")
-    sections = PRESETS[preset or own].to_dict()
+    sections = RunConfig().to_dict()
     if unknown := sorted(set(document) - set(sections)):
         raise ValueError(f"{path}: unknown section {unknown[0]!r}; known: {', '.join([_PRESET, *sections])}.")
     for name, fields in document.items():
@@ -72,11 +123,7 @@ def read_config(path: Path, preset: str | None = None) -> RunConfig:
             raise ValueError(
                 f"{path}: unknown field {unknown[0]!r} in [{name}]; known: {', '.join(sorted(sections[name]))}."
             )
-        sections[name] = replaced(sections[name], fields)
-    try:
-        return RunConfig.from_dict(sections)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    return own, document
 
 
 def to_toml(config: RunConfig) -> str:

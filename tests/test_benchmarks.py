@@ -1,11 +1,16 @@
 import importlib.util
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from statistics import mean, stdev
 from types import ModuleType
 
+import numpy as np
 import pytest
+import torch
 
+from dskd.model.features import FeatureTable
 from dskd.training.run import TrainingRun
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -21,8 +26,53 @@ def benchmark(name: str) -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def presets() -> ModuleType:
+def nearest() -> Iterator[ModuleType]:
+    """As when a benchmark is started: its folder is searched first."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        yield importlib.import_module("nearest")
+
+
+@pytest.fixture(scope="module")
+def presets(nearest: ModuleType) -> ModuleType:
     return benchmark("presets")
+
+
+@pytest.fixture(scope="module")
+def geometry() -> ModuleType:
+    return benchmark("geometry")
+
+
+@pytest.fixture
+def digits(presets: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """As when it is started: the folder of the benchmarks is searched first."""
+    monkeypatch.setitem(sys.modules, "presets", presets)
+    return benchmark("digits")
+
+
+def test_the_digits_are_written_and_every_method_is_measured_on_each_of_its_classes(
+    digits: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "--data", tmp_path / "digits", "--results", tmp_path / "runs.jsonl", "--categories", "0", "8", "--presets",
+        "stfpm", "rd4ad", "--seeds", "0", "1", "--image-size", "32", "--epochs", "1", "--batch-size", "64",
+        "--teacher-weights", "random", "--cache-gb", "0", "--set", "backbone", "test_resnet", "levels", "[1, 2]",
+        "level_weights", "[1, 1]", "score_level_weights", "[1, 1]", "embedding_depth", "1",
+    ]  # fmt: skip
+    digits.main([str(word) for word in words])
+    assert sum(1 for _ in (tmp_path / "digits").rglob("*.png")) == 1797
+    records = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert [(record["category"], record["method"]) for record in records[1:3]] == [("0", "stfpm"), ("0", "rd4ad")]
+    assert len(records) == 12 and {record["num_test"] for record in records} == {359}
+    assert all(record["figures"][0]["pixel_auroc"] is None for record in records)
+    stfpm = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| stfpm | its own map | "))
+    cells = [cell.strip() for cell in stfpm.strip("|").split("|")]
+    means = [
+        mean(record["figures"][0]["image_auroc"] for record in records
+             if (record["method"], record["config"]["train"]["seed"]) == ("stfpm", seed))
+        for seed in (0, 1)
+    ]  # fmt: skip
+    assert cells[4] == f"{mean(means):.3f} ± {stdev(means):.3f}" and cells[-1] == "2"
 
 
 def test_a_killed_benchmark_of_the_presets_continues(
@@ -43,9 +93,11 @@ def test_a_killed_benchmark_of_the_presets_continues(
     table = capsys.readouterr().out
     lines = results.read_text().splitlines()
     records = [json.loads(line) for line in lines]
+    memory, *records = records
+    assert memory["method"] == "nearest neighbours, 5% kept" and memory["best_step"] is None
     assert [record["method"] for record in records] == ["stfpm", "dskd", *presets.PARTS]
     assert [record["num_steps"] for record in records] == [3, 22, 22, 22, 22]
-    for record in records:
+    for record in [memory, *records]:
         pair = record["method"] in ("dskd", "dskd: embedding detached")
         assert [entry["scored_by"] for entry in record["figures"]] == 2 * (
             list(presets.SCORED_BY) if pair else ["its own map"]
@@ -53,7 +105,7 @@ def test_a_killed_benchmark_of_the_presets_continues(
         assert all(0 <= entry[name] <= 1 for entry in record["figures"] for name in presets.FIGURES)
     # The parts of a pair say other things than the pair, or the weights did not reach the scoring.
     assert len({entry["pixel_auroc"] for entry in records[1]["figures"][:3]}) == 3
-    assert table.count("| tile | ") == 1 + 3 + 1 + 1 + 3
+    assert table.count("| tile | ") == 1 + 1 + 3 + 1 + 1 + 3
 
     started: list[str] = []
     begin = TrainingRun.begin
@@ -62,7 +114,79 @@ def test_a_killed_benchmark_of_the_presets_continues(
     presets.main([str(word) for word in words])
     assert len(started) == 1, "only the run whose line was cut short is repeated"
     again = [json.loads(line) for line in results.read_text().splitlines()]
-    assert [record["figures"] for record in again] == [record["figures"] for record in records]
+    assert [record["figures"] for record in again] == [record["figures"] for record in (memory, *records)]
+
+
+def test_a_coreset_always_adds_the_farthest_patch(nearest: ModuleType) -> None:
+    patches = torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
+    chosen = nearest.coreset(patches, 12, seed=1)
+    assert len(set(chosen.tolist())) == 12
+    for count in range(1, 12):
+        gaps = torch.cdist(patches, patches[chosen[:count]]).amin(dim=1)
+        assert gaps[chosen[count]] == gaps.max()
+    assert nearest.coreset(patches, 12, seed=1).tolist() == chosen.tolist()
+    wide = torch.randn(40, 300, generator=torch.Generator().manual_seed(2))
+    assert len(set(nearest.coreset(wide, 40, seed=0).tolist())) == 40, "no patch twice while others are far"
+
+
+def test_a_patch_is_as_anomalous_as_it_is_far_from_the_nearest_good_one(nearest: ModuleType) -> None:
+    shapes = ((2, 8, 8), (3, 4, 4))
+    rows = np.random.default_rng(0).normal(size=(5, 2 * 64 + 3 * 16)).astype(np.float32)
+    table = FeatureTable(rows, shapes)
+    device = torch.device("cpu")
+    whole = nearest.build_memory(table, device, 1.0, seed=0)
+    assert whole.shape == (5 * 16, 3), "all levels but the shallowest"
+    np.testing.assert_allclose(nearest.score_by_memory(table, whole, (32, 32), device).scores, 0, atol=3e-3)
+    changed = rows.copy()
+    deepest = changed[2, 128:].reshape(3, 4, 4)
+    deepest[:, :3, :3] += 50.0
+    seen = nearest.score_by_memory(FeatureTable(changed, shapes), whole, (32, 32), device)
+    assert seen.scores.argmax() == 2 and seen.scores[2] > 40 and np.delete(seen.scores, 2).max() < 1
+    top, left = np.unravel_index(seen.maps[2].argmax(), (32, 32))
+    assert top < 24 and left < 24 and seen.maps.shape == (5, 32, 32)
+    inside = np.ones((5, 48, 32), np.bool_)
+    inside[:, :40, :30] = False
+    part = nearest.score_by_memory(FeatureTable(changed, shapes), whole, (48, 32), device, inside)
+    assert part.maps.shape == (5, 48, 32) and not part.maps[~inside].any() and part.maps[2][inside[2]].any()
+
+
+def test_methods_are_not_compared_on_tiles(presets: ModuleType, tmp_path: Path) -> None:
+    options = presets.Options(data=tmp_path, results=tmp_path / "runs.jsonl", set={"tile": "64", "overlap": "32"})
+    with pytest.raises(ValueError, match=r"on whole images; tiles are measured by benchmarks/geometry\.py"):
+        presets.methods(options)
+
+
+def test_the_benchmark_of_shapes_gives_each_as_much_time_and_continues(
+    geometry: ModuleType,
+    mvtec_root: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    results = tmp_path / "runs.jsonl"
+    words = [
+        "--data", mvtec_root, "--results", results, "--categories", "tile", "--side", "32", "--overlap", "0",
+        "--seeds", "0", "--tile-epochs", "1", "--clutter-epochs", "1", "--batch-size", "4", "--train-images", "10",
+        "--test-images", "3", "--teacher-weights", "random", "--cache-dir", tmp_path / "cache", "--set", "backbone",
+        "test_resnet", "levels", "[1, 2]", "level_weights", "[1, 1]", "score_level_weights", "[1, 1]",
+        "embedding_depth", "1",
+    ]  # fmt: skip
+    geometry.main([str(word) for word in words])
+    table = capsys.readouterr().out
+    records = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [record["mode"] for record in records] == [
+        geometry.TILES, geometry.SQUARE, geometry.LETTERBOX, geometry.WHOLE, geometry.REGION,
+    ]  # fmt: skip
+    tiles, *others = records[:3]
+    assert tiles["epochs"] == 1 and tiles["num_train"] == 8 * 4 and tiles["num_test"] == 6
+    assert all(each["train_seconds"] >= tiles["train_seconds"] and each["num_train"] == 8 for each in others)
+    assert all(0 <= value <= 1 for record in records for value in record["figures"].values())
+    assert table.count("| tile | ") == 3 and table.count("| flange in clutter | ") == 2
+
+    monkeypatch.setattr(TrainingRun, "begin", lambda *_: pytest.fail("trained a second time"))
+    geometry.main([str(word) for word in words])
+    again = capsys.readouterr().out
+    assert again.split("\n\n")[0] == table.split("\n\n")[0]
 
 
 def test_figures_against_steps_are_those_of_cut_categories_and_a_killed_benchmark_continues(

@@ -31,6 +31,7 @@ from dskd.checkpoint import (
 )
 from dskd.config import RunConfig
 from dskd.data.depth import PixelScale
+from dskd.data.geometry import RegionOfInterest
 from dskd.detector import Detector
 
 WEIGHTS = {"teacher.a": torch.arange(6.0).reshape(2, 3), "students.b": torch.tensor([7], dtype=torch.int64)}
@@ -224,6 +225,40 @@ def test_a_scale_is_kept(record: DetectorRecord, tmp_path: Path) -> None:
     scaled = dataclasses.replace(record, scale=PixelScale(kind="integer", step=16.0))
     write_detector(tmp_path / "screw", scaled, WEIGHTS)
     assert read_record(tmp_path / "screw") == scaled
+
+
+def test_one_schema_holds_steps_shapes_teachers_and_parts_and_the_second_is_read_without_them(
+    record: DetectorRecord, tmp_path: Path
+) -> None:
+    shown = {
+        "steps": 80, "patience": 3, "resize": "64x32", "group_by": "part(.)", "layout": "classes",
+        "decoder_output": "linear",
+    }  # fmt: skip
+    full = dataclasses.replace(
+        record,
+        config=record.config.with_values(shown),
+        region=RegionOfInterest(width=8, height=6, left=1, top=1, right=7, bottom=5, outline=((1, 1), (6, 1), (3, 4))),
+        part_thresholds=(Threshold(0.1, 0.5, 12),),
+    )
+    write_detector(tmp_path / "screw", full, WEIGHTS)
+    assert read_record(tmp_path / "screw") == full
+
+    def older(document: dict[str, Any]) -> None:
+        document.update(schema=2, epoch=7)
+        for name in ("step", "region", "part_thresholds"):
+            del document[name]
+        for name in ("resize", "tile", "overlap", "group_by", "layout"):
+            del document["config"]["data"][name]
+        for name in ("steps", "patience"):
+            del document["config"]["train"][name]
+        del document["config"]["model"]["decoder_output"]
+        document["config"]["train"]["epochs"] = 100
+
+    edit(tmp_path / "screw", older)
+    asked = {"epochs": 100, "decoder_output": "relu"}
+    assert read_record(tmp_path / "screw") == dataclasses.replace(
+        record, step=None, config=record.config.with_values(asked)
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

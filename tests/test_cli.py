@@ -340,7 +340,7 @@ BAD: dict[str, tuple[Callable[[Place], list[Any]], str]] = {
     "checking data of another layout": (lambda p: ["check-data", p.tmp], "no category in"),
     "checking at no size": (
         lambda p: ["check-data", p.data, "--image-size", "0"],
-        "image_size must be a positive multiple of 32",
+        "image_size must be positive and at most 8192, got 0",
     ),
     "missing teacher": (lambda p: train_words(p, "--teacher-weights", p.tmp / "no.pth"), "no.pth"),
     "unknown backbone": (lambda p: train_words(p, "--backbone", "resnet17"), "resnet17"),

@@ -213,6 +213,7 @@ def test_a_length_in_epochs_is_validated_after_each() -> None:
     [
         ("hub", "hub", False, False),
         ("random", "random", False, True),
+        ("lite0", "lite0", False, False),
         ("weights/mine.pth", "mine.pth", True, False),
         ("./hub", "hub", True, False),
     ],
@@ -226,10 +227,10 @@ def test_a_teacher_source_knows_what_it_is(weights: str, name: str, is_file: boo
 
 def test_a_teacher_source_that_is_no_file_is_told_before_it_is_read(tmp_path: Path) -> None:
     (tmp_path / "mine.pth").touch()
-    for weights in ("hub", "random", str(tmp_path / "mine.pth")):
+    for weights in ("hub", "lite0", "random", str(tmp_path / "mine.pth")):
         TeacherSource(weights).check_exists()
     with pytest.raises(
-        ValueError, match=r"--teacher-weights must be hub, random or an existing file, got '.*none.pth'"
+        ValueError, match=r"--teacher-weights must be hub, lite0, random or an existing file, got '.*none.pth'"
     ):
         TeacherSource(str(tmp_path / "none.pth")).check_exists()
 

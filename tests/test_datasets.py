@@ -14,6 +14,7 @@ from dskd.data.datasets import (
     split_calibration,
     split_normals,
 )
+from dskd.data.geometry import Geometry
 from dskd.data.images import load_masks
 from dskd.data.samples import Sample
 
@@ -74,7 +75,7 @@ def test_a_defective_image_without_a_mask_stays_defective(tmp_path: Path) -> Non
     paint(folder / "test/bent/0.png")
     (sample,) = read_category(tmp_path, "nut").test
     assert sample.is_defective and sample.mask is None
-    assert not load_masks([sample], 8).any()
+    assert not load_masks([sample], Geometry.square(8)).any()
 
 
 def test_folders_inside_a_category_are_no_categories(tmp_path: Path) -> None:

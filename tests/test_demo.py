@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from dskd.data.datasets import find_categories, read_category
+from dskd.data.geometry import Geometry
 from dskd.data.images import load_masks
 from dskd.demo import dataset as demo
 from dskd.demo.dataset import CATEGORIES, draw_dataset
@@ -37,7 +38,7 @@ def test_the_layout_is_what_training_reads(drawn: Path) -> None:
         assert len(defective) == 6
         assert len({sample.defect for sample in defective}) >= 5
         assert all(sample.mask is not None for sample in defective)
-        share = load_masks(defective, 64).mean(axis=(1, 2))
+        share = load_masks(defective, Geometry.square(64)).mean(axis=(1, 2))
         assert share.min() > 0.0005 and share.max() < 0.15
 
 

@@ -17,13 +17,19 @@ ROOT = Path(__file__).resolve().parents[1]
 UNAVAILABLE = "cannot fetch teacher weights from the hub; give a local file with --teacher-weights FILE"
 
 
-@pytest.fixture
-def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=[("hub",)])
+def no_hub(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """What the demo asked for, where the weights of the parameter are not at hand."""
+    asked: list[tuple[str, str]] = []
+    absent = request.param
+
     def build(backbone: str, levels: tuple[int, ...], weights: str) -> None:
-        if weights == "hub":
+        asked.append((backbone, weights))
+        if weights in absent:
             raise TeacherUnavailableError(UNAVAILABLE)
 
     monkeypatch.setattr(job, "build_teacher", build)
+    return asked
 
 
 def ended(line: str, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -55,7 +61,7 @@ def test_flags_reach_the_search_and_default_to_the_demo_of_the_readme() -> None:
         ("--trials 0", "error: --trials must be at least 1, got 0"),
         ("--image-size 50", "error: image_size must be a positive multiple of 32"),
         ("--name a/b", "error: --name becomes a folder name"),
-        ("--teacher-weights none.pth --out {tmp}/d", "demo: error: teacher weights must be 'hub', 'random' or an"),
+        ("--teacher-weights none.pth --out {tmp}/d", "demo: error: teacher weights must be 'hub', 'lite0', 'random'"),
         ("--teacher-weights random --out {tmp}", "demo: error: {tmp}/data is not empty"),
     ],
 )
@@ -71,8 +77,21 @@ def test_bad_input_is_one_line(
     assert not (tmp_path / "d").exists(), "bad input is found before anything is made"
 
 
+def test_without_a_hub_the_teacher_of_a_package_stands_in_and_says_so(
+    no_hub: list[tuple[str, str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert chosen_weights(None) == "lite0"
+    assert no_hub == [("resnet18.tv_in1k", "hub"), ("tf_efficientnet_lite0.in1k", "lite0")]
+    said = capsys.readouterr().err
+    assert UNAVAILABLE in said and "Continuing with EfficientNet-Lite0" in said and "untrained" not in said
+    usual = DemoSettings().search("lite0")
+    assert usual.name == "demo-lite0"
+    assert usual.run_configs()["dskd"].model.backbone == "tf_efficientnet_lite0.in1k"
+
+
 @pytest.mark.usefixtures("no_hub")
-def test_without_a_hub_an_untrained_teacher_stands_in_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("no_hub", [("hub", "lite0")], indirect=True)
+def test_without_hub_and_package_an_untrained_teacher_stands_in_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert chosen_weights(None) == "random"
     said = capsys.readouterr().err
     assert UNAVAILABLE in said and "Continuing with an untrained teacher" in said and "not for inspection" in said

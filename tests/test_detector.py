@@ -61,9 +61,13 @@ def test_regions_are_boxes_of_touching_pixels_above_the_threshold() -> None:
     heat[5:8, 6] = 9
     heat[0, 6] = 4
     heat[4, 0] = 3  # at the threshold, hence not above it
-    assert find_regions(heat, 3) == (Region(6, 5, 7, 8, 9), Region(1, 1, 4, 3, 7), Region(6, 0, 7, 1, 4))
+    assert find_regions(heat, 3) == (
+        Region(6, 5, 7, 8, 9, ((6, 5), (7, 5), (7, 8), (6, 8))),
+        Region(1, 1, 4, 3, 7, ((1, 1), (2, 1), (2, 2), (4, 2), (4, 3), (2, 3), (2, 2), (1, 2))),
+        Region(6, 0, 7, 1, 4, ((6, 0), (7, 0), (7, 1), (6, 1))),
+    )
     assert find_regions(heat, 9) == ()
-    assert find_regions(np.ones((4, 6), np.float32), 0.5) == (Region(0, 0, 6, 4, 1),)
+    assert find_regions(np.ones((4, 6), np.float32), 0.5) == (Region(0, 0, 6, 4, 1, ((0, 0), (6, 0), (6, 4), (0, 4))),)
 
 
 def test_regions_of_a_prediction_hold_every_pixel_above_the_threshold(detector: Detector, photos: list[Path]) -> None:

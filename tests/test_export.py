@@ -21,7 +21,7 @@ from dskd.checkpoint import DetectorRecord
 from dskd.cli.main import main
 from dskd.config import RunConfig, ScoreConfig
 from dskd.detector import UNTRAINED_TEACHER, Detector
-from dskd.export import ParityError, build_model, check_exportable, compare, export_onnx, generated_images
+from dskd.export import ParityError, as_inputs, build_model, check_exportable, compare, export_onnx, generated_images
 from dskd.model.amplification import AmplifiedTeacher, build_amplifier
 from dskd.model.distances import Pyramid
 from dskd.model.network import StudentPyramids, build_students
@@ -63,7 +63,7 @@ def check_agreement(detector: Detector, model: bytes) -> None:
         assert maps.dtype == scores.dtype == np.float32 and maps.shape == (batch, 32, 32)
         np.testing.assert_allclose(maps, expected.maps, rtol=1e-4, atol=1e-5 * float(expected.maps.max()))
         np.testing.assert_allclose(scores, expected.scores, rtol=1e-5)
-    parity = compare(detector, model, generated_images(32))
+    parity = compare(detector, model, as_inputs(generated_images(32)))
     assert parity.num_images == 10 and max(parity.map_error, parity.score_error) < 1e-5
 
 
@@ -158,7 +158,7 @@ def test_verdicts_are_counted_at_every_threshold(detector: Detector, model: Any)
         detector.students,
         torch.device("cpu"),
     )
-    seen = compare(stricter, model.SerializeToString(), generated_images(32)).verdicts
+    seen = compare(stricter, model.SerializeToString(), as_inputs(generated_images(32))).verdicts
     assert [(at.num_anomalous, at.num_undecided) for at in seen] == [(8, 0), (3, 1)]
 
 
@@ -174,12 +174,12 @@ def tampered(model: Any) -> Any:
 
 def test_changed_weights_are_found_out(detector: Detector, model: Any) -> None:
     with pytest.raises(ParityError, match=r"differs from torch by .* verdicts"):
-        compare(detector, tampered(model).SerializeToString(), generated_images(32))
+        compare(detector, tampered(model).SerializeToString(), as_inputs(generated_images(32)))
 
 
 def test_a_graph_that_cannot_run_is_found_out(detector: Detector) -> None:
     with pytest.raises(ParityError, match="onnxruntime cannot run the graph"):
-        compare(detector, b"no graph", generated_images(32))
+        compare(detector, b"no graph", as_inputs(generated_images(32)))
 
 
 def test_a_file_tells_all_that_its_user_must_know_and_nothing_of_this_machine(
@@ -206,11 +206,11 @@ def test_only_an_older_export_is_replaced(
 ) -> None:
     monkeypatch.setattr(module, "build_model", lambda *_: model)
     path = tmp_path / "tile.onnx"
-    export_onnx(detector, path, generated_images(32))
+    export_onnx(detector, path, as_inputs(generated_images(32)))
     first = path.read_bytes()
     monkeypatch.setattr(module, "build_model", lambda *_: tampered(model))
     with pytest.raises(ParityError):
-        export_onnx(detector, path, generated_images(32))
+        export_onnx(detector, path, as_inputs(generated_images(32)))
     assert [file.name for file in tmp_path.iterdir()] == ["tile.onnx"] and path.read_bytes() == first
     other = onnx.ModelProto()
     other.CopyFrom(model)

@@ -13,7 +13,18 @@ from dskd.config import AmplificationConfig, RunConfig
 from dskd.data.datasets import read_category
 from dskd.presets import PRESETS
 from dskd.training.inputs import TrainingData
-from tune.preflight.forecast import Slots, Speed, SpeedTask, forecast, measure_speed, plan_categories, share_slots
+from tune.preflight.forecast import (
+    CategoryPlan,
+    Slots,
+    Speed,
+    SpeedTask,
+    cache_bytes,
+    forecast,
+    in_tiles,
+    measure_speed,
+    plan_categories,
+    share_slots,
+)
 from tune.settings.workers import Workers
 from tune.trial.asha import REDUCTION, expected_reports, expected_survivors, grace_period, rungs
 
@@ -73,6 +84,22 @@ def test_a_plan_counts_the_images_that_training_uses(mvtec_root: Path, tiny: Run
     assert plan.num_validation == len(inputs.validation.images)
     assert plan.num_calibration == len(inputs.calibration_images)
     assert plan.num_test == 8
+
+
+def test_tiles_are_counted_up_to_those_that_training_uses() -> None:
+    tiled = in_tiles(CategoryPlan("strip", 100, 40, 32, 8, 20), 30.0)
+    assert tiled == CategoryPlan("strip", 2048, 128, 64, 240, 600)
+    assert in_tiles(tiled, 1.0) == tiled
+
+
+def test_the_cache_holds_what_the_network_sees() -> None:
+    plan = CategoryPlan("strip", 100, 40, 32, 8, 20)
+    speed = Speed("CPU", 0, 4, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, feature_bytes=1000)
+    wide = RunConfig().with_values({"resize": "512x256"})
+    assert cache_bytes([plan], speed, wide) == (100 + 8 + 8) * 3 * 512 * 256 + 148 * 1000
+    tiled = RunConfig().with_values({"tile": 128})
+    # 2048 tiles of training and 64 of selection, which has 64 with defects too; thresholds come from whole images
+    assert cache_bytes([plan], speed._replace(tiles=30.0), tiled) == (2048 + 64) * 3 * 128**2 + (2048 + 128) * 1000
 
 
 def test_times_add_up(mvtec_root: Path) -> None:

@@ -17,10 +17,11 @@ from PIL import Image
 from dskd.data import images
 from dskd.data.depth import PixelScale
 from dskd.data.files import UnreadableImageError
+from dskd.data.geometry import Geometry
 from dskd.data.images import (
     find_scale,
     image_size,
-    load_image,
+    load_framed,
     load_images,
     load_masks,
     read_image,
@@ -115,7 +116,9 @@ def test_deeper_values_give_the_very_pixels_of_their_eight_bit_twin(kind: str, t
     np.testing.assert_array_equal(read_image(path, scale), expected)
     assert image_size(path) == (9, 6)
     Image.fromarray(twin).save(tmp_path / "twin.png")
-    np.testing.assert_array_equal(load_image(path, 4, scale), load_image(tmp_path / "twin.png", 4))
+    small = Geometry.square(4)
+    reduced = load_framed(tmp_path / "twin.png", small).rgb
+    np.testing.assert_array_equal(load_framed(path, small, scale).rgb, reduced)
     with pytest.raises(UnreadableImageError, match=r"deep\.\w+ is not a readable image .*8 bits per channel"):
         read_image(path, find_scale([tmp_path / "twin.png"]))
 
@@ -151,7 +154,12 @@ def test_clipped_values_are_told_of_each_image(tmp_path: Path) -> None:
         tifffile.imwrite(tmp_path / name, np.array([[0, top, top]], np.uint16))
     paths = sorted(tmp_path.glob("*.tif"))
     told: list[tuple[str, int]] = []
-    load_images(paths, 4, scale=find_scale(paths[:1]), on_clipped=lambda path, count: told.append((path.name, count)))
+    load_images(
+        paths,
+        Geometry.square(4),
+        scale=find_scale(paths[:1]),
+        on_clipped=lambda path, count: told.append((path.name, count)),
+    )
     assert told == [("b.tif", 2), ("c.tif", 2)]
 
 
@@ -194,7 +202,7 @@ def test_images_and_masks_are_turned_upright_as_their_exif_says(suffix: str, ori
     spot = np.where(GREY > 127, np.uint8(255), np.uint8(0))
     mask = stored(tmp_path / "mask.png", orientation, spot)
     np.testing.assert_array_equal(read_mask(mask), spot > 0)
-    assert load_masks([Sample(path, "bent", mask)], 8).any()
+    assert load_masks([Sample(path, "bent", mask)], Geometry.square(8)).any()
 
 
 @pytest.mark.parametrize("orientation", TURNS)
@@ -304,9 +312,9 @@ def test_masks_of_another_shape_are_refused_and_of_another_scale_taken(tmp_path:
     Image.new("RGB", (40, 20)).save(tmp_path / "image.png")
     for name, size in (("same.png", (20, 10)), ("other.png", (20, 20))):
         Image.new("L", size).save(tmp_path / name)
-    load_masks([Sample(tmp_path / "image.png", "bent", tmp_path / "same.png")], 8)
+    load_masks([Sample(tmp_path / "image.png", "bent", tmp_path / "same.png")], Geometry.square(8))
     with pytest.raises(ValueError, match=r"other\.png is 20 x 20 pixels, its image 40 x 20: another shape"):
-        load_masks([Sample(tmp_path / "image.png", "bent", tmp_path / "other.png")], 8)
+        load_masks([Sample(tmp_path / "image.png", "bent", tmp_path / "other.png")], Geometry.square(8))
 
 
 def test_a_mask_of_most_of_its_image_is_told(tmp_path: Path) -> None:
@@ -314,7 +322,7 @@ def test_a_mask_of_most_of_its_image_is_told(tmp_path: Path) -> None:
     told: list[str] = []
     for name, values in (("spot.png", SPOT * 255), ("inverted.png", 255 - SPOT * 255)):
         Image.fromarray(values).save(tmp_path / name)
-        load_masks([Sample(tmp_path / "image.png", "bent", tmp_path / name)], 8, told.append)
+        load_masks([Sample(tmp_path / "image.png", "bent", tmp_path / name)], Geometry.square(8), told.append)
     assert len(told) == 1 and "inverted.png marks 88% of its image" in told[0]
 
 

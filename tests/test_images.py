@@ -8,7 +8,16 @@ from PIL import Image
 
 from dskd.data import images
 from dskd.data.files import list_images
-from dskd.data.images import check_header, load_image, load_images, load_mask, load_masks, read_image, read_mask
+from dskd.data.geometry import Geometry
+from dskd.data.images import (
+    check_header,
+    load_framed,
+    load_images,
+    load_masks,
+    read_image,
+    read_mask,
+    resize_mask,
+)
 from dskd.data.samples import Sample
 
 
@@ -23,23 +32,23 @@ def test_a_truncated_or_foreign_file_is_named(mvtec_root: Path, tmp_path: Path) 
     for name, content in (("cut.png", whole[: len(whole) // 2]), ("text.jpg", b"hello"), ("empty.png", b"")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"{name} is not a readable image") as raised:
-            load_image(tmp_path / name, 32)
+            load_framed(tmp_path / name, Geometry.square(32))
         assert "\n" not in str(raised.value)
     with pytest.raises(ValueError, match=r"gone\.png does not exist"):
-        load_images([paint(tmp_path / "fine.png"), tmp_path / "gone.png"], 32)
+        load_images([paint(tmp_path / "fine.png"), tmp_path / "gone.png"], Geometry.square(32))
 
 
 def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "MAX_PIXELS", 50)
     with pytest.raises(ValueError, match=r"large\.png is refused as a decompression bomb"):
-        load_image(paint(tmp_path / "large.png"), 32)
+        load_framed(paint(tmp_path / "large.png"), Geometry.square(32))
 
 
 def test_sixteen_bit_grey_is_scaled_and_not_clipped(tmp_path: Path) -> None:
     levels = np.array([[0, 255], [256 * 100, 65535]], np.uint16)
     for name in ("grey.png", "grey.tiff"):
         Image.fromarray(levels).save(tmp_path / name)
-        pixels = load_image(tmp_path / name, 2)
+        pixels = load_framed(tmp_path / name, Geometry.square(2)).rgb
         assert pixels.tolist() == [[[0] * 3, [0] * 3], [[100] * 3, [255] * 3]]
 
 
@@ -47,15 +56,15 @@ def test_sixteen_bit_grey_is_scaled_and_not_clipped(tmp_path: Path) -> None:
 def test_every_mode_becomes_three_channels(tmp_path: Path, mode: str) -> None:
     path = tmp_path / "image.tiff"
     Image.new("RGB", (8, 8), (255, 255, 255)).convert(mode).save(path)
-    assert load_image(path, 4).tolist() == [[[255] * 3] * 4] * 4
+    assert load_framed(path, Geometry.square(4)).rgb.tolist() == [[[255] * 3] * 4] * 4
 
 
 def test_images_keep_their_order_and_can_be_written_in_place(tmp_path: Path) -> None:
     paths = [paint(tmp_path / f"{value}.png", value) for value in range(0, 200, 10)]
     out = np.empty((len(paths), 4, 4, 3), np.uint8)
-    assert load_images(paths, 4, out) is out
+    assert load_images(paths, Geometry.square(4), out) is out
     assert [int(image[0, 0, 0]) for image in out] == list(range(0, 200, 10))
-    np.testing.assert_array_equal(load_images(paths, 4), out)
+    np.testing.assert_array_equal(load_images(paths, Geometry.square(4)), out)
 
 
 def test_masks_are_resized_to_their_nearest_pixel(tmp_path: Path) -> None:
@@ -63,9 +72,9 @@ def test_masks_are_resized_to_their_nearest_pixel(tmp_path: Path) -> None:
     spot[1, 1] = 255
     Image.fromarray(spot).save(tmp_path / "mask.png")
     # Any interpolation would round the corners of the one pixel.
-    np.testing.assert_array_equal(load_mask(tmp_path / "mask.png", 24), spot.repeat(8, 0).repeat(8, 1) > 0)
+    np.testing.assert_array_equal(resize_mask(read_mask(tmp_path / "mask.png"), 24), spot.repeat(8, 0).repeat(8, 1) > 0)
     Image.fromarray(np.array([[0, 127], [128, 255]], np.uint8)).save(tmp_path / "mask.png")
-    assert load_mask(tmp_path / "mask.png", 2).tolist() == [[False, False], [True, True]]
+    assert resize_mask(read_mask(tmp_path / "mask.png"), 2).tolist() == [[False, False], [True, True]]
 
 
 def save(values: list[list[int]], path: Path, dtype: type = np.uint8, *, palette: bool = False) -> Path:
@@ -89,7 +98,7 @@ def test_small_class_numbers_are_defects_where_the_layout_says_so(tmp_path: Path
     save([[0, 1], [2, 255]], tmp_path / "eight.png")
     image = paint(tmp_path / "x.png", size=(2, 2))
     ids, grey = (Sample(image, "bent", tmp_path / "eight.png", above) for above in (0, 127))
-    assert load_masks([ids, grey], 2).tolist() == [wanted, [[False, False], [False, True]]]
+    assert load_masks([ids, grey], Geometry.square(2)).tolist() == [wanted, [[False, False], [False, True]]]
 
 
 def test_hidden_files_are_no_images_and_broken_links_are(tmp_path: Path) -> None:
@@ -99,7 +108,7 @@ def test_hidden_files_are_no_images_and_broken_links_are(tmp_path: Path) -> None
     (tmp_path / "folder.png").mkdir()
     assert [path.name for path in list_images(tmp_path)] == ["a.png", "b.PNG"]
     with pytest.raises(ValueError, match=r"a\.png does not exist"):
-        load_images(list_images(tmp_path), 8)
+        load_images(list_images(tmp_path), Geometry.square(8))
 
 
 class Terminal(io.StringIO):
@@ -112,12 +121,12 @@ def test_reading_is_counted_on_a_terminal_where_it_has_a_name(tmp_path: Path, mo
     for name, seen in (("reading tiles", True), (None, False)):
         terminal = Terminal()
         monkeypatch.setattr(sys, "stderr", terminal)
-        load_images(paths, 8, progress=name)
+        load_images(paths, Geometry.square(8), progress=name)
         assert ("reading tiles" in terminal.getvalue() and "/3" in terminal.getvalue()) == seen
 
 
 def test_reading_is_silent_without_a_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    load_images([paint(tmp_path / "a.png")], 8, progress="reading")
+    load_images([paint(tmp_path / "a.png")], Geometry.square(8), progress="reading")
     assert capfd.readouterr() == ("", "")
 
 

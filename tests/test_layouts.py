@@ -8,6 +8,7 @@ from PIL import Image
 
 from dskd.data.check import check_data
 from dskd.data.datasets import Category, find_categories, hold_out, read_category, read_test_split
+from dskd.data.geometry import Geometry
 from dskd.data.images import load_masks, read_mask
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -142,7 +143,7 @@ def test_each_layout_gives_its_splits_labels_and_masks(layout: str, tmp_path: Pa
     assert [sample.path.stem[-1] for sample in masked] == ["0"] and masked[0].is_defective
     wanted = np.zeros((SIZE, SIZE), bool)
     wanted[2:5, 2:5] = True
-    np.testing.assert_array_equal(load_masks(masked, SIZE)[0], wanted)
+    np.testing.assert_array_equal(load_masks(masked, Geometry.square(SIZE))[0], wanted)
     everything = [sample.path for split in (found.train, found.validation, found.test) for sample in split]
     assert len(set(everything)) == len(everything) and all(path.is_file() for path in everything)
     assert find_categories(tmp_path / "set/part").keys() == {"part"}, "the folder itself may be the category"
@@ -156,7 +157,7 @@ def test_masks_with_soft_edges_are_cut_at_mid_grey(tmp_path: Path) -> None:
     soft = np.array([[0, 1, 60, 127], [128, 200, 254, 255]], np.uint8)
     Image.fromarray(soft.repeat(4, 0).repeat(2, 1)).save(folder / "MT_Uneven/Imgs/exp2_num_0.png")
     (found,) = [sample for sample in read(tmp_path, "tiles").test if sample.mask]
-    np.testing.assert_array_equal(load_masks([found], SIZE)[0], (soft > 127).repeat(4, 0).repeat(2, 1))
+    np.testing.assert_array_equal(load_masks([found], Geometry.square(SIZE))[0], (soft > 127).repeat(4, 0).repeat(2, 1))
 
 
 def test_a_magnetic_tile_without_a_marked_pixel_stays_defective(tmp_path: Path) -> None:

@@ -223,7 +223,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["nothing.pth", "."])
 def test_missing_weights_are_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="'hub', 'random' or an existing"):
+    with pytest.raises(ValueError, match="'hub', 'lite0', 'random' or an existing"):
         build_teacher(RESNET18, (1, 2, 3), str(tmp_path / name))
 
 
@@ -289,7 +289,7 @@ def test_a_hub_teacher_needs_weights_on_the_hub(unreachable_hub: Path) -> None:
 def test_sizes_are_those_of_the_published_networks(
     backbone: str, depth: int, encoder: str, embedding: str, decoder: str
 ) -> None:
-    config = ModelConfig(backbone=backbone, embedding_depth=depth)
+    config = ModelConfig(backbone=backbone, embedding_depth=depth, decoder_output="relu")
     with torch.device("meta"):
         students = build_students(config, build_teacher(backbone, config.levels, "random"), seed=0)
     parts = (students.encoder, students.embedding, students.decoder)
@@ -301,8 +301,9 @@ def test_sizes_are_those_of_the_published_networks(
 
 
 def test_decoder_keeps_the_teachers_numbers_of_blocks_in_their_order() -> None:
+    config = ModelConfig(backbone=WIDE_RESNET50, decoder_output="relu")
     with torch.device("meta"):
-        students = Students(ModelConfig(backbone=WIDE_RESNET50), build_teacher(WIDE_RESNET50, (1, 2, 3), "random"))
+        students = Students(config, build_teacher(WIDE_RESNET50, (1, 2, 3), "random"))
     assert students.decoder is not None
     assert [len(list(stage.children())) for stage in students.decoder.stages] == [3, 4, 6]
 

@@ -122,9 +122,9 @@ def command(detector_folder: Path, images: Path, out: Path) -> list[str]:
         "from dskd import detector\n"
         "detector.PREDICT_CHUNK = 2\n"
         "whole = detector.Detector.score_images\n"
-        "def slowly(self, images):\n"
+        "def slowly(self, images, inside=None):\n"
         "    time.sleep(0.2)\n"
-        "    return whole(self, images)\n"
+        "    return whole(self, images, inside)\n"
         "detector.Detector.score_images = slowly\n"
         "from dskd.cli.main import main\n"
         "main(sys.argv[1:])\n"
@@ -227,8 +227,8 @@ def test_a_score_that_is_no_number_is_no_verdict(
     photos = sorted((mvtec_root / "tile/test/good").iterdir())[:2]
     whole = Detector.score_images
 
-    def broken(self: Detector, images: np.ndarray) -> AnomalyScores:
-        seen = whole(self, images)
+    def broken(self: Detector, images: np.ndarray, inside: np.ndarray | None = None) -> AnomalyScores:
+        seen = whole(self, images, inside)
         seen.scores[0] = seen.maps[0, 3, 3] = value
         return seen
 

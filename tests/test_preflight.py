@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from dskd.model import teacher
 from tune import search
 from tune.preflight import dry_run
 from tune.preflight.checks import check_inputs, read_categories
@@ -117,6 +119,90 @@ def test_a_dry_run_prints_plan_and_forecast_and_leaves_no_trace(
     assert "2 categories × 2 trials × 3 epochs" in said.err and "untrained teacher" in said.err
     assert "not read: " in said.err and "1 .txt" in said.err
     assert str(tmp_path / "a" / "results" / "search") in said.err and "forecast:" in said.err
+
+
+def test_a_dry_run_counts_the_steps_on_tiles(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert dry_run.dry_run(settings(data, tmp_path / "results", json=True, tile=32, overlap=0)) == 0
+    said = capsys.readouterr()
+    document = json.loads(said.out)
+    for each in document["categories"]:  # 4 tiles of an image of 64 pixels, and 4 of them in a batch
+        assert each["num_steps"] == 3 * each["num_train"]
+    assert document["forecast"]["steps_full"] == 2 * sum(each["num_steps"] for each in document["categories"])
+    assert "tiles of 32 pixels" in said.err
+
+
+def test_a_dry_run_measures_and_forecasts_each_teacher_that_a_trial_may_have(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "space.toml").write_text('[category.wood]\nbackbone = ["test_resnet", "test_convnext"]\n')
+    asked = settings(
+        data, tmp_path / "a", json=True, space=tmp_path / "space.toml", image_size=64, preset="rd4ad", levels=(1, 2),
+        backbone="test_resnet",
+    )  # fmt: skip
+    before = tree(tmp_path)
+    assert dry_run.dry_run(asked) == 0
+    assert tree(tmp_path) == before
+    said = capsys.readouterr()
+    document = json.loads(said.out)
+    resnet, convnext = document["teachers"]
+    assert (resnet["backbone"], convnext["backbone"]) == ("test_resnet", "test_convnext")
+    assert resnet["levels"] == convnext["levels"] == [1, 2]
+    # 64 pixels: each of 2 categories reads 10 + 2 images, and sees 44 with the synthetic ones
+    pixels, seen = 2 * 12 * 3 * 64**2, sum(each["num_train"] + each["num_validation"] + each["num_calibration"]
+                                          for each in document["categories"])  # fmt: skip
+    for each in (resnet, convnext):
+        assert each["forecast"]["wall_seconds_full"] > 0
+        assert each["cache_bytes"] == pixels + seen * each["speed"]["feature_bytes"] and each["speed"]["feature_bytes"]
+    slowest = max(document["teachers"], key=lambda each: each["forecast"]["wall_seconds_full"])
+    assert document["forecast"] == slowest["forecast"]
+    assert document["varied"]["wood"]["backbone"] == "test_resnet | test_convnext"
+    assert "backbone" not in document["varied"]["tile"]
+    assert said.err.count("forecast:") == said.err.count("measured:") == 2 and "if all trials had test_conv" in said.err
+    assert "cache:" in said.err
+
+
+def test_each_teacher_is_loaded_before_the_first_trial(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "space.toml").write_text('backbone = ["test_resnet", "resnet0", "resnet00"]\n')
+    asked = settings(data, tmp_path / "results", space=tmp_path / "space.toml", trials=3, levels=(1, 2))
+    with drafted(asked) as draft:
+        errors = check_inputs(draft).errors
+    assert len(errors) == 2 and "'resnet0'" in errors[0] and "'resnet00'" in errors[1]
+
+
+def test_a_teacher_that_takes_squares_only_is_found_before_the_first_trial(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Fixed(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            assert images.shape[-2] == images.shape[-1], "Input width doesn't match model."
+            return (images,)
+
+    monkeypatch.setattr(teacher, "build_teacher", lambda *_: teacher.Teacher(Fixed()))
+    for resize, expected in (("letterbox", []), ("64x32", ["takes no images of 64 x 32 pixels"])):
+        with drafted(settings(data, tmp_path / "results", resize=resize)) as draft:
+            errors = check_inputs(draft).errors
+        assert len(errors) == len(expected) and all(text in error for text, error in zip(expected, errors, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"trials": 1}, "--trials 1 cannot hold the 2 presets and backbones untuned"),
+        ({"sampler": "cmaes"}, "--sampler cmaes cannot search several backbones"),
+        ({"teacher_weights": "lite0", "levels": None}, "lite0 are the weights of backbone tf_efficientnet_lite0"),
+    ],
+)
+def test_several_teachers_ask_for_what_they_need(
+    changes: dict[str, Any], expected: str, data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "space.toml").write_text('backbone = ["test_resnet", "test_convnext"]\n')
+    values: dict[str, Any] = {"space": tmp_path / "space.toml", "levels": (1, 2)}
+    with pytest.raises(ValueError, match=expected):
+        plan_of(settings(data, tmp_path, **values | changes))
 
 
 def test_an_existing_study_file_that_is_none_is_a_fault(data: Path, tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_a_served_detector_says_what_the_detector_says(served: Any, detector_fol
         assert found["score"].tolist() == [each.score for each in expected]
         assert found["threshold"].tolist() == [threshold] * len(paths)
         assert found["is_anomalous"].tolist() == [each.is_anomalous for each in expected]
-        assert found["regions"].tolist() == [[region._asdict() for region in each.regions] for each in expected]
+        assert found["regions"].tolist() == [[region.to_dict() for region in each.regions] for each in expected]
     signature = served.metadata.signature
     assert signature is not None and signature.outputs.input_names() == list(found.columns)
     answer = json.loads(predictions_text(found))["predictions"]

@@ -16,6 +16,7 @@ from PIL import Image
 
 from dskd.cli.main import predict
 from dskd.data.depth import PixelScale
+from dskd.data.geometry import Geometry
 from dskd.detector import Detector
 from dskd.predict import PREDICTIONS_FILE, predict_images
 from tune import score
@@ -68,10 +69,10 @@ def test_deep_images_take_the_scale_of_the_detector_and_clipped_values_are_count
     tifffile.imwrite(tmp_path / "a.tif", np.full((32, 32), 100 * 16, np.uint16))
     tifffile.imwrite(tmp_path / "b.tif", np.full((32, 32), 5000, np.uint16))
     names = {"name": np.array(["a.tif", "b.tif"], object)}
-    seen = decode(names, str(tmp_path), 32, PixelScale(kind="integer", step=16.0))
+    seen = decode(names, str(tmp_path), Geometry.square(32), PixelScale(kind="integer", step=16.0))
     assert seen["error"].tolist() == ["", ""] and seen["num_clipped"].tolist() == [0, 32 * 32]
     assert (seen["pixels"][0] == 100).all() and (seen["pixels"][1] == 255).all()
-    refused = decode(names, str(tmp_path), 32, PixelScale(kind="none"))
+    refused = decode(names, str(tmp_path), Geometry.square(32), PixelScale(kind="none"))
     assert all("8 bits per channel" in error for error in refused["error"])
 
 
@@ -83,7 +84,7 @@ def rows_of(
     monkeypatch.setattr(ray, "get", lambda given: given)
     limit = Detector.load(detector_folder).threshold(0.01).value
     inspector = Inspector(files, limit, images, str(out), overlays, Workers(1, 1.0, 0.0))  # type: ignore[arg-type]
-    decoded = decode({"name": np.array(names, object)}, images, 32)
+    decoded = decode({"name": np.array(names, object)}, images, Geometry.square(32))
     assert decoded["pixels"].shape == (len(names), 32, 32, 3)
     table = inspector(decoded)
     assert isinstance(table, pa.Table) and table.schema == SCHEMA

@@ -1,3 +1,4 @@
+import dataclasses
 import pickle
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ import pytest
 from dskd.presets import PRESETS
 from tune import pull, search
 from tune.settings.plan import SearchPlan, plan_search, resolve_addresses, resolve_studies
-from tune.settings.search import SearchSettings
+from tune.settings.search import FIXED, SearchSettings
+from tune.settings.space import SHARED
 from tune.storage.uris import LOCAL_RESULTS
 
 
@@ -193,3 +195,63 @@ def test_bad_usage_of_the_entries_is_one_line(
         entry.main()
     said = capsys.readouterr()
     assert end.value.code == 2 and said.out == "" and said.err.count("\n") == 1 and expected in said.err
+
+
+def test_what_a_search_keeps_fixed_comes_from_flags_above_the_file_above_the_presets(tmp_path: Path) -> None:
+    assert settings().run_configs() == {
+        "dskd": PRESETS["dskd"].with_values({"score_candidates": 500, "batch_size": 16})
+    }
+    file = tmp_path / "run.toml"
+    file.write_text(
+        'preset = "rd4ad"\n[data]\nimage_size = 64\n[model]\nbackbone = "wide_resnet50_2.tv_in1k"\n'
+        "embedding_depth = 3\n[train]\nepochs = 7\nschedule = 'cosine'\n"
+    )
+    (run,) = settings(config=file).run_configs().values()
+    assert run == PRESETS["rd4ad"].with_values(
+        {
+            "image_size": 64, "backbone": "wide_resnet50_2.tv_in1k", "embedding_depth": 3, "epochs": 7,
+            "schedule": "cosine", "score_candidates": 500,
+        }
+    )  # fmt: skip
+    flags = {"epochs": 9, "backbone": "resnet34.tv_in1k", "levels": (2, 3), "split_seed": 4, "preset": "dskd,aand"}
+    both = settings(config=file, **flags).run_configs()
+    assert list(both) == ["dskd", "aand"]
+    for run in both.values():
+        assert (run.train.epochs, run.model.backbone, run.model.levels) == (9, "resnet34.tv_in1k", (2, 3))
+        assert (run.data.split_seed, run.data.image_size, run.model.embedding_depth) == (4, 64, 3)
+        assert run.loss.level_weights == run.score.score_level_weights == (1.0, 1.0)
+    assert both["aand"].amplification.amplification and not both["dskd"].amplification.amplification
+
+
+def test_a_length_by_flag_replaces_that_of_the_file_and_the_file_that_of_the_presets(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+
+    def lengths(content: str, **flags: Any) -> list[tuple[int | None, int | None, int]]:
+        file.write_text(f"[train]\n{content}\n")
+        runs = settings(config=file, preset="dskd,stfpm", **flags).run_configs().values()
+        return [(run.train.steps, run.train.epochs, run.train.patience) for run in runs]
+
+    assert lengths("") == [(3200, None, 0), (800, None, 0)]
+    assert lengths("steps = 50\npatience = 3") == [(50, None, 3)] * 2
+    assert lengths("epochs = 6") == [(None, 6, 0)] * 2
+    assert lengths("epochs = 6\npatience = 3", steps=40, patience=0) == [(40, None, 0)] * 2
+    assert lengths("steps = 50", epochs=2) == [(None, 2, 0)] * 2
+    assert settings(config=file, epochs=2).num_reports == 2
+
+
+def test_every_shared_field_of_a_space_is_a_flag_of_the_search() -> None:
+    names = {each.name for each in dataclasses.fields(SearchSettings)}
+    assert set(FIXED) <= names
+    assert SHARED - set(FIXED) == {"student_encoder", "student_decoder"}, "the preset's, or of --config"
+
+
+def test_a_backbone_brings_what_goes_with_it_to_a_search() -> None:
+    dinov3 = settings(backbone="vit_small_patch16_dinov3.lvd1689m", preset="dskd")
+    (run,) = dinov3.run_configs().values()
+    assert run.model.levels == (3, 7, 11) and not run.model.student_encoder
+    (run,) = settings(teacher_weights="lite0").run_configs().values()
+    assert run.model.backbone == "tf_efficientnet_lite0.in1k"
+    with pytest.raises(
+        ValueError, match=r"lite0 are the weights of backbone tf_efficientnet_lite0\.in1k, got resnet50"
+    ):
+        settings(teacher_weights="lite0", backbone="resnet50.tv_in1k")

@@ -8,12 +8,13 @@ import optuna
 import pytest
 
 from dskd.config import RunConfig
-from dskd.presets import PRESETS
+from dskd.presets import PRESETS, with_backbone
 from tune.settings.space import Choice, Dimension, Range, Space, build_space, with_suggestions
 from tune.settings.space_file import read_space
 
 TWO_LEVELS = RunConfig().with_values({"levels": (1, 2), "level_weights": (1.0, 0.5), "score_level_weights": (1.0, 1.0)})
 BASES = {**PRESETS, "two levels": TWO_LEVELS}
+TEACHERS = Choice(("resnet18.tv_in1k", "vit_small_patch16_dinov3.lvd1689m"))
 SPACES = {
     **{name: build_space({name: base}) for name, base in BASES.items()},
     "all four": build_space(PRESETS),
@@ -24,6 +25,9 @@ SPACES = {
             for preset in PRESETS
         },
     ),
+    "two teachers": build_space({"dskd": PRESETS["dskd"]}, {"dskd": {"backbone": TEACHERS}}),
+    "all four, one of them with two teachers": build_space(PRESETS, {"rd4ad": {"backbone": TEACHERS}}),
+    "all four with two teachers": build_space(PRESETS, {preset: {"backbone": TEACHERS} for preset in PRESETS}),
 }
 
 every_base = pytest.mark.parametrize("base", BASES.values(), ids=BASES.keys())
@@ -72,9 +76,9 @@ def test_every_point_of_a_space_is_a_valid_run_that_carries_it(space: Space) -> 
         seen.add(str(run))
         assert RunConfig.from_dict(run.to_dict()) == run
         assert space.point_of(run) == point
-        preset = point.get("preset", next(iter(space.bases)))
-        base, flat = space.bases[preset].flat(), run.flat()
-        varied = {name if name in flat else name.rpartition("_")[0] for name in space.dimensions[preset]}
+        variant = space.variant_of(point)
+        base, flat = space.bases[variant].flat(), run.flat()
+        varied = {name if name in flat else name.rpartition("_")[0] for name in space.dimensions[variant]}
         assert {name: flat[name] for name in flat.keys() - varied} == {
             name: base[name] for name in base.keys() - varied
         }
@@ -145,6 +149,46 @@ def test_tpe_learns_on_a_conditional_space_which_preset_and_which_of_its_values_
     assert all(name == "preset" or name.startswith(f"{params['preset']}.") for params in late for name in params)
 
 
+def test_each_of_several_backbones_has_its_own_configuration_and_its_own_dimensions() -> None:
+    resnet, dinov3 = TEACHERS.options
+    space = SPACES["two teachers"]
+    first, second = (space.configuration(point) for point in space.starting_points()[:2])
+    assert first == PRESETS["dskd"] and space.is_untuned(space.starting_points()[1])
+    assert second == with_backbone(PRESETS["dskd"], dinov3) and not second.model.student_encoder
+    for point in asked(space, 3, 30):
+        backbone = point["backbone"]
+        assert all(name == "backbone" or name.startswith(f"{backbone}.") for name in point)
+        assert (f"{backbone}.encoder_score_weight" in point) == (backbone == resnet)
+        assert space.configuration(point).model.backbone == backbone and space.preset_of(point) == "dskd"
+    several = SPACES["all four, one of them with two teachers"]
+    assert len(several.bases) == 5
+    points = asked(several, 0, 40)
+    assert {point["rd4ad.backbone"] for point in points if point["preset"] == "rd4ad"} == {resnet, dinov3}
+    assert not any("rd4ad.backbone" in point for point in points if point["preset"] != "rd4ad")
+    described = SPACES["all four with two teachers"].describe()
+    assert described["preset"] == "dskd | stfpm | rd4ad | aand" and described["aand.backbone"] == f"{resnet} | {dinov3}"
+    assert described[f"stfpm.{dinov3}.level_fusion"] == "sum | product"
+
+
+def test_teachers_of_one_space_see_the_same_tiles() -> None:
+    asked_for = {"rd4ad": {"backbone": Choice(("resnet18.tv_in1k", "vit_small_patch14_dinov2.lvd142m"))}}
+    tiled = PRESETS["rd4ad"].with_values({"tile": 224})
+    with pytest.raises(ValueError, match=r"must have one overlap of tiles, got 32 for resnet18\S* and 28 for vit_"):
+        build_space({"rd4ad": tiled}, asked_for)
+    space = build_space({"rd4ad": tiled.with_values({"overlap": 0})}, asked_for)
+    assert {base.data.input_size for base in space.bases.values()} == {(224, 224)}
+    wide = build_space({"rd4ad": PRESETS["rd4ad"].with_values({"resize": "448x224"})}, asked_for)
+    assert {base.data.input_size for base in wide.bases.values()} == {(448, 224)}
+
+
+def test_a_champion_of_a_teacher_starts_a_search_that_has_it() -> None:
+    space = SPACES["two teachers"]
+    won = with_backbone(PRESETS["dskd"], TEACHERS.options[1]).with_values({"hkd_weight": 0.7})
+    assert space.point_of(won)["backbone"] == TEACHERS.options[1] and space.configuration(space.point_of(won)) == won
+    with pytest.raises(ValueError, match="backbone is 'resnet50' there"):
+        space.point_of(PRESETS["dskd"].with_values({"backbone": "resnet50"}))
+
+
 def test_a_space_survives_the_way_to_another_process_and_is_known_again() -> None:
     for space in SPACES.values():
         assert pickle.loads(pickle.dumps(space)) == space
@@ -178,6 +222,21 @@ def test_a_champion_of_another_search_is_found_in_the_space_or_the_obstacle_is_n
             space.point_of(won.with_values(change))
     with pytest.raises(ValueError, match="levels are"):
         space.point_of(TWO_LEVELS)
+
+
+def test_a_file_chooses_teachers_for_all_a_preset_or_a_category(tmp_path: Path) -> None:
+    text = (
+        'backbone = ["resnet18.tv_in1k", "resnet34.tv_in1k"]\n'
+        '[preset.aand]\nbackbone = "wide_resnet50_2.tv_in1k"\n'
+        '[category.screw]\nbackbone = "resnet50.tv_in1k"\n'
+    )
+    file = read_space(written(tmp_path, text))
+    bases = {name: PRESETS[name] for name in ("dskd", "aand")}
+    bolt, screw = file.space(bases, "bolt"), file.space(bases, "screw")
+    assert list(bolt.bases) == ["dskd@resnet18.tv_in1k", "dskd@resnet34.tv_in1k", "aand"]
+    assert bolt.bases["aand"].model.backbone == "wide_resnet50_2.tv_in1k"
+    assert {base.model.backbone for base in screw.bases.values()} == {"resnet50.tv_in1k"} and len(screw.bases) == 2
+    assert not any("backbone" in name for name in screw.describe())
 
 
 FILE = """
@@ -239,7 +298,14 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
         ("epochs = [5, 10]", "epochs: all trials share epochs"),
         ("steps = [500, 1000]", "steps: all trials share steps"),
         ("image_size = 64", "all trials share image_size"),
+        ("tile = [0, 256]", "all trials share tile"),
         ("levels_1 = 1.0", "levels_1: unknown field"),
+        ("backbone = ['a/b']", "backbone = 'a/b' with preset dskd: backbone must be the plain name"),
+        ("backbone = [3]", "backbone: expected values of type str, got 3"),
+        (
+            "backbone = ['resnet18.tv_in1k', 'vit_small_patch14_dinov2.lvd142m']",
+            "must have one image size, got 256 for resnet18.tv_in1k and 252 for vit_small_.* such as 224",
+        ),
         ("level_weights = [1.0, 2.0]", "level_weights: has an entry for each level: level_weights_1"),
         ("level_weights_4 = 1.0", "level_weights_4 names no weight: level_weights has 3"),
         ("embedding_depth = {low = 1.0, high = 2}", "embedding_depth: expected values of type int, got 1.0"),

@@ -207,7 +207,7 @@ def test_textures_reach_the_defects(inputs: TrainingData, monkeypatch: pytest.Mo
     given = np.full((1, 8, 8, 3), 7, np.uint8)
     seen = []
 
-    def spy(images: np.ndarray, *, seed: int, textures: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    def spy(images: np.ndarray, *, textures: np.ndarray | None, **_: object) -> tuple[np.ndarray, np.ndarray]:
         seen.append(textures)
         return images, np.zeros(images.shape[:3], bool)
 

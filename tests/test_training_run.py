@@ -11,7 +11,8 @@ from dskd.calibration import calibrate
 from dskd.checkpoint import write_detector
 from dskd.config import AmplificationConfig, DataSpec, RunConfig, Selection, TeacherSource
 from dskd.data.cache import ArrayCache
-from dskd.data.images import load_image, load_mask
+from dskd.data.geometry import Geometry
+from dskd.data.images import load_framed, read_mask, resize_mask
 from dskd.detector import Detector
 from dskd.evaluate import compute_metrics, score_images
 from dskd.metrics import Scores
@@ -49,7 +50,7 @@ def test_held_out_images_take_no_part_in_training(tiny: RunConfig, inputs: Train
 
 
 def test_validation_is_normals_and_their_copies_with_masked_defects(inputs: TrainingData) -> None:
-    images, masks, labels, has_mask, sources = inputs.validation
+    images, masks, labels, has_mask, sources = inputs.validation[:5]
     assert has_mask.all()
     num_normals = int((~labels).sum())
     assert labels.tolist() == [False] * num_normals + [True] * 32
@@ -114,7 +115,7 @@ def test_the_cache_changes_nothing_but_the_work(
     cache = ArrayCache(tmp_path / "cache", 10**9)
     filled = prepared(tiny, mvtec_root, cache)
     written = {file: file.stat().st_ino for file in (tmp_path / "cache").glob("*.npy")}
-    for place in ("dskd.training.inputs.load_images", "dskd.model.features.progress_bar"):
+    for place in ("dskd.training.reading.load_images", "dskd.model.features.progress_bar"):
         monkeypatch.setattr(place, lambda *_, **__: pytest.fail("computed a second time"))
     again = prepared(tiny, mvtec_root, ArrayCache(tmp_path / "cache", 10**9))
     monkeypatch.undo()
@@ -149,13 +150,15 @@ def test_validation_images_of_the_user_are_held_out_and_judge(
     assert len(found.train_images) == 12 and found.num_validation_defects == 3
     held = {*found.validation_files, *found.calibration_files}
     assert held == {"validation/good/000.png", "validation/good/001.png"} and len(found.calibration_files) == 1
-    images, masks, labels, has_mask, sources = found.validation
+    images, masks, labels, has_mask, sources = found.validation[:5]
     assert sources.tolist() == [0] * 33 + [1, 2, 3]
     assert labels.tolist() == [False] + [True] * 35
     assert has_mask.tolist() == [True] * 35 + [False]
-    scratched = [load_image(tile / f"validation/scratch/00{index}.png", 32) for index in range(3)]
+    scratched = [load_framed(tile / f"validation/scratch/00{index}.png", Geometry.square(32)).rgb for index in range(3)]
     np.testing.assert_array_equal(images[-3:], scratched)
-    drawn = [load_mask(tile / f"validation_ground_truth/scratch/00{index}_mask.png", 32) for index in range(2)]
+    drawn = [
+        resize_mask(read_mask(tile / f"validation_ground_truth/scratch/00{index}_mask.png"), 32) for index in range(2)
+    ]
     np.testing.assert_array_equal(masks[-3:-1], drawn)
     assert masks[-2].any() and not masks[-1].any()
     run = TrainingRun.begin(tiny, found, CPU)
@@ -180,8 +183,8 @@ def test_labelled_defects_without_normals_leave_the_seeded_split(
     found = prepared(tiny, tmp_path)
     assert found.validation_files == inputs.validation_files and found.num_validation_defects == 3
     np.testing.assert_array_equal(found.train_images, inputs.train_images)
-    for name, joined in found.validation._asdict().items():
-        np.testing.assert_array_equal(joined[:-3], getattr(inputs.validation, name))
+    for joined, alone in zip(found.validation[:5], inputs.validation[:5], strict=True):
+        np.testing.assert_array_equal(joined[:-3], alone)
 
 
 def test_textures_change_some_of_the_drawn_defects_and_their_cached_features(
@@ -345,7 +348,7 @@ def test_a_finished_stage_one_is_not_done_again_and_another_one_is_not_taken_for
     cache = ArrayCache(tmp_path / "cache", 10**9)
     first = prepared(amplified, mvtec_root, cache)
     uncached = prepared(amplified, mvtec_root)
-    other = prepared(amplified.with_values({"amplification_margin": 0.9}), mvtec_root, cache)
+    other = prepared(amplified.with_values({"amplification_learning_rate": 0.001}), mvtec_root, cache)
     plain = prepared(amplified.with_values({"amplification": False}), mvtec_root, cache)
     monkeypatch.setattr("dskd.training.inputs.fit_amplifier", lambda *_, **__: pytest.fail("stage I once more"))
     again = prepared(amplified, mvtec_root, ArrayCache(tmp_path / "cache", 10**9))
@@ -402,6 +405,6 @@ def test_batches_of_one_image_and_one_position_are_explained_before_training(mvt
     config = deep.with_values({"batch_size": 1})
     spec = DataSpec(data=mvtec_root, category="tile", teacher=TeacherSource("random"))
     inputs = prepare(config, spec, device=torch.device("cpu"), cache=None)
-    with pytest.raises(ValueError, match=r"batches of one image at image_size 32 .* raise --batch-size"):
+    with pytest.raises(ValueError, match=r"batches of one image of 32 x 32 pixels .* raise --batch-size"):
         TrainingRun.begin(config, inputs, torch.device("cpu"))
     TrainingRun.begin(deep, inputs, torch.device("cpu"))

@@ -31,7 +31,7 @@ from dskd.cli.output import (
     say,
     training_document,
 )
-from dskd.config import VERSION, DataSpec, RunConfig, TeacherSource
+from dskd.config import VERSION, DataSpec, LayoutName, RunConfig, TeacherSource
 from dskd.presets import PRESETS, Preset
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def check_data(
     /,
     *,
     image_size: int = 256,
+    layout: LayoutName = "auto",
     preset: Preset = "dskd",
     steps: int | None = None,
     epochs: int | None = None,
@@ -75,6 +76,7 @@ def check_data(
     Args:
         path: Folder of categories, or one category.
         image_size: Image size of training; a defect whose mask vanishes at this size is reported.
+        layout: auto, or classes for a folder of class folders (one-class novelty).
         preset: Method of the training that is forecast.
         steps: Its length; by default the preset's.
         epochs: Its length in passes over the images instead.
@@ -88,7 +90,7 @@ def check_data(
     _allow_megapixels(max_megapixels)
     changes = given_length(steps, epochs) | {"image_size": image_size}
     config = PRESETS[preset].with_values(changes if batch_size is None else changes | {"batch_size": batch_size})
-    report = check_data(path, image_size, progress=True)
+    report = check_data(path, image_size, layout, progress=True)
     seconds = _step_seconds(config) if time and report.is_trainable else None
     training = training_document(report, config, seconds)
     if json:
@@ -126,6 +128,7 @@ def train(
     preset: Preset = "dskd",
     print_config: bool = False,
     textures: Path | None = None,
+    region: str = "",
     teacher_weights: str = "hub",
     device: str = "auto",
     max_megapixels: float | None = None,
@@ -148,7 +151,10 @@ def train(
         preset: Method to start from; the file and the other flags change it.
         print_config: Print the configuration as TOML, and train nothing.
         textures: Folder of images, such as DTD, that feed the synthetic defects; else textures are drawn.
-        teacher_weights: hub, a .safetensors or .pth file, or random (untrained, for wiring tests).
+        region: Region of interest in pixels of the original images: LEFT,TOP,RIGHT,BOTTOM, or "X,Y X,Y X,Y …", or a
+            mask image, white inside; else region.png or region.txt in the category's folder. Outside nothing counts.
+        teacher_weights: hub, lite0 (EfficientNet-Lite0 from an installed package), a .safetensors or .pth file, or
+            random (untrained, for wiring tests).
         device: auto, cpu, cuda or cuda:N.
         max_megapixels: Larger images are refused as decompression bombs; 512, or $DSKD_MAX_MEGAPIXELS, unless given.
         restart: Discard the saved state of an interrupted training into the same folder.
@@ -158,6 +164,7 @@ def train(
         json: Print one JSON document with the validation figures and the losses up to each validation.
     """
     _allow_megapixels(max_megapixels)
+    TeacherSource(teacher_weights).check_fits(settings.model.backbone)
     if print_config:
         from dskd.presets import to_toml
 
@@ -177,7 +184,7 @@ def train(
     if checkpoint_seconds < 0:
         raise ValueError(f"--checkpoint-seconds must not be negative, got {checkpoint_seconds:g}.")
     if category is None:
-        categories = list(find_categories(data))
+        categories = list(find_categories(data, settings.data.layout))
         if len(categories) > 1:
             raise ValueError(f"{data} holds several categories, choose one with --category: {', '.join(categories)}.")
         category = categories[0]
@@ -187,7 +194,7 @@ def train(
         teacher = TeacherSource(teacher_weights)
         inputs = prepare(
             settings,
-            DataSpec(data=data, category=category, teacher=teacher, textures=textures),
+            DataSpec(data=data, category=category, teacher=teacher, textures=textures, region=region),
             device=place,
             cache=cache,
             progress=True,
@@ -243,8 +250,8 @@ def _train(run: "TrainingRun", unfinished: Path, checkpoint_seconds: float) -> N
             interval, scores = event.interval, event.scores
             bar.say(
                 f"step {interval.step:4d}/{run.num_steps}  loss {interval.loss:.4f}  "
-                f"{interval.images_per_second:5.1f} images/s  val image AUROC {scores.image_auroc:.3f}  "
-                f"AUPRO {scores.aupro:.3f}"
+                f"{interval.images_per_second:5.1f} images/s  val image AUROC {scores.image_auroc:.3f}"
+                + ("" if math.isnan(scores.aupro) else f"  AUPRO {scores.aupro:.3f}")
             )
             if clock.monotonic() - saved >= checkpoint_seconds:
                 run.save(unfinished)
@@ -295,6 +302,7 @@ def predict(
     out: Path,
     false_alarm_rate: float = 0.01,
     threshold: float | None = None,
+    group_by: str = "",
     device: str = "auto",
     max_megapixels: float | None = None,
     json: bool = False,
@@ -307,6 +315,8 @@ def predict(
         out: Folder for predictions.jsonl, written as the verdicts come, and an overlay per image.
         false_alarm_rate: Share of good images that may be called anomalous, in (0, 1).
         threshold: Score above which an image is anomalous, instead of the calibrated one.
+        group_by: Regular expression that finds a part's name in a path, if another than in training; for parts with
+            several images, whose verdicts go to parts.jsonl.
         device: auto, cpu, cuda or cuda:N.
         max_megapixels: Larger images are refused as decompression bombs; 512, or $DSKD_MAX_MEGAPIXELS, unless given.
         json: Print one JSON document.
@@ -333,6 +343,7 @@ def predict(
         out,
         false_alarm_rate=false_alarm_rate,
         threshold=threshold,
+        group_by=group_by,
         on_prediction=tell,
     )
     say(f"{summary.describe()}; overlays in {out / 'overlays'}")
@@ -346,6 +357,7 @@ def predict(
                 "not_read": {"others": dict(found.others), "left_out": dict(found.left_out)},
                 "false_alarm_rates": loaded.record.guarantee,
                 "predictions": summary.predictions,
+                **({"parts": summary.parts} if summary.parts else {}),
             }
         )
     if summary.num_unreadable or found.closed:
@@ -370,19 +382,24 @@ def export(
         opset: ONNX operator set, 18 to 25.
         json: Print one JSON document.
     """
-    from dskd.data.images import load_images
-    from dskd.export import INPUT, OUTPUTS, ParityError, check_exportable, export_onnx, generated_images
+    from dskd.export import (
+        INPUT,
+        OUTPUTS,
+        ParityError,
+        check_exportable,
+        export_onnx,
+        generated_inputs,
+        network_inputs,
+    )
     from dskd.predict import find_images
 
     check_exportable(onnx, opset)
     loaded = _load(detector, "cpu")
-    size = loaded.record.config.data.image_size
-    pixels = (
-        load_images(find_images(images).images, size, scale=loaded.record.scale) if images else generated_images(size)
-    )
+    width, height = loaded.record.config.data.input_size
+    checked = network_inputs(loaded, find_images(images).images) if images else generated_inputs(loaded)
     source = "given" if images else "generated"
     try:
-        parity = export_onnx(loaded, onnx, pixels, opset)
+        parity = export_onnx(loaded, onnx, checked, opset)
     except ParityError as error:
         say(f"dskd: export failed, nothing was written: {error}")
         sys.exit(1)
@@ -393,7 +410,7 @@ def export(
     for verdicts in parity.verdicts:
         note = f", {verdicts.num_undecided} too close to call" if verdicts.num_undecided else ""
         say(f"threshold {verdicts.threshold:.4g}: same verdicts, {verdicts.num_anomalous} anomalous{note}")
-    say(f"wrote {onnx}: opset {opset}, {INPUT} uint8 (B, {size}, {size}, 3) to {' and '.join(OUTPUTS)}")
+    say(f"wrote {onnx}: opset {opset}, {INPUT} uint8 (B, {height}, {width}, 3) to {' and '.join(OUTPUTS)}")
     if json:
         print_json(
             {
@@ -401,7 +418,8 @@ def export(
                 "opset": opset,
                 "category": loaded.record.category,
                 "teacher": loaded.record.teacher,
-                "image_size": size,
+                "width": width,
+                "height": height,
                 "images": source,
                 **parity._asdict(),
                 "verdicts": [verdicts._asdict() for verdicts in parity.verdicts],

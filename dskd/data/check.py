@@ -6,11 +6,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from dskd.config import LayoutName
 from dskd.data.datasets import CategoryFolder, num_held_out, scan, too_few, unread_images
 from dskd.data.depth import Levels, PixelScale
 from dskd.data.files import Walk, walk
-from dskd.data.images import in_threads, is_same_shape, read_levels, read_mask, read_pixels, resize_mask
+from dskd.data.geometry import Geometry, RegionOfInterest, is_same_shape
+from dskd.data.images import image_size as size_of
+from dskd.data.images import in_threads, read_levels, read_mask, read_pixels, resize_mask
 from dskd.data.layouts import Listing
+from dskd.data.regions import find_region
 from dskd.data.samples import Sample
 
 Split = Literal["train", "validation", "test"]
@@ -123,7 +127,7 @@ class _Look(NamedTuple):
     problems: tuple[Problem, ...]
 
 
-def check_data(root: Path, image_size: int = 256, *, progress: bool = False) -> Report:
+def check_data(root: Path, image_size: int = 256, layout: LayoutName = "auto", *, progress: bool = False) -> Report:
     """Read every image and mask of every category at or below `root`, on all cores, with limited memory.
 
     A defect that disappears when its mask is resized to `image_size` is reported as a note. With `progress` a progress
@@ -131,7 +135,7 @@ def check_data(root: Path, image_size: int = 256, *, progress: bool = False) -> 
     """
     if image_size < 1:
         raise ValueError(f"--image-size must be at least 1, got {image_size}.")
-    found = scan(root)
+    found = scan(root, layout)
     problems = [*_same_names(found)]
     categories = []
     for place in found:
@@ -141,7 +145,10 @@ def check_data(root: Path, image_size: int = 256, *, progress: bool = False) -> 
         report, wrong = _check_category(place, image_size, progress)
         categories.append(report)
         problems += wrong
-    problems += _files_outside(root.resolve(), [place.folder for place in found])
+    inside = [place.folder for place in found]
+    if layout == "classes" and (root.resolve() / "test") not in inside:
+        inside.append(root.resolve() / "test")  # of all classes, where the split is published
+    problems += _files_outside(root.resolve(), inside)
     ordered = sorted(problems, key=lambda problem: problem.severity == "note")
     return Report(root, tuple(categories), tuple(ordered))
 
@@ -166,10 +173,12 @@ def _check_category(place: CategoryFolder, image_size: int, progress: bool) -> t
         folder = listing.normals or place.folder / layout.landmark
         problems.append(Problem("error", "too few images", place.name, folder, fault, True))
     scale, wrong_scale = _scale_of(place, listing)
+    region, wrong_region = _region_of(place, listing)
+    geometry = Geometry(width=image_size, height=image_size, region=region)
     tasks = [(split, sample) for split in _SPLITS for sample in getattr(listing, split)]
 
     def look(task: tuple[Split, Sample]) -> _Look:
-        return _look(place.name, *task, image_size, scale)
+        return _look(place.name, *task, geometry, scale)
 
     looks = in_threads(
         look,
@@ -178,7 +187,7 @@ def _check_category(place: CategoryFolder, image_size: int, progress: bool) -> t
         progress=f"checking {place.name}" if progress else None,
         also=lambda task: [task[1].mask] if task[1].mask else [],
     )
-    problems += wrong_scale
+    problems += wrong_scale + wrong_region
     problems += [problem for each in looks for problem in each.problems]
     problems += _repeats(place.name, looks)
     problems += _missing_sides(place, listing)
@@ -231,7 +240,22 @@ def _scale_of(place: CategoryFolder, listing: Listing) -> tuple[PixelScale | Non
         return None, [Problem("error", "mixed depths", place.name, folder, message, True)]
 
 
-def _look(category: str, split: Split, sample: Sample, image_size: int, scale: PixelScale | None) -> _Look:
+def _region_of(place: CategoryFolder, listing: Listing) -> tuple[RegionOfInterest | None, list[Problem]]:
+    """The region of interest in the category's folder; if training would fail, None and why."""
+    for sample in listing.train:
+        try:
+            size_of(sample.path)
+        except ValueError:  # reported elsewhere
+            continue
+        try:
+            return find_region("", place.folder, sample.path), []
+        except ValueError as error:
+            message = f"the region of interest in {place.folder} cannot be used: {error}"
+            return None, [Problem("error", "region of interest", place.name, place.folder, message, True)]
+    return None, []
+
+
+def _look(category: str, split: Split, sample: Sample, geometry: Geometry, scale: PixelScale | None) -> _Look:
     matters = split != "test"
     try:
         levels = read_levels(sample.path)
@@ -242,7 +266,12 @@ def _look(category: str, split: Split, sample: Sample, image_size: int, scale: P
     height, width = pixels.shape[:2]
     digest = hashlib.blake2b(pixels.data, digest_size=16)  # without a copy, which may take a gigabyte
     digest.update(f"{width}x{height}".encode())
-    problems = tuple(_mask_problems(category, sample, (width, height), image_size, matters))
+    problems = tuple(_mask_problems(category, sample, (width, height), geometry.width, matters))
+    try:
+        geometry.frame(width, height)
+    except ValueError as error:
+        message = f"{sample.path}: {error}."
+        problems += (Problem("error", "another shape than the region", category, sample.path, message, matters),)
     if num_clipped:
         message = f"{sample.path} has {num_clipped} values beyond the scale of the training images; they are clipped."
         problems += (Problem("note", "clipped values", category, sample.path, message),)

@@ -6,12 +6,26 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from dskd.data.files import class_folders, walk
-from dskd.data.layouts import LAYOUTS, SPLIT_FOLDERS, TEST_ONLY, Layout, Listing, has_test_split, recognised
+from dskd.config import LayoutName
+from dskd.data.files import REGION_FILES, class_folders, walk
+from dskd.data.layouts import (
+    CLASSES,
+    LAYOUTS,
+    SPLIT_FOLDERS,
+    TEST_ONLY,
+    Layout,
+    Listing,
+    class_folders_of,
+    has_test_split,
+    recognised,
+)
+from dskd.data.parts import part_of
 from dskd.data.samples import Sample, split_key
 
 NUM_VALIDATION_DEFECTS = 32
 """Least number of synthetic defects for the selection; they are made on copies of the held-out normals."""
+MAX_TRAINING_TILES, MAX_VALIDATION_TILES = 2048, 64
+"""More tiles than these are not used: the teacher's features of 2048 tiles of 256 pixels take 3.7 GB."""
 _MAX_DEPTH = 3  # of a category folder below the data folder
 
 
@@ -55,15 +69,18 @@ class CategoryFolder(NamedTuple):
         return f"{self.folder} is ambiguous, it holds {found}; keep one of them."
 
 
-def scan(root: Path, *, with_test_only: bool = False) -> tuple[CategoryFolder, ...]:
+def scan(root: Path, layout: LayoutName = "auto", *, with_test_only: bool = False) -> tuple[CategoryFolder, ...]:
     """The folders of all categories at or up to three levels below `root`, in path order.
 
-    With `with_test_only` also folders that have a test split and no training images.
+    With `with_test_only` also folders that have a test split and no training images. With the layout "classes" the
+    class folders directly below `root`, or below its folder `train`.
 
     Raises ValueError if `root` does not exist or holds no category.
     """
     if not root.is_dir():
         raise ValueError(f"data folder {root} does not exist; --data takes a folder of categories.")
+    if layout == "classes":
+        return tuple(CategoryFolder(folder, (CLASSES,)) for folder in class_folders_of(root.resolve()))
     found = tuple(_category_folders(root.resolve(), _MAX_DEPTH, with_test_only, set()))
     if not found:
         wanted = ", ".join(f"{layout.landmark} ({layout.name})" for layout in LAYOUTS)
@@ -87,17 +104,18 @@ def _category_folders(folder: Path, depth: int, with_test_only: bool, entered: s
                 yield from _category_folders(child, depth - 1, with_test_only, entered | {real})
 
 
-def find_categories(root: Path) -> dict[str, Path]:
-    """Name to folder of all categories, in any of the layouts, at or up to three levels below `root`.
+def find_categories(root: Path, layout: LayoutName = "auto") -> dict[str, Path]:
+    """Name to folder of all categories, in any of the layouts, at or up to three levels below `root`; `layout` as in
+    `scan`.
 
     Raises ValueError if `root` does not exist, holds no category, an ambiguous one, or two with the same name.
     """
-    return {name: found.folder for name, found in _by_name(root).items()}
+    return {name: found.folder for name, found in _by_name(root, layout).items()}
 
 
-def _by_name(root: Path, *, with_test_only: bool = False) -> dict[str, CategoryFolder]:
+def _by_name(root: Path, layout: LayoutName, *, with_test_only: bool = False) -> dict[str, CategoryFolder]:
     by_name: dict[str, CategoryFolder] = {}
-    for found in scan(root, with_test_only=with_test_only):
+    for found in scan(root, layout, with_test_only=with_test_only):
         if found.fault:
             raise ValueError(found.fault)
         if found.name in by_name:
@@ -106,37 +124,37 @@ def _by_name(root: Path, *, with_test_only: bool = False) -> dict[str, CategoryF
     return dict(sorted(by_name.items()))
 
 
-def read_category(root: Path, name: str) -> Category:
+def read_category(root: Path, name: str, layout: LayoutName = "auto") -> Category:
     """The samples of category `name` under `root` for training, each split in the order of its layout.
 
     Raises ValueError on an unknown category, fewer than two training images, or a fault in the training or validation
     images, such as a validation mask without an image. A fault in the test split prevents only evaluation.
     """
-    folder, layout, listing = _listed(root, name, with_test_only=False)
+    folder, found, listing = _listed(root, name, layout, with_test_only=False)
     if faults := [fault for fault in listing.faults if fault.split != "test"]:
         raise ValueError(faults[0].message)
-    if fault := too_few(listing, folder, layout):
+    if fault := too_few(listing, folder, found):
         raise ValueError(fault)
-    return _as_category(name, folder, layout, listing)
+    return _as_category(name, folder, found, listing)
 
 
-def read_test_split(root: Path, name: str) -> Category:
+def read_test_split(root: Path, name: str, layout: LayoutName = "auto") -> Category:
     """The labelled test samples of category `name` under `root` for evaluation; training images are not required.
 
     Raises ValueError on an unknown category, and if it is unclear which images belong to the test split.
     """
-    folder, layout, listing = _listed(root, name, with_test_only=True)
+    folder, found, listing = _listed(root, name, layout, with_test_only=True)
     if faults := [fault for fault in listing.faults if fault.split == "test" or not listing.test]:
         raise ValueError(faults[0].message)
-    return _as_category(name, folder, layout, listing)
+    return _as_category(name, folder, found, listing)
 
 
-def _listed(root: Path, name: str, *, with_test_only: bool) -> tuple[Path, Layout, Listing]:
-    categories = _by_name(root, with_test_only=with_test_only)
+def _listed(root: Path, name: str, layout: LayoutName, *, with_test_only: bool) -> tuple[Path, Layout, Listing]:
+    categories = _by_name(root, layout, with_test_only=with_test_only)
     if name not in categories:
         raise ValueError(f"no category {name!r} in {root}; it holds: {', '.join(categories)}.")
-    folder, (layout,) = categories[name]
-    return folder, layout, layout.read(folder)
+    folder, (found,) = categories[name]
+    return folder, found, found.read(folder)
 
 
 def _as_category(name: str, folder: Path, layout: Layout, listing: Listing) -> Category:
@@ -150,7 +168,7 @@ def _as_category(name: str, folder: Path, layout: Layout, listing: Listing) -> C
 def unread_images(folder: Path, layout: Layout, listing: Listing) -> list[Path]:
     """Image files in a category's folder that are not part of its layout, in path order."""
     used = {path for split in listing[:3] for sample in split for path in (sample.path, sample.mask)}
-    used |= {fault.path for fault in listing.faults}
+    used |= {fault.path for fault in listing.faults} | {folder / name for name in REGION_FILES}
     return [
         path
         for path in walk(folder).images
@@ -168,29 +186,42 @@ def too_few(listing: Listing, folder: Path, layout: Layout) -> str | None:
 
 
 def split_normals(
-    category: Category, fraction: float, seed: int
+    category: Category, fraction: float, seed: int, group_by: str = ""
 ) -> tuple[tuple[Sample, ...], tuple[Sample, ...], tuple[str, ...]]:
     """Normal samples (for training, held out) and the names of the held-out files.
 
     If the category has validation normals, these are held out, named by their path below the category's folder.
-    Otherwise a share of the training images is held out (`hold_out`), named by file name.
+    Otherwise a share of the training images is held out (`hold_out`), named by file name. `group_by` as in `hold_out`.
     """
     if held := tuple(sample for sample in category.validation if not sample.is_defective):
         return category.train, held, tuple(sample.path.relative_to(category.folder).as_posix() for sample in held)
-    train, held = hold_out(category.train, fraction, seed)
+    train, held = hold_out(category.train, fraction, seed, group_by)
     # If the training images are in several folders, two file names may be equal: use the path below the common folder.
     base = Path(os.path.commonpath([sample.path.parent for sample in category.train]))
     return train, held, tuple(sample.path.relative_to(base).as_posix() for sample in held)
 
 
-def hold_out(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
+def hold_out(
+    samples: Sequence[Sample], fraction: float, seed: int, group_by: str = ""
+) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
     """Split normal samples into (training, validation); the split depends only on file names and seed.
 
-    Both parts keep the given order and hold at least one sample.
+    Both parts keep the given order and hold at least one sample. With `group_by` (`DataConfig.group_by`) the images of
+    a part are on one side, and the split depends on the names of parts; if there is only one part, it is torn.
     """
     num_held = num_held_out(len(samples), fraction)
     order = sorted(range(len(samples)), key=lambda i: split_key(samples[i].path, seed))
     held = set(order[:num_held])
+    if group_by:
+        parts: dict[str, list[int]] = {}
+        for index, sample in enumerate(samples):
+            parts.setdefault(part_of(sample, group_by), []).append(index)
+        if len(parts) > 1:
+            held = set()
+            for name in sorted(parts, key=lambda part: split_key(Path(part), seed))[:-1]:
+                held.update(parts[name])
+                if len(held) >= num_held:
+                    break
     return (
         tuple(sample for i, sample in enumerate(samples) if i not in held),
         tuple(sample for i, sample in enumerate(samples) if i in held),
@@ -203,15 +234,16 @@ def num_held_out(num_samples: int, fraction: float) -> int:
 
 
 def split_calibration(
-    held: Sequence[Sample], fraction: float, seed: int
+    held: Sequence[Sample], fraction: float, seed: int, group_by: str = ""
 ) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
     """Split held-out normals into (for selection, for calibration); the split depends only on file names and seed.
 
     Each part holds at least one sample. If that is impossible, or `fraction` is 0, each part holds all samples.
+    `group_by` as in `hold_out`.
     """
     if fraction == 0 or len(held) < 2:
         return tuple(held), tuple(held)
-    return hold_out(held, fraction, seed)
+    return hold_out(held, fraction, seed, group_by)
 
 
 def fingerprint(paths: Iterable[Path]) -> str:

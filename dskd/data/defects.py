@@ -49,7 +49,9 @@ class _Site(NamedTuple):
         return float(np.sqrt(self.area / np.pi))
 
 
-def add_defects(images: Bytes, *, seed: int, textures: Bytes | None = None) -> tuple[Bytes, NDArray[np.bool_]]:
+def add_defects(
+    images: Bytes, *, seed: int, textures: Bytes | None = None, inside: NDArray[np.bool_] | None = None
+) -> tuple[Bytes, NDArray[np.bool_]]:
     """Copies of good images (N, H, W, 3), each with one visible defect, and the defects' masks (N, H, W).
 
     The texture family takes its textures from `textures` (M, H', W', 3); without them it uses noise, stripes and
@@ -57,6 +59,7 @@ def add_defects(images: Bytes, *, seed: int, textures: Bytes | None = None) -> t
     `textures`, so it stays the same when images are appended. Outside its mask no channel differs by more than
     `NOTICEABLE`; inside, every pixel is changed by more than that or lies between such pixels.
     Areas are mostly 0.1 % to 10 % of the image, centred on the object if it differs from the image border.
+    `inside` (N, H, W) are the pixels that may change; an image without such pixels has no defect.
     Raises ValueError on arrays of another type or shape, sides below 16 pixels, and negative seeds.
     """
     _check_images("images", images)
@@ -72,7 +75,10 @@ def add_defects(images: Bytes, *, seed: int, textures: Bytes | None = None) -> t
     masks = np.empty(images.shape[:3], dtype=np.bool_)
     for index, image in enumerate(images):
         rng = np.random.default_rng([seed, index])
-        changed[index], masks[index] = _add_defect(rng, np.asarray(image), textures)
+        where = None if inside is None else inside[index]
+        changed[index], masks[index] = _add_defect(rng, np.asarray(image), textures, where)
+        if where is not None:
+            masks[index] &= where
     return changed, masks
 
 
@@ -189,13 +195,18 @@ def _log_uniform(rng: Generator, low: float, high: float) -> float:
     return float(np.exp(rng.uniform(np.log(low), np.log(high))))
 
 
-def _add_defect(rng: Generator, image: Bytes, textures: Bytes | None) -> tuple[Bytes, Mask]:
-    foreground = find_foreground(image)
+def _add_defect(rng: Generator, image: Bytes, textures: Bytes | None, inside: Mask | None) -> tuple[Bytes, Mask]:
+    where = np.ones(image.shape[:2], np.bool_) if inside is None else inside
+    if not where.any():
+        return image, np.zeros_like(where)
+    foreground = find_foreground(image) & where
+    if not foreground.any():
+        foreground = where
     is_grey = bool((image == image[..., :1]).all())
     pixels = image.astype(np.float32)
     family = rng.integers(3)
     for _ in range(_ATTEMPTS):
-        site = _choose_site(rng, foreground)
+        site = _choose_site(rng, foreground, where)
         if family == 0:
             painted = _blend_texture(rng, pixels, site, textures)
         elif family == 1:
@@ -204,10 +215,10 @@ def _add_defect(rng: Generator, image: Bytes, textures: Bytes | None) -> tuple[B
             painted = _STRUCTURAL[rng.integers(len(_STRUCTURAL))](rng, pixels, site)
         if is_grey:  # a monochrome camera sees no colours
             painted = np.repeat(painted.mean(axis=2, keepdims=True), 3, axis=2)
-        outcome = _keep_noticeable(image, _to_bytes(painted))
+        outcome = _keep_noticeable(image, np.where(where[..., None], _to_bytes(painted), image))
         if outcome is not None:
             return outcome
-    blot = _to_bytes(_blot(pixels, _choose_site(rng, foreground)))
+    blot = np.where(where[..., None], _to_bytes(_blot(pixels, _choose_site(rng, foreground, where))), image)
     return _keep_noticeable(image, blot) or (blot, (blot != image).any(axis=2))
 
 
@@ -215,12 +226,12 @@ def _to_bytes(pixels: Floats) -> Bytes:
     return np.rint(pixels).clip(0, 255).astype(np.uint8)
 
 
-def _choose_site(rng: Generator, foreground: Mask) -> _Site:
+def _choose_site(rng: Generator, foreground: Mask, inside: Mask) -> _Site:
     height, width = foreground.shape
     area = height * width * _log_uniform(rng, _MIN_AREA, _MAX_AREA)
     # dirt beside the object is a defect too, but rarer
     on_object = rng.random() < 0.95
-    allowed = foreground if on_object else np.ones_like(foreground)
+    allowed = foreground if on_object else inside
     spots = np.flatnonzero(allowed)
     y, x = divmod(int(spots[rng.integers(spots.size)]), width)
     return _Site(allowed, y, x, min(area, 0.5 * spots.size), _unit(foreground.shape))

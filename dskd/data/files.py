@@ -23,6 +23,10 @@ _RESULTS = (
 """A folder with all names of one set was written by one of our commands: its pictures are no images of parts."""
 
 
+REGION_FILES = ("region.png", "region.txt")
+"""In a category's folder: its region of interest, as a mask or as the text of `DataSpec.region`."""
+
+
 class UnreadableImageError(ValueError):
     """An image file that cannot be read; the message is one line with the file's name and the reason."""
 
@@ -118,7 +122,7 @@ def walk(folder: Path, *, is_deep: bool = True) -> Walk:
                 left_out[_kind(entry.name)] += 1
             elif is_image_name(path):
                 images.append(path)
-            else:
+            elif entry.name not in REGION_FILES:
                 others[path.suffix.lower()] += 1
         # Real folders first: if a link points to one of them, its files are listed under its own path.
         for path in sorted(folders, key=lambda path: path.is_symlink()):

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from dskd.data.depth import Levels, PixelScale, check_finite, high_byte
 from dskd.data.files import UnreadableImageError, check_regular
+from dskd.data.geometry import Frame, Geometry, is_same_shape
 from dskd.data.samples import Sample
 
 MAX_PIXELS = 512_000_000
@@ -36,6 +37,7 @@ DECODING_BYTES = 1 << 30
 _BYTES_PER_PIXEL = 12
 """Peak memory of decoding and resizing, measured with Pillow on RGB: two buffers of 4 bytes, and a reserve."""
 _MAX_THREADS = 16
+_PICTURE_SIDE = 768
 _SOFT_MASK_PEAK = 250
 _FEW_VALUES = 16
 _TURNS = {
@@ -79,15 +81,44 @@ def read_image(path: Path, scale: PixelScale | None = None) -> npt.NDArray[np.ui
     return read_pixels(path, scale).rgb
 
 
-def load_pixels(path: Path, size: int, scale: PixelScale | None = None) -> Pixels:
-    """Pixels (size, size), resized bilinearly with antialiasing, without cropping; errors as `read_pixels`."""
+class Framed(NamedTuple):
+    """One image as input for a network, with the way back to its own pixels."""
+
+    rgb: npt.NDArray[np.uint8]
+    """(h, w, 3), the canvas: the network's input, or for tiles the region of interest at its own size."""
+    frame: Frame
+    picture: npt.NDArray[np.uint8]
+    """(H, W, 3), the whole image, reduced to at most 768 pixels a side: what people are shown."""
+    num_clipped: int = 0
+    """Number of values out of the scale's range, in images of more than 8 bits."""
+
+
+def load_framed(path: Path, geometry: Geometry, scale: PixelScale | None = None) -> Framed:
+    """An image on its canvas; errors as `read_pixels`, also if the region of interest does not fit the image."""
     image, num_clipped = _in_rgb(path, scale)
-    return Pixels(np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)), num_clipped)
+    with _named(path):
+        frame = geometry.frame(*image.size)
+    share = min(1.0, _PICTURE_SIDE / max(image.size))
+    size = (max(1, round(image.width * share)), max(1, round(image.height * share)))
+    picture = np.asarray(image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0) if share < 1 else image)
+    return Framed(geometry.pixels(image, frame), frame, picture, num_clipped)
 
 
-def load_image(path: Path, size: int, scale: PixelScale | None = None) -> npt.NDArray[np.uint8]:
-    """RGB pixels (size, size, 3) as `load_pixels`."""
-    return load_pixels(path, size, scale).rgb
+def frame_of(path: Path, geometry: Geometry) -> Frame:
+    """The frame of an image from its header; errors as `load_framed`."""
+    size = image_size(path)
+    with _named(path):
+        return geometry.frame(*size)
+
+
+def load_inside(paths: Sequence[Path], geometry: Geometry) -> npt.NDArray[np.bool_] | None:
+    """Which pixels (N, h, w) of the images' canvases are scored, from their headers; None if all are."""
+    if not geometry.is_masked:
+        return None
+    found = np.empty((len(paths), geometry.height, geometry.width), np.bool_)
+    for index, path in enumerate(paths):
+        found[index] = geometry.inside(frame_of(path, geometry))
+    return found
 
 
 def read_levels(path: Path) -> Levels | None:
@@ -167,30 +198,26 @@ def resize_mask(mask: npt.NDArray[np.bool_], size: int) -> npt.NDArray[np.bool_]
     return np.asarray(Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST))
 
 
-def load_mask(path: Path, size: int, above: int = 127) -> npt.NDArray[np.bool_]:
-    """Defect pixels (size, size) of a mask file; `above` and errors as `read_mask`."""
-    return resize_mask(read_mask(path, above), size)
-
-
 def load_images(
     paths: Sequence[Path],
-    size: int,
+    geometry: Geometry,
     out: npt.NDArray[np.uint8] | None = None,
     *,
     scale: PixelScale | None = None,
     on_clipped: Callable[[Path, int], object] = lambda path, count: None,
     progress: str | None = None,
 ) -> npt.NDArray[np.uint8]:
-    """Pixels (N, size, size, 3) of many files, decoded on all cores; written into `out` if given.
+    """Canvases (N, h, w, 3) of many files, decoded on all cores; written into `out` if given.
 
     `on_clipped` is called with each image that has values out of the range of `scale`, and with their number. With
-    `progress` a progress bar of that name on the terminal counts the files. Errors as `read_pixels`.
+    `progress` a progress bar of that name on the terminal counts the files. Errors as `load_framed`.
     """
-    pixels = np.empty((len(paths), size, size, 3), np.uint8) if out is None else out
+    pixels = np.empty((len(paths), geometry.height, geometry.width, 3), np.uint8) if out is None else out
 
     def load(index: int) -> int:
-        pixels[index], num_clipped = load_pixels(paths[index], size, scale)
-        return num_clipped
+        framed = load_framed(paths[index], geometry, scale)
+        pixels[index] = framed.rgb
+        return framed.num_clipped
 
     counts = in_threads(load, range(len(paths)), paths, progress=progress)
     for path, num_clipped in zip(paths, counts, strict=True):
@@ -200,32 +227,40 @@ def load_images(
 
 
 def load_masks(
-    samples: Sequence[Sample], size: int, on_note: Callable[[str], object] = lambda note: None
+    samples: Sequence[Sample],
+    geometry: Geometry,
+    on_note: Callable[[str], object] = lambda note: None,
+    on_outside: Callable[[int], object] = lambda index: None,
 ) -> npt.NDArray[np.bool_]:
-    """Defect pixels (N, size, size); all false for a sample without a mask.
+    """Defect pixels (N, h, w) on the images' canvases; all false for a sample without a mask.
 
-    `on_note` is called with a message for each mask that marks more than half of its image. Raises ValueError as
-    `read_pixels`, and if a mask has another aspect ratio than its image, so that it would mark the wrong place.
+    `on_note` is called with a message for each mask that marks more than half of its image, `on_outside` with the
+    index of each sample whose defect lies outside of the region of interest. Raises ValueError as `read_pixels`, and
+    if a mask has another aspect ratio than its image, so that it would mark the wrong place.
     """
-    masks = np.zeros((len(samples), size, size), np.bool_)
+    masks = np.zeros((len(samples), geometry.height, geometry.width), np.bool_)
     for index, sample in enumerate(samples):
         if sample.mask is not None:
-            mask = read_mask(sample.mask, sample.mask_above)
-            width, height = image_size(sample.path)
-            if not is_same_shape((mask.shape[1], mask.shape[0]), (width, height)):
-                raise ValueError(
-                    f"mask {sample.mask} is {mask.shape[1]} x {mask.shape[0]} pixels, its image {width} x {height}: "
-                    "another shape, so it may mark the wrong place; draw it again, or remove it."
-                )
-            if (share := float(mask.mean())) > 0.5:
-                on_note(f"mask {sample.mask} marks {share:.0%} of its image as defect; is it inverted?")
-            masks[index] = resize_mask(mask, size)
+            mask = checked_mask(sample, on_note)
+            if geometry.is_outside(mask):
+                on_outside(index)
+            masks[index] = geometry.mask(mask, frame_of(sample.path, geometry))
     return masks
 
 
-def is_same_shape(mask: tuple[int, int], image: tuple[int, int]) -> bool:
-    """Whether two (width, height) have the same aspect ratio: both are resized to the same square."""
-    return abs(mask[0] * image[1] - mask[1] * image[0]) <= max(*mask, *image)
+def checked_mask(sample: Sample, on_note: Callable[[str], object] = lambda note: None) -> npt.NDArray[np.bool_]:
+    """Defect pixels (H, W) of a sample that has a mask, at the mask's own size; notes and errors as `load_masks`."""
+    assert sample.mask is not None
+    mask = read_mask(sample.mask, sample.mask_above)
+    width, height = image_size(sample.path)
+    if not is_same_shape((mask.shape[1], mask.shape[0]), (width, height)):
+        raise ValueError(
+            f"mask {sample.mask} is {mask.shape[1]} x {mask.shape[0]} pixels, its image {width} x {height}: "
+            "another shape, so it may mark the wrong place; draw it again, or remove it."
+        )
+    if (share := float(mask.mean())) > 0.5:
+        on_note(f"mask {sample.mask} marks {share:.0%} of its image as defect; is it inverted?")
+    return mask
 
 
 T = TypeVar("T")

@@ -10,6 +10,11 @@ VisA          Data/{Images,Masks}/…, split by ../split_csv/1cls.csv           
 MT Defects    MT_Free/Imgs/…  MT_<defect>/Imgs/…                               (.jpg with its .png mask beside it)
 plain folder  good/…, the rest as MVTec AD
 
+A folder of class folders, for one-class novelty, is read only if it is asked for (`--layout classes`), since its names
+tell nothing:
+
+classes       {train,test}/<class>/…, or <class>/…, of which a fifth by file name is for test
+
 If the normal images are in train/good, train/ok or good, users may add their own validation images:
 validation/<good or defect>/…, with masks in validation_ground_truth/<defect>/….
 
@@ -24,7 +29,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
-from dskd.data.files import class_folders, list_images
+from dskd.data.files import REGION_FILES, class_folders, list_images
 from dskd.data.samples import Sample, split_key
 
 SPLIT_FOLDERS = frozenset({"train", "validation", "test", "ground_truth", "validation_ground_truth"})
@@ -35,6 +40,8 @@ _NORMAL_NAMES = frozenset(
 _MASK_WORDS = re.compile(r"[ _.-]+(mask|masks|gt|ground[ _-]?truth|label|labels|seg|segmentation|annotation)$", re.I)
 """What follows an image's name in the name of its mask."""
 _VISA_COLUMNS = ("object", "split", "label", "image", "mask")
+_CLASS_TEST_SHARE = 0.2
+_CLASS_SEED = 0
 _MT_TEST_SHARE = 0.2
 _MT_SEED = 0
 
@@ -264,6 +271,56 @@ def _read_mt(folder: Path) -> Listing:
     return Listing(_normals(path for path in free if path not in kept), (), test, faults)
 
 
+def class_folders_of(root: Path) -> list[Path]:
+    """The folders of the classes in a folder of class folders, in order.
+
+    Raises ValueError if there are fewer than two.
+    """
+    found = class_folders(root / "train") if _has_class_split(root) else class_folders(root)
+    if len(found) < 2:
+        raise ValueError(
+            f"--layout classes needs at least two class folders in {root} or in its train, got {len(found)}; "
+            "leave the flag out for a folder of products."
+        )
+    return found
+
+
+def _has_class_split(root: Path) -> bool:
+    return all(class_folders(root / split) for split in ("train", "test"))
+
+
+def _read_class(folder: Path) -> Listing:
+    """The class of `folder` as normal and all others as anomalous, which only the test split has."""
+    if folder.parent.name == "train" and _has_class_split(folder.parent.parent):
+        train, test = _images_of_class(folder), folder.parent.parent / "test"
+        parts = {child.name: _images_of_class(child) for child in class_folders(test)}
+    else:
+        train, _ = _class_split(folder)
+        parts = {child.name: _class_split(child)[1] for child in class_folders(folder.parent)}
+    others = [
+        # "good" is the name of what is normal, and a class may be called so
+        Sample(path, "class good" if name == "good" else name, None)
+        for name, paths in parts.items()
+        if name != folder.name
+        for path in paths
+    ]
+    return Listing(_normals(train), (), (*_normals(parts.get(folder.name, ())), *others), (), folder)
+
+
+def _images_of_class(folder: Path) -> list[Path]:
+    """The images of a class, among which its region of interest may lie as a mask."""
+    regions = {folder / name for name in REGION_FILES}
+    return [path for path in list_images(folder) if path not in regions]
+
+
+def _class_split(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The images of a class for training and for test; which one is which depends on its file name alone."""
+    images = _images_of_class(folder)
+    ranked = sorted(images, key=lambda path: split_key(path, _CLASS_SEED))
+    held = set(ranked[: round(_CLASS_TEST_SHARE * len(ranked))])
+    return [path for path in images if path not in held], [path for path in images if path in held]
+
+
 def _is_mt_photograph(path: Path) -> bool:
     return path.suffix.lower() in (".jpg", ".jpeg")
 
@@ -314,6 +371,8 @@ def _is_depth_or_mask_of_normal(file: PurePosixPath) -> bool:
 
 TEST_ONLY = Layout("a test split alone", "test/good", has_test_split, _read_train, _reads_all)
 """Enough for evaluation, not for training."""
+CLASSES = Layout("class folders", "", lambda folder: True, _read_class, _reads_all)
+"""Each folder of `class_folders_of`; never recognised, only asked for."""
 LAYOUTS = (
     Layout("MVTec AD", "train/good", _is_mvtec, _read_train, _reads_all),
     Layout("MVTec 3D-AD", "train/good/rgb", _is_mvtec_3d, _read_mvtec_3d, _is_depth_or_mask_of_normal),

@@ -98,7 +98,7 @@ class AmplifiedTeacher(Teacher):
     """
 
     def __init__(self, teacher: Teacher, amplifier: Amplifier) -> None:
-        super().__init__(teacher.features)
+        super().__init__(teacher.features, teacher.statistics)
         self.amplifier = amplifier.requires_grad_(False)
         self.train(False)
 

@@ -45,7 +45,7 @@ def feature_table(
     With `progress` a progress bar of that name on the terminal counts the computed batches.
     """
     with torch.no_grad():
-        sample = teacher(normalize(to_device(device, images, slice(1))))
+        sample = teacher(normalize(torch.zeros(1, *images.shape[1:], dtype=torch.uint8, device=device)))
     shapes = tuple((level.shape[1], level.shape[2], level.shape[3]) for level in sample)
     size = (len(images), sum(int(np.prod(shape)) for shape in shapes))
 

@@ -10,7 +10,7 @@ from dskd.config import ModelConfig
 from dskd.model.distances import Pyramid
 from dskd.model.embedding import DeepFeatureEmbedding
 from dskd.model.students import StudentDecoder, StudentEncoder, block_style
-from dskd.model.teacher import Teacher
+from dskd.model.teacher import Teacher, negative_levels
 
 
 class StudentPyramids(NamedTuple):
@@ -44,7 +44,12 @@ class Students(nn.Module):
                 style.bottleneck,
                 num_sources=2 if config.decoder_input == "student+teacher" else 1,
             )
-            self.decoder = StudentDecoder(self.embedding.out_channels, teacher.channels, teacher.reductions, style)
+            linear = (config.decoder_output == "linear",) * len(config.levels)
+            if config.decoder_output == "auto":
+                linear = negative_levels(teacher, config.backbone)
+            self.decoder = StudentDecoder(
+                self.embedding.out_channels, teacher.channels, teacher.reductions, style, linear
+            )
 
     def forward(self, images: Float[Tensor, "b 3 height width"], teacher_pyramid: Pyramid) -> StudentPyramids:
         """Each student's pyramid, shaped as the teacher's; `images` come from `normalize`.

@@ -105,12 +105,25 @@ class StudentDecoder(nn.Module):
 
     Deng, Li, arXiv 2201.10703, section 3.1 and code: one stage per level, the deepest first, and each stage
     starts with up-sampling blocks. The stages have the teacher's numbers of blocks in the teacher's order, so
-    for a (3, 4, 6) teacher the 6 blocks are at the highest resolution.
+    for a (3, 4, 6) teacher the 6 blocks are at the highest resolution. Each stage ends with a ReLU, as the ResNets of
+    that paper do; for teachers whose features can be negative a linear layer follows.
     """
 
-    def __init__(self, inputs: int, channels: tuple[int, ...], reductions: tuple[int, ...], style: BlockStyle) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        channels: tuple[int, ...],
+        reductions: tuple[int, ...],
+        style: BlockStyle,
+        linear: tuple[bool, ...] | None = None,
+    ) -> None:
+        """`linear`: for each level whether a linear layer follows, so that it can be negative; None: no level."""
         super().__init__()
         outputs = channels[::-1]
+        self.outputs = nn.ModuleList(
+            nn.Conv2d(count, count, 1) if is_linear else nn.Identity()
+            for count, is_linear in zip(outputs, (linear or (False,) * len(channels))[::-1], strict=True)
+        )
         doublings = (1, *level_halvings(reductions)[::-1])
         self.stages = nn.ModuleList(
             residual_stage(source, target, "up", ups, max(blocks, ups), style.bottleneck)
@@ -123,9 +136,9 @@ class StudentDecoder(nn.Module):
         """The pyramid, shallowest first, its deepest level at twice the embedding's resolution."""
         levels = []
         features = embedding
-        for stage in self.stages:
+        for stage, output in zip(self.stages, self.outputs, strict=True):
             features = stage(features)
-            levels.append(features)
+            levels.append(output(features))
         return tuple(reversed(levels))
 
 

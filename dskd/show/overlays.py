@@ -38,26 +38,35 @@ def heat_colours(heat: npt.NDArray[np.float32], threshold: float) -> npt.NDArray
 
 
 def overlay(prediction: Prediction, note: str = "") -> Image.Image:
-    """A line with score and verdict; below it the image with boxes, and the image with its heat map on top."""
-    colours = heat_colours(prediction.map, prediction.threshold)
-    strength = (prediction.map / max(prediction.threshold, 1e-12)).clip(0, 1)[..., None] * 0.65
-    blended = ((1 - strength) * prediction.image + strength * colours).astype(np.uint8)
-    canvas = Image.new("RGB", (2 * _PANEL, _PANEL + _CAPTION), _PAPER)
-    scale = _PANEL / prediction.image.shape[0]
-    for column, pixels in enumerate((prediction.image, blended)):
-        panel = Image.fromarray(pixels).resize((_PANEL, _PANEL), Image.Resampling.BICUBIC)
+    """A line with score and verdict; below it the image with boxes, and the image with its heat map on top.
+
+    The image is whole and has its own aspect ratio; its longer side is 384 to 768 pixels, as the image allows.
+    """
+    picture = prediction.image
+    heat = prediction.map_of(picture.shape[1], picture.shape[0])
+    colours = heat_colours(heat, prediction.threshold)
+    strength = (heat / max(prediction.threshold, 1e-12)).clip(0, 1)[..., None] * 0.65
+    blended = ((1 - strength) * picture + strength * colours).astype(np.uint8)
+    scale = max(_PANEL, *picture.shape[:2]) / max(picture.shape[:2])
+    width, height = (max(1, round(scale * side)) for side in picture.shape[1::-1])
+    panel_width = max(width, _PANEL)
+    canvas = Image.new("RGB", (2 * panel_width, height + _CAPTION), _PAPER)
+    across, down = width / prediction.width, height / prediction.height
+    for column, pixels in enumerate((picture, blended)):
+        panel = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
         draw = ImageDraw.Draw(panel)
         for region in prediction.regions if prediction.is_anomalous and column == 0 else ():
-            box = [round(scale * edge) for edge in (region.left, region.top, region.right, region.bottom)]
-            draw.rectangle([box[0] - 2, box[1] - 2, box[2] + 1, box[3] + 1], outline=_BAD, width=2)
-        canvas.paste(panel, (column * _PANEL, _CAPTION))
+            left, top = round(across * region.left), round(down * region.top)
+            right, bottom = round(across * region.right), round(down * region.bottom)
+            draw.rectangle([left - 2, top - 2, right + 1, bottom + 1], outline=_BAD, width=2)
+        canvas.paste(panel, (column * panel_width, _CAPTION))
     draw = ImageDraw.Draw(canvas)
     verdict, colour = ("ANOMALOUS", _BAD) if prediction.is_anomalous else ("good", _OK)
     large, small = ImageFont.load_default(18), ImageFont.load_default(14)
     draw.text((10, 9), verdict, colour, font=large)
     draw.text((132, 12), f"score {prediction.score:.4g}   threshold {prediction.threshold:.4g}", _INK, font=small)
     draw.text(
-        (2 * _PANEL - 10, 12),
+        (2 * panel_width - 10, 12),
         f"{prediction.path.parent.name}/{prediction.path.name}",
         _INK,
         small,
@@ -65,7 +74,7 @@ def overlay(prediction: Prediction, note: str = "") -> Image.Image:
     )
     if note:
         # The note may be wider than a panel: right-aligned, on a background that is readable over any image.
-        place = (2 * _PANEL - 10, _CAPTION + _PANEL - 10)
+        place = (2 * panel_width - 10, _CAPTION + height - 10)
         left, top, right, bottom = draw.textbbox(place, note, small, anchor="rs")
         draw.rectangle([left - 6, top - 4, right + 6, bottom + 4], fill=_PAPER)
         draw.text(place, note, _BAD, small, anchor="rs")
@@ -86,7 +95,9 @@ def preview_of(run: TrainingRun, record: DetectorRecord, count: int = 4) -> npt.
     """A sheet (H, W, 3) of overlays of validation images with synthetic defects, scored by the best students."""
     truth = run.inputs.validation
     chosen = np.flatnonzero(truth.labels)[:count].tolist()
-    seen = score_images(run.inputs.validation_features, run.students, truth.images, record.config, run.device, chosen)
+    seen = score_images(
+        run.inputs.validation_features, run.students, truth.images, record.config, run.device, chosen, truth.inside
+    )
     threshold = threshold_for(record.thresholds, 0.01).value
     note = "untrained teacher" if record.is_untrained_teacher else ""
     pictures = [

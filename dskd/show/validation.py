@@ -22,7 +22,9 @@ def write_figures(folder: Path, run: TrainingRun, record: DetectorRecord) -> Non
     `run` must hold the detector's students, as `TrainingRun.detector` leaves it; `record` belongs to that detector.
     """
     truth = run.inputs.validation
-    seen = score_images(run.inputs.validation_features, run.students, truth.images, record.config, run.device)
+    seen = score_images(
+        run.inputs.validation_features, run.students, truth.images, record.config, run.device, inside=truth.inside
+    )
     folder.mkdir(parents=True, exist_ok=True)
     num_real = record.num_validation_defects
     num_synthetic = int(truth.labels.sum()) - num_real

@@ -1,7 +1,7 @@
 """What training needs for one category: pixels, the teacher and its features, and the held-out images."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,17 +11,27 @@ import torch
 import torch.distributed as dist
 from torch.nn.utils import parameters_to_vector
 
-from dskd.config import AmplificationConfig, DataConfig, DataSpec, RunConfig, Selection
+from dskd.config import AmplificationConfig, DataSpec, RunConfig, Selection
 from dskd.data.cache import ArrayCache
-from dskd.data.datasets import NUM_VALIDATION_DEFECTS, fingerprint, read_category, split_calibration, split_normals
+from dskd.data.datasets import (
+    MAX_TRAINING_TILES,
+    MAX_VALIDATION_TILES,
+    NUM_VALIDATION_DEFECTS,
+    fingerprint,
+    read_category,
+    split_calibration,
+    split_normals,
+)
 from dskd.data.defects import choose_textures, load_textures
 from dskd.data.depth import PixelScale
-from dskd.data.images import find_scale, load_images
-from dskd.data.samples import Sample
-from dskd.evaluate import LabelledImages, join, label, labelled_test_split, synthetic_validation
+from dskd.data.geometry import Geometry, RegionOfInterest
+from dskd.data.images import find_scale
+from dskd.data.regions import find_region
+from dskd.evaluate import LabelledImages, join, synthetic_validation, test_samples
 from dskd.model.amplification import AmplifiedTeacher, build_amplifier
-from dskd.model.features import FeatureTable, content_sha256, feature_table
+from dskd.model.features import FeatureTable, feature_table
 from dskd.model.teacher import Teacher, build_teacher, weights_fingerprint
+from dskd.training.reading import ImageReader, Seen, check_input
 from dskd.training.stage_one import AmplificationEpoch, amplifier_optimizer, fit_amplifier
 
 
@@ -42,7 +52,8 @@ class TrainingData(NamedTuple):
     validation_features: FeatureTable
     validation_files: tuple[str, ...]
     calibration_images: npt.NDArray[np.uint8]
-    """Held-out normals for computing the thresholds; if calibration_fraction is 0, the same as for the selection."""
+    """Held-out normals for computing the thresholds; if calibration_fraction is 0, the same as for the selection.
+    Empty with tiles, as thresholds are computed from the whole images of `calibration_paths` then."""
     calibration_features: FeatureTable
     calibration_files: tuple[str, ...]
     data_sha256: str
@@ -56,6 +67,11 @@ class TrainingData(NamedTuple):
     """How images of more than 8 bits are read; computed from all normal training images."""
     notes: tuple[str, ...] = ()
     """Notes for the user on the images: how many are used and left out, unusual masks, clipped values."""
+    region: RegionOfInterest | None = None
+    calibration_inside: npt.NDArray[np.bool_] | None = None
+    """Which pixels of the calibration images are scored; None: all."""
+    calibration_paths: tuple[Path, ...] = ()
+    """The files of the calibration images."""
 
 
 def prepare(
@@ -82,53 +98,64 @@ def prepare(
     teacher = build_teacher(backbone, levels, spec.teacher.weights).to(device)
     teacher_sha256 = weights_fingerprint(teacher)
     texture_files = choose_textures(spec.textures) if spec.textures is not None else []
-    texture_images = load_textures(texture_files, data.image_size) if texture_files else None
-    samples = read_category(spec.data, category)
+    texture_images = load_textures(texture_files, max(data.input_size)) if texture_files else None
+    samples = read_category(spec.data, category, data.layout)
+    region = find_region(spec.region, samples.folder, samples.train[0].path)
+    geometry = Geometry.of(data, region, config.model.tile_alignment)
+    check_input(teacher, backbone, geometry, device)
     notes = [samples.describe()]
     scale = find_scale([sample.path for sample in samples.train])
-    train, held, held_names = split_normals(samples, data.validation_fraction, data.split_seed)
+    train, held, held_names = split_normals(samples, data.validation_fraction, data.split_seed, data.group_by)
     defects = [sample for sample in samples.validation if sample.is_defective]
 
-    def pixels(chosen: Sequence[Sample], what: str) -> tuple[npt.NDArray[np.uint8], str]:
-        paths = [sample.path for sample in chosen]
-        return _pixels(paths, data, scale, cache, f"reading {what}" if progress else None)
-
-    train_images, train_sha256 = pixels(train, "training images")
-    held_images, held_sha256 = pixels(held, "held-out images")
-    content = train_sha256 + held_sha256
+    reader = ImageReader(
+        geometry, scale, cache, progress, data.split_seed, notes.append, is_whole=data.layout == "classes"
+    )
+    selecting, calibrating = split_calibration(held, data.calibration_fraction, data.split_seed, data.group_by)
+    training = reader.read(train, "training images", MAX_TRAINING_TILES)
+    selection = reader.read(selecting, "held-out images", MAX_VALIDATION_TILES)
+    # With tiles the thresholds come from whole images, which are read one by one when the students are trained.
+    calibration = selection.none() if geometry.tile else reader.read(calibrating, "calibration images")
+    content = training.sha256 + fingerprint([sample.path for sample in held])
+    if region is not None:  # other images, as far as the network is concerned
+        content += hashlib.sha256(repr(region).encode()).hexdigest()
     textures_sha256 = fingerprint(texture_files) if texture_files else ""
     if amplification.amplification:
         teacher = _amplified(
             teacher,
-            train_images,
+            training,
             texture_images,
             amplification,
             device,
             cache,
-            f"{content_sha256(train_images)}|{textures_sha256}|{teacher_sha256}|{backbone}|{levels}|{device.type}",
+            f"{training.content}|{textures_sha256}|{teacher_sha256}|{backbone}|{levels}|{device.type}",
             on_amplification,
         )
     names = dict(zip(held, held_names, strict=True))
-    selecting, calibrating = split_calibration(held, data.calibration_fraction, data.split_seed)
-    selection_images = held_images[[held.index(sample) for sample in selecting]]
-    calibration_images = held_images[[held.index(sample) for sample in calibrating]]
     if spec.selection == "oracle":
         defects = []
-        validation = labelled_test_split(spec.data, category, data.image_size, scale, notes.append)
-        if not validation.masks.any():
+        test = reader.with_known_defects(test_samples(spec.data, category, notes.append, data.layout))
+        validation, _ = reader.read_labelled(test, "test images", 4 * MAX_VALIDATION_TILES)
+        if not validation.masks.any() and data.layout != "classes":
             raise ValueError(
                 f"category {category} in {spec.data} has no masks of its test defects: AUPRO, a half of the objective "
                 "of selection 'oracle', cannot be computed."
             )
     else:
         validation = synthetic_validation(
-            selection_images, seed=data.split_seed, num_defective=NUM_VALIDATION_DEFECTS, textures=texture_images
+            selection.images,
+            seed=data.split_seed,
+            num_defective=NUM_VALIDATION_DEFECTS,
+            textures=texture_images,
+            inside=selection.inside,
         )
-    if defects:
-        defect_images, defect_sha256 = pixels(defects, "validation defects")
-        validation = join(validation, label(defects, defect_images, notes.append))
+    if data.layout == "classes":  # what is anomalous is the whole image, not a part of it
+        validation = validation._replace(masks=np.zeros_like(validation.masks), has_mask=~validation.labels)
+    if defects := reader.with_known_defects(defects):
+        real, defects_sha256 = reader.read_labelled(defects, "validation defects", 4 * MAX_VALIDATION_TILES)
+        validation = join(validation, real)
         masks_sha256 = fingerprint(sample.mask for sample in defects if sample.mask is not None)
-        content += defect_sha256 + masks_sha256
+        content += defects_sha256 + masks_sha256
 
     def features(images: npt.NDArray[np.uint8], what: str) -> FeatureTable:
         return feature_table(teacher, images, device, cache=cache, progress=f"teacher on {what}" if progress else None)
@@ -138,13 +165,13 @@ def prepare(
         teacher=teacher,
         teacher_source=spec.teacher.name,
         teacher_sha256=teacher_sha256,
-        train_images=train_images,
-        train_features=features(train_images, "training images"),
+        train_images=training.images,
+        train_features=features(training.images, "training images"),
         validation=validation,
         validation_features=features(validation.images, "validation images"),
         validation_files=() if spec.selection == "oracle" else tuple(names[sample] for sample in selecting),
-        calibration_images=calibration_images,
-        calibration_features=features(calibration_images, "calibration images"),
+        calibration_images=calibration.images,
+        calibration_features=features(calibration.images, "calibration images"),
         calibration_files=tuple(names[sample] for sample in calibrating),
         data_sha256=hashlib.sha256(content.encode()).hexdigest(),
         num_validation_defects=len(defects),
@@ -154,12 +181,15 @@ def prepare(
         selection=spec.selection,
         scale=scale,
         notes=tuple(notes),
+        region=region,
+        calibration_inside=calibration.inside,
+        calibration_paths=tuple(sample.path for sample in calibrating),
     )
 
 
 def _amplified(
     teacher: Teacher,
-    images: npt.NDArray[np.uint8],
+    training: Seen,
     textures: npt.NDArray[np.uint8] | None,
     config: AmplificationConfig,
     device: torch.device,
@@ -174,7 +204,16 @@ def _amplified(
 
     def fill(out: npt.NDArray[np.float32]) -> None:
         optimizer = amplifier_optimizer(amplifier, config)
-        for epoch in fit_amplifier(amplifier, optimizer, teacher, images, config, device=device, textures=textures):
+        for epoch in fit_amplifier(
+            amplifier,
+            optimizer,
+            teacher,
+            training.images,
+            config,
+            device=device,
+            textures=textures,
+            inside=training.inside,
+        ):
             on_epoch(epoch)
         out[:] = parameters_to_vector(parameters).detach().cpu().numpy()
 
@@ -191,14 +230,3 @@ def _amplified(
         for parameter, values in zip(parameters, weights.split(sizes), strict=True):
             parameter.copy_(values.view_as(parameter))
     return AmplifiedTeacher(teacher, amplifier)
-
-
-def _pixels(
-    paths: list[Path], config: DataConfig, scale: PixelScale, cache: ArrayCache | None, progress: str | None
-) -> tuple[npt.NDArray[np.uint8], str]:
-    content = fingerprint(paths)
-    if cache is None:
-        return load_images(paths, config.image_size, scale=scale, progress=progress), content
-    shape = (len(paths), config.image_size, config.image_size, 3)
-    fill = lambda out: load_images(paths, config.image_size, out, scale=scale, progress=progress)  # noqa: E731
-    return cache.get(f"upright bilinear pixels|{scale}|{content}", shape, np.uint8, fill), content

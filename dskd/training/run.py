@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import io
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +16,10 @@ from dskd.atomic import file_in_making
 from dskd.calibration import calibrate
 from dskd.checkpoint import DetectorRecord
 from dskd.config import RunConfig
+from dskd.data.geometry import Geometry
+from dskd.data.parts import worst_scores
 from dskd.device import WorkerRank, to_device
-from dskd.evaluate import compute_metrics, compute_metrics_shared, disagreements, score_images
+from dskd.evaluate import compute_metrics, compute_metrics_shared, disagreements, score_files, score_images
 from dskd.metrics import Scores
 from dskd.model.batchnorm import share_batchnorm
 from dskd.model.network import build_students
@@ -41,8 +44,11 @@ class IntervalResult(NamedTuple):
 
 
 def objective(scores: Scores) -> float:
-    """The value by which steps and trials are selected: mean of image AUROC and AUPRO on the validation images."""
-    return (scores.image_auroc + scores.aupro) / 2
+    """The value by which steps and trials are selected: mean of image AUROC and AUPRO on the validation images.
+
+    Image AUROC alone if no image has a mask, as in one-class novelty.
+    """
+    return scores.image_auroc if math.isnan(scores.aupro) else (scores.image_auroc + scores.aupro) / 2
 
 
 @dataclasses.dataclass
@@ -242,7 +248,7 @@ class TrainingRun:
         self.students.load_state_dict(self.best_weights)
         inputs = self.inputs
         config, scores, searched = self._with_best_score()
-        seen = score_images(inputs.calibration_features, self.students, inputs.calibration_images, config, self.device)
+        calibration, pattern = self._calibration_scores(config), config.data.group_by
         record = DetectorRecord(
             category=inputs.category,
             config=config,
@@ -255,12 +261,14 @@ class TrainingRun:
             textures_sha256=inputs.textures_sha256,
             selection=inputs.selection,
             scale=inputs.scale,
+            region=inputs.region,
             calibration_files=inputs.calibration_files,
             step=self.history[self.best_interval].interval.step,
-            thresholds=calibrate(seen.scores.tolist()),
+            thresholds=calibrate(calibration),
+            part_thresholds=calibrate(worst_scores(inputs.calibration_paths, calibration, pattern)) if pattern else (),
             metrics={
                 "val/objective": objective(scores),
-                **{f"val/{name}": value for name, value in scores._asdict().items()},
+                **{f"val/{name}": value for name, value in scores._asdict().items() if math.isfinite(value)},
                 **searched,
             },
             revision=revision,
@@ -268,6 +276,25 @@ class TrainingRun:
         weights = {f"teacher.{name}": value.cpu() for name, value in inputs.teacher.state_dict().items()}
         weights |= {f"students.{name}": value for name, value in self.best_weights.items()}
         return record, weights
+
+    def _calibration_scores(self, config: RunConfig) -> list[float]:
+        """Scores of the held-out normal images that the thresholds rest on; whole images, also with tiles."""
+        inputs = self.inputs
+        geometry = Geometry.of(config.data, inputs.region, config.model.tile_alignment)
+        if geometry.tile:
+            return score_files(
+                inputs.teacher, self.students, inputs.calibration_paths, config, geometry, self.device, inputs.scale
+            )
+        seen = score_images(
+            inputs.calibration_features,
+            self.students,
+            inputs.calibration_images,
+            config,
+            self.device,
+            inside=inputs.calibration_inside,
+        )
+        found: list[float] = seen.scores.tolist()
+        return found
 
     def _with_best_score(self) -> tuple[RunConfig, Scores, dict[str, float]]:
         """The configuration with the best score parameters found for `students`, its metrics, and the search's gain."""
@@ -284,12 +311,15 @@ class TrainingRun:
             self.config.score,
             num_candidates=self.config.score.score_candidates,
             seed=self.config.train.seed,
+            inside=truth.inside,
         )
         searched = {"val/score_candidates": float(found.num_candidates)}
         if found.num_candidates:
             searched |= {"val/score_gain": found.gain, "val/score_gain_error": found.standard_error}
         config = dataclasses.replace(self.config, score=found.best)
-        seen = score_images(inputs.validation_features, self.students, truth.images, config, self.device)
+        seen = score_images(
+            inputs.validation_features, self.students, truth.images, config, self.device, inside=truth.inside
+        )
         scores = compute_metrics(seen, truth)
         # The candidates were compared on a coarse grid; at full size the given configuration may still be better.
         if objective(scores) < objective(self.best_scores):
@@ -310,8 +340,9 @@ def _check_batch_of_one(students: nn.Module, config: RunConfig, inputs: Training
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
+            width, height = config.data.input_size
             raise ValueError(
-                f"batches of one image at image_size {config.data.image_size} leave the deepest layer one value per "
-                f"channel, on which BatchNorm cannot train; raise --batch-size (now {config.train.batch_size}, with "
-                f"{len(inputs.train_images)} training images) or --image-size."
+                f"batches of one image of {width} x {height} pixels leave the deepest layer one value per channel, on "
+                f"which BatchNorm cannot train; raise --batch-size (now {config.train.batch_size}, with "
+                f"{len(inputs.train_images)} training images), or --image-size, --resize or --tile."
             ) from None

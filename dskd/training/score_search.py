@@ -53,11 +53,13 @@ def search_scores(
     *,
     num_candidates: int,
     seed: int = 0,
+    inside: npt.NDArray[np.bool_] | None = None,
 ) -> ScoreSearch:
     """Try `num_candidates` configurations of level weights, student weights, fusion, blur and pooling.
 
-    `found` are the discrepancies of N validation images; `masks` (N, S, S), `labels`, `has_mask` and `sources`
-    (N,) as in `LabelledImages`. An image and its defective copies are always in the same half of the images.
+    `found` are the discrepancies of N validation images; `masks` (N, H, W), `labels`, `has_mask` and `sources`
+    (N,), and `inside` as in `LabelledImages`. An image and its defective copies are always in the same half of the
+    images.
 
     The gain is measured by repeated splits into halves: the winner on one half is compared with the baseline on
     the other. Its standard error follows Nadeau and Bengio (2003), who account for splits of the same images.
@@ -70,8 +72,9 @@ def search_scores(
         return ScoreSearch(given, False, 0.0, math.inf, 0, time.perf_counter() - started)
     candidates = [given, _equal_weights(given), *(_draw(given, found, rng) for _ in range(num_candidates))]
     found, truth = _on_grid(found), _reduced(masks)
+    scored = np.True_ if inside is None else _reduced(inside)
     parts = [np.arange(len(labels)), *(half for pair in halves for half in pair)]
-    objectives = np.array([_objectives(found, truth, labels, has_mask, each, parts) for each in candidates])
+    objectives = np.array([_objectives(found, truth, labels, has_mask, each, parts, scored) for each in candidates])
     baseline = 1 if objectives[1, 0] >= objectives[0, 0] else 0
     gains = []
     for index in range(len(halves)):
@@ -129,15 +132,17 @@ def _objectives(
     has_mask: npt.NDArray[np.bool_],
     config: ScoreConfig,
     parts: list[npt.NDArray[np.int64]],
+    scored: npt.NDArray[np.bool_] | np.bool_,
 ) -> list[float]:
-    """Mean of image AUROC and AUPRO for each part of the images."""
-    maps = anomaly_maps(found, config, _GRID)
+    """Mean of image AUROC and AUPRO for each part of the images; image AUROC alone if no image has a mask."""
+    maps = anomaly_maps(found, config, _GRID) * torch.from_numpy(np.asarray(scored))
     scores = image_scores(maps, config.score_top_fraction).numpy()
     pixels = maps.numpy()
     figures = []
     for part in parts:
         known = part[has_mask[part]]
-        figures.append((metrics.auroc(scores[part], labels[part]) + metrics.aupro(pixels[known], truth[known])) / 2)
+        of_images = metrics.auroc(scores[part], labels[part])
+        figures.append((of_images + metrics.aupro(pixels[known], truth[known])) / 2 if truth.any() else of_images)
     return figures
 
 

@@ -32,7 +32,7 @@ class StepSpeed(NamedTuple):
 def step_speed(
     config: RunConfig, teacher: Teacher, images: npt.NDArray[np.uint8], num_images: int, device: torch.device
 ) -> StepSpeed:
-    """Time of a step with untrained students on `num_images`, of which `images` (N, S, S, 3) may be fewer.
+    """Time of a step with untrained students on `num_images`, of which `images` (N, H, W, 3) may be fewer.
 
     Features of the teacher are taken as cached. The first step includes set-up and is not counted.
     """
@@ -64,8 +64,8 @@ def step_speed(
 def untrained_step_speed(config: RunConfig, device: torch.device) -> StepSpeed:
     """Time of a step on a batch of random pixels, with an untrained teacher: neither changes the time."""
     teacher = build_teacher(config.model.backbone, config.model.levels, "random").to(device)
-    side = config.data.image_size
-    images = np.random.default_rng(0).integers(0, 256, (_MIN_IMAGES, side, side, 3), np.uint8)
+    width, height = config.data.input_size
+    images = np.random.default_rng(0).integers(0, 256, (_MIN_IMAGES, height, width, 3), np.uint8)
     return step_speed(config, teacher, images, config.train.batch_size, device)
 
 

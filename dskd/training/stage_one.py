@@ -67,10 +67,11 @@ def fit_amplifier(
     device: torch.device,
     first_epoch: int = 0,
     textures: npt.NDArray[np.uint8] | None = None,
+    inside: npt.NDArray[np.bool_] | None = None,
 ) -> Iterator[AmplificationEpoch]:
-    """Train `amplifier` in place on good images (N, S, S, 3); yields after every epoch.
+    """Train `amplifier` in place on good images (N, H, W, 3); yields after every epoch.
 
-    In each epoch four of five images get a new synthetic defect (`textures` as in `add_defects`). The gate
+    In each epoch four of five images get a new synthetic defect (`textures` and `inside` as in `add_defects`). The gate
     learns to find the defects (focal loss). The residual learns to make their features less similar to
     normal ones (amplification loss), with the true positions instead of the gate's output, so each of the two is
     trained only by its own loss. The amplifier of the last epoch is the result: the released code selects the epoch
@@ -88,13 +89,13 @@ def fit_amplifier(
     schedule = _schedule(config)
     with torch.no_grad():
         sizes = [(level.shape[2], level.shape[3]) for level in teacher(_pixels(images[:1], device))]
-    objects = _object_patches(images, sizes)
+    objects = _object_patches(images, sizes, inside)
     for epoch in range(first_epoch, config.amplification_epochs):
         started = time.perf_counter()
         batches = _epoch_batches(len(images), schedule.batch_size, schedule.seed, epoch)
         sums = torch.zeros(3, dtype=torch.float64, device=device)
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-            drawn = _draw_ahead(threads, images, batches, schedule.seed, epoch, textures)
+            drawn = _draw_ahead(threads, images, batches, schedule.seed, epoch, textures, inside)
             for step, (indices, (pictures, masks)) in enumerate(zip(batches, drawn, strict=True)):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(schedule, (epoch + step / len(batches)) / config.amplification_epochs)
@@ -145,7 +146,7 @@ def stage_losses(
 
 
 def patch_masks(masks: npt.NDArray[np.bool_], sizes: Sequence[tuple[int, int]]) -> tuple[npt.NDArray[np.bool_], ...]:
-    """Pixel masks (N, S, S) converted to masks (N, H, W) of feature positions, for each size (H, W)."""
+    """Pixel masks (N, h, w) converted to masks (N, H, W) of feature positions, for each size (H, W)."""
     pixels = torch.from_numpy(masks)[:, None].float()
     return tuple((F.adaptive_avg_pool2d(pixels, size)[:, 0] > PATCH_SHARE).numpy() for size in sizes)
 
@@ -156,12 +157,17 @@ def draw_example(
     seed: int,
     epoch: int,
     textures: npt.NDArray[np.uint8] | None = None,
+    inside: npt.NDArray[np.bool_] | None = None,
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
-    """The `index`-th good image (S, S, 3) as stage I uses it in an epoch, and the mask (S, S) of its defect."""
+    """The `index`-th good image (H, W, 3) as stage I uses it in an epoch, and the mask (H, W) of its defect.
+
+    Only pixels `inside` (H, W) may have a defect.
+    """
     rng = np.random.default_rng((seed, epoch, index, _DEFECTS))
     if rng.random() < CLEAN_SHARE:
         return image, np.zeros(image.shape[:2], np.bool_)
-    changed, masks = add_defects(image[None], seed=int(rng.integers(2**63)), textures=textures)
+    where = None if inside is None else inside[None]
+    changed, masks = add_defects(image[None], seed=int(rng.integers(2**63)), textures=textures, inside=where)
     return changed[0], masks[0]
 
 
@@ -182,9 +188,13 @@ def _epoch_batches(num_images: int, batch_size: int, seed: int, epoch: int) -> l
     return [order[start : start + size] for start in range(0, num_images - size + 1, size)]
 
 
-def _object_patches(images: npt.NDArray[np.uint8], sizes: Sequence[tuple[int, int]]) -> list[npt.NDArray[np.bool_]]:
+def _object_patches(
+    images: npt.NDArray[np.uint8], sizes: Sequence[tuple[int, int]], inside: npt.NDArray[np.bool_] | None
+) -> list[npt.NDArray[np.bool_]]:
     """For each level, which positions (N, H, W) lie on the object; all of them if it fills the image."""
-    of_images = [patch_masks(find_foreground(image)[None], sizes) for image in images]
+    objects = (find_foreground(image) for image in images)
+    scored = (found if inside is None else found & inside[index] for index, found in enumerate(objects))
+    of_images = [patch_masks(found[None], sizes) for found in scored]
     return [np.concatenate(of_level) for of_level in zip(*of_images, strict=True)]
 
 
@@ -195,11 +205,17 @@ def _draw_ahead(
     seed: int,
     epoch: int,
     textures: npt.NDArray[np.uint8] | None,
+    inside: npt.NDArray[np.bool_] | None,
 ) -> Iterator[tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]]:
     """Images and masks of every batch; the next batch is drawn while the caller uses this one."""
 
     def start(batch: npt.NDArray[np.int64]) -> list[Future[tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]]]:
-        return [threads.submit(draw_example, images[index], index, seed, epoch, textures) for index in batch.tolist()]
+        return [
+            threads.submit(
+                draw_example, images[index], index, seed, epoch, textures, None if inside is None else inside[index]
+            )
+            for index in batch.tolist()
+        ]
 
     ahead = start(batches[0])
     for step in range(len(batches)):

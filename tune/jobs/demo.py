@@ -4,6 +4,7 @@ import shlex
 from pathlib import Path
 
 from dskd.checkpoint import read_record
+from dskd.config import TeacherSource
 from dskd.demo.dataset import CATEGORIES, draw_dataset
 from dskd.detector import Detector
 from dskd.model.teacher import TeacherUnavailableError, build_teacher
@@ -52,19 +53,24 @@ def demo(settings: DemoSettings) -> int:
 
 
 def chosen_weights(asked: str | None) -> str:
-    """The given teacher weights, after loading them once; if none are given, "hub", or "random" without a hub.
+    """The given teacher weights, after loading them once; if none are given, hub, else lite0, else random.
 
     Raises ValueError if the given weights are unusable.
     """
     model = PRESETS["dskd"].model
-    try:
-        build_teacher(model.backbone, model.levels, asked or "hub")
-    except TeacherUnavailableError as error:
-        if asked:
-            raise
-        say(f"{error}\nContinuing with an untrained teacher: it shows how the system works, not for inspection.")
-        return "random"
-    return asked or "hub"
+    for weights in (asked,) if asked else ("hub", "lite0"):
+        try:
+            build_teacher(TeacherSource(weights).backbone or model.backbone, model.levels, weights)
+        except TeacherUnavailableError as error:
+            if asked:
+                raise
+            say(str(error))
+            continue
+        if not asked and weights == "lite0":
+            say("Continuing with EfficientNet-Lite0 from an installed package, smaller than the hub's ResNet18.")
+        return weights
+    say("Continuing with an untrained teacher: it shows how the system works, not for inspection.")
+    return "random"
 
 
 def next_free(folder: Path) -> Path:

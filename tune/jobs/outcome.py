@@ -49,9 +49,8 @@ def show_outcome(
             "[bold red]selection=oracle: selected on the test images, as papers do; these figures are too optimistic[/]"
         )
     else:
-        console.print(
-            "validation: mean of image AUROC and AUPRO on synthetic defects; AUROC and AUPRO: test images, once"
-        )
+        chooses = "image AUROC" if plan.config.data.layout == "classes" else "mean of image AUROC and AUPRO"
+        console.print(f"validation: {chooses} on synthetic defects; AUROC and AUPRO: test images, once")
     if plan.teacher.is_untrained:
         console.print("[bold red]untrained teacher: these figures have no meaning for inspection[/]")
     for result in results:

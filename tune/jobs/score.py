@@ -25,7 +25,8 @@ import torch
 from dskd.checkpoint import RECORD_FILE, WEIGHTS_FILE, DetectorRecord, read_record, sha256_of
 from dskd.data.depth import PixelScale
 from dskd.data.files import IMAGE_SUFFIXES, Walk, is_image_name, is_left_out, walk
-from dskd.data.images import load_pixels
+from dskd.data.geometry import Geometry
+from dskd.data.images import Framed, load_framed
 from dskd.detector import UNTRAINED_TEACHER, Detector, Prediction, Unreadable, chosen_limit, unreadable_to_dict
 from dskd.device import computing_device
 from dskd.show.overlays import overlay
@@ -38,8 +39,14 @@ from tune.storage.uris import absolute, is_address
 from tune.tracking.client import download
 
 VERDICTS, OVERLAYS, SUMMARY = "verdicts", "overlays", "summary.json"
+PARTS = "parts.jsonl"
+"""A line per part, if the detector was trained with group_by."""
 _REGION = pa.struct(
-    [*((side, pa.int32()) for side in ("left", "top", "right", "bottom")), pa.field("peak", pa.float64())]
+    [
+        *((side, pa.int32()) for side in ("left", "top", "right", "bottom")),
+        pa.field("peak", pa.float64()),
+        pa.field("contour", pa.list_(pa.list_(pa.int32()))),
+    ]
 )
 SCHEMA = pa.schema(
     [
@@ -49,7 +56,8 @@ SCHEMA = pa.schema(
         ("threshold", pa.float64()),
         ("is_anomalous", pa.bool_()),
         ("regions", pa.list_(_REGION)),
-        ("map_size", pa.int32()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
         ("overlay", pa.string()),  # below OUT
         ("num_clipped", pa.int64()),  # values beyond the scale of images of more than 8 bits
         ("category", pa.string()),
@@ -122,10 +130,12 @@ def _scored(settings: ScoringSettings) -> dict[str, Any]:
     counts = _counts(settings.out)
     if counts["num_images"] != len(names):
         raise ScoringError(f"{len(names)} images were given, {counts['num_images']} rows were written")
+    parts = write_parts(settings, out, detector)
     summary = {
         "schema": 1,
         "images": settings.images,
         **counts,
+        **parts,
         "detector": settings.detector,
         "category": detector.record.category,
         "weights_sha256": weights_sha256,
@@ -229,13 +239,16 @@ def _stream(
     images, out = absolute(settings.images), absolute(settings.out)
     files, root = Storage(f"{out}/{VERDICTS}", "--out").location()
     num_blocks = max(math.ceil(len(names) / _ROWS_PER_TASK), min(len(names), 2 * workers.number))
-    rows = ray.data.from_items([{"name": name} for name in names], override_num_blocks=num_blocks)
+    rows: ray.data.Dataset = ray.data.from_items([{"name": name} for name in names], override_num_blocks=num_blocks)
+    geometry = Geometry.of(record.config.data, record.region, record.config.model.tile_alignment)
+    if not geometry.tile:  # images that are cut into tiles are large: each is read where it is inspected
+        rows = rows.map_batches(
+            functools.partial(decode, images=images, geometry=geometry, scale=record.scale),
+            batch_size=settings.batch_size,
+            batch_format="numpy",
+            num_cpus=_DECODING_CPUS,
+        )
     rows.map_batches(
-        functools.partial(decode, images=images, image_size=record.config.data.image_size, scale=record.scale),
-        batch_size=settings.batch_size,
-        batch_format="numpy",
-        num_cpus=_DECODING_CPUS,
-    ).map_batches(
         Inspector,
         fn_constructor_kwargs={
             "detector": detector,
@@ -254,33 +267,66 @@ def _stream(
 
 
 def decode(
-    batch: dict[str, np.ndarray], images: str, image_size: int, scale: PixelScale | None = None
+    batch: dict[str, np.ndarray], images: str, geometry: Geometry, scale: PixelScale | None = None
 ) -> dict[str, np.ndarray]:
-    """Pixels (B, S, S, 3) of the files `name` below `images`, and `error`: why a file cannot be read, or empty."""
-    storage = Storage(images, "--images") if is_address(images) else None
-    pixels = np.zeros((len(batch["name"]), image_size, image_size, 3), np.uint8)
-    num_clipped = np.zeros(len(pixels), np.int64)
+    """The files `name` below `images`, ready for the network, and `error`: why a file cannot be read, or empty.
 
-    def read(index: int) -> str:
-        name = str(batch["name"][index])
-        try:
-            if storage is None:
-                pixels[index], num_clipped[index] = load_pixels(Path(images) / name, image_size, scale)
-                return ""
-            with TemporaryDirectory(prefix="dskd-") as temporary:
-                file = Path(temporary) / PurePosixPath(name).name
-                storage.fetch(name, file)
-                try:
-                    pixels[index], num_clipped[index] = load_pixels(file, image_size, scale)
-                except ValueError as error:
-                    return str(error).replace(str(file), f"{images}/{name}")
-        except (ValueError, StorageError) as error:
-            return str(error)
-        return ""
+    `pixels` (B, H, W, 3) are the canvases, `size` (B, 2) the images' widths and heights, `picture` the bytes of the
+    reduced images, whose heights and widths are `picture_size` (B, 2).
+    """
+    is_remote = is_address(images)
+    with ThreadPoolExecutor(_CONNECTIONS if is_remote else 1) as pool:
+        found = list(pool.map(lambda name: read_image(images, str(name), geometry, scale), batch["name"]))
+    pixels = np.zeros((len(found), geometry.height, geometry.width, 3), np.uint8)
+    sizes, picture_sizes = np.ones((len(found), 2), np.int64), np.zeros((len(found), 2), np.int64)
+    num_clipped = np.zeros(len(found), np.int64)
+    errors, pictures = np.full(len(found), "", object), np.full(len(found), b"", object)
+    for index, framed in enumerate(found):
+        if isinstance(framed, str):
+            errors[index] = framed
+            continue
+        pixels[index], num_clipped[index] = framed.rgb, framed.num_clipped
+        sizes[index] = framed.frame.width, framed.frame.height
+        pictures[index], picture_sizes[index] = framed.picture.tobytes(), framed.picture.shape[:2]
+    return {
+        "name": batch["name"],
+        "error": errors,
+        "pixels": pixels,
+        "size": sizes,
+        "picture": pictures,
+        "picture_size": picture_sizes,
+        "num_clipped": num_clipped,
+    }
 
-    with ThreadPoolExecutor(_CONNECTIONS if storage else 1) as pool:
-        errors = list(pool.map(read, range(len(pixels))))
-    return {"name": batch["name"], "error": np.array(errors, object), "pixels": pixels, "num_clipped": num_clipped}
+
+def decoded(batch: dict[str, np.ndarray], geometry: Geometry) -> list[Framed | str]:
+    """What `decode` read: an image, or one line that says why it cannot be read."""
+    found: list[Framed | str] = []
+    for index, error in enumerate(batch["error"]):
+        if error:
+            found.append(str(error))
+            continue
+        height, width = batch["picture_size"][index].tolist()
+        picture = np.frombuffer(batch["picture"][index], np.uint8).reshape(height, width, 3)
+        frame = geometry.frame(*batch["size"][index].tolist())
+        found.append(Framed(batch["pixels"][index], frame, picture, int(batch["num_clipped"][index])))
+    return found
+
+
+def read_image(images: str, name: str, geometry: Geometry, scale: PixelScale | None) -> Framed | str:
+    """An image below a folder or an address, or one line that says why it cannot be read."""
+    try:
+        if not is_address(images):
+            return load_framed(Path(images) / name, geometry, scale)
+        with TemporaryDirectory(prefix="dskd-") as temporary:
+            file = Path(temporary) / PurePosixPath(name).name
+            Storage(images, "--images").fetch(name, file)
+            try:
+                return load_framed(file, geometry, scale)
+            except ValueError as error:
+                return str(error).replace(str(file), f"{images}/{name}")
+    except (ValueError, StorageError) as error:
+        return str(error)
 
 
 class Inspector:
@@ -301,28 +347,37 @@ class Inspector:
                 (Path(temporary) / name).write_bytes(data)
             self._detector = Detector.load(Path(temporary), str(computing_device("cuda" if workers.gpus else "cpu")))
         self._limit, self._images, self._overlays = limit, images.rstrip("/"), overlays
+        self._source = absolute(images)
         self._out = Storage(out, "--out")
 
     def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
         """A row of `SCHEMA` per image; also writes the overlays."""
-        record = self._detector.record
-        images = [f"{self._images}/{name}" for name in batch["name"]]
-        rows: list[dict[str, Any]] = [
-            unreadable_to_dict(record, image, self._limit, str(error))
-            for image, error in zip(images, batch["error"], strict=True)
-        ]
-        sound = [index for index, error in enumerate(batch["error"]) if not error]
-        names = [Path(str(batch["name"][index])) for index in sound]
-        clipped = batch["num_clipped"][sound].tolist()
-        found = self._detector.predict_pixels(names, batch["pixels"][sound], self._limit, clipped)
-        for index, prediction in zip(sound, found, strict=True):
-            if isinstance(prediction, Unreadable):
-                rows[index]["error"] = prediction.error
-                continue
-            is_drawn = self._overlays == "all" or (self._overlays == "anomalous" and prediction.is_anomalous)
-            picture = self._draw(str(batch["name"][index]), prediction) if is_drawn else None
-            rows[index] = prediction.to_dict(record, overlay=picture) | {"image": images[index]}
+        detector, record = self._detector, self._detector.record
+        names = [str(name) for name in batch["name"]]
+        if detector.geometry.tile:
+            rows = [self._row(name, read_image(self._source, name, detector.geometry, record.scale)) for name in names]
+        else:
+            loaded = decoded(batch, detector.geometry)
+            sound = [each for each in loaded if not isinstance(each, str)]
+            paths = [Path(name) for name, each in zip(names, loaded, strict=True) if not isinstance(each, str)]
+            seen = detector.predict_framed(paths, sound, self._limit)
+            rows = [
+                self._row(name, each if isinstance(each, str) else next(seen))
+                for name, each in zip(names, loaded, strict=True)
+            ]
         return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+    def _row(self, name: str, found: Framed | Prediction | Unreadable | str) -> dict[str, Any]:
+        """The row of one image, which is inspected now if it was not yet; also writes its overlay."""
+        image, record = f"{self._images}/{name}", self._detector.record
+        if isinstance(found, Framed):
+            (found,) = self._detector.predict_framed([Path(name)], [found], self._limit)
+        if not isinstance(found, Prediction):
+            error = found if isinstance(found, str) else found.error
+            return unreadable_to_dict(record, image, self._limit, error)
+        is_drawn = self._overlays == "all" or (self._overlays == "anomalous" and found.is_anomalous)
+        picture = self._draw(name, found) if is_drawn else None
+        return found.to_dict(record, overlay=picture) | {"image": image}
 
     def _draw(self, name: str, prediction: Prediction) -> str:
         picture = io.BytesIO()
@@ -331,6 +386,23 @@ class Inspector:
         target = f"{OVERLAYS}/{name}" if name.endswith(".png") else f"{OVERLAYS}/{name}.png"
         self._out.write(target, picture.getvalue())
         return target
+
+
+def write_parts(settings: ScoringSettings, out: Storage, detector: Detector) -> dict[str, int]:
+    """Write a verdict per part, if the detector knows parts that several images show; how many there are."""
+    if not detector.record.part_thresholds:
+        return {}
+    files, root = Storage(f"{absolute(settings.out)}/{VERDICTS}", "--out").location()
+    rows = pyarrow.dataset.dataset(root, filesystem=files, format="parquet", schema=SCHEMA)
+    table = rows.to_table(columns=["image", "score"]).sort_by("image")
+    seen = zip(table["image"].to_pylist(), table["score"].to_pylist(), strict=True)
+    verdicts = detector.judge_parts(seen, settings.false_alarm_rate)
+    lines = "".join(json.dumps(verdict.to_dict()) + "\n" for verdict in verdicts)
+    out.write(PARTS, lines.encode())
+    return {
+        "num_parts": len(verdicts),
+        "num_anomalous_parts": sum(verdict.verdict == "anomalous" for verdict in verdicts),
+    }
 
 
 def _counts(out: str) -> dict[str, int]:

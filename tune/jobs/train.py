@@ -192,13 +192,14 @@ def _checked(settings: TrainingSettings) -> tuple[str, str]:
     if not settings.addresses.is_remote:
         Path(settings.addresses.storage).mkdir(parents=True, exist_ok=True)
     with outline(settings.data) as root:
-        categories = list(find_categories(root))
+        layout = settings.config.data.layout
+        categories = list(find_categories(root, layout))
         if settings.category is None and len(categories) > 1:
             raise ValueError(
                 f"{settings.data} holds several categories, choose one with --category: {', '.join(categories)}."
             )
         category = settings.category or categories[0]
-        found = read_category(root, category)
+        found = read_category(root, category, layout)
     num_normals = len(found.train)
     share = min(settings.config.train.batch_size, num_normals) // settings.workers
     if share == 0:
@@ -207,7 +208,7 @@ def _checked(settings: TrainingSettings) -> tuple[str, str]:
     build_teacher(model.backbone, model.levels, teacher.weights)
     decisive = {
         "config": settings.config.to_dict(),
-        "data": listing_key(settings.data, category),
+        "data": listing_key(settings.data, category, layout),
         "teacher": sha256_of(Path(teacher.weights)) if teacher.is_file else teacher.name,
         "selection": settings.selection or "val",
         "textures": fingerprint(choose_textures(settings.textures)) if settings.textures else "drawn",
@@ -299,7 +300,7 @@ def repeat(settings: TrainingSettings, run: TrackedRun) -> TrainingSettings:
 
 
 def _teacher_of(run: TrackedRun) -> str:
-    if run.teacher_weights not in ("hub", "random"):
+    if run.teacher_weights not in ("hub", "lite0", "random"):
         raise ValueError(
             f"run {run.run_id} had its teacher from the file {run.teacher_weights or '(not recorded)'}; "
             "name its path with --teacher-weights."

@@ -5,6 +5,7 @@ import sqlite3
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,9 @@ import optuna
 import sqlalchemy
 from sqlalchemy.exc import SQLAlchemyError
 
+from dskd.config import RunConfig
 from dskd.data.datasets import Category, read_category, read_test_split
+from dskd.data.geometry import Geometry
 from dskd.data.images import check_header
 from tune.preflight.draft import Draft, with_user_address
 from tune.preflight.identity import check_continues
@@ -72,7 +75,7 @@ def check_inputs(draft: Draft, *, leave_no_trace: bool = False) -> Inputs:
         return Inputs(categories, [*draft.errors, *errors])
     # SQLite files are in the storage, which is created here.
     storage = collect_errors(lambda: Storage(addresses.home).probe())
-    errors = [*collect_all_errors(read, check_textures, lambda: _check_teacher(settings)), *storage]
+    errors = [*collect_all_errors(read, check_textures, lambda: _check_teachers(settings, plan)), *storage]
     if not storage:
         errors += collect_errors(check_earlier)
         errors += collect_all_errors(lambda: check_server(addresses.tracking))
@@ -102,16 +105,17 @@ def read_categories(plan: SearchPlan, root: Path) -> dict[str, Category]:
     and files with errors.
     """
     categories, errors = {}, []
+    layout = plan.config.data.layout
     for name in plan.categories:
         try:
             check_category(name)
-            categories[name] = read_category(root, name)
+            categories[name] = read_category(root, name, layout)
             if plan.selection == "oracle":
-                read_test_split(root, name)
+                read_test_split(root, name, layout)
         except (ValueError, OSError) as error:
             errors.append(f"{name}: {error}")
     for name, category in categories.items():
-        masked = any(sample.mask is not None for sample in category.test)
+        masked = layout == "classes" or any(sample.mask is not None for sample in category.test)
         if plan.selection == "oracle" and (not masked or all(sample.is_defective for sample in category.test)):
             errors.append(
                 f"--selection oracle needs good test images and masks of defective ones, category {name} lacks "
@@ -139,11 +143,25 @@ def _check_earlier(plan: SearchPlan) -> None:
         check_continues(Storage(plan.addresses.home), plan)
 
 
-def _check_teacher(settings: SearchSettings) -> None:
-    from dskd.model.teacher import build_teacher  # torch is slow to import; a dry run does that in another process
+def _check_teachers(settings: SearchSettings, plan: SearchPlan | None) -> None:
+    """Load every teacher that a trial may have, and show it an image of the search's shape if that is no square.
 
-    model = next(iter(settings.run_configs().values())).model
-    build_teacher(model.backbone, model.levels, settings.teacher_weights)
+    Raises PreflightError with a line for each that cannot be loaded, or takes no such images.
+    """
+    configs = list((plan.teachers if plan else settings.run_configs()).values())
+    errors = [line for config in configs for line in collect_errors(partial(_check_teacher, settings, config))]
+    if errors:
+        raise PreflightError(list(dict.fromkeys(errors)))
+
+
+def _check_teacher(settings: SearchSettings, config: RunConfig) -> None:
+    import torch  # slow to import; a dry run does that in another process
+
+    from dskd.model.teacher import build_teacher
+    from dskd.training.reading import check_input
+
+    teacher = build_teacher(config.model.backbone, config.model.levels, settings.teacher_weights)
+    check_input(teacher, config.model.backbone, Geometry.of(config.data), torch.device("cpu"))
 
 
 def _check_studies(url: str) -> None:

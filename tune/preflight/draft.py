@@ -39,7 +39,8 @@ def drafted(settings: SearchSettings) -> Iterator[Draft]:
             plan = plan_search(settings, addresses, root)
         except (ValueError, OSError) as error:
             errors = with_user_address(str(error), root, settings.data).splitlines()
-            ambiguous = [place.fault for place in scan(root) if place.fault] if root.is_dir() else []
+            is_auto = next(iter(settings.run_configs().values())).data.layout == "auto"
+            ambiguous = [place.fault for place in scan(root) if place.fault] if is_auto and root.is_dir() else []
             errors += [fault for fault in ambiguous if fault not in errors]
         yield Draft(settings, addresses, root, plan, tuple(errors))
 

@@ -22,14 +22,16 @@ from tune.preflight.forecast import (
     Slots,
     Speed,
     SpeedTask,
+    cache_bytes,
     forecast,
+    in_tiles,
     measure_speed,
+    measure_speeds,
     plan_categories,
     share_slots,
 )
 from tune.settings.plan import SearchPlan
 from tune.settings.search import SearchSettings
-from tune.settings.space import Range, Space
 from tune.settings.workers import Workers
 from tune.storage.staging import content
 
@@ -48,9 +50,28 @@ class _DryRun(NamedTuple):
     """A line for each category with files that are not read."""
     slots: Slots
     workers: Workers
-    speed: Speed | None
-    """None if a busy cluster had no free slot for the measurement."""
-    forecast: Forecast | None
+    teachers: Mapping[str, "_Measured"]
+    """By backbone, in the order of the plan; empty if a busy cluster had no free slot for the measurement."""
+
+    @property
+    def slowest(self) -> "_Measured | None":
+        """The teacher with which the search would take longest."""
+        return max(self.teachers.values(), key=lambda each: each.forecast.wall_seconds_full, default=None)
+
+    def num_steps(self, category: CategoryPlan) -> int:
+        """Steps of a whole trial; of tiles, if images are cut into them and their number is known."""
+        tiles = self.slowest.speed.tiles if self.slowest else 1.0
+        return self.plan.config.train.num_steps(in_tiles(category, tiles).num_train)
+
+
+class _Measured(NamedTuple):
+    """What is known of the trials with one teacher."""
+
+    config: RunConfig
+    speed: Speed
+    forecast: Forecast
+    """Of the search if every trial had this teacher."""
+    cache_bytes: int
 
 
 def dry_run(settings: SearchSettings) -> int:
@@ -74,43 +95,47 @@ def _on_this_machine(draft: Draft) -> _DryRun:
         from tune.runtime.ray_internals import cpus_of_this_machine
 
         inputs = check_inputs(draft, leave_no_trace=True)
-        errors, speed = inputs.errors, None
+        errors, speeds = inputs.errors, list[Speed]()
         if measuring is not None:
             try:
-                speed = measuring.result()
+                speeds = measuring.result()
             except ValueError as error:
                 if str(error) not in " ".join(errors):
                     errors.append(str(error))
             except BrokenProcessPool:
                 errors.append("the process that measures a training step was killed; is there too little memory?")
-    nodes = [{"CPU": cpus_of_this_machine(), "GPU": float(speed.num_gpus if speed else 0)}]
-    return _planned(draft, inputs, errors, nodes, speed)
+    nodes = [{"CPU": cpus_of_this_machine(), "GPU": float(speeds[0].num_gpus if speeds else 0)}]
+    return _planned(draft, inputs, errors, nodes, speeds)
 
 
-def _submitted(pool: ProcessPoolExecutor, draft: Draft) -> "Future[Speed] | None":
+def _submitted(pool: ProcessPoolExecutor, draft: Draft) -> "Future[list[Speed]] | None":
     try:
-        return pool.submit(measure_speed, _task(draft))
+        return pool.submit(measure_speeds, _tasks(draft))
     except (ValueError, OSError):  # the checks report the errors of the data
         return None
 
 
-def _task(draft: Draft) -> SpeedTask:
-    """The speed measurement for this search.
+def _tasks(draft: Draft) -> list[SpeedTask]:
+    """The speed measurements for this search, one for each teacher.
 
     Raises ValueError if the data or the settings are unusable.
     """
     if draft.plan is None or draft.root is None:
         raise ValueError("; ".join(draft.errors))
     plan = draft.plan
-    category = read_category(draft.root, plan.categories[0])
-    return SpeedTask(
-        config=plan.config.to_dict(),
-        teacher_weights=str(plan.teacher),
-        images=tuple(content(plan.data, draft.root, sample.path) for sample in category.train[:_NUM_IMAGES]),
-        num_workers=plan.num_workers,
-        cpus_per_worker=plan.cpus_per_worker,
-        gpus_per_worker=plan.gpus_per_worker,
-    )
+    category = read_category(draft.root, plan.categories[0], plan.config.data.layout)
+    images = tuple(content(plan.data, draft.root, sample.path) for sample in category.train[:_NUM_IMAGES])
+    return [
+        SpeedTask(
+            config=config.to_dict(),
+            teacher_weights=str(plan.teacher),
+            images=images,
+            num_workers=plan.num_workers,
+            cpus_per_worker=plan.cpus_per_worker,
+            gpus_per_worker=plan.gpus_per_worker,
+        )
+        for config in plan.teachers.values()
+    ]
 
 
 def _on_cluster(draft: Draft) -> _DryRun:
@@ -126,15 +151,18 @@ def _on_cluster(draft: Draft) -> _DryRun:
     try:
         errors += collect_errors(lambda: join_cluster(draft.settings.address, draft.plan))
         nodes = cluster_nodes() if ray.is_initialized() else []
-        speed = None
+        speeds: list[Speed] = []
         if not errors:
             try:
-                task = _task(draft)
-                task = dataclasses.replace(task, gpus_per_worker=resolve_gpus(task.gpus_per_worker, nodes))
-                speed = _measure_on_cluster(task)
+                for task in _tasks(draft):
+                    task = dataclasses.replace(task, gpus_per_worker=resolve_gpus(task.gpus_per_worker, nodes))
+                    if (speed := _measure_on_cluster(task)) is None:
+                        speeds = []
+                        break
+                    speeds.append(speed)
             except ValueError as error:
                 errors.append(f"on a node of the cluster: {error}")
-        return _planned(draft, inputs, errors, nodes, speed)
+        return _planned(draft, inputs, errors, nodes, speeds)
     finally:
         if ray.is_initialized():
             ray.shutdown()
@@ -161,7 +189,7 @@ def _measure_on_cluster(task: SpeedTask) -> Speed | None:
 
 
 def _planned(
-    draft: Draft, inputs: "Inputs", errors: list[str], nodes: Sequence[Mapping[str, float]], speed: Speed | None
+    draft: Draft, inputs: "Inputs", errors: list[str], nodes: Sequence[Mapping[str, float]], speeds: Sequence[Speed]
 ) -> _DryRun:
     from tune.preflight.checks import collect_errors
     from tune.preflight.room import PreflightError, check_cluster
@@ -176,24 +204,17 @@ def _planned(
     gpus = resolve_gpus(plan.gpus_per_worker, nodes)
     workers = Workers(plan.num_workers, plan.cpus_per_worker, gpus)
     slots = share_slots(len(categories), plan.max_concurrent or count_trials(nodes, workers))
-    expected = (
-        forecast(categories, speed, slots, config=plan.config, trials=plan.trials, workers=workers) if speed else None
-    )
+    teachers = {
+        backbone: _Measured(
+            config,
+            speed,
+            forecast(categories, speed, slots, config=config, trials=plan.trials, workers=workers),
+            cache_bytes(categories, speed, config),
+        )
+        for (backbone, config), speed in zip(plan.teachers.items(), speeds, strict=False)  # none on a busy cluster
+    }
     unread = [category.describe() for category in inputs.categories.values() if category.unread]
-    return _DryRun(plan, categories, unread, slots, workers, speed, expected)
-
-
-def _varied(space: Space) -> dict[str, str]:
-    """Every dimension as readable text, by name; with several presets the name begins with the preset."""
-    found = {}
-    for preset, dimensions in space.dimensions.items():
-        for name, dimension in dimensions.items():
-            if isinstance(dimension, Range):
-                text = f"{dimension.low:g} … {dimension.high:g}{' (log)' if dimension.log else ''}"
-            else:
-                text = " | ".join(map(str, dimension.options))
-            found[f"{preset}.{name}" if len(space.bases) > 1 else name] = text
-    return found
+    return _DryRun(plan, categories, unread, slots, workers, teachers)
 
 
 def _document(found: _DryRun) -> dict[str, Any]:
@@ -204,11 +225,10 @@ def _document(found: _DryRun) -> dict[str, Any]:
         "name": plan.name,
         "trials": plan.trials,
         "categories": [
-            category._asdict() | {"num_steps": plan.config.train.num_steps(category.num_train)}
-            for category in found.categories
+            category._asdict() | {"num_steps": found.num_steps(category)} for category in found.categories
         ],
         "config": plan.config.to_dict(),
-        "varied": {name: _varied(space) for name, space in plan.spaces.items()},
+        "varied": {name: space.describe() for name, space in plan.spaces.items()},
         "slots": found.slots._asdict(),
         "workers_per_trial": plan.num_workers,
         "cpus_per_worker": plan.cpus_per_worker,
@@ -216,8 +236,18 @@ def _document(found: _DryRun) -> dict[str, Any]:
         "storage": plan.addresses.home,
         "tracking": without_password(plan.addresses.tracking),
         "studies": without_password(plan.studies),
-        "speed": found.speed._asdict() if found.speed else None,
-        "forecast": found.forecast._asdict() if found.forecast else None,
+        "speed": found.slowest.speed._asdict() if found.slowest else None,
+        "forecast": found.slowest.forecast._asdict() if found.slowest else None,
+        "teachers": [
+            {
+                "backbone": backbone,
+                "levels": each.config.model.levels,
+                "speed": each.speed._asdict(),
+                "forecast": each.forecast._asdict(),
+                "cache_bytes": each.cache_bytes,
+            }
+            for backbone, each in found.teachers.items()
+        ],
     }
 
 
@@ -234,8 +264,7 @@ def _show(found: _DryRun, settings: SearchSettings) -> None:
     for column in ("category", "training images", "steps", "validation", "calibration", "test"):
         table.add_column(column, justify="left" if column == "category" else "right")
     for each in found.categories:
-        num_steps = config.train.num_steps(each.num_train)
-        counts = (each.num_train, num_steps, each.num_validation, each.num_calibration, each.num_test)
+        counts = (each.num_train, found.num_steps(each), each.num_validation, each.num_calibration, each.num_test)
         table.add_row(each.category, *map(str, counts))
     console.print(table)
     for line in found.unread:
@@ -245,32 +274,50 @@ def _show(found: _DryRun, settings: SearchSettings) -> None:
     usual, *rest = plan.spaces.values()
     others = [space for space in rest if space.dimensions != usual.dimensions]
     slots, workers = found.slots, found.workers
+    width, height = config.data.input_size
+    shape = f"{width} pixels" if width == height else f"{width} x {height} pixels"
+    shape = f"tiles of {shape}" if config.data.tile else shape
     lines = {
-        "trains": f"{settings.preset}, {config.data.image_size} pixels, batches of {config.train.batch_size}, "
-        f"{config.train.num_validations} validations, "
-        f"teacher {config.model.backbone} ({settings.teacher_weights})"
+        "trains": f"{', '.join(plan.configs)}, {shape}, batches of {config.train.batch_size}, "
+        f"{config.train.num_validations} validations, teacher {' or '.join(plan.teachers)} ({settings.teacher_weights})"
         + (f", stage I of {config.amplification.amplification_epochs} epochs" if _has_stage_one(config) else ""),
         "at once": f"{slots.side_by_side} categories, {slots.concurrency} trials of each; a trial takes "
         f"{workers.number} × ({workers.cpus:g} CPUs, {workers.gpus:g} GPUs)",
-        "varies": ", ".join(f"{name} {span}" for name, span in _varied(usual).items())
+        "varies": ", ".join(f"{name} {span}" for name, span in usual.describe().items())
         + (f"; {len(others)} categories otherwise (--json)" if others else ""),
         "state": plan.addresses.home,
         "studies": without_password(plan.studies),
         "tracking": without_password(plan.addresses.tracking),
-        "measured": _speed_line(found),
-        "forecast": _forecast_line(found),
     }
     for name, text in lines.items():
         console.print(f"{name + ':':10}{text}", soft_wrap=True)
+    if not found.teachers:
+        console.print(f"measured: nothing: the cluster had no place free for a worker within {_SLOT_SECONDS:.0f} s")
+        console.print("forecast: none")
+    for backbone, teacher in found.teachers.items():
+        alone = f" if all trials had {backbone}" if len(found.teachers) > 1 else ""
+        what = f"{backbone} on " if alone else ""
+        console.print(f"measured: {what}{_speed_line(found, teacher)}", soft_wrap=True)
+        console.print(f"forecast: {_forecast_line(teacher.forecast)}{alone}", soft_wrap=True)
+    if found.teachers:
+        console.print(f"cache:    {_cache_line(found)}", soft_wrap=True)
 
 
 def _has_stage_one(config: RunConfig) -> bool:
     return config.amplification.amplification
 
 
-def _speed_line(found: _DryRun) -> str:
-    if (speed := found.speed) is None:
-        return f"nothing: the cluster had no place free for a worker within {_SLOT_SECONDS:.0f} s"
+def _cache_line(found: _DryRun) -> str:
+    """What a node keeps that trains on all categories with all teachers."""
+    sizes = {backbone: each.cache_bytes / 1e9 for backbone, each in found.teachers.items()}
+    total = f"{sum(sizes.values()):.3g} GB on a node that trains all of it, of {found.plan.cache_gb:g} GB (--cache-gb)"
+    if sum(sizes.values()) > found.plan.cache_gb:
+        total += ": what does not fit is computed again"
+    return total + (": " + ", ".join(f"{name} {size:.3g}" for name, size in sizes.items()) if len(sizes) > 1 else "")
+
+
+def _speed_line(found: _DryRun, teacher: _Measured) -> str:
+    speed = teacher.speed
     share = max(1, found.plan.config.train.batch_size // found.workers.number)
     scaled = "" if speed.images_measured == share else f" (scaled up from {speed.images_measured})"
     return (
@@ -279,9 +326,7 @@ def _speed_line(found: _DryRun) -> str:
     )
 
 
-def _forecast_line(found: _DryRun) -> str:
-    if (cost := found.forecast) is None:
-        return "none"
+def _forecast_line(cost: Forecast) -> str:
     if cost.steps_pruned == cost.steps_full:
         span, cpu, gpu = (
             duration(cost.wall_seconds_full),

@@ -9,7 +9,14 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from dskd.config import RunConfig
-from dskd.data.datasets import NUM_VALIDATION_DEFECTS, Category, split_calibration, split_normals
+from dskd.data.datasets import (
+    MAX_TRAINING_TILES,
+    MAX_VALIDATION_TILES,
+    NUM_VALIDATION_DEFECTS,
+    Category,
+    split_calibration,
+    split_normals,
+)
 from tune.settings.workers import Workers
 from tune.trial.asha import expected_reports
 
@@ -49,6 +56,15 @@ class Speed(NamedTuple):
     """Per synthetic defect, drawn once."""
     amplification: float
     """Per image and epoch of stage I; 0 if the configuration has no stage I."""
+    feature_bytes: int = 0
+    """Size of an image's features in the cache."""
+    tiles: float = 1.0
+    """Tiles of an image; with them, what is said above of an image is of a tile."""
+
+
+def measure_speeds(tasks: Sequence[SpeedTask]) -> list[Speed]:
+    """`measure_speed` of each task, one after the other."""
+    return [measure_speed(task) for task in tasks]
 
 
 def measure_speed(task: SpeedTask) -> Speed:
@@ -72,7 +88,9 @@ def _measured(task: SpeedTask) -> Speed:
     import torch
 
     from dskd.config import RunConfig
-    from dskd.data.images import load_images
+    from dskd.data.geometry import Geometry
+    from dskd.data.images import image_size, load_images
+    from dskd.data.tiles import tile_places
     from dskd.device import computing_device
     from dskd.evaluate import compute_metrics_shared, join, synthetic_validation
     from dskd.model.amplification import AmplifiedTeacher, build_amplifier
@@ -92,8 +110,12 @@ def _measured(task: SpeedTask) -> Speed:
         files = [Path(temporary, str(number)) for number in range(len(task.images))]
         for file, content in zip(files, task.images, strict=True):
             file.write_bytes(content)
-        decoding = seconds_of(lambda: load_images(files, config.data.image_size)) / len(files)
-        images = load_images(files, config.data.image_size)
+        geometry = Geometry.of(config.data, alignment=config.model.tile_alignment)
+        frames = [geometry.frame(*image_size(file)) for file in files] if geometry.tile else []
+        tiles = len(tile_places(frames, geometry)) / len(files) if geometry.tile else 1.0
+        geometry = dataclasses.replace(geometry, tile=0)  # a whole image of a tile's size takes as long as a tile
+        decoding = seconds_of(lambda: load_images(files, geometry)) / len(files)
+        images = load_images(files, geometry)
 
     teacher: Teacher = plain
     amplification = 0.0
@@ -135,6 +157,8 @@ def _measured(task: SpeedTask) -> Speed:
         teacher=features,
         defects=defects,
         amplification=amplification,
+        feature_bytes=few.rows.shape[1] * few.rows.itemsize,
+        tiles=tiles,
     )
 
 
@@ -182,8 +206,8 @@ def plan_categories(categories: Mapping[str, Category], config: RunConfig) -> li
 
 def _plan(name: str, category: Category, config: RunConfig) -> CategoryPlan:
     data = config.data
-    train, held, _ = split_normals(category, data.validation_fraction, data.split_seed)
-    selecting, calibrating = split_calibration(held, data.calibration_fraction, data.split_seed)
+    train, held, _ = split_normals(category, data.validation_fraction, data.split_seed, data.group_by)
+    selecting, calibrating = split_calibration(held, data.calibration_fraction, data.split_seed, data.group_by)
     num_synthetic = max(NUM_VALIDATION_DEFECTS, len(selecting))
     num_defects = sum(sample.is_defective for sample in category.validation)
     return CategoryPlan(
@@ -223,7 +247,7 @@ def forecast(
     walls_full, walls_pruned, longest = [], [], 0.0
     pruned_share = expected_reports(trials, reports) / (trials * reports)
     steps_full = 0
-    for plan in plans:
+    for plan in (in_tiles(plan, speed.tiles) for plan in plans):
         steps = config.train.num_steps(plan.num_train)
         steps_full += trials * steps
         step = speed.step * min(1.0, plan.num_train / config.train.batch_size)  # a batch holds no image twice
@@ -250,6 +274,32 @@ def forecast(
         gpu_hours_pruned=compute_pruned * hours * workers.gpus,
         steps_full=steps_full,
         steps_pruned=steps_full * pruned_share,
+    )
+
+
+def cache_bytes(plans: Sequence[CategoryPlan], speed: Speed, config: RunConfig) -> int:
+    """Size in bytes of the decoded images and features that a node keeps if it trains on all `plans`."""
+    width, height = config.data.input_size
+    kept = [in_tiles(plan, speed.tiles) for plan in plans]
+    if config.data.tile:  # thresholds come from whole images then, which are read one by one and not kept
+        kept = [plan._replace(num_calibration=0) for plan in kept]
+    read = sum(plan.num_train + plan.num_validation - plan.num_synthetic + plan.num_calibration for plan in kept)
+    seen = sum(plan.num_train + plan.num_validation + plan.num_calibration for plan in kept)
+    return read * 3 * width * height + seen * speed.feature_bytes
+
+
+def in_tiles(plan: CategoryPlan, tiles: float) -> CategoryPlan:
+    """The same in tiles, if an image has so many; training and validation use no more than so many of them."""
+    if tiles == 1:
+        return plan
+    selecting = min(round((plan.num_validation - plan.num_synthetic) * tiles), MAX_VALIDATION_TILES)
+    synthetic = max(NUM_VALIDATION_DEFECTS, selecting)
+    return plan._replace(
+        num_train=min(round(plan.num_train * tiles), MAX_TRAINING_TILES),
+        num_validation=selecting + synthetic,
+        num_synthetic=synthetic,
+        num_calibration=round(plan.num_calibration * tiles),
+        num_test=round(plan.num_test * tiles),
     )
 
 

@@ -2,14 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+from dskd.config import TeacherSource
 from tune.settings.search import SearchSettings
 
 _STEPS = 120
 """Enough for good verdicts on the drawn products (benchmarks/README.md)."""
-TeacherLabel = Literal["hub", "random", "file"]
-"""Source of the teacher's weights, as used in the name of the search."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,8 +17,8 @@ class DemoSettings:
     out: Path = Path("dskd-demo")
     """Folder for everything that the demo writes: data, results, detectors, verdicts."""
     teacher_weights: str | None = None
-    """hub, a .safetensors or .pth file, or random (untrained). By default hub; if it cannot be reached, random, and
-    every output is marked so."""
+    """hub, lite0 (EfficientNet-Lite0 from an installed package), a .safetensors or .pth file, or random (untrained). By
+    default hub; if it cannot be reached, lite0."""
     trials: int = 4
     """Trials per category."""
     steps: int | None = None
@@ -32,7 +30,7 @@ class DemoSettings:
     batch_size: int = 8
     """Images of one optimiser step."""
     name: str | None = None
-    """Name of the search; by default demo-hub, demo-random or demo-file, depending on the teacher."""
+    """Name of the search; by default demo-hub, demo-lite0, demo-random or demo-file, depending on the teacher."""
     address: str | None = None
     """Ray cluster: auto or ray://…; by default one started on this machine. Its nodes must be able to read --out."""
 
@@ -48,7 +46,8 @@ class DemoSettings:
 
         Raises ValueError on values out of range.
         """
-        label: TeacherLabel = "hub" if weights == "hub" else "random" if weights == "random" else "file"
+        source = TeacherSource(weights)
+        label = "file" if source.is_file else source.name
         return SearchSettings(
             data=str(self.data),
             name=self.name or f"demo-{label}",

@@ -58,6 +58,15 @@ class SearchPlan:
         return next(iter(self.configs.values()))
 
     @property
+    def teachers(self) -> dict[str, RunConfig]:
+        """The backbones that trials may have, each with a configuration of it, over all categories."""
+        found: dict[str, RunConfig] = {}
+        for space in self.spaces.values():
+            for base in space.bases.values():
+                found.setdefault(base.model.backbone, base)
+        return found
+
+    @property
     def num_reports(self) -> int:
         """Reports of a trial that is not pruned, one after each validation; what `EPOCH` counts."""
         return self.config.train.num_validations
@@ -72,9 +81,9 @@ def plan_search(settings: SearchSettings, addresses: Addresses, root: Path) -> S
 
     Raises ValueError on an unknown category, or with file and entry where --space is invalid.
     """
-    known = find_categories(root)
-    categories = _chosen_categories(settings, tuple(known))
     configs = settings.run_configs()
+    known = find_categories(root, next(iter(configs.values())).data.layout)
+    categories = _chosen_categories(settings, tuple(known))
     return SearchPlan(
         data=absolute(settings.data),
         categories=categories,
@@ -130,7 +139,23 @@ def _spaces(
         return dict.fromkeys(categories, build_space(configs))
     file = read_space(settings.space)
     file.check_names(tuple(configs), known)
-    general = file.space(configs, "")
-    return {
-        category: file.space(configs, category) if category in file.by_category else general for category in categories
+
+    def with_teacher(base: RunConfig, preset: str, backbone: str) -> RunConfig:
+        return settings.run_configs(backbone)[preset]
+
+    general = file.space(configs, "", with_teacher)
+    spaces = {
+        category: file.space(configs, category, with_teacher) if category in file.by_category else general
+        for category in categories
     }
+    most = max(len(space.bases) for space in spaces.values())
+    if settings.trials < most:
+        raise ValueError(
+            f"--trials {settings.trials} cannot hold the {most} presets and backbones untuned, which come first; give "
+            f"at least {most}."
+        )
+    if most > 1 and settings.sampler not in ("tpe", "random"):
+        raise ValueError(
+            f"--sampler {settings.sampler} cannot search several backbones, whose parameters differ; use tpe or random."
+        )
+    return spaces

@@ -4,14 +4,19 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dskd.arguments import given_length
-from dskd.config import RunConfig, Selection
-from dskd.presets import PRESETS
+from dskd.config import LayoutName, RunConfig, Selection, TeacherSource
+from dskd.presets import PRESETS, read_config, read_document, with_backbone
 from tune.storage.uris import LOCAL_RESULTS, is_address
 
 SamplerName = Literal["tpe", "gp", "cmaes", "qmc", "random"]
+FIXED = (
+    "steps", "epochs", "patience", "image_size", "resize", "tile", "overlap", "group_by", "batch_size",
+    "score_candidates", "backbone", "levels", "validation_fraction", "calibration_fraction", "split_seed", "layout",
+)  # fmt: skip
+"""Flags that set the configuration's field of the same name for all trials."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,16 +36,47 @@ class SearchSettings:
     """Wall time of the whole search, such as 2h, 1h30m or 90s; each category gets its share of the remaining time when
     it starts. Trials still running at the end are interrupted; the same command continues them."""
     steps: int | None = None
-    """Optimiser steps of a trial that is not pruned; by default those of each preset, however few images there are."""
+    """Optimiser steps of a trial that is not pruned; by default the length of --config, else that of each preset,
+    however few images there are."""
     epochs: int | None = None
     """Length in passes over the training images instead of steps, with a validation after each."""
-    patience: int = 0
-    """End a trial after this many validations in a row without a better objective; 0: never."""
-    image_size: int = 256
-    """Side in pixels that images are resized to; a multiple of 32."""
-    preset: str = "dskd"
-    """Method to start from: dskd, stfpm, rd4ad or aand. Several, separated by commas, or all are searched
-    together; each is first tried untuned."""
+    patience: int | None = None
+    """End a trial after this many validations in a row without a better objective, 0: never; by default that of
+    --config, else 0."""
+    image_size: int | None = None
+    """Side in pixels that images are resized to, a multiple of 32, or of 28 for a teacher with patches of 14; by
+    default that of --config, else 256."""
+    resize: str | None = None
+    """square: stretched to image_size; letterbox: aspect ratio kept between bars; or WIDTHxHEIGHT; by default that of
+    --config, else square."""
+    tile: int | None = None
+    """Side in pixels of the tiles that images are cut into at their own size, instead of being resized; 0: none; by
+    default that of --config, else 0."""
+    overlap: int | None = None
+    """Pixels that neighbouring tiles share; by default that of --config, else 32, or 28 for a teacher with patches of
+    14."""
+    group_by: str | None = None
+    """Regular expression that finds a part's name in an image's path, for parts with several images; by default that
+    of --config, else none."""
+    preset: str | None = None
+    """Method to start from: dskd, stfpm, rd4ad or aand; by default that of --config, else dskd. Several, separated by
+    commas, or all are searched together; each is first tried untuned."""
+    config: Path | None = None
+    """TOML file of fields, as dskd train --print-config writes them, that replace those of every preset: fixed for all
+    trials where the space does not vary them."""
+    backbone: str | None = None
+    """timm model of the teacher and of the student encoder; by default that of --config, else resnet18.tv_in1k. Several
+    as a dimension: backbone = ["…", "…"] in --space."""
+    levels: tuple[int, ...] | None = None
+    """timm feature indices of the pyramid; by default those of --config, else what goes with the backbone."""
+    validation_fraction: float | None = None
+    """Share of the normal training images held out; by default that of --config, else 0.2."""
+    calibration_fraction: float | None = None
+    """Share of the held-out images that set the thresholds alone; by default that of --config, else 0.5."""
+    split_seed: int | None = None
+    """Seed of the held-out splits; by default that of --config, else 0."""
+    layout: LayoutName | None = None
+    """auto, or classes for a folder of class folders (one-class novelty); by default that of --config, else auto."""
     space: Path | None = None
     """TOML file with changes to the default search space: field = value, [values] or {low, high, log}, for all
     categories or below [category.NAME] or [preset.NAME]."""
@@ -55,11 +91,13 @@ class SearchSettings:
     textures: Path | None = None
     """Folder of texture images, such as DTD, for the synthetic defects; at the same path on every node."""
     teacher_weights: str = "hub"
-    """hub, a .safetensors or .pth file at the same path on every node, or random (wiring tests)."""
+    """hub, lite0 (EfficientNet-Lite0 from an installed package), a .safetensors or .pth file at the same path on every
+    node, or random (wiring tests)."""
     batch_size: int | None = None
-    """Images per optimiser step over all workers; by default that of the preset."""
-    score_candidates: int = 500
-    """Score configurations tried on each trained trial without retraining; 0: none."""
+    """Images per optimiser step over all workers; by default that of --config, else of the preset."""
+    score_candidates: int | None = None
+    """Score configurations tried on each trained trial without retraining; 0: none; by default that of --config, else
+    500."""
     workers_per_trial: int = 1
     """Processes of one trial; several train with DDP, on several nodes if needed."""
     min_workers_per_trial: int | None = None
@@ -140,24 +178,43 @@ class SearchSettings:
         """Reports of a trial that is not pruned, one after each validation."""
         return next(iter(self.run_configs().values())).train.num_validations
 
-    def run_configs(self) -> dict[str, RunConfig]:
+    def run_configs(self, backbone: str | None = None) -> dict[str, RunConfig]:
         """The configuration of each given preset, in their order, all with the same image and batch size.
 
         The length too is the same if it is given; else each preset has its own, with as many validations.
 
-        Raises ValueError on an unknown preset or a value out of range.
+        `backbone` replaces that of the flag. Flags override --config, which overrides the presets. Raises ValueError on
+        an unknown preset, an unusable file, a value out of range, and weights of another backbone.
         """
-        names = tuple(PRESETS) if self.preset == "all" else split_words(self.preset)
+        own, document = (None, {}) if self.config is None else read_document(self.config)
+        preset = self.preset if self.preset is not None else own or "dskd"
+        names = tuple(PRESETS) if preset == "all" else split_words(preset)
         if not names or (unknown := [name for name in names if name not in PRESETS]):
-            got = unknown[0] if names else self.preset
+            got = unknown[0] if names else preset
             raise ValueError(f"--preset takes {', '.join(PRESETS)} or all, got {got!r}.")
-        changes = given_length(self.steps, self.epochs) | {
-            "patience": self.patience,
-            "image_size": self.image_size,
-            "score_candidates": self.score_candidates,
-            "batch_size": self.batch_size if self.batch_size is not None else PRESETS[names[0]].train.batch_size,
+        given_length(self.steps, self.epochs)  # refuses two lengths in the words of the flags
+        teacher = TeacherSource(self.teacher_weights)
+        backbone = backbone or self.backbone
+        family = backbone or teacher.backbone
+        stated = {name: value for section in document.values() for name, value in section.items()}
+        usual: dict[str, Any] = {
+            "score_candidates": 500,
+            "batch_size": PRESETS[names[0]].train.batch_size,
         }
-        return {name: PRESETS[name].with_values(changes) for name in names}
+        changes = {name: value for name, value in usual.items() if name not in stated}
+        changes |= {name: value for name in FIXED if (value := getattr(self, name)) is not None}
+        if self.levels is not None:
+            ones = (1.0,) * len(self.levels)
+            changes |= {name: ones for name in ("level_weights", "score_level_weights") if name not in stated}
+        bases = {}
+        for name in names:
+            if self.config is not None:
+                base = read_config(self.config, name, family)
+            else:
+                base = PRESETS[name] if family is None else with_backbone(PRESETS[name], family)
+            bases[name] = base.with_values(changes if backbone is None else changes | {"backbone": backbone})
+            teacher.check_fits(bases[name].model.backbone)
+        return bases
 
     def budget_seconds(self) -> float | None:
         """Wall time of the whole search; None: no limit.

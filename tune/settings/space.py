@@ -2,7 +2,8 @@
 
 A dimension has the name of its field, or `field_N` for the N-th weight of a field. In a search over several
 presets each preset has its own dimensions, such as `stfpm.learning_rate`, and the preset of a trial is a
-dimension too.
+dimension too. So it is with teachers: each of several backbones has its own dimensions, such as
+`resnet18.tv_in1k.learning_rate` or `stfpm.resnet18.tv_in1k.learning_rate`, and the backbone is a dimension.
 """
 
 import re
@@ -11,15 +12,22 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from dskd.config import RunConfig
+from dskd.presets import with_backbone
 
 PRESET = "preset"
-_MEASURED = frozenset({"image_size", "validation_fraction", "calibration_fraction", "split_seed"})
-_STRUCTURE = frozenset({"backbone", "levels", "student_encoder", "student_decoder"})
+BACKBONE = "backbone"
+_AT = "@"
+"""Between preset and backbone in the name of a variant of a preset; no backbone's name contains it."""
+_GEOMETRY = frozenset({"image_size", "resize", "tile", "overlap", "group_by"})
+_MEASURED = _GEOMETRY | {"validation_fraction", "calibration_fraction", "split_seed", "layout"}
+_STRUCTURE = frozenset({"levels", "student_encoder", "student_decoder"})
 _LENGTH = frozenset({"steps", "epochs", "patience"})
-_SHARED = _MEASURED | _STRUCTURE | _LENGTH
+SHARED = _MEASURED | _STRUCTURE | _LENGTH
 """Fields that set the measurement, the length or the network: equal in all trials of a preset."""
 _ENCODER = frozenset(("encoder_match", "encoder_hkd_margin"))
-_DECODER = frozenset(("decoder_match", "decoder_hkd_margin", "decoder_input", "detach_embedding", "embedding_depth"))
+_DECODER = frozenset(
+    ("decoder_match", "decoder_hkd_margin", "decoder_input", "detach_embedding", "embedding_depth", "decoder_output")
+)
 _BOTH = frozenset(("decoder_weight", "encoder_score_weight", "decoder_score_weight", "student_fusion"))
 _STAGE_ONE = frozenset(name for name in RunConfig().to_dict()["amplification"] if name != "amplification")
 
@@ -110,13 +118,13 @@ def field_kind(name: str) -> type:
     Raises ValueError if a search cannot vary it.
     """
     fields = RunConfig().flat()
-    if name in _SHARED:
+    if name in SHARED:
         raise ValueError(f"all trials share {name}; it is not part of a space.")
     indexed = re.fullmatch(r"(.+)_(\d+)", name)
-    if name not in fields and indexed and isinstance(fields.get(indexed[1]), tuple) and indexed[1] not in _SHARED:
+    if name not in fields and indexed and isinstance(fields.get(indexed[1]), tuple) and indexed[1] not in SHARED:
         return float
     if name not in fields:
-        known = ", ".join(sorted(_spelled(field) for field in fields.keys() - _SHARED))
+        known = ", ".join(sorted(_spelled(field) for field in fields.keys() - SHARED))
         raise ValueError(f"unknown field; known: {known}.")
     if isinstance(fields[name], tuple):
         raise ValueError(f"has an entry for each level: {name}_1, {name}_2, ….")
@@ -153,19 +161,25 @@ class Space:
     """Search space of one category."""
 
     bases: Mapping[str, RunConfig]
-    """Configuration that the dimensions vary, by preset; at least one."""
+    """Configuration that the dimensions vary, by preset, or by `preset@backbone` for a preset of several backbones; at
+    least one."""
     dimensions: Mapping[str, Mapping[str, Dimension]]
-    """Dimensions by preset and name."""
+    """Dimensions by the names of `bases`, and by their own."""
     winners: tuple[Mapping[str, Any], ...] = ()
     """Best points of earlier searches, tried after the presets."""
 
     def ask(self, trial: Suggests) -> None:
-        """Let `trial` suggest a value for every dimension of its preset."""
-        preset = next(iter(self.bases))
-        if len(self.bases) > 1:
-            preset = trial.suggest_categorical(PRESET, list(self.bases))
-        for name, dimension in self.dimensions[preset].items():
-            full = self._full_name(preset, name)
+        """Let `trial` suggest a preset and a backbone, if there are several, and values for all their dimensions."""
+        chosen: dict[str, Any] = {}
+        if len(presets := self._presets()) > 1:
+            chosen[PRESET] = trial.suggest_categorical(PRESET, presets)
+        preset = self.preset_of(chosen)
+        if len(backbones := self._backbones(preset)) > 1:
+            name = self._backbone_name(preset)
+            chosen[name] = trial.suggest_categorical(name, backbones)
+        variant = self.variant_of(chosen)
+        for name, dimension in self.dimensions[variant].items():
+            full = self._full_name(variant, name)
             if isinstance(dimension, Choice):
                 trial.suggest_categorical(full, list(dimension.options))
             elif isinstance(dimension.low, int) and isinstance(dimension.high, int):
@@ -175,17 +189,18 @@ class Space:
 
     def preset_of(self, suggested: Mapping[str, Any]) -> str:
         """The preset of a trial, from its suggested values."""
-        return str(suggested.get(PRESET, next(iter(self.bases))))
+        return str(suggested.get(PRESET, self._presets()[0]))
 
     def configuration(self, suggested: Mapping[str, Any]) -> RunConfig:
         """Configuration of the run with a trial's suggested values.
 
         Raises ValueError on an unknown name.
         """
-        preset = self.preset_of(suggested)
-        prefix = self._full_name(preset, "")
-        values = {name.removeprefix(prefix): value for name, value in suggested.items() if name != PRESET}
-        return with_suggestions(self.bases[preset], values)
+        variant = self.variant_of(suggested)
+        prefix = self._full_name(variant, "")
+        choices = {PRESET, self._backbone_name(self.preset_of(suggested))}
+        values = {name.removeprefix(prefix): value for name, value in suggested.items() if name not in choices}
+        return with_suggestions(self.bases[variant], values)
 
     def starting_points(self) -> list[dict[str, Any]]:
         """The points that a search tries first, each once.
@@ -239,14 +254,55 @@ class Space:
             },
         }
 
-    def _full_name(self, preset: str, name: str) -> str:
-        return f"{preset}.{name}" if len(self.bases) > 1 else name
+    def _presets(self) -> list[str]:
+        return list(dict.fromkeys(variant.partition(_AT)[0] for variant in self.bases))
+
+    def _backbones(self, preset: str) -> list[str]:
+        """Backbones to choose from with this preset; empty if there is only one."""
+        names = [variant.partition(_AT) for variant in self.bases]
+        return [backbone for own, _, backbone in names if own == preset and backbone]
+
+    def _backbone_name(self, preset: str) -> str:
+        return f"{preset}.{BACKBONE}" if len(self._presets()) > 1 else BACKBONE
+
+    def variant_of(self, suggested: Mapping[str, Any]) -> str:
+        """The name in `bases` of a trial's configuration, from its suggested values."""
+        preset = self.preset_of(suggested)
+        backbone = suggested.get(self._backbone_name(preset))
+        return preset if backbone is None else f"{preset}{_AT}{backbone}"
+
+    def _choices(self, variant: str) -> dict[str, Any]:
+        """The part of a point that chooses this variant."""
+        preset, _, backbone = variant.partition(_AT)
+        chosen: dict[str, Any] = {PRESET: preset} if len(self._presets()) > 1 else {}
+        return chosen | ({self._backbone_name(preset): backbone} if backbone else {})
+
+    def _full_name(self, variant: str, name: str) -> str:
+        preset, _, backbone = variant.partition(_AT)
+        return ".".join([*([preset] if len(self._presets()) > 1 else []), *([backbone] if backbone else []), name])
+
+    def describe(self) -> dict[str, str]:
+        """Every dimension as readable text, by its full name."""
+        found: dict[str, str] = {}
+        if len(presets := self._presets()) > 1:
+            found[PRESET] = " | ".join(presets)
+        for variant, dimensions in self.dimensions.items():
+            preset = variant.partition(_AT)[0]
+            if backbones := self._backbones(preset):
+                found[self._backbone_name(preset)] = " | ".join(backbones)
+            for name, dimension in dimensions.items():
+                if isinstance(dimension, Range):
+                    text = f"{dimension.low:g} … {dimension.high:g}{' (log)' if dimension.log else ''}"
+                else:
+                    text = " | ".join(map(str, dimension.options))
+                found[self._full_name(variant, name)] = text
+        return found
 
     def _untuned(self) -> list[dict[str, Any]]:
         return [self._point(preset, base, move=True) for preset, base in self.bases.items()]
 
     def _point(self, preset: str, config: RunConfig, *, move: bool) -> dict[str, Any]:
-        point: dict[str, Any] = {PRESET: preset} if len(self.bases) > 1 else {}
+        point = self._choices(preset)
         values = _values(config)
         for name, dimension in self.dimensions[preset].items():
             value = values[name]
@@ -274,25 +330,36 @@ def _values(config: RunConfig) -> dict[str, Any]:
     """Values by dimension name, each weight separately."""
     values: dict[str, Any] = {}
     for field, value in config.flat().items():
-        if isinstance(value, tuple) and field not in _SHARED:
+        if isinstance(value, tuple) and field not in SHARED:
             values |= {f"{field}_{position}": weight for position, weight in enumerate(value, 1)}
         else:
             values[field] = value
     return values
 
 
-def build_space(bases: Mapping[str, RunConfig], entries: Mapping[str, Mapping[str, Dimension]] | None = None) -> Space:
+def usual_teacher(base: RunConfig, preset: str, backbone: str) -> RunConfig:
+    """The configuration of a preset with another backbone, and with what goes with that backbone's family."""
+    return with_backbone(base, backbone)
+
+
+def build_space(
+    bases: Mapping[str, RunConfig],
+    entries: Mapping[str, Mapping[str, Dimension]] | None = None,
+    with_teacher: Callable[[RunConfig, str, str], RunConfig] = usual_teacher,
+) -> Space:
     """The default space around each preset's configuration; `entries`, by preset, replace its dimensions.
 
-    An entry for a part that a preset's network lacks is left out for that preset. Raises ValueError if an entry
-    has no effect on any preset, or if entries, alone or together, give an invalid configuration.
+    An entry for a part that a preset's network lacks is left out for that preset. An entry `backbone` makes a variant
+    of the preset for each backbone, whose configuration `with_teacher` gives from that of the preset, its name and the
+    backbone. Raises ValueError if an entry has no effect on any preset, or if entries, alone or together, give an
+    invalid configuration.
     """
-    entries = entries or {}
+    asked: list[str] = []
     found: dict[str, RunConfig] = {}
     dimensions: dict[str, dict[str, Dimension]] = {}
     useless: dict[str, int] = {}
-    for preset, base in bases.items():
-        mine = dict(entries.get(preset, {}))
+    for preset, base, mine in _variants(bases, entries or {}, with_teacher):
+        asked += mine
         for name, entry in mine.items():
             for value in entry.ends():
                 try:
@@ -310,10 +377,45 @@ def build_space(bases: Mapping[str, RunConfig], entries: Mapping[str, Mapping[st
         for name in fixed:
             del dimensions[preset][name]
         _check_corners(preset, found[preset], dimensions[preset])
-    asked = [name for mine in entries.values() for name in mine]
     if nowhere := [name for name, count in useless.items() if count == asked.count(name)]:
         raise ValueError(f"{nowhere[0]} has no effect with --preset {','.join(bases)}; leave it out.")
     return Space(bases=found, dimensions=dimensions)
+
+
+def _variants(
+    bases: Mapping[str, RunConfig],
+    entries: Mapping[str, Mapping[str, Dimension]],
+    with_teacher: Callable[[RunConfig, str, str], RunConfig],
+) -> Iterator[tuple[str, RunConfig, dict[str, Dimension]]]:
+    """Name, configuration and entries of each preset, or of each of its variants if there are several backbones."""
+    sizes: dict[tuple[tuple[int, int], int], str] = {}
+    for preset, base in bases.items():
+        mine = dict(entries.get(preset, {}))
+        backbones = mine.pop(BACKBONE, Choice((base.model.backbone,))).ends()
+        for backbone in backbones:
+            name = preset if len(backbones) == 1 else f"{preset}{_AT}{backbone}"
+            try:
+                own = base if backbone == base.model.backbone else with_teacher(base, preset, backbone)
+            except ValueError as error:
+                raise ValueError(f"{BACKBONE} = {backbone!r} with preset {preset}: {error}") from None
+            sizes.setdefault((own.data.input_size, own.data.overlap if own.data.tile else 0), backbone)
+            if len(sizes) > 1:
+                raise ValueError(_two_sizes(sizes))
+            yield name, own, dict(mine)
+
+
+def _two_sizes(sizes: Mapping[tuple[tuple[int, int], int], str]) -> str:
+    """Why teachers with different inputs cannot be compared: input (width, height) and overlap, each with its first."""
+    (one, first), (other, second) = sizes.items()
+    if one[0] == other[0]:
+        return (
+            f"trials of one category must have one overlap of tiles, got {one[1]} for {first} and {other[1]} for "
+            f"{second}; give an --overlap that suits both, such as 0."
+        )
+    return (
+        f"trials of one category must have one image size, got {one[0][0]} for {first} and {other[0][0]} for {second}; "
+        "give an --image-size that suits both, such as 224."
+    )
 
 
 def _check_corners(preset: str, base: RunConfig, dimensions: Mapping[str, Dimension]) -> None:

@@ -1,12 +1,12 @@
 """Search spaces as TOML files: changes to the default space, for all categories or for single ones."""
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dskd.config import RunConfig
-from tune.settings.space import Choice, Dimension, Range, Space, build_space, field_kind
+from tune.settings.space import Choice, Dimension, Range, Space, build_space, field_kind, usual_teacher
 
 _SECTIONS = ("preset", "category")
 
@@ -31,15 +31,20 @@ class SpaceFile(NamedTuple):
                     f"{', '.join(known)}."
                 )
 
-    def space(self, bases: Mapping[str, RunConfig], category: str) -> Space:
-        """The space of one category; categories without a section share one.
+    def space(
+        self,
+        bases: Mapping[str, RunConfig],
+        category: str,
+        with_teacher: Callable[[RunConfig, str, str], RunConfig] = usual_teacher,
+    ) -> Space:
+        """The space of one category; categories without a section share one. `with_teacher` as in `build_space`.
 
         Raises ValueError with file and entry if a value is out of its field's range or has no effect.
         """
         mine = self.by_category.get(category, {})
         entries = {preset: {**self.general, **self.by_preset.get(preset, {}), **mine} for preset in bases}
         try:
-            return build_space(bases, entries)
+            return build_space(bases, entries, with_teacher)
         except ValueError as error:
             where = f"[category.{category}]: " if mine else ""
             raise ValueError(f"{self.path}: {where}{error}") from None

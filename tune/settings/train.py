@@ -38,6 +38,7 @@ class TrainingSettings:
         # Read here once: processes on other nodes must use these values, not those of their own environment.
         object.__setattr__(self, "tracking_uri", self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or None)
         object.__setattr__(self, "address", self.address or os.environ.get("RAY_ADDRESS") or None)
+        self.teacher.check_fits(self.config.model.backbone)
         if self.workers < 1:
             raise ValueError(f"--workers must be at least 1, got {self.workers}.")
         if self.workers > self.config.train.batch_size:
@@ -106,8 +107,8 @@ def training_settings(
         workers: Processes that train together (DDP), on several nodes if needed.
         gpus_per_worker: GPUs of a worker, fractions allowed; by default 1 if the cluster has GPUs, else 0.
         cpus_per_worker: CPUs of a worker.
-        teacher_weights: hub, a .safetensors or .pth file at the same path on every node, or random (wiring tests);
-            by default as in the repeated run, else hub.
+        teacher_weights: hub, lite0 (EfficientNet-Lite0 from an installed package), a .safetensors or .pth file at the
+            same path on every node, or random (wiring tests); by default as in the repeated run, else hub.
         textures: Folder of texture images, such as DTD, for the synthetic defects, at the same path on every node;
             by default textures are drawn.
         selection: What selects the epoch: val, images without test labels, or oracle, the labelled test images, to

@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import IO
 
 from dskd.atomic import folder_in_making
+from dskd.config import LayoutName
 from dskd.data.cache import default_folder
 from dskd.data.datasets import find_categories
 from tune.storage.files import Storage, StorageError, StoredFile
@@ -58,7 +59,7 @@ def content(data: str, root: Path, file: Path) -> bytes:
         return fetched.read_bytes()
 
 
-def local_copy(data: str, category: str, cache_gb: float) -> Path:
+def local_copy(data: str, category: str, cache_gb: float, layout: LayoutName = "auto") -> Path:
     """The folder on this node from which to read `category` of `data`: `data` itself, or its copy.
 
     The first process makes the copy, the others wait for it. Unused copies are removed to make room, least
@@ -68,10 +69,11 @@ def local_copy(data: str, category: str, cache_gb: float) -> Path:
     if not is_address(data):
         return Path(data)
     storage = Storage(data, "--data")
-    files = _of_category(storage, category)
+    files = _of_category(storage, category, layout)
     copies = default_folder() / "data"
     copies.mkdir(parents=True, exist_ok=True)
-    folder = copies / f"{category}-{_key(storage, files)[:16]}"
+    # Class folders are one copy, since each class is tested with all others.
+    folder = copies / f"{'classes' if layout == 'classes' else category}-{_key(storage, files)[:16]}"
     while not _lock_copy(folder):
         # One copy at a time on a node, or two processes would count the same room as free.
         with (copies / "copying.lock").open("a") as lock:
@@ -86,10 +88,10 @@ def local_copy(data: str, category: str, cache_gb: float) -> Path:
     return folder / _name(storage)
 
 
-def listing_key(data: str, category: str) -> str:
+def listing_key(data: str, category: str, layout: LayoutName = "auto") -> str:
     """Digest of names, sizes and times of the category's files; no file is read."""
     storage = Storage(absolute(data), "--data")
-    return _key(storage, _of_category(storage, category))
+    return _key(storage, _of_category(storage, category, layout))
 
 
 def _key(storage: Storage, files: Sequence[StoredFile]) -> str:
@@ -119,16 +121,19 @@ def _empty_tree(files: Sequence[StoredFile], name: str) -> Iterator[Path]:
         yield root
 
 
-def _of_category(storage: Storage, category: str) -> list[StoredFile]:
+def _of_category(storage: Storage, category: str, layout: LayoutName) -> list[StoredFile]:
     """The files of one category and those that belong to none.
 
     Raises ValueError if there is no such category.
     """
     files = _listed(storage)
     with _empty_tree(files, _name(storage)) as root:
-        folders = {name: folder.relative_to(root).as_posix() for name, folder in find_categories(root).items()}
+        found = find_categories(root, layout)
+        folders = {name: folder.relative_to(root).as_posix() for name, folder in found.items()}
     if category not in folders:
         raise ValueError(f"no category {category!r} in {storage.uri}; it holds: {', '.join(folders)}.")
+    if layout == "classes":
+        return files
     others = tuple(f"{folder}/" for name, folder in folders.items() if name != category)
     return [file for file in files if not file.name.startswith(others)]
 

@@ -92,7 +92,7 @@ def pack(detector: Path, folder: Path) -> None:
     from mlflow.types.schema import Array, ColSpec, Object, ParamSchema, ParamSpec, Property, Schema
 
     sides = [Property(side, "long") for side in ("left", "top", "right", "bottom")]
-    region = Object([*sides, Property("peak", "double")])
+    region = Object([*sides, Property("peak", "double"), Property("contour", Array(Array("long")))])
     with TemporaryDirectory(prefix="dskd-") as temporary:
         # MLflow keeps the folder's own name, and refuses a link.
         named = shutil.copytree(detector, Path(temporary) / _DETECTOR)
@@ -111,7 +111,8 @@ def pack(detector: Path, folder: Path) -> None:
                         ColSpec("double", "threshold"),
                         ColSpec("boolean", "is_anomalous"),
                         ColSpec(Array(region), "regions"),
-                        ColSpec("long", "map_size"),
+                        ColSpec("long", "width"),
+                        ColSpec("long", "height"),
                         ColSpec("string", "overlay", required=False),
                         ColSpec("long", "num_clipped", required=False),
                         ColSpec("string", "category"),

@@ -50,7 +50,8 @@ def evaluate_on_test(assignment: Evaluation, device: "torch.device") -> dict[str
         Storage(root).download(name, folder)
         detector = Detector.load(folder, str(device))
         try:
-            data = local_copy(assignment.data, assignment.category, assignment.cache_gb)
+            layout = detector.record.config.data.layout
+            data = local_copy(assignment.data, assignment.category, assignment.cache_gb, layout)
             scores = detector.evaluate(data, assignment.category)
         except ValueError as error:
             return {REMARK: f"no test figures: {error}"}

@@ -1,6 +1,7 @@
 """Input and reports of a trial: plain values, without torch or Ray."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -140,9 +141,9 @@ class Report(NamedTuple):
 
 
 def tracked_figures(reported: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics of one report that MLflow records."""
+    """The metrics of one report that MLflow records; not those that do not exist, as no image has a mask."""
     return {
         name: float(value)
         for name, value in reported.items()
-        if name.startswith(_TRACKED) and isinstance(value, int | float)
+        if name.startswith(_TRACKED) and isinstance(value, int | float) and math.isfinite(value)
     }

@@ -175,8 +175,9 @@ def _finished(detector: Path, num_reports: int) -> Report:
 
 def data_of(spec: TrialSpec) -> DataSpec:
     """What the trial reads, with the images on this node."""
+    layout = RunConfig.from_dict(spec.config).data.layout
     return DataSpec(
-        data=local_copy(spec.data, spec.category, spec.cache_gb),
+        data=local_copy(spec.data, spec.category, spec.cache_gb, layout),
         category=spec.category,
         teacher=TeacherSource(spec.teacher_weights),
         textures=Path(spec.textures) if spec.textures else None,

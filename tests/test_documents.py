@@ -78,7 +78,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "The four presets, and DSKD against its parts",
         "Metrics",
         "Export and overhead",
-        "Between two trials",
+        "A search against plain Ray Tune",
         "What these figures do not show",
     ),
     ".github/CONTRIBUTING.md": ("Four commands", "How the house is laid", "Dependencies"),

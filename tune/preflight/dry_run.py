@@ -224,9 +224,7 @@ def _document(found: _DryRun) -> dict[str, Any]:
     return {
         "name": plan.name,
         "trials": plan.trials,
-        "categories": [
-            category._asdict() | {"num_steps": found.num_steps(category)} for category in found.categories
-        ],
+        "categories": [category._asdict() | {"num_steps": found.num_steps(category)} for category in found.categories],
         "config": plan.config.to_dict(),
         "varied": {name: space.describe() for name, space in plan.spaces.items()},
         "slots": found.slots._asdict(),

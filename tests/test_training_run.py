@@ -184,7 +184,7 @@ def test_labelled_defects_without_normals_leave_the_seeded_split(
     assert found.validation_files == inputs.validation_files and found.num_validation_defects == 3
     np.testing.assert_array_equal(found.train_images, inputs.train_images)
     for joined, alone in zip(found.validation[:5], inputs.validation[:5], strict=True):
-        np.testing.assert_array_equal(joined[:-3], alone)
+        np.testing.assert_array_equal(np.asarray(joined)[:-3], np.asarray(alone))
 
 
 def test_textures_change_some_of_the_drawn_defects_and_their_cached_features(

@@ -301,7 +301,8 @@ def test_a_driver_killed_while_mlflow_is_away_loses_neither_a_trial_nor_an_epoch
             ]  # fmt: skip
             search = chaos.Search("dark", words, env, cluster_folder).start()
             try:
-                with _standing_still(chaos.wait_for(lambda: made.find("worker"), "a worker")):
+                chaos.wait_for(lambda: made.find("relay"), "a trial")
+                with _standing_still(made.find("worker")):
                     link.state = "cut"
 
                 def kept() -> list[str]:

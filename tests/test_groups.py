@@ -14,7 +14,7 @@ import ray
 
 from dskd.config import RunConfig
 from tune.settings.workers import Workers
-from tune.trial.assignment import Metrics, Training
+from tune.trial.assignment import Training
 from tune.trial.follower import AssignmentFailedError
 from tune.trial.groups import Groups, worker_groups
 from tune.trial.spec import EPOCH, TrialSpec
@@ -141,16 +141,9 @@ def test_workers_that_die_at_their_import_end_with_the_reason(ray_here: None, tr
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "timm.py").write_text("raise ImportError('this node has no timm')")
     with worker_groups(Workers(1, 1.0, 0.0), min_workers=None, home=str(tmp_path), max_groups=1, first=None) as groups:
-        told: list[Metrics] = []
-
-        def follow() -> None:
-            told.extend(groups.follow(trial("one", 3, 1)))
-
-        with ThreadPoolExecutor(1) as pool:
-            following = pool.submit(follow)
-            assert "this node has no timm" in ray.get(groups.fault(), timeout=120)
-            groups.forget(trial("one", 3, 1))
-            del following
+        post: Any = ray.get_actor(groups.dispatcher)
+        ray.get(post.submit.remote(trial("one", 3, 1)))
+        assert "this node has no timm" in ray.get(groups.fault(), timeout=150)
 
 
 def test_a_failure_names_the_last_epoch_that_was_reported() -> None:

@@ -23,6 +23,8 @@ def connect(address: str | None) -> None:
     or ValueError, in one line, if it fails.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # It advises to switch authentication off, each time that Ray starts with it.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     if address is not None:
         _check_address(address)
     with _caught_stderr() as captured:

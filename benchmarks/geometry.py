@@ -17,7 +17,6 @@ import datetime
 import hashlib
 import json
 import math
-import os
 import shlex
 import sys
 import tempfile
@@ -32,6 +31,7 @@ import numpy as np
 import torch
 import tyro
 from PIL import Image
+from runs import add_run, field_values, finished_runs, print_commands
 
 from dskd import metrics
 from dskd.config import DataSpec, RunConfig, TeacherSource
@@ -153,7 +153,7 @@ def configuration(mode: str, seed: int, options: Options) -> RunConfig:
         LETTERBOX: {"resize": "letterbox"},
     }
     values = {"image_size": options.side, "batch_size": options.batch_size, "epochs": _MANY_EPOCHS, "seed": seed}
-    others = {name: _value(text) for name, text in options.set.items()}
+    others = field_values(options.set)
     config = PRESETS[options.preset].with_values(values | shapes.get(mode, {}) | others)
     if config.train.schedule != "constant":
         raise ValueError(f"--preset must have a constant schedule, as a run ends by time; got {options.preset}.")
@@ -291,7 +291,7 @@ def measured(task: Task, config: RunConfig, options: Options, cache: ArrayCache 
 
 def records(options: Options, drawn: Path) -> Iterator[dict[str, Any]]:
     """The finished runs of these options, computed now or earlier."""
-    known = {record["key"]: record for record in _lines(options.results)}
+    known = finished_runs(options.results)
     cache = ArrayCache(options.cache_dir, int(options.cache_gb * 1e9)) if options.cache_gb > 0 else None
 
     def run(task: Task) -> dict[str, Any]:
@@ -299,10 +299,7 @@ def records(options: Options, drawn: Path) -> Iterator[dict[str, Any]]:
         key = task.key(config, options)
         if key not in known:
             known[key] = {"key": key, **measured(task, config, options, cache)}
-            with options.results.open("a") as file:
-                file.write(json.dumps(known[key], allow_nan=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            add_run(options.results, known[key])
         return known[key]
 
     for category in options.categories if options.data else ():
@@ -350,26 +347,6 @@ def _spread(values: Sequence[float]) -> str:
     return f"{mean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
 
 
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of the results file; one that a kill cut short is left out."""
-    found = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in found))
-    return found
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     options = tyro.cli(Options, args=arguments)
     with tempfile.TemporaryDirectory(prefix="dskd-") as temporary:
@@ -382,8 +359,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     for record in {each["category"]: each for each in found}.values():
         print(f"{record['category']}: {record['num_test']} test images")
-    for command in dict.fromkeys(record["command"] for record in found):
-        print(f"    {command}")
+    print_commands(found)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 import tyro
 from nearest import build_memory, score_by_memory
+from runs import add_run, field_values, finished_runs, print_commands
 
 from dskd import metrics
 from dskd.arguments import given_length
@@ -113,7 +114,7 @@ def methods(options: Options) -> dict[str, RunConfig]:
         chosen |= PARTS
     found = {}
     if options.memory_share:
-        values = {"image_size": options.image_size} | {name: _value(text) for name, text in options.set.items()}
+        values = {"image_size": options.image_size} | field_values(options.set)
         found[f"{NEAREST}, {100 * options.memory_share:g}% kept"] = PRESETS["dskd"].with_values(values).for_inputs()
     for name, values in chosen.items():
         preset = name.partition(":")[0]
@@ -121,7 +122,7 @@ def methods(options: Options) -> dict[str, RunConfig]:
         length = given_length(options.steps, options.epochs) if own is None else {"steps": own}
         given = {"image_size": options.image_size, "batch_size": options.batch_size, **length}
         changes = {key: value for key, value in given.items() if value is not None}
-        found[name] = PRESETS[preset].with_values(values | changes | {k: _value(v) for k, v in options.set.items()})
+        found[name] = PRESETS[preset].with_values(values | changes | field_values(options.set))
     if any(config.data.tile for config in found.values()):
         raise ValueError("methods are compared on whole images; tiles are measured by benchmarks/geometry.py.")
     return found
@@ -226,18 +227,6 @@ def run(
     }
 
 
-def finished_runs(path: Path) -> dict[str, dict[str, Any]]:
-    """The runs of a results file by key; an incomplete last line is removed from the file."""
-    if not path.exists():
-        return {}
-    text = path.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        print(f"{path}: the last line was cut short, its run is repeated", file=sys.stderr)
-        os.truncate(path, len(whole.encode()))
-    return {record["key"]: record for record in map(json.loads, whole.splitlines())}
-
-
 def key_of(name: str, config: RunConfig, inputs: TrainingData) -> str:
     """Digest of everything that a run's metrics depend on: configuration, images, teacher and textures."""
     content = [inputs.category, inputs.data_sha256, inputs.teacher_sha256, inputs.textures_sha256]
@@ -280,10 +269,7 @@ def missing_and_known(options: Options) -> Iterator[dict[str, Any]]:
                     else:
                         found = run(name, config, inputs[needs], options.data, device, cache)
                     record = {"key": key, **found}
-                    with options.results.open("a") as file:
-                        file.write(json.dumps(record, allow_nan=False) + "\n")
-                        file.flush()
-                        os.fsync(file.fileno())
+                    add_run(options.results, record)
                     known[key] = record
                 yield known[key]
 
@@ -339,13 +325,6 @@ def _spread(values: Sequence[float | None]) -> str:
     return f"{mean(known):.3f}" + (f" ± {stdev(known):.3f}" if len(known) > 1 else "")
 
 
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     options = tyro.cli(Options, description=__doc__, args=arguments)
     try:
@@ -361,8 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(
         "Published figures are on the whole category at full size and with other PRO variants; ours may be an excerpt."
     )
-    for command in dict.fromkeys(record["command"] for record in records):
-        print(f"    {command}")
+    print_commands(records)
 
 
 if __name__ == "__main__":

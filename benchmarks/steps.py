@@ -10,8 +10,6 @@ Each finished run is one line of the results file. The same command continues af
 finished runs. Other flags add runs to the file; the table shows only the runs of the current flags.
 """
 
-import json
-import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,7 +21,8 @@ from typing import Any
 
 import torch
 import tyro
-from presets import finished_runs, key_of, run
+from presets import key_of, run
+from runs import add_run, field_values, finished_runs, print_commands
 
 from dskd.config import DataSpec, RunConfig, TeacherSource
 from dskd.data.cache import ArrayCache, default_folder
@@ -67,7 +66,7 @@ def configuration(options: Options, preset: str, steps: int, seed: int) -> RunCo
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}.")
     batch = {} if options.batch_size is None else {"batch_size": options.batch_size}
-    others = {name: _value(text) for name, text in options.set.items()}
+    others = field_values(options.set)
     return PRESETS[preset].with_values(
         {"image_size": options.image_size, "steps": steps, "seed": seed, **batch, **others}
     )
@@ -118,10 +117,7 @@ def missing_and_known(options: Options) -> Iterator[dict[str, Any]]:
                             **run(preset, config, inputs, options.data, device, cache),
                             "command": shlex.join(sys.argv),
                         }
-                        with options.results.open("a") as file:
-                            file.write(json.dumps(record, allow_nan=False) + "\n")
-                            file.flush()
-                            os.fsync(file.fileno())
+                        add_run(options.results, record)
                         known[key] = record
                     yield known[key]
 
@@ -150,13 +146,6 @@ def _cell(runs: Sequence[dict[str, Any]]) -> str:
     return " / ".join("–" if None in each else f"{mean(each):.3f}" for each in values)
 
 
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     options = tyro.cli(Options, description=__doc__, args=arguments)
     try:
@@ -168,8 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"\nimage AUROC / pixel AUROC / AUPRO; image size {options.image_size}, batches of "
           f"{first['config']['train']['batch_size']}, {len(options.seeds)} seeds; teacher {first['teacher']}; torch "
           f"{first['torch']}, {first['device']}, {first['threads']} threads of {first['cpus']} CPUs")  # fmt: skip
-    for command in dict.fromkeys(record["command"] for record in records):
-        print(f"    {command}")
+    print_commands(records)
 
 
 if __name__ == "__main__":

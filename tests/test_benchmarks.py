@@ -39,7 +39,7 @@ def presets(nearest: ModuleType) -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def geometry() -> ModuleType:
+def geometry(nearest: ModuleType) -> ModuleType:
     return benchmark("geometry")
 
 

@@ -211,7 +211,7 @@ def test_a_damaged_mask_of_a_region_is_refused(mask: str) -> None:
     with pytest.raises(ValueError, match="mask of the region of interest"):
         RegionOfInterest(width=8, height=8, left=0, top=0, right=4, bottom=4, mask=mask)
     whole = region_of_mask(np.ones((4, 4), np.bool_))
-    with pytest.raises(ValueError, match="its mask must be 3 x 4 pixels"):
+    with pytest.raises(ValueError, match="the mask of the region of interest must be 3 x 4 pixels, at most"):
         dataclasses.replace(whole, right=3)
 
 

@@ -70,14 +70,20 @@ class RegionOfInterest:
 
         Raises ValueError if it is none.
         """
+        wanted = (self.right - self.left, self.bottom - self.top)
         try:
             with Image.open(io.BytesIO(base64.b64decode(self.mask, validate=True)), formats=("PNG",)) as picture:
-                wanted = (self.right - self.left, self.bottom - self.top)
-                if picture.size != wanted or max(wanted) > _MAX_MASK_SIDE:
-                    raise ValueError(f"its mask must be {wanted[0]} x {wanted[1]} pixels, got {picture.size}")
-                return picture.convert("L")
+                # The size stands in the header: a larger picture is not decoded.
+                found = picture.convert("L") if picture.size == wanted and max(wanted) <= _MAX_MASK_SIDE else None
+                size = picture.size
         except Exception as error:  # damaged pictures make decoders raise errors of any type
             raise ValueError(f"the mask of the region of interest is no picture: {error}") from None
+        if found is None:
+            raise ValueError(
+                f"the mask of the region of interest must be {wanted[0]} x {wanted[1]} pixels, at most "
+                f"{_MAX_MASK_SIDE} on a side, got {size[0]} x {size[1]}."
+            )
+        return found
 
 
 def box_or_polygon(text: str, size: tuple[int, int]) -> RegionOfInterest:

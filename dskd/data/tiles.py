@@ -6,6 +6,7 @@ The map of an image has one value per `MAP_STRIDE` pixels along each side: no te
 100 megapixels then takes 25 MB.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -123,11 +124,9 @@ def tiles_inside(
     if whole and all(frame.place == (0, 0, *frame.canvas) for frame in frames):
         return None
     found = np.empty((len(places), geometry.tile, geometry.tile), np.bool_)
-    known, inside = -1, np.empty((0, 0), np.bool_)
+    inside = _once_per_image(lambda image: geometry.inside(frames[image]))
     for index, place in enumerate(places):
-        if place.image != known:
-            known, inside = place.image, geometry.inside(frames[place.image])
-        found[index] = cut(inside, place.top, place.left, geometry.tile)
+        found[index] = cut(inside(place.image), place.top, place.left, geometry.tile)
     return found
 
 
@@ -140,13 +139,10 @@ def tile_masks(
 ) -> npt.NDArray[np.bool_]:
     """Defect pixels (N, T, T) of the tiles; `masks` reads the mask (H, W) of a sample that has one."""
     found = np.zeros((len(places), geometry.tile, geometry.tile), np.bool_)
-    known, mask = -1, None
+    mask = _once_per_image(lambda image: geometry.mask(masks(samples[image]), frames[image]))
     for index, place in enumerate(places):
-        if place.image != known:
-            known, sample = place.image, samples[place.image]
-            mask = None if sample.mask is None else geometry.mask(masks(sample), frames[place.image])
-        if mask is not None:
-            found[index] = cut(mask, place.top, place.left, geometry.tile)
+        if samples[place.image].mask is not None:
+            found[index] = cut(mask(place.image), place.top, place.left, geometry.tile)
     return found
 
 
@@ -162,18 +158,22 @@ def defective_tiles(
     Every tile of a defective sample without a mask has one.
     """
     found, side = [], geometry.tile // MAP_STRIDE
-    known, marked = -1, None
+    marked = _once_per_image(lambda image: on_map(geometry.mask(masks(samples[image]), frames[image])))
     for place in places:
         sample = samples[place.image]
-        if place.image != known:
-            known = place.image
-            marked = None if sample.mask is None else on_map(geometry.mask(masks(sample), frames[place.image]))
-        row, column = place.top // MAP_STRIDE, place.left // MAP_STRIDE
-        if marked is None:
+        if sample.mask is None:
             found.append(sample.is_defective)
         else:
-            found.append(bool(marked[row : row + side, column : column + side].any()))
+            row, column = place.top // MAP_STRIDE, place.left // MAP_STRIDE
+            found.append(bool(marked(place.image)[row : row + side, column : column + side].any()))
     return found
+
+
+def _once_per_image(
+    read: Callable[[int], npt.NDArray[np.bool_]],
+) -> Callable[[int], npt.NDArray[np.bool_]]:
+    """`read` of an image's number, once for its tiles, which follow each other; only the last image is kept."""
+    return functools.lru_cache(maxsize=1)(read)
 
 
 def on_map(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:

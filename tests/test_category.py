@@ -283,3 +283,15 @@ def test_every_sampler_draws_from_the_space_and_each_category_its_own(sampler: A
             asked.tell(trial, value)
         drawn.append([space.configuration(trial.params) for trial in asked.trials])
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_trial_is_in_a_snapshot_before_anybody_hears_of_it(tmp_path: Path) -> None:
+    """A warm trial may end before Tune's next one; unknown to it, it would be replaced after a kill."""
+    seen = Mock()
+    context(tmp_path, SPACE, events=SimpleNamespace(put=seen.put))
+    trial = cast(Any, SimpleNamespace(trial_id="a", config=SPACE.starting_points()[0], last_result=None))
+    halving = Halving(time_attr="epoch", metric=OBJECTIVE, mode="max", max_t=10, grace_period=1, reduction_factor=3)
+    halving.on_trial_add(SimpleNamespace(_tune_controller=seen), trial)
+    Observe().on_trial_start(0, [trial], trial)
+    assert [name for name, *_ in seen.mock_calls] == ["checkpoint", "put"]
+    assert seen.checkpoint.mock_calls == [call(force=True, wait=True)]

@@ -110,6 +110,11 @@ def study_and_known_trials(searcher: "OptunaSearch") -> "tuple[optuna.Study, set
     return searcher._ot_study, {trial.number for trial in searcher._ot_trials.values()}
 
 
+def take_snapshot(tune: Any) -> None:
+    """Let Tune save its state now, whatever its interval; `tune` is the controller that it shows to its scheduler."""
+    tune._tune_controller.checkpoint(force=True, wait=True)
+
+
 def fill_rungs(scheduler: "ASHAScheduler", trial: "Trial", reported: Mapping[int, float]) -> None:
     """Restore ASHA's rungs from a trial's objectives by epoch; Tune's snapshots do not hold the rungs."""
     assert scheduler._metric_op is not None  # 1 or -1, by the study's mode

@@ -29,6 +29,8 @@ class StudyContext:
     """Seconds since 1970; None: no limit."""
     dispatcher: Any
     """Handle of the actor that gives the trials to worker groups."""
+    tune: Any = None
+    """Tune's controller, as it shows itself to its scheduler; None before the first trial."""
     running: set[str] = field(default_factory=set)
     """Ids of trials that have started and have not ended."""
     interrupted: set[str] = field(default_factory=set)

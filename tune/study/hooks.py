@@ -15,7 +15,7 @@ from ray.tune.search import SearchGenerator
 from ray.tune.search.optuna import OptunaSearch
 
 from tune.runtime.cluster import cluster_nodes, count_trials
-from tune.runtime.ray_internals import fill_rungs, num_open_suggestions, study_and_known_trials
+from tune.runtime.ray_internals import fill_rungs, num_open_suggestions, study_and_known_trials, take_snapshot
 from tune.storage.uris import DETECTOR_FOLDER
 from tune.study.context import study_context
 from tune.tracking.events import DataUsed, EpochDone, Remarked, Status, TrialEnded, TrialStarted
@@ -109,6 +109,7 @@ class Halving(ASHAScheduler):
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         super().on_trial_add(tune_controller, trial)
+        study_context().tune = tune_controller
         last = trial.last_result or {}
         reported = {int(name.removeprefix(RUNG)): value for name, value in last.items() if name.startswith(RUNG)}
         fill_rungs(self, trial, reported)
@@ -170,12 +171,17 @@ class Observe(ray.tune.Callback):
         study_context().dispatcher.keep_only.remote(study_context().category, [_key(trial) for trial in trials])
         for trial in trials:
             if trial.is_finished():
-                self.on_trial_start(iteration, trials, trial)
+                self._announce(trial)
                 if trial.last_result:
                     self.on_trial_result(iteration, trials, trial, trial.last_result)
                 _send_end(trial, trial.status == Trial.ERROR)
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Put the trial into a snapshot first: a warm one may end before the next, and must not be replaced then."""
+        take_snapshot(study_context().tune)
+        self._announce(trial)
+
+    def _announce(self, trial: Trial) -> None:
         context = study_context()
         params = context.space.configuration(trial.config).flat() | context.spec.tracked_values()
         params |= {"preset": context.space.preset_of(trial.config)}

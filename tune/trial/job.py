@@ -48,7 +48,7 @@ def run_job(
     )
     try:
         job.fit()
-    except Exception:
+    except Exception:  # whatever it died of; it is raised again
         _free_lost()
         raise
 

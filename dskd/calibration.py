@@ -1,13 +1,16 @@
-"""Thresholds for chosen false-alarm rates, from the scores of held-out normal images.
+"""Thresholds for chosen false-alarm rates, and p-values, from the scores of held-out normal images.
 
 The rates are guaranteed where these images took no part in training nor in choosing an epoch or a model
 (`DataConfig.calibration_fraction`). A model that was chosen because these very images look harmless to it gives
-them lower scores than new ones, and the rates are then approximate.
+them lower scores than new ones, and the rates are then approximate. So they are where every image was scored by the
+detector of a fold that did not see it (`DataConfig.folds`), and another detector is delivered.
 """
 
 import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 FALSE_ALARM_RATES = (0.05, 0.01, 0.001)
 
@@ -44,6 +47,54 @@ def conformal_threshold(normal_scores: Sequence[float], false_alarm_rate: float)
     return Threshold(false_alarm_rate, float(sorted(normal_scores)[rank - 1]), count)
 
 
+def nearest_threshold(normal_scores: Sequence[float], false_alarm_rate: float) -> Threshold:
+    """The threshold for that rate, or for the lowest that so many images can vouch for, 1/(n + 1).
+
+    >>> nearest_threshold([0.1, 0.4, 0.2, 0.3], 0.01)
+    Threshold(false_alarm_rate=0.2, value=0.4, num_normals=4)
+    """
+    found = conformal_threshold(normal_scores, max(false_alarm_rate, 1 / (len(normal_scores) + 1)))
+    assert found is not None
+    return found
+
+
+def p_value(normal_scores: Sequence[float], score: float) -> float:
+    """How rare such a score is among good images: (1 + number of normal scores at or above it) / (n + 1).
+
+    If the image is as good as the n images, the p-value is at most a with probability at most a (Vovk et al. 2005).
+
+    >>> p_value([0.1, 0.4, 0.2, 0.3], 0.35)
+    0.4
+    """
+    return (1 + sum(each >= score for each in normal_scores)) / (len(normal_scores) + 1)
+
+
+def discovery_threshold(
+    normal_scores: Sequence[float], scores: Sequence[float], false_discovery_rate: float
+) -> tuple[float, int]:
+    """The threshold for a batch of `scores`, and how many lie above it: Benjamini-Hochberg on conformal p-values.
+
+    Among the images of the batch that are called anomalous, at most that share is good in expectation (Bates et al.
+    2023, theorem 1, for images that are independent of the normal ones). If none can be called anomalous, the
+    threshold is the highest score that there is.
+    """
+    from scipy.stats import false_discovery_control  # a slow import
+
+    if not 0 < false_discovery_rate < 1:
+        raise ValueError(f"false_discovery_rate must lie in (0, 1), got {false_discovery_rate}.")
+    highest = max([*normal_scores, *scores])
+    if not len(scores):
+        return highest, 0
+    ordered = np.sort(np.asarray(normal_scores, np.float64))
+    above = len(ordered) - np.searchsorted(ordered, np.asarray(scores, np.float64), side="left")
+    rejected = false_discovery_control((1 + above) / (len(ordered) + 1)) <= false_discovery_rate
+    if not rejected.any():
+        return highest, 0
+    most = int(above[rejected].max())  # normal scores at or above the weakest of them: the next one lies below it
+    limit = float(ordered[len(ordered) - most - 1]) if most < len(ordered) else -math.inf
+    return limit, int(rejected.sum())
+
+
 def calibrate(normal_scores: Sequence[float], rates: Iterable[float] = FALSE_ALARM_RATES) -> tuple[Threshold, ...]:
     """Thresholds for each attainable rate, the strictest last; at least one.
 
@@ -61,6 +112,4 @@ def calibrate(normal_scores: Sequence[float], rates: Iterable[float] = FALSE_ALA
     found = tuple(threshold for threshold in attainable if threshold is not None)
     if found:
         return found
-    lowest = conformal_threshold(normal_scores, 1 / (len(normal_scores) + 1))
-    assert lowest is not None
-    return (lowest,)
+    return (nearest_threshold(normal_scores, 0.0),)

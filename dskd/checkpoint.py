@@ -20,13 +20,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from dskd.atomic import check_can_be_made, file_in_making, folder_in_making
-from dskd.calibration import Threshold
+from dskd.calibration import Threshold, calibrate, nearest_threshold, p_value
 from dskd.config import VERSION, RunConfig, Selection, TeacherSource
 from dskd.data.depth import PixelScale
 from dskd.data.geometry import RegionOfInterest
 from dskd.model.teacher import IMAGENET_MEAN, IMAGENET_STD
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 RECORD_FILE = "detector.json"
 WEIGHTS_FILE = "model.safetensors"
 PREVIEW_FILE = "preview.png"
@@ -77,6 +77,14 @@ class DetectorRecord:
     """The part of every image that is inspected; None: all."""
     part_thresholds: tuple[Threshold, ...] = ()
     """Of parts that several images show (`DataConfig.group_by`), from the held-out normal parts; else none."""
+    normal_scores: tuple[float, ...] = ()
+    """Scores of `calibration_files`, in their order; none in older records, which have thresholds alone."""
+    normal_part_scores: tuple[float, ...] = ()
+    """The worst score of each of their parts, where several images show one; else none."""
+    num_folds: int = 0
+    """Folds that the normal images were cut into, of which this detector's training left out one; 0: none."""
+    calibration_folds: int = 0
+    """Detectors that gave `normal_scores`, each to the images that it was not trained on; 0: this detector alone."""
 
     @property
     def is_untrained_teacher(self) -> bool:
@@ -84,12 +92,52 @@ class DetectorRecord:
 
     @property
     def is_approximate(self) -> bool:
-        """Whether images that selected the model also set its thresholds, whose rates then hold only roughly."""
-        return not set(self.validation_files).isdisjoint(self.calibration_files)
+        """Whether the rates of the thresholds hold only roughly.
+
+        So it is where images that selected the model also set its thresholds, or where other detectors scored them.
+        """
+        return self.calibration_folds > 0 or not set(self.validation_files).isdisjoint(self.calibration_files)
 
     @property
     def guarantee(self) -> str:
         return "approximate" if self.is_approximate else "guaranteed"
+
+    def threshold(self, false_alarm_rate: float) -> Threshold:
+        """The threshold for that rate, never for a lower one than the normal images can vouch for.
+
+        Of an older record the nearest that is stored, never a stricter one.
+        """
+        if self.normal_scores:
+            return nearest_threshold(self.normal_scores, false_alarm_rate)
+        return threshold_for(self.thresholds, false_alarm_rate)
+
+    def part_threshold(self, false_alarm_rate: float) -> Threshold:
+        """As `threshold`, of the worst score of a part; needs `part_thresholds`."""
+        if self.normal_part_scores:
+            return nearest_threshold(self.normal_part_scores, false_alarm_rate)
+        return threshold_for(self.part_thresholds, false_alarm_rate)
+
+    def guaranteed_rate(self, threshold: Threshold) -> float | None:
+        """The rate that is proven for a threshold of this detector; None if it is approximate."""
+        return None if self.is_approximate else threshold.false_alarm_rate
+
+    def p_value(self, score: float) -> float | None:
+        """How rare such a score is among good images, in (0, 1]; None in older records."""
+        return p_value(self.normal_scores, score) if self.normal_scores else None
+
+    def with_normal_scores(
+        self, files: Sequence[str], scores: Sequence[float], part_scores: Sequence[float], num_folds: int
+    ) -> Self:
+        """The same detector with thresholds from the scores of `files`, each by the fold that did not see it."""
+        return dataclasses.replace(
+            self,
+            calibration_files=tuple(files),
+            normal_scores=tuple(scores),
+            normal_part_scores=tuple(part_scores),
+            thresholds=calibrate(scores),
+            part_thresholds=calibrate(part_scores) if part_scores else (),
+            calibration_folds=num_folds,
+        )
 
     def with_metrics(self, metrics: Mapping[str, float]) -> Self:
         """The same record with more figures; those that do not exist (NaN, as no mask was given) stay out."""
@@ -123,9 +171,10 @@ class DetectorRecord:
         """
         document = msgspec.convert(values, _Document)
         limits = (*document.thresholds, *document.part_thresholds)
-        for number in (*document.metrics.values(), *(each.value for each in limits)):
+        scores = (*document.normal_scores, *document.normal_part_scores)
+        for number in (*document.metrics.values(), *(each.value for each in limits), *scores):
             if not math.isfinite(number):
-                raise ValueError(f"a threshold or figure is not finite: {number}")
+                raise ValueError(f"a threshold, score or figure is not finite: {number}")
         config = document.config
         if "decoder_output" not in config.get("model", {}):  # of the time when every level ended in a ReLU
             config = {**config, "model": {**config.get("model", {}), "decoder_output": "relu"}}
@@ -183,6 +232,10 @@ class _Document(msgspec.Struct, kw_only=True):
     scale: PixelScale | None = None
     region: RegionOfInterest | None = None
     part_thresholds: Annotated[list[_Threshold], msgspec.Meta(max_length=1000)] = []
+    normal_scores: tuple[float, ...] = ()
+    normal_part_scores: tuple[float, ...] = ()
+    num_folds: Annotated[int, msgspec.Meta(ge=0)] = 0
+    calibration_folds: Annotated[int, msgspec.Meta(ge=0)] = 0
     weights: _Weights
 
 

@@ -23,7 +23,7 @@ LITE0_BACKBONE = "tf_efficientnet_lite0.in1k"
 _Config = typing.TypeVar("_Config")
 _MAX_IMAGE_SIZE, _MAX_DEPTH, _MAX_LEVELS, _MAX_MEMORY_SIZE = 8192, 100, 16, 100_000
 """Far above what anyone trains with: a detector.json that asks for more would only fill the memory of who loads it."""
-_MAX_PATTERN = 500
+_MAX_PATTERN, _MAX_FOLDS = 500, 100
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 
 
@@ -129,6 +129,12 @@ class DataConfig:
     calibration_fraction: float = 0.5
     """Share of the held-out normals that are used for the thresholds alone and never for selection, in [0, 1); at 0 all
     are used for both, and the thresholds' false-alarm rates are approximate."""
+    folds: int = 0
+    """Parts into which the normal training images are cut, of which one is held out, both to choose and to set the
+    thresholds; 0: the share validation_fraction is held out. Fewer where a category has fewer parts, none where it
+    brings normal validation images of its own."""
+    fold: int = 0
+    """Which of the folds is held out, counted from 0."""
     split_seed: int = 0
     """Seed of the held-out splits and of the synthetic defects drawn on it."""
     layout: LayoutName = "auto"
@@ -174,6 +180,13 @@ class DataConfig:
         _require(
             0 <= self.calibration_fraction < 1,
             f"calibration_fraction must lie in [0, 1), got {self.calibration_fraction}.",
+        )
+        _require(
+            self.folds == 0 or 2 <= self.folds <= _MAX_FOLDS,
+            f"folds must be 0 or lie in 2 to {_MAX_FOLDS}, got {self.folds}.",
+        )
+        _require(
+            0 <= self.fold < max(1, self.folds), f"fold must lie in 0 to folds - 1, got {self.fold} of {self.folds}."
         )
         _require(self.split_seed >= 0, f"split_seed must not be negative, got {self.split_seed}.")
 

@@ -12,7 +12,7 @@ from scipy import ndimage
 from torch import nn
 
 from dskd.calibration import Threshold
-from dskd.checkpoint import BrokenDetectorError, DetectorRecord, read_detector, threshold_for
+from dskd.checkpoint import BrokenDetectorError, DetectorRecord, read_detector
 from dskd.data.files import UnreadableImageError
 from dskd.data.geometry import Frame, Geometry, whole_frame
 from dskd.data.images import Framed, in_threads, load_framed
@@ -213,8 +213,8 @@ class Detector:
         return score_images(self._teacher, self._students, images, self.record.config, self._device, inside=inside)
 
     def threshold(self, false_alarm_rate: float) -> Threshold:
-        """The stored threshold nearest to the wanted share of false alarms, never a stricter one."""
-        return threshold_for(self.record.thresholds, false_alarm_rate)
+        """The threshold for the wanted share of false alarms; for a higher one if the images vouch for no lower."""
+        return self.record.threshold(false_alarm_rate)
 
     def part_threshold(self, false_alarm_rate: float) -> Threshold:
         """As `threshold`, of the worst score of a part that several images show.
@@ -226,7 +226,7 @@ class Detector:
                 "this detector has no thresholds of parts; train it with --group-by PATTERN, which finds the name of a "
                 "part in an image's path."
             )
-        return threshold_for(self.record.part_thresholds, false_alarm_rate)
+        return self.record.part_threshold(false_alarm_rate)
 
     def judge_parts(
         self,

@@ -19,7 +19,7 @@ from tune.storage.champions import Champion, find_champion, save_champion
 from tune.storage.files import Storage
 from tune.study import categories
 from tune.study.budget import BudgetSpentError, TimeBudget
-from tune.study.categories import SharedSearch, search_one, with_winners
+from tune.study.categories import SharedSearch, conclude_one, study_one, with_winners
 from tune.study.progress import SearchProgress
 
 
@@ -119,7 +119,8 @@ def test_an_unexpected_error_ends_its_category_alone_and_leaves_its_traceback_in
     )
     budget = TimeBudget(None, 2, 1)
     with caplog.at_level(logging.ERROR):
-        results = [search_one(search, name, budget, shares, events) for name in errors]
+        studied = [study_one(search, name, budget, shares, events) for name in errors]
+    results = [conclude_one(search, each, None, budget, events) for each in studied]
     reasons = [result.error for result in results if result.champion is None]
     assert reasons == ["'learning_rate of postgresql://host/db'", "no image in /data/screw"]
     (record,) = caplog.records

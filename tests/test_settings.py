@@ -119,16 +119,57 @@ def test_an_address_goes_before_the_environments(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("preset", PRESETS)
 def test_trials_vary_the_preset_with_the_flags_on_top(preset: Any) -> None:
     (run,) = settings(preset=preset, epochs=7, image_size=64, score_candidates=9).run_configs().values()
-    assert run == PRESETS[preset].with_values({"epochs": 7, "image_size": 64, "score_candidates": 9})
+    assert run == PRESETS[preset].with_values({"epochs": 7, "image_size": 64, "score_candidates": 9, "folds": 5})
     (run,) = settings(preset=preset, batch_size=5, patience=4).run_configs().values()
     assert (run.train.batch_size, run.train.patience) == (5, 4)
+
+
+def test_images_are_cut_into_folds_unless_a_held_out_share_is_asked_for(tmp_path: Path) -> None:
+    def folds(**given: Any) -> int:
+        (run,) = settings(**given).run_configs().values()
+        return run.data.folds
+
+    file = tmp_path / "run.toml"
+    file.write_text("[data]\nvalidation_fraction = 0.3\n")
+    assert folds() == folds(config=None) == 5
+    assert folds(validation_fraction=0.3) == folds(calibration_fraction=0.0) == folds(config=file) == 0
+    assert folds(selection="oracle") == 0
+    assert folds(validation_fraction=0.3, folds=4) == 4
+    file.write_text("[data]\nfolds = 3\n")
+    assert folds(config=file) == 3 and folds(config=file, folds=0) == 0
+
+
+def test_finalists_need_folds(mvtec_root: Path) -> None:
+    def finalists(**given: Any) -> int:
+        return plan_of(settings(data=str(mvtec_root), **given)).finalists
+
+    assert (finalists(), finalists(finalists=1), finalists(folds=0)) == (3, 1, 0)
+    for wrong in ({"finalists": -1}, {"min_gain_errors": -0.1}, {"min_gain_errors": float("nan")}):
+        with pytest.raises(ValueError, match=r"--(finalists|min-gain-errors) must"):
+            settings(**wrong)
+
+
+def test_categories_try_common_points_first_where_their_spaces_hold_them(mvtec_root: Path, tmp_path: Path) -> None:
+    file = tmp_path / "space.toml"
+    file.write_text("[category.wood]\nlearning_rate = {low = 0.001, high = 0.006}\n")
+    spaces = plan_of(settings(data=str(mvtec_root), space=file, trials=16)).spaces
+    tile, wood = spaces["tile"], spaces["wood"]
+    assert len(tile.shared) == 8 and {len(point) for point in tile.shared} == {len(tile.dimensions["dskd"])}
+    assert 1 <= len(wood.shared) < 8 and all(point in tile.shared and wood.holds(point) for point in wood.shared)
+    for space in (tile, wood):
+        assert all(point in space.starting_points() for point in space.shared)
+        assert all(space.is_shared(point) for point in space.shared)
+    again = plan_of(settings(data=str(mvtec_root), space=file, trials=20)).spaces["tile"].shared
+    assert again[:8] == tile.shared, "more trials add points and change none"
+    alone = plan_of(settings(data=str(mvtec_root), categories="tile", trials=16)).spaces["tile"]
+    assert alone.shared == () == plan_of(settings(data=str(mvtec_root), finalists=0)).spaces["tile"].shared
 
 
 def test_several_presets_share_what_is_measured_and_how_long() -> None:
     runs = settings(preset="stfpm, aand,stfpm", epochs=7, image_size=64).run_configs()
     assert list(runs) == ["stfpm", "aand"]
     assert {(run.train.epochs, run.data.image_size, run.train.batch_size) for run in runs.values()} == {(7, 64, 32)}
-    shared = {"epochs": 7, "image_size": 64, "batch_size": 32, "score_candidates": 500}
+    shared = {"epochs": 7, "image_size": 64, "batch_size": 32, "score_candidates": 500, "folds": 5}
     assert runs["aand"] == PRESETS["aand"].with_values(shared)
     assert list(settings(preset="all").run_configs()) == list(PRESETS)
 
@@ -199,7 +240,7 @@ def test_bad_usage_of_the_entries_is_one_line(
 
 def test_what_a_search_keeps_fixed_comes_from_flags_above_the_file_above_the_presets(tmp_path: Path) -> None:
     assert settings().run_configs() == {
-        "dskd": PRESETS["dskd"].with_values({"score_candidates": 500, "batch_size": 16})
+        "dskd": PRESETS["dskd"].with_values({"score_candidates": 500, "batch_size": 16, "folds": 5})
     }
     file = tmp_path / "run.toml"
     file.write_text(
@@ -210,7 +251,7 @@ def test_what_a_search_keeps_fixed_comes_from_flags_above_the_file_above_the_pre
     assert run == PRESETS["rd4ad"].with_values(
         {
             "image_size": 64, "backbone": "wide_resnet50_2.tv_in1k", "embedding_depth": 3, "epochs": 7,
-            "schedule": "cosine", "score_candidates": 500,
+            "schedule": "cosine", "score_candidates": 500, "folds": 5,
         }
     )  # fmt: skip
     flags = {"epochs": 9, "backbone": "resnet34.tv_in1k", "levels": (2, 3), "split_seed": 4, "preset": "dskd,aand"}
@@ -242,7 +283,7 @@ def test_a_length_by_flag_replaces_that_of_the_file_and_the_file_that_of_the_pre
 def test_every_shared_field_of_a_space_is_a_flag_of_the_search() -> None:
     names = {each.name for each in dataclasses.fields(SearchSettings)}
     assert set(FIXED) <= names
-    assert SHARED - set(FIXED) == {"student_encoder", "student_decoder"}, "the preset's, or of --config"
+    assert SHARED - set(FIXED) == {"student_encoder", "student_decoder", "fold"}, "the preset's, or of --config"
 
 
 def test_a_backbone_brings_what_goes_with_it_to_a_search() -> None:

@@ -191,14 +191,22 @@ def split_normals(
     """Normal samples (for training, held out) and the names of the held-out files.
 
     If the category has validation normals, these are held out, named by their path below the category's folder.
-    Otherwise a share of the training images is held out (`hold_out`), named by file name. `group_by` as in `hold_out`.
+    Otherwise a share of the training images is held out (`hold_out`), named as `held_out_names` does. `group_by` as in
+    `hold_out`.
     """
     if held := tuple(sample for sample in category.validation if not sample.is_defective):
         return category.train, held, tuple(sample.path.relative_to(category.folder).as_posix() for sample in held)
     train, held = hold_out(category.train, fraction, seed, group_by)
-    # If the training images are in several folders, two file names may be equal: use the path below the common folder.
+    return train, held, held_out_names(category, held)
+
+
+def held_out_names(category: Category, held: Iterable[Sample]) -> tuple[str, ...]:
+    """Names of held-out training images: file names, or where those are in several folders paths below the common one.
+
+    Two file names may be equal then.
+    """
     base = Path(os.path.commonpath([sample.path.parent for sample in category.train]))
-    return train, held, tuple(sample.path.relative_to(base).as_posix() for sample in held)
+    return tuple(sample.path.relative_to(base).as_posix() for sample in held)
 
 
 def hold_out(

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from dskd.checkpoint import DetectorRecord, threshold_for
+from dskd.checkpoint import DetectorRecord
 from dskd.detector import Prediction, find_regions
 from dskd.evaluate import score_images
 from dskd.training.run import TrainingRun
@@ -98,7 +98,7 @@ def preview_of(run: TrainingRun, record: DetectorRecord, count: int = 4) -> npt.
     seen = score_images(
         run.inputs.validation_features, run.students, truth.images, record.config, run.device, chosen, truth.inside
     )
-    threshold = threshold_for(record.thresholds, 0.01).value
+    threshold = record.threshold(0.01).value
     note = "untrained teacher" if record.is_untrained_teacher else ""
     pictures = [
         overlay(

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dskd.checkpoint import DetectorRecord, threshold_for
+from dskd.checkpoint import DetectorRecord
 from dskd.detector import Prediction, find_regions
 from dskd.evaluate import AnomalyScores, LabelledImages, score_images
 from dskd.show.overlays import contact_sheet, overlay
@@ -55,7 +55,7 @@ def extremes(seen: AnomalyScores, truth: LabelledImages) -> tuple[list[int], lis
 def _overlays(
     seen: AnomalyScores, truth: LabelledImages, chosen: Sequence[int], record: DetectorRecord
 ) -> list[Image.Image]:
-    threshold = threshold_for(record.thresholds, 0.01).value
+    threshold = record.threshold(0.01).value
     note = "untrained teacher" if record.is_untrained_teacher else ""
     pictures = []
     for index in chosen:

@@ -19,11 +19,10 @@ from dskd.data.datasets import (
     NUM_VALIDATION_DEFECTS,
     fingerprint,
     read_category,
-    split_calibration,
-    split_normals,
 )
 from dskd.data.defects import choose_textures, load_textures
 from dskd.data.depth import PixelScale
+from dskd.data.folds import num_folds, split_images
 from dskd.data.geometry import Geometry, RegionOfInterest
 from dskd.data.images import find_scale
 from dskd.data.regions import find_region
@@ -72,6 +71,8 @@ class TrainingData(NamedTuple):
     """Which pixels of the calibration images are scored; None: all."""
     calibration_paths: tuple[Path, ...] = ()
     """The files of the calibration images."""
+    num_folds: int = 0
+    """Folds that the normal images are cut into, of which one is held out; 0: they are not."""
 
 
 def prepare(
@@ -105,18 +106,17 @@ def prepare(
     check_input(teacher, backbone, geometry, device)
     notes = [samples.describe()]
     scale = find_scale([sample.path for sample in samples.train])
-    train, held, held_names = split_normals(samples, data.validation_fraction, data.split_seed, data.group_by)
+    train, selecting, calibrating, names = split_images(samples, data)
     defects = [sample for sample in samples.validation if sample.is_defective]
 
     reader = ImageReader(
         geometry, scale, cache, progress, data.split_seed, notes.append, is_whole=data.layout == "classes"
     )
-    selecting, calibrating = split_calibration(held, data.calibration_fraction, data.split_seed, data.group_by)
     training = reader.read(train, "training images", MAX_TRAINING_TILES)
     selection = reader.read(selecting, "held-out images", MAX_VALIDATION_TILES)
     # With tiles the thresholds come from whole images, which are read one by one when the students are trained.
     calibration = selection.none() if geometry.tile else reader.read(calibrating, "calibration images")
-    content = training.sha256 + fingerprint([sample.path for sample in held])
+    content = training.sha256 + fingerprint([sample.path for sample in names])
     if region is not None:  # other images, as far as the network is concerned
         content += hashlib.sha256(repr(region).encode()).hexdigest()
     textures_sha256 = fingerprint(texture_files) if texture_files else ""
@@ -131,7 +131,6 @@ def prepare(
             f"{training.content}|{textures_sha256}|{teacher_sha256}|{backbone}|{levels}|{device.type}",
             on_amplification,
         )
-    names = dict(zip(held, held_names, strict=True))
     if spec.selection == "oracle":
         defects = []
         test = reader.with_known_defects(test_samples(spec.data, category, notes.append, data.layout))
@@ -184,6 +183,7 @@ def prepare(
         region=region,
         calibration_inside=calibration.inside,
         calibration_paths=tuple(sample.path for sample in calibrating),
+        num_folds=num_folds(samples, data),
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -17,16 +18,17 @@ from dskd.calibration import calibrate
 from dskd.checkpoint import DetectorRecord
 from dskd.config import RunConfig
 from dskd.data.geometry import Geometry
-from dskd.data.parts import worst_scores
+from dskd.data.parts import part_name, worst_scores
 from dskd.device import WorkerRank, to_device
 from dskd.evaluate import compute_metrics, compute_metrics_shared, disagreements, score_files, score_images
 from dskd.metrics import Scores
 from dskd.model.batchnorm import share_batchnorm
 from dskd.model.network import build_students
 from dskd.model.teacher import UNREADABLE, normalize
+from dskd.training.evidence import Evidence, resampled_objectives
 from dskd.training.inputs import TrainingData
 from dskd.training.loop import Interval, NonFiniteLossError, Step, build_optimizer, fit
-from dskd.training.score_search import search_scores
+from dskd.training.score_search import CoarseImages, search_scores
 
 STATE_FILE = "training.pt"
 _START_AFRESH = "start afresh (dskd train --restart), or in another folder"
@@ -248,7 +250,8 @@ class TrainingRun:
         self.students.load_state_dict(self.best_weights)
         inputs = self.inputs
         config, scores, searched = self._with_best_score()
-        calibration, pattern = self._calibration_scores(config), config.data.group_by
+        normal_scores, pattern = self._normal_scores(config), config.data.group_by
+        part_scores = worst_scores(inputs.calibration_paths, normal_scores, pattern) if pattern else []
         record = DetectorRecord(
             category=inputs.category,
             config=config,
@@ -264,8 +267,11 @@ class TrainingRun:
             region=inputs.region,
             calibration_files=inputs.calibration_files,
             step=self.history[self.best_interval].interval.step,
-            thresholds=calibrate(calibration),
-            part_thresholds=calibrate(worst_scores(inputs.calibration_paths, calibration, pattern)) if pattern else (),
+            thresholds=calibrate(normal_scores),
+            part_thresholds=calibrate(part_scores) if pattern else (),
+            normal_scores=tuple(normal_scores),
+            normal_part_scores=tuple(part_scores),
+            num_folds=inputs.num_folds,
             metrics={
                 "val/objective": objective(scores),
                 **{f"val/{name}": value for name, value in scores._asdict().items() if math.isfinite(value)},
@@ -277,7 +283,29 @@ class TrainingRun:
         weights |= {f"students.{name}": value for name, value in self.best_weights.items()}
         return record, weights
 
-    def _calibration_scores(self, config: RunConfig) -> list[float]:
+    def evidence(self, record: DetectorRecord) -> Evidence:
+        """What the held-out fold says of the detector that `detector` has just given."""
+        inputs, truth = self.inputs, self.inputs.validation
+        found = disagreements(inputs.validation_features, self.students, truth.images, self.device)
+        images = CoarseImages.of(found, truth.masks, truth.labels, truth.has_mask, truth.inside)
+        return Evidence(
+            record.metrics["val/objective"],
+            resampled_objectives(images, record.config.score, self._parts(), self.config.data.split_seed),
+            record.calibration_files,
+            record.normal_scores,
+            record.normal_part_scores,
+        )
+
+    def _parts(self) -> npt.NDArray[np.int64]:
+        """The same number for the validation images of one part, (N,); of tiles one is as good as a part."""
+        inputs, pattern = self.inputs, self.config.data.group_by
+        if not pattern or self.config.data.tile:
+            return inputs.validation.sources
+        names = [part_name(path.as_posix(), pattern) for path in inputs.calibration_paths]
+        first = [names.index(name) for name in names]
+        return np.array([first[source] if source < len(first) else source for source in inputs.validation.sources])
+
+    def _normal_scores(self, config: RunConfig) -> list[float]:
         """Scores of the held-out normal images that the thresholds rest on; whole images, also with tiles."""
         inputs = self.inputs
         geometry = Geometry.of(config.data, inputs.region, config.model.tile_alignment)

@@ -8,6 +8,7 @@ adopted only if winners of the same procedure, found on one half of the images, 
 import dataclasses
 import math
 import time
+from collections.abc import Sequence
 from typing import NamedTuple, get_args
 
 import numpy as np
@@ -26,6 +27,63 @@ _REPEATS = 3
 """Number of random splits of the images into halves."""
 _STUDENT_FUSIONS = (*get_args(Fusion), "noisy-or")
 _TOP_FRACTIONS = (0.0, 0.002, 0.005, 0.01, 0.03)
+
+
+class CoarseImages(NamedTuple):
+    """Labelled images on a coarse grid, on which thousands of score configurations are compared."""
+
+    found: Discrepancies
+    """Every level resized to the grid."""
+    masks: npt.NDArray[np.bool_]
+    """(N, G, G); a cell is defective if any of its pixels is, so no defect disappears."""
+    components: metrics.Components
+    labels: npt.NDArray[np.bool_]
+    has_mask: npt.NDArray[np.bool_]
+    inside: npt.NDArray[np.bool_] | np.bool_
+
+    @classmethod
+    def of(
+        cls,
+        found: Discrepancies,
+        masks: npt.NDArray[np.bool_],
+        labels: npt.NDArray[np.bool_],
+        has_mask: npt.NDArray[np.bool_],
+        inside: npt.NDArray[np.bool_] | None = None,
+    ) -> "CoarseImages":
+        """From discrepancies and, as in `LabelledImages`, truth at full size."""
+
+        def resize(levels: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
+            if levels is None:
+                return None
+            return tuple(F.interpolate(level[:, None], (_GRID, _GRID), mode="area")[:, 0] for level in levels)
+
+        coarse = _on_grid(masks)
+        return cls(
+            Discrepancies(resize(found.encoder), resize(found.decoder)),
+            coarse,
+            metrics.label_components(coarse),
+            labels,
+            has_mask,
+            np.True_ if inside is None else _on_grid(inside),
+        )
+
+    def objectives(self, config: ScoreConfig, parts: Sequence[npt.NDArray[np.int64]]) -> list[float]:
+        """Mean of image AUROC and AUPRO for each part of the images, given by indices that may repeat.
+
+        Image AUROC alone if no image has a mask. Raises ValueError on a part of one class only.
+        """
+        maps = anomaly_maps(self.found, config, _GRID) * torch.from_numpy(np.asarray(self.inside))
+        scores = image_scores(maps, config.score_top_fraction).numpy()
+        pixels, has_defect = maps.numpy(), self.masks.any()
+        figures = []
+        for part in parts:
+            known = part[self.has_mask[part]]
+            of_images = metrics.auroc(scores[part], self.labels[part])
+            if has_defect:
+                of_pixels = metrics.aupro(pixels[known], self.masks[known], components=self.components.of(known))
+                of_images = (of_images + of_pixels) / 2
+            figures.append(of_images)
+        return figures
 
 
 class ScoreSearch(NamedTuple):
@@ -70,11 +128,10 @@ def search_scores(
     halves = _halves(sources, labels, rng)
     if not halves or num_candidates < 1:
         return ScoreSearch(given, False, 0.0, math.inf, 0, time.perf_counter() - started)
-    candidates = [given, _equal_weights(given), *(_draw(given, found, rng) for _ in range(num_candidates))]
-    found, truth = _on_grid(found), _reduced(masks)
-    scored = np.True_ if inside is None else _reduced(inside)
+    candidates = [given, _equal_weights(given), *draw_scores(given, found, rng, num_candidates)]
+    images = CoarseImages.of(found, masks, labels, has_mask, inside)
     parts = [np.arange(len(labels)), *(half for pair in halves for half in pair)]
-    objectives = np.array([_objectives(found, truth, labels, has_mask, each, parts, scored) for each in candidates])
+    objectives = np.array([images.objectives(each, parts) for each in candidates])
     baseline = 1 if objectives[1, 0] >= objectives[0, 0] else 0
     gains = []
     for index in range(len(halves)):
@@ -104,6 +161,13 @@ def _equal_weights(given: ScoreConfig) -> ScoreConfig:
     )
 
 
+def draw_scores(
+    given: ScoreConfig, found: Discrepancies, rng: np.random.Generator, count: int
+) -> tuple[ScoreConfig, ...]:
+    """Random configurations for the students of `found`; what they do not vary is as in `given`."""
+    return tuple(_draw(given, found, rng) for _ in range(count))
+
+
 def _draw(given: ScoreConfig, found: Discrepancies, rng: np.random.Generator) -> ScoreConfig:
     """A random candidate; its weights are drawn uniformly among all weights with the same sum."""
     levels = found.encoder or found.decoder
@@ -125,27 +189,6 @@ def _draw(given: ScoreConfig, found: Discrepancies, rng: np.random.Generator) ->
     return dataclasses.replace(given, **changes)  # type: ignore[arg-type]
 
 
-def _objectives(
-    found: Discrepancies,
-    truth: npt.NDArray[np.bool_],
-    labels: npt.NDArray[np.bool_],
-    has_mask: npt.NDArray[np.bool_],
-    config: ScoreConfig,
-    parts: list[npt.NDArray[np.int64]],
-    scored: npt.NDArray[np.bool_] | np.bool_,
-) -> list[float]:
-    """Mean of image AUROC and AUPRO for each part of the images; image AUROC alone if no image has a mask."""
-    maps = anomaly_maps(found, config, _GRID) * torch.from_numpy(np.asarray(scored))
-    scores = image_scores(maps, config.score_top_fraction).numpy()
-    pixels = maps.numpy()
-    figures = []
-    for part in parts:
-        known = part[has_mask[part]]
-        of_images = metrics.auroc(scores[part], labels[part])
-        figures.append((of_images + metrics.aupro(pixels[known], truth[known])) / 2 if truth.any() else of_images)
-    return figures
-
-
 def _halves(
     sources: npt.NDArray[np.int64], labels: npt.NDArray[np.bool_], rng: np.random.Generator
 ) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
@@ -162,18 +205,7 @@ def _halves(
     return halves
 
 
-def _on_grid(found: Discrepancies) -> Discrepancies:
-    """Every level resized to the grid, computed once for all candidates."""
-
-    def resize(levels: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
-        if levels is None:
-            return None
-        return tuple(F.interpolate(level[:, None], (_GRID, _GRID), mode="area")[:, 0] for level in levels)
-
-    return Discrepancies(resize(found.encoder), resize(found.decoder))
-
-
-def _reduced(masks: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+def _on_grid(masks: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     """Masks on the grid; a cell is defective if any of its pixels is, so no defect disappears."""
     cells = F.adaptive_max_pool2d(torch.from_numpy(masks)[:, None].float(), _GRID)
     reduced: npt.NDArray[np.bool_] = cells[:, 0].numpy() > 0

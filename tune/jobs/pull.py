@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from dskd.checkpoint import DetectorRecord, threshold_for
+from dskd.checkpoint import DetectorRecord
 from tune.settings.pull import PullSettings
 from tune.storage.champions import champion_categories, download_detector, download_detector_files, find_best
 from tune.storage.files import open_search
@@ -113,7 +113,7 @@ def _show(pulled: list[PulledDetector], settings: PullSettings) -> None:
         table.add_column(column, overflow="fold")
     for detector in pulled:
         record = detector.record
-        threshold = threshold_for(record.thresholds, _RATE)
+        threshold = record.threshold(_RATE)
         remarks = [
             *([] if detector.is_final else ["best so far"]),
             *(["chosen by the test images"] if record.selection == "oracle" else []),

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from tune.preflight.checks import Inputs
 
 _NUM_IMAGES = 2
+_WANTED_RATE = 0.01
+"""The false-alarm rate that inspectors want."""
 _SLOT_SECONDS = 60.0
 """Seconds to wait for a free worker slot on a busy cluster."""
 
@@ -208,8 +210,16 @@ def _planned(
         backbone: _Measured(
             config,
             speed,
-            forecast(categories, speed, slots, config=config, trials=plan.trials, workers=workers),
-            cache_bytes(categories, speed, config),
+            forecast(
+                categories,
+                speed,
+                slots,
+                config=config,
+                trials=plan.trials,
+                workers=workers,
+                finalists=plan.finalists,
+            ),
+            cache_bytes(categories, speed, config, plan.finalists),
         )
         for (backbone, config), speed in zip(plan.teachers.items(), speeds, strict=False)  # none on a busy cluster
     }
@@ -259,10 +269,11 @@ def _show(found: _DryRun, settings: SearchSettings) -> None:
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 110, highlight=False, markup=False)
     table = Table(title=f"Plan of {plan.name}: {len(plan.categories)} categories × {plan.trials} trials × "
                   f"{config.train.length}")  # fmt: skip
-    for column in ("category", "training images", "steps", "validation", "calibration", "test"):
+    for column in ("category", "training images", "steps", "folds", "validation", "calibration", "test"):
         table.add_column(column, justify="left" if column == "category" else "right")
     for each in found.categories:
-        counts = (each.num_train, found.num_steps(each), each.num_validation, each.num_calibration, each.num_test)
+        counts = (each.num_train, found.num_steps(each), each.num_folds or "–", each.num_validation,
+                  each.num_calibration, each.num_test)  # fmt: skip
         table.add_row(each.category, *map(str, counts))
     console.print(table)
     for line in found.unread:
@@ -283,6 +294,8 @@ def _show(found: _DryRun, settings: SearchSettings) -> None:
         f"{workers.number} × ({workers.cpus:g} CPUs, {workers.gpus:g} GPUs)",
         "varies": ", ".join(f"{name} {span}" for name, span in usual.describe().items())
         + (f"; {len(others)} categories otherwise (--json)" if others else ""),
+        "chooses": _choice_line(found),
+        "alarms": "; ".join(vouched_rates(found.categories)),
         "state": plan.addresses.home,
         "studies": without_password(plan.studies),
         "tracking": without_password(plan.addresses.tracking),
@@ -299,6 +312,39 @@ def _show(found: _DryRun, settings: SearchSettings) -> None:
         console.print(f"forecast: {_forecast_line(teacher.forecast)}{alone}", soft_wrap=True)
     if found.teachers:
         console.print(f"cache:    {_cache_line(found)}", soft_wrap=True)
+
+
+def _choice_line(found: _DryRun) -> str:
+    """How champions are chosen, and what it takes."""
+    plan, folded = found.plan, [each for each in found.categories if each.num_folds]
+    if plan.selection == "oracle":
+        return "the labelled test images (oracle)"
+    if not plan.finalists or not folded:
+        return "the validation objective on the held-out images alone"
+    more = " and the configuration that is best over all categories" if len(found.categories) > 1 else ""
+    text = (
+        f"the first of {max(each.num_folds for each in folded)} folds; then the best {plan.finalists} trials{more} are "
+        "compared with the untuned preset on the others"
+    )
+    if found.slowest:
+        text += f" ({found.slowest.forecast.fold_trainings} more trainings, in the forecast)"
+    if rest := [each.category for each in found.categories if not each.num_folds]:
+        text += f"; {', '.join(rest)}: the held-out images alone"
+    return text
+
+
+def vouched_rates(categories: Sequence[CategoryPlan]) -> list[str]:
+    """A line for each kind of threshold: the lowest false-alarm rate that the good images can vouch for."""
+    lines: dict[str, list[str]] = {}
+    for each in categories:
+        count = each.num_normal if each.num_folds else each.num_calibration
+        rate, kind = 1 / (count + 1), "expected, not proven" if each.num_folds else "proven"
+        text = f"no lower rate than {rate:.1%} can be asked for ({kind})"
+        if rate > _WANTED_RATE:
+            wanted = round(1 / _WANTED_RATE) - 1
+            text += f", {_WANTED_RATE:.0%} takes {wanted} good images" + ("" if each.num_folds else " to calibrate on")
+        lines.setdefault(text, []).append(each.category)
+    return [f"{', '.join(names)}: {text}" for text, names in lines.items()]
 
 
 def _has_stage_one(config: RunConfig) -> bool:

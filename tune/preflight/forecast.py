@@ -14,9 +14,8 @@ from dskd.data.datasets import (
     MAX_VALIDATION_TILES,
     NUM_VALIDATION_DEFECTS,
     Category,
-    split_calibration,
-    split_normals,
 )
+from dskd.data.folds import num_folds, split_images
 from tune.settings.workers import Workers
 from tune.trial.asha import expected_reports
 
@@ -172,6 +171,15 @@ class CategoryPlan(NamedTuple):
     num_synthetic: int
     num_calibration: int
     num_test: int
+    num_folds: int = 0
+    """Folds that the normal images are cut into; calibration images are then validation images too."""
+    num_normal: int = 0
+    """Normal images for training and validation together."""
+
+    @property
+    def num_fold_free(self) -> int:
+        """Calibration images that are read for themselves alone."""
+        return 0 if self.num_folds else self.num_calibration
 
 
 class Slots(NamedTuple):
@@ -197,6 +205,8 @@ class Forecast(NamedTuple):
     steps_full: int
     """Over all trials and categories."""
     steps_pruned: float
+    fold_trainings: int = 0
+    """Trainings of finalists and untuned presets on the other folds, over all categories; part of the times."""
 
 
 def plan_categories(categories: Mapping[str, Category], config: RunConfig) -> list[CategoryPlan]:
@@ -206,8 +216,7 @@ def plan_categories(categories: Mapping[str, Category], config: RunConfig) -> li
 
 def _plan(name: str, category: Category, config: RunConfig) -> CategoryPlan:
     data = config.data
-    train, held, _ = split_normals(category, data.validation_fraction, data.split_seed, data.group_by)
-    selecting, calibrating = split_calibration(held, data.calibration_fraction, data.split_seed, data.group_by)
+    train, selecting, calibrating, _ = split_images(category, data)
     num_synthetic = max(NUM_VALIDATION_DEFECTS, len(selecting))
     num_defects = sum(sample.is_defective for sample in category.validation)
     return CategoryPlan(
@@ -217,6 +226,8 @@ def _plan(name: str, category: Category, config: RunConfig) -> CategoryPlan:
         num_synthetic=num_synthetic,
         num_calibration=len(calibrating),
         num_test=len(category.test),
+        num_folds=num_folds(category, data),
+        num_normal=len(train) + len({*selecting, *calibrating}),
     )
 
 
@@ -234,11 +245,13 @@ def forecast(
     config: RunConfig,
     trials: int,
     workers: Workers,
+    finalists: int = 0,
 ) -> Forecast:
     """Forecast of a search of all `plans` on `slots`, with workers of the measured `speed`.
 
     A trial takes its optimiser steps + its validations + its thresholds; a category takes its preparation once
-    (decoding, teacher, synthetic defects, stage I), then its trials on `concurrency` slots, then the test images.
+    (decoding, teacher, synthetic defects, stage I), then its trials on `concurrency` slots, then `finalists` and the
+    untuned preset on each other fold, with a preparation of its own, then the test images.
     Not included: effects of suggested values (embedding depth, hard loss), communication between workers, the start
     of Ray and its processes, writing to the storage, and other load on the machines.
     """
@@ -246,7 +259,7 @@ def forecast(
     compute_full = compute_pruned = 0.0
     walls_full, walls_pruned, longest = [], [], 0.0
     pruned_share = expected_reports(trials, reports) / (trials * reports)
-    steps_full = 0
+    steps_full = fold_trainings = 0
     for plan in (in_tiles(plan, speed.tiles) for plan in plans):
         steps = config.train.num_steps(plan.num_train)
         steps_full += trials * steps
@@ -259,10 +272,15 @@ def forecast(
         longest = max(longest, trial)
         full, pruned = trials * trial, trials * pruned_share * trial
         rounds = -(-trials // slots.concurrency)
-        walls_full.append(preparation + rounds * trial + test)
-        walls_pruned.append(preparation + max(trial, pruned / slots.concurrency) + test)
-        compute_full += preparation + full + test
-        compute_pruned += preparation + pruned + test
+        others = max(0, plan.num_folds - 1) if finalists else 0
+        # Where several categories are searched, the configuration that is best over all is a finalist too.
+        repeated = others * (min(finalists, trials) + 1 + (len(plans) > 1))
+        fold_trainings += repeated
+        again = others * preparation + -(-repeated // slots.concurrency) * trial
+        walls_full.append(preparation + rounds * trial + again + test)
+        walls_pruned.append(preparation + max(trial, pruned / slots.concurrency) + again + test)
+        compute_full += preparation + full + others * preparation + repeated * trial + test
+        compute_pruned += preparation + pruned + others * preparation + repeated * trial + test
     hours = workers.number / 3600
     return Forecast(
         trial_seconds=longest,
@@ -274,18 +292,33 @@ def forecast(
         gpu_hours_pruned=compute_pruned * hours * workers.gpus,
         steps_full=steps_full,
         steps_pruned=steps_full * pruned_share,
+        fold_trainings=fold_trainings,
     )
 
 
-def cache_bytes(plans: Sequence[CategoryPlan], speed: Speed, config: RunConfig) -> int:
-    """Size in bytes of the decoded images and features that a node keeps if it trains on all `plans`."""
+def cache_bytes(plans: Sequence[CategoryPlan], speed: Speed, config: RunConfig, finalists: int = 0) -> int:
+    """Size in bytes of the decoded images and features that a node keeps if it trains on all `plans`.
+
+    With `finalists` it keeps those of every fold.
+    """
     width, height = config.data.input_size
     kept = [in_tiles(plan, speed.tiles) for plan in plans]
     if config.data.tile:  # thresholds come from whole images then, which are read one by one and not kept
         kept = [plan._replace(num_calibration=0) for plan in kept]
-    read = sum(plan.num_train + plan.num_validation - plan.num_synthetic + plan.num_calibration for plan in kept)
-    seen = sum(plan.num_train + plan.num_validation + plan.num_calibration for plan in kept)
+    times = [plan.num_folds if finalists and plan.num_folds else 1 for plan in kept]
+    read = sum(count * _num_read(plan) for count, plan in zip(times, kept, strict=True))
+    seen = sum(count * _num_seen(plan) for count, plan in zip(times, kept, strict=True))
     return read * 3 * width * height + seen * speed.feature_bytes
+
+
+def _num_read(plan: CategoryPlan) -> int:
+    """Image files that a training reads."""
+    return plan.num_train + plan.num_validation - plan.num_synthetic + plan.num_fold_free
+
+
+def _num_seen(plan: CategoryPlan) -> int:
+    """Images, synthetic defects included, whose features the teacher gives."""
+    return plan.num_train + plan.num_validation + plan.num_fold_free
 
 
 def in_tiles(plan: CategoryPlan, tiles: float) -> CategoryPlan:
@@ -304,8 +337,7 @@ def in_tiles(plan: CategoryPlan, tiles: float) -> CategoryPlan:
 
 
 def _preparation(plan: CategoryPlan, config: RunConfig, speed: Speed) -> float:
-    read = plan.num_train + plan.num_validation - plan.num_synthetic + plan.num_calibration
-    seen = plan.num_train + plan.num_validation + plan.num_calibration
+    read, seen = _num_read(plan), _num_seen(plan)
     stage = config.amplification.amplification_epochs * plan.num_train * speed.amplification
     return read * speed.decoding + plan.num_synthetic * speed.defects + seen * speed.teacher + stage
 

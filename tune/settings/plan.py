@@ -47,6 +47,10 @@ class SearchPlan:
     """None: as many trials as the cluster can hold at that time."""
     cache_gb: float
     promote: bool
+    finalists: int
+    """Trials of a category that are trained on the other folds too."""
+    min_gain_errors: float
+    """Standard errors by which a finalist must be ahead of the untuned preset."""
 
     @property
     def name(self) -> str:
@@ -87,7 +91,7 @@ def plan_search(settings: SearchSettings, addresses: Addresses, root: Path) -> S
     return SearchPlan(
         data=absolute(settings.data),
         categories=categories,
-        spaces=_spaces(settings, configs, categories, tuple(known)),
+        spaces=_with_shared_points(_spaces(settings, configs, categories, tuple(known)), settings, configs),
         configs=configs,
         addresses=addresses,
         studies=resolve_studies(settings, addresses),
@@ -107,7 +111,14 @@ def plan_search(settings: SearchSettings, addresses: Addresses, root: Path) -> S
         max_concurrent=settings.max_concurrent,
         cache_gb=settings.cache_gb,
         promote=settings.promote,
+        finalists=settings.finalists if configs_have_folds(configs) else 0,
+        min_gain_errors=settings.min_gain_errors,
     )
+
+
+def configs_have_folds(configs: Mapping[str, RunConfig]) -> bool:
+    """Whether the good images are to be cut into folds."""
+    return all(config.data.folds > 0 for config in configs.values())
 
 
 def resolve_addresses(settings: SearchSettings) -> Addresses:
@@ -118,6 +129,17 @@ def resolve_addresses(settings: SearchSettings) -> Addresses:
 def resolve_studies(settings: SearchSettings, addresses: Addresses) -> str:
     """URL of Optuna's storage: as given, else an SQLite file in the local storage folder."""
     return settings.study_storage or f"sqlite:///{addresses.storage}/optuna.db"
+
+
+def _with_shared_points(
+    spaces: Mapping[str, Space], settings: SearchSettings, configs: Mapping[str, RunConfig]
+) -> dict[str, Space]:
+    """The spaces with the points that several categories try, a half of the trials, if finalists are compared."""
+    if len(spaces) < 2 or settings.finalists < 1 or not configs_have_folds(configs):
+        return dict(spaces)
+    points = next(iter(spaces.values())).shareable_points(max(1, settings.trials // 2), settings.seed)
+    held = {category: tuple(point for point in points if space.holds(point)) for category, space in spaces.items()}
+    return {category: dataclasses.replace(space, shared=held[category]) for category, space in spaces.items()}
 
 
 def _chosen_categories(settings: SearchSettings, known: tuple[str, ...]) -> tuple[str, ...]:

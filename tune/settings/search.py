@@ -1,7 +1,9 @@
 """The flags of `tune/search.py` and their defaults, checked."""
 
+import math
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,10 +13,12 @@ from dskd.config import LayoutName, RunConfig, Selection, TeacherSource
 from dskd.presets import PRESETS, read_config, read_document, with_backbone
 from tune.storage.uris import LOCAL_RESULTS, is_address
 
+USUAL_FOLDS = 5
 SamplerName = Literal["tpe", "gp", "cmaes", "qmc", "random"]
 FIXED = (
     "steps", "epochs", "patience", "image_size", "resize", "tile", "overlap", "group_by", "batch_size",
-    "score_candidates", "backbone", "levels", "validation_fraction", "calibration_fraction", "split_seed", "layout",
+    "score_candidates", "backbone", "levels", "folds", "validation_fraction", "calibration_fraction", "split_seed",
+    "layout",
 )  # fmt: skip
 """Flags that set the configuration's field of the same name for all trials."""
 
@@ -69,10 +73,21 @@ class SearchSettings:
     as a dimension: backbone = ["…", "…"] in --space."""
     levels: tuple[int, ...] | None = None
     """timm feature indices of the pyramid; by default those of --config, else what goes with the backbone."""
+    folds: int | None = None
+    """Parts into which the good images are cut: trials are trained without the first, which chooses among them, and
+    finalists without each of the others; 0: one share is held out (--validation-fraction). By default that of --config,
+    else 5, or 0 where one of the two next flags or --selection oracle is given."""
     validation_fraction: float | None = None
-    """Share of the normal training images held out; by default that of --config, else 0.2."""
+    """Without folds: share of the normal training images held out; by default that of --config, else 0.2."""
     calibration_fraction: float | None = None
-    """Share of the held-out images that set the thresholds alone; by default that of --config, else 0.5."""
+    """Without folds: share of the held-out images that set the thresholds alone; by default that of --config, else
+    0.5."""
+    finalists: int = 3
+    """Best trials of a category that are trained on the other folds too, and compared with the untuned preset there;
+    0: the first fold chooses alone."""
+    min_gain_errors: float = 1.0
+    """A finalist becomes champion if it is ahead of the untuned preset by more than so many standard errors; else the
+    preset stays."""
     split_seed: int | None = None
     """Seed of the held-out splits; by default that of --config, else 0."""
     layout: LayoutName | None = None
@@ -146,6 +161,10 @@ class SearchSettings:
         for name in ("trials", "workers_per_trial"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
+        if self.finalists < 0:
+            raise ValueError(f"--finalists must not be negative, got {self.finalists}.")
+        if not 0 <= self.min_gain_errors < math.inf:
+            raise ValueError(f"--min-gain-errors must be a number of at least 0, got {self.min_gain_errors}.")
         if self.max_concurrent is not None and self.max_concurrent < 1:
             raise ValueError(f"--max-concurrent must be at least 1, got {self.max_concurrent}.")
         if self.cpus_per_worker <= 0:
@@ -200,6 +219,7 @@ class SearchSettings:
         usual: dict[str, Any] = {
             "score_candidates": 500,
             "batch_size": PRESETS[names[0]].train.batch_size,
+            "folds": self._usual_folds(stated),
         }
         changes = {name: value for name, value in usual.items() if name not in stated}
         changes |= {name: value for name in FIXED if (value := getattr(self, name)) is not None}
@@ -215,6 +235,12 @@ class SearchSettings:
             bases[name] = base.with_values(changes if backbone is None else changes | {"backbone": backbone})
             teacher.check_fits(bases[name].model.backbone)
         return bases
+
+    def _usual_folds(self, stated: Mapping[str, Any]) -> int:
+        """Folds where nothing is said of them: none where a held-out share is asked for, or the test images select."""
+        shares = ("validation_fraction", "calibration_fraction")
+        is_split = any(getattr(self, name) is not None or name in stated for name in shares)
+        return 0 if is_split or self.selection == "oracle" else USUAL_FOLDS
 
     def budget_seconds(self) -> float | None:
         """Wall time of the whole search; None: no limit.

@@ -6,6 +6,8 @@ dimension too. So it is with teachers: each of several backbones has its own dim
 `resnet18.tv_in1k.learning_rate` or `stfpm.resnet18.tv_in1k.learning_rate`, and the backbone is a dimension.
 """
 
+import math
+import random
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ BACKBONE = "backbone"
 _AT = "@"
 """Between preset and backbone in the name of a variant of a preset; no backbone's name contains it."""
 _GEOMETRY = frozenset({"image_size", "resize", "tile", "overlap", "group_by"})
-_MEASURED = _GEOMETRY | {"validation_fraction", "calibration_fraction", "split_seed", "layout"}
+_MEASURED = _GEOMETRY | {"validation_fraction", "calibration_fraction", "folds", "fold", "split_seed", "layout"}
 _STRUCTURE = frozenset({"levels", "student_encoder", "student_decoder"})
 _LENGTH = frozenset({"steps", "epochs", "patience"})
 SHARED = _MEASURED | _STRUCTURE | _LENGTH
@@ -156,6 +158,28 @@ def with_suggestions(base: RunConfig, suggested: Mapping[str, Any]) -> RunConfig
     return base.with_values(values)
 
 
+class _Draw:
+    """A random point of a space, in the part of an Optuna trial."""
+
+    def __init__(self, rng: random.Random, space: "Space") -> None:
+        self._rng = rng
+        self.values: dict[str, Any] = {}
+        space.ask(self)
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        value = math.exp(self._rng.uniform(math.log(low), math.log(high))) if log else self._rng.uniform(low, high)
+        self.values[name] = min(max(value, low), high)
+        return float(self.values[name])
+
+    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int:
+        self.values[name] = round(self.suggest_float(name, low, high, log=log))
+        return int(self.values[name])
+
+    def suggest_categorical(self, name: str, choices: Any) -> Any:
+        self.values[name] = self._rng.choice(choices)
+        return self.values[name]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Space:
     """Search space of one category."""
@@ -167,6 +191,8 @@ class Space:
     """Dimensions by the names of `bases`, and by their own."""
     winners: tuple[Mapping[str, Any], ...] = ()
     """Best points of earlier searches, tried after the presets."""
+    shared: tuple[Mapping[str, Any], ...] = ()
+    """Points that other categories of the search try too, among the first; none in a search of one category."""
 
     def ask(self, trial: Suggests) -> None:
         """Let `trial` suggest a preset and a backbone, if there are several, and values for all their dimensions."""
@@ -206,20 +232,54 @@ class Space:
         """The points that a search tries first, each once.
 
         In this order: each preset, each preset with AAND's hard-patch loss, the winners, each preset with its learning
-        rate doubled, then halved. They are small steps from good values, while a sampler without results would draw
-        all dimensions at random. A preset value outside its dimension is replaced by the nearest value inside.
+        rate doubled, then halved, then the shared points. All but some of the last are small steps from good values,
+        while a sampler without results would draw all dimensions at random. A preset value outside its dimension is
+        replaced by the nearest value inside.
         """
         points: list[dict[str, Any]] = []
-        for point in [
-            *self._untuned(),
-            *self._changed("hkd_weight", lambda value: 1.0),
-            *map(dict, self.winners),
-            *self._changed("learning_rate", lambda value: 2 * value),
-            *self._changed("learning_rate", lambda value: value / 2),
-        ]:
+        first, then = self._small_steps()
+        for point in [*first, *map(dict, self.winners), *then, *map(dict, self.shared)]:
             if point not in points:
                 points.append(point)
         return points
+
+    def _small_steps(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """The presets and points near them, before and after the winners."""
+        return (
+            [*self._untuned(), *self._changed("hkd_weight", lambda value: 1.0)],
+            [
+                *self._changed("learning_rate", lambda value: 2 * value),
+                *self._changed("learning_rate", lambda value: value / 2),
+            ],
+        )
+
+    def shareable_points(self, count: int, seed: int) -> list[dict[str, Any]]:
+        """At most `count` points that every category with such a space can try: those near the presets, then random
+        ones, which depend on `seed` alone.
+        """
+        first, then = self._small_steps()
+        points: list[dict[str, Any]] = []
+        for point in [*first, *then]:
+            if point not in points:
+                points.append(point)
+        rng = random.Random(seed)
+        drawn = (_Draw(rng, self) for _ in range(count - len(points)))
+        return [*points, *(each.values for each in drawn)][:count]
+
+    def holds(self, point: Mapping[str, Any]) -> bool:
+        """Whether a point has a value for each of this space's dimensions, inside of it, and no others."""
+        variant = self.variant_of(point)
+        if variant not in self.dimensions:
+            return False
+        wanted = {self._full_name(variant, name): dimension for name, dimension in self.dimensions[variant].items()}
+        chosen = self._choices(variant)
+        return point.keys() == wanted.keys() | chosen.keys() and all(
+            dimension.holds(point[name]) for name, dimension in wanted.items()
+        )
+
+    def is_shared(self, suggested: Mapping[str, Any]) -> bool:
+        """Whether other categories of the search try this point too."""
+        return any(point.items() <= suggested.items() for point in self.shared)
 
     def _changed(self, name: str, change: Callable[[float], float]) -> list[dict[str, Any]]:
         """Each preset with the value `name` changed, if that is a dimension."""

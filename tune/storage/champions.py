@@ -45,6 +45,10 @@ class Champion(NamedTuple):
     """Its MLflow run; empty if it was never tracked."""
     selection: str = "val"
     """What it was selected by: "val", or "oracle" for the test images themselves."""
+    decision: str = ""
+    """Why it was chosen, in one sentence; empty in older records."""
+    beats: float | None = None
+    """Highest validation objective among the trials that it was chosen from; None: its own."""
 
     @property
     def is_final(self) -> bool:
@@ -59,18 +63,24 @@ def save_champion(
     detector_uri: str,
     test_metrics: Mapping[str, float],
     local: Path,
+    *,
+    change: Callable[[DetectorRecord], DetectorRecord] = lambda record: record,
+    decision: str = "",
+    beats: float | None = None,
 ) -> tuple[Champion, DetectorRecord]:
     """Store a trial's detector as the category's champion, with its test figures; also write it to folder `local`.
+
+    `change` gives the record that is delivered.
 
     The champion's record is written last, so the detector that it names is complete.
     """
     root, _, name = detector_uri.rpartition("/")
     Storage(root).download(name, local)
-    record = read_record(local).with_metrics(test_metrics)
+    record = change(read_record(local)).with_metrics(test_metrics)
     rewrite_record(local, record)
     folder = f"{_FOLDER}/{category}/{trial_id}"
     storage.upload(local, folder)
-    champion = Champion(category, trial_id, folder, dict(record.metrics), "", record.selection)
+    champion = Champion(category, trial_id, folder, dict(record.metrics), "", record.selection, decision, beats)
     _write(storage, _FOLDER, champion)
     return champion, record
 
@@ -112,7 +122,8 @@ def find_best(storage: Storage, category: str) -> Champion | None:
     champion, so_far = find_champion(storage, category), _read(storage, _SO_FAR, category)
     if champion is None or so_far is None:
         return champion or so_far
-    return so_far if so_far.metrics["val/objective"] > champion.metrics["val/objective"] else champion
+    beaten = champion.metrics["val/objective"] if champion.beats is None else champion.beats
+    return so_far if so_far.metrics["val/objective"] > beaten else champion
 
 
 def champion_categories(storage: Storage) -> tuple[str, ...]:

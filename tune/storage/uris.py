@@ -5,6 +5,8 @@ from pathlib import Path
 
 LOCAL_RESULTS = "dskd-results"
 DETECTOR_FOLDER = "detector"
+EVIDENCE_FILE = "evidence.json"
+"""What a fold says of a finalist, beside its detector."""
 FIGURES_FOLDER = "figures"
 """Folder beside the detector with pictures of its validation."""
 

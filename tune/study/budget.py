@@ -62,6 +62,10 @@ class TimeBudget:
         self._side_by_side = side_by_side
         self._lock = threading.Lock()
 
+    def is_spent(self) -> bool:
+        """Whether no time is left."""
+        return self._end is not None and time.time() >= self._end
+
     def begin_category(self) -> float | None:
         """End of the category that starts now, in seconds since 1970; None: no limit.
 

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import shlex
 import traceback
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +23,9 @@ from tune.storage.champions import Champion, fetch_figures, find_champion, note_
 from tune.storage.files import Storage, StorageError, open_search
 from tune.study.budget import BudgetSpentError, Share, Shares, TimeBudget
 from tune.study.category import StudyResult, search_category
+from tune.study.finalists import CommonWinner, find_common_winner
 from tune.study.progress import SearchProgress
+from tune.study.selection import FoldTrainings, select_champion
 from tune.tracking.category_page import category_note, draw_study
 from tune.tracking.client import without_passwords
 from tune.tracking.events import CategoryEnded, Event, TrialEnded
@@ -58,6 +61,8 @@ class CategoryResult(NamedTuple):
     """Why there is no champion; empty if there is one."""
     num_interrupted: int = 0
     """Trials interrupted by the time budget; the same command continues them."""
+    decision: str = ""
+    """Why this champion, in one sentence."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for --json."""
@@ -89,7 +94,21 @@ def run_search(
             relayed(handle) as events,
             ThreadPoolExecutor(side_by_side, thread_name_prefix="category") as pool,
         ):
-            return list(pool.map(lambda each: search_one(search, each, budget, shares, events), plan.categories))
+            studied = list(pool.map(lambda each: study_one(search, each, budget, shares, events), plan.categories))
+            common = _common_winner(search, studied)
+            return list(pool.map(lambda each: conclude_one(search, each, common, budget, events), studied))
+
+
+class Studied(NamedTuple):
+    """A category whose trials have ended, or the reason why there are none."""
+
+    category: str
+    study: StudyResult | None = None
+    spec: TrialSpec | None = None
+    space: Space | None = None
+    error: str = ""
+    is_unstarted: bool = False
+    """Whether the time budget ended before it could start."""
 
 
 class SharedSearch(NamedTuple):
@@ -107,9 +126,8 @@ class SharedSearch(NamedTuple):
         return Storage(self.plan.addresses.home)
 
 
-def search_one(search: SharedSearch, category: str, budget: TimeBudget, shares: Any, events: Queue) -> CategoryResult:
-    """Search one category, choose its champion, and close its run in MLflow."""
-    tags: dict[str, str] = {}
+def study_one(search: SharedSearch, category: str, budget: TimeBudget, shares: Any, events: Queue) -> Studied:
+    """Run the trials of one category; an error becomes a part of the result."""
     try:
         try:
             deadline = budget.begin_category()
@@ -124,24 +142,59 @@ def search_one(search: SharedSearch, category: str, budget: TimeBudget, shares: 
                 deadline,
                 search.groups.dispatcher,
             )
-            study = _outcome(running, search.groups)
+            return Studied(category, _outcome(running, search.groups), spec, space)
         finally:
             shares.end_category.remote()  # the steps below use no trial's slot
-        result, tags = _conclude(search, spec, study)
     except BudgetSpentError as error:
-        known = find_champion(search.storage, category)
-        result = CategoryResult(category, champion=known, error="" if known else str(error))
-        search.progress.say(f"{category}: {error}")
+        return Studied(category, error=str(error), is_unstarted=True)
     except Exception as error:  # the other categories continue after any error
-        reason = without_passwords((str(error).strip().splitlines() or [type(error).__name__])[-1])
-        if not isinstance(error, ValueError | OSError):  # those are user errors; anything else is a bug
-            logger.error("%s: %s", category, without_passwords("".join(traceback.format_exception(error))))
-        result = CategoryResult(category, error=reason)
+        return Studied(category, error=_reason(category, error))
+
+
+def conclude_one(
+    search: SharedSearch, studied: Studied, common: CommonWinner | None, budget: TimeBudget, events: Queue
+) -> CategoryResult:
+    """Choose the category's champion, and close its run in MLflow."""
+    category = studied.category
+    tags: dict[str, str] = {}
+    if studied.is_unstarted:
+        known = find_champion(search.storage, category)
+        result = CategoryResult(category, champion=known, error="" if known else studied.error)
+        search.progress.say(f"{category}: {studied.error}")
+    elif studied.study is None:
+        result = CategoryResult(category, error=studied.error)
+    else:
+        try:
+            result, tags = _conclude(search, studied, common, budget, events)
+        except Exception as error:  # the other categories continue after any error
+            result = CategoryResult(category, error=_reason(category, error))
     if result.champion is None:
         tags = {"dskd.error": result.error}
     # In the same queue as the trials' events, so that it comes after them.
     events.put(CategoryEnded(category, "finished" if result.champion else "failed", {}, tags))
     return result
+
+
+def _reason(category: str, error: Exception) -> str:
+    """An error in one line; the traceback of one that is not the user's goes to the log."""
+    if not isinstance(error, ValueError | OSError):
+        logger.error("%s: %s", category, without_passwords("".join(traceback.format_exception(error))))
+    return without_passwords((str(error).strip().splitlines() or [type(error).__name__])[-1])
+
+
+def _common_winner(search: SharedSearch, studied: Sequence[Studied]) -> CommonWinner | None:
+    """The configuration that is best over all categories; told in a line."""
+    known = [each for each in studied if each.study is not None and each.space is not None]
+    finished = {each.category: each.study.finished for each in known if each.study is not None}
+    shared = {each.category: each.space.shared for each in known if each.space is not None}
+    found = find_common_winner(finished, shared) if search.plan.finalists else None
+    if found is not None:
+        left_out = f", {found.num_left_out} unfinished ones left out" if found.num_left_out else ""
+        search.progress.say(
+            f"best over {len(found.trials)} categories of {found.num_compared} common configurations: "
+            f"{found.gain:+.4f} over the untuned preset in the mean{left_out}; it is a finalist in each"
+        )
+    return found
 
 
 def _outcome(running: "ray.ObjectRef[StudyResult]", groups: Groups) -> StudyResult:
@@ -184,8 +237,12 @@ def _note_best(search: SharedSearch, event: TrialEnded) -> None:
         )
 
 
-def _conclude(search: SharedSearch, spec: TrialSpec, study: StudyResult) -> tuple[CategoryResult, dict[str, str]]:
-    """Summarise a category's trials and register its champion; returns the result and tags for its MLflow run."""
+def _conclude(
+    search: SharedSearch, studied: Studied, common: CommonWinner | None, budget: TimeBudget, events: Queue
+) -> tuple[CategoryResult, dict[str, str]]:
+    """Choose and register a category's champion; returns the result and tags for its MLflow run."""
+    study, spec, space = studied.study, studied.spec, studied.space
+    assert study is not None and spec is not None and space is not None
     category, progress = spec.category, search.progress
     result = CategoryResult(
         category, study.num_trials, study.num_pruned, len(study.errors), num_interrupted=study.num_interrupted
@@ -194,31 +251,54 @@ def _conclude(search: SharedSearch, spec: TrialSpec, study: StudyResult) -> tupl
         progress.say(
             f"{category}: the time budget interrupted {study.num_interrupted} trials; the same command continues them"
         )
-    if study.best is None:
+    if not study.finished:
         reason = study.errors[-1] if study.errors else "no trial reached its last epoch"
         if study.num_interrupted:
             reason += (
                 f" within the time budget, which interrupted {study.num_interrupted}; the same command continues them"
             )
         return result._replace(error=reason), {}
-    trial_id, detector = study.best
-    known = find_champion(search.storage, category)
+    num_finalists = search.plan.finalists
+    if num_finalists and budget.is_spent():
+        num_finalists = 0
+        progress.say(f"{category}: the time budget ended before the finalists were compared; the same command does so")
+    chosen = select_champion(
+        study.finished,
+        FoldTrainings(spec, search.groups, events.put),
+        space.configuration,
+        num_finalists=num_finalists,
+        min_errors=search.plan.min_gain_errors,
+        common=common.trials.get(category) if common else None,
+        say=lambda line: progress.say(f"{category}: {line}"),
+    )
+    result = result._replace(decision=chosen.sentence)
+    trial_id, known = chosen.trial_id, find_champion(search.storage, category)
     with TemporaryDirectory(prefix="dskd-") as temporary, ThreadPoolExecutor(1) as beside:
         pictures = beside.submit(_draw_study, search, category, Path(temporary) / "study")
-        if known is not None and known.trial_id == trial_id and known.run_id:
+        if known is not None and known.trial_id == trial_id and known.run_id and known.decision == chosen.sentence:
             progress.say(f"{category}: trial {trial_id} is the champion already")
             _log_study(search, category, pictures.result())
             return result._replace(champion=known), {}
-        progress.say(f"{category}: trial {trial_id} is the best, evaluating it once on the test images")
+        progress.say(f"{category}: {chosen.sentence}")
+        progress.say(f"{category}: trial {trial_id} is chosen, evaluating it once on the test images")
         local = Path(temporary) / "detector"
         champion, record, remark = save_evaluated_champion(
-            search.storage, spec, trial_id, detector, local, search.groups
+            search.storage,
+            spec,
+            trial_id,
+            chosen.detector,
+            local,
+            search.groups,
+            change=chosen.applied,
+            decision=chosen.sentence,
+            beats=study.finished[0].objective,
         )
         if remark:
             progress.say(f"{category}: {remark}")
-        figures = fetch_figures(detector, Path(temporary) / "figures")
+        figures = fetch_figures(chosen.detector, Path(temporary) / "figures")
         champion, tags = _register(search, result._replace(champion=champion), record, local, figures, pictures)
-    return result._replace(champion=champion), {"dskd.champion_trial": trial_id, **tags}
+    tags = {"dskd.champion_trial": trial_id, "dskd.decision": chosen.sentence, **tags}
+    return result._replace(champion=champion), tags
 
 
 def _register(

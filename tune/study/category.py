@@ -22,6 +22,7 @@ from tune.settings.search import SamplerName
 from tune.settings.space import Space
 from tune.study.budget import Share
 from tune.study.context import StudyContext, enter_study
+from tune.study.finalists import FinishedTrial
 from tune.study.hooks import (
     Deadline,
     Halving,
@@ -45,8 +46,8 @@ class StudyResult(NamedTuple):
     num_pruned: int
     errors: tuple[str, ...]
     """Reasons of failed trials, one each."""
-    best: tuple[str, str] | None
-    """(trial id, address of its detector folder); None if no trial reached its last epoch."""
+    finished: tuple[FinishedTrial, ...]
+    """Trials that reached their last report, the best first."""
     num_interrupted: int = 0
     """Trials interrupted by the deadline; continuing the study continues them."""
 
@@ -163,9 +164,11 @@ def _summarise(results: ray.tune.ResultGrid, context: StudyContext) -> StudyResu
         elif metrics.get(EPOCH, 0) < context.plan.num_reports or detector is None:
             num_pruned += 1
         else:
-            finished.append((metrics[OBJECTIVE], metrics["trial_id"], detector))
-    best = max(finished)[1:] if finished else None
-    return StudyResult(len(results), num_pruned, tuple(errors), best, num_interrupted)
+            suggested = dict(metrics["config"])
+            is_untuned = context.space.is_untuned(suggested)
+            finished.append(FinishedTrial(metrics["trial_id"], metrics[OBJECTIVE], detector, suggested, is_untuned))
+    finished.sort(key=lambda trial: (trial.objective, trial.trial_id), reverse=True)
+    return StudyResult(len(results), num_pruned, tuple(errors), tuple(finished), num_interrupted)
 
 
 def _trial_id(trial: Trial) -> str:

@@ -102,6 +102,8 @@ class Searcher(OptunaSearch):
 class Halving(ASHAScheduler):
     """ASHA that never stops the untuned presets, so that no search is worse than they are.
 
+    Nor the points that other categories try too: those that all of them finish say together what none could alone.
+
     The presets still count in the rungs. Tune's snapshots do not contain the rungs, so in a continued search they
     are restored from the trials' last reports. Otherwise new trials would be compared with nothing, and continued
     trials would enter rungs that they passed long ago with their present objective.
@@ -118,7 +120,8 @@ class Halving(ASHAScheduler):
         if LOST in result:
             return self.CONTINUE  # no objective of its own
         decision: str = super().on_trial_result(tune_controller, trial, result)
-        return self.CONTINUE if study_context().space.is_untuned(trial.config) else decision
+        space = study_context().space
+        return self.CONTINUE if space.is_untuned(trial.config) or space.is_shared(trial.config) else decision
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
         """Add the retry cost of a lost relay: of searcher and scheduler, only this one is called on every failure."""

@@ -82,6 +82,8 @@ class SearchProgress:
         self._lock = threading.RLock()
         self._categories: dict[str, _Category] = {}
         self._epochs_of: dict[str, int] = {}
+        self._others: set[str] = set()
+        """Runs that are no trials: finalists on other folds."""
         self._spent = TimeShare(0.0, 0.0, 0.0)
         self._started = clock()
         self._live: Live | None = None
@@ -124,7 +126,15 @@ class SearchProgress:
         """Count an event; prints a line for remarks and for ended trials."""
         with self._lock:
             category = self._categories.setdefault(event.category, _Category())
-            if isinstance(event, TrialStarted):
+            if isinstance(event, TrialStarted) and event.role != "trial":
+                self._others.add(event.trial_id)
+            elif isinstance(event, EpochDone | TrialEnded) and event.trial_id in self._others:
+                if isinstance(event, TrialEnded):
+                    reason = f": {event.error.strip().splitlines()[-1]}" if event.error.strip() else ""
+                    self.say(
+                        f"{event.category}: {event.trial_id} {event.status}, objective {event.objective:.4f}{reason}"
+                    )
+            elif isinstance(event, TrialStarted):
                 category.running.setdefault(event.trial_id, _Trial(self._clock()))
                 category.most_running = max(category.most_running, len(category.running))
             elif isinstance(event, EpochDone):

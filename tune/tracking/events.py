@@ -11,6 +11,8 @@ class TrialStarted(NamedTuple):
     category: str
     trial_id: str
     params: Mapping[str, Any]
+    role: str = "trial"
+    """trial, or finalist for one that trains a trial's configuration without another fold."""
 
 
 class DataUsed(NamedTuple):

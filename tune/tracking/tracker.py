@@ -148,7 +148,7 @@ class Tracker:
         run = self._trial_run(event.category, event.trial_id)
         if isinstance(event, TrialStarted):
             params = [Param(name, str(value)[:_MAX_VALUE]) for name, value in event.params.items()]
-            self._client.log_batch(run, params=params)
+            self._client.log_batch(run, params=params, tags=[RunTag("dskd.role", event.role)])
         elif isinstance(event, DataUsed):
             place = "s3" if event.source.startswith("s3://") else "local"
             used = Dataset(event.category, event.sha256[:_DIGEST], place, json.dumps({"uri": event.source}))

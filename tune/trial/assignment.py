@@ -22,6 +22,12 @@ class Training:
         return self.spec.category
 
     @property
+    def fold(self) -> int | None:
+        """Which of the category's folds is left out; a worker keeps the images of the last ones at hand."""
+        found: int = self.spec.config["data"]["fold"]
+        return found
+
+    @property
     def key(self) -> str:
         """Unique in a search; the same for every attempt."""
         return f"{self.category}/{self.trial_id}"
@@ -37,6 +43,7 @@ class Evaluation:
     category: str
     cache_gb: float
     cpus: float
+    fold: int | None = None
 
     @property
     def key(self) -> str:
@@ -65,6 +72,8 @@ class News(NamedTuple):
     is_over: bool = False
     """Whether the last of the reports is the assignment's last one."""
     failure: Failure | None = None
+    fault: str = ""
+    """Why no worker group can start; empty as long as one may."""
 
 
 class Order(NamedTuple):

@@ -69,6 +69,8 @@ class _Slot:
     idle_since: float = 0.0
     category: str = ""
     """Category of its last assignment, whose images it holds in memory."""
+    fold: int | None = None
+    """The fold that its last assignment left out."""
 
 
 class Dispatcher:
@@ -129,7 +131,7 @@ class Dispatcher:
                 return News(is_known=False)
         is_end = job.is_over  # told again to a follower that was lost as it heard it
         unread = [epoch for epoch in sorted(job.reports) if epoch > job.read or (is_end and epoch == job.epoch)]
-        return News(True, tuple(job.reports[epoch] for epoch in unread), job.is_over, job.failure)
+        return News(True, tuple(job.reports[epoch] for epoch in unread), job.is_over, job.failure, self._fault)
 
     async def drop(self, key: str) -> None:
         """Forget an assignment that nobody needs any more; a group that works on it is told after its epoch."""
@@ -308,7 +310,7 @@ class Dispatcher:
         key = job.assignment.key
         if key in self._queue:
             self._queue.remove(key)
-        known.key, known.category, job.slot = key, job.assignment.category, slot
+        known.key, known.category, known.fold, job.slot = key, job.assignment.category, job.assignment.fold, slot
         self._note_change()
 
     def _release(self, known: _Slot) -> None:
@@ -339,7 +341,9 @@ class Dispatcher:
             self._note_change()
 
     def _match(self) -> None:
-        """Give idle groups what waits: evaluations first, then what is of the group's last category, then by age."""
+        """Give idle groups what waits: evaluations first, then what is of the group's last category and fold, then by
+        age.
+        """
         self._note_change()
         if self._clock() < self._settled:
             return
@@ -347,14 +351,18 @@ class Dispatcher:
             self._forget(key)
         for slot, known in self._slots.items():
             if known.asks is not None and not known.asks.done() and self._queue:
-                job = self._jobs[self._next_for(known.category)]
+                job = self._jobs[self._next_for(known)]
                 self._lease(known, slot, job)
                 self._close(known, Order(job.assignment))
 
-    def _next_for(self, category: str) -> str:
-        def rank(key: str) -> tuple[bool, bool]:
+    def _next_for(self, known: _Slot) -> str:
+        def rank(key: str) -> tuple[bool, bool, bool]:
             assignment = self._jobs[key].assignment
-            return not isinstance(assignment, Evaluation), assignment.category != category
+            return (
+                not isinstance(assignment, Evaluation),
+                assignment.category != known.category,
+                assignment.fold != known.fold,
+            )
 
         return min(self._queue, key=rank)
 

@@ -1,5 +1,6 @@
 """The only use of the test images: a finished trial's detector is evaluated and stored as champion."""
 
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -18,11 +19,21 @@ if TYPE_CHECKING:
 
 
 def save_evaluated_champion(
-    storage: Storage, spec: TrialSpec, trial_id: str, detector_uri: str, local: Path, groups: "Groups"
+    storage: Storage,
+    spec: TrialSpec,
+    trial_id: str,
+    detector_uri: str,
+    local: Path,
+    groups: "Groups",
+    *,
+    change: Callable[[DetectorRecord], DetectorRecord] = lambda record: record,
+    decision: str = "",
+    beats: float | None = None,
 ) -> tuple[Champion, DetectorRecord, str]:
     """Let a worker group evaluate a trial's detector on the test images, and store it with these figures.
 
-    The detector is also written to the folder `local`. Returns the champion, its record, and a remark for the user,
+    `change` gives the record that is delivered; `decision` and `beats` as in `Champion`. The detector is also written
+    to the folder `local`. Returns the champion, its record, and a remark for the user,
     empty unless there are no test figures.
     """
     assignment = Evaluation(
@@ -36,7 +47,9 @@ def save_evaluated_champion(
     (found,) = groups.follow(assignment)
     groups.forget(assignment)
     figures = {name: value for name, value in found.items() if name != REMARK}
-    champion, record = save_champion(storage, spec.category, trial_id, detector_uri, figures, local)
+    champion, record = save_champion(
+        storage, spec.category, trial_id, detector_uri, figures, local, change=change, decision=decision, beats=beats
+    )
     return champion, record, str(found.get(REMARK, ""))
 
 

@@ -19,10 +19,11 @@ class AssignmentFailedError(Exception):
         """Last epoch that was reported; 0 if none was."""
 
 
-def follow(dispatcher: str, assignment: Assignment) -> Iterator[Metrics]:
+def follow(dispatcher: str, assignment: Assignment, *, must_start: bool = False) -> Iterator[Metrics]:
     """Submit an assignment to the dispatcher of that name, or join it, and yield its reports.
 
-    To ask for the next report is to let the group go on. Raises AssignmentFailedError if it failed too often.
+    To ask for the next report is to let the group go on. Raises AssignmentFailedError if it failed too often, and with
+    `must_start` OSError if no worker group can start at all.
     """
     post: Any = ray.get_actor(dispatcher)
     read = last = -1
@@ -38,3 +39,5 @@ def follow(dispatcher: str, assignment: Assignment) -> Iterator[Metrics]:
             raise AssignmentFailedError(news.failure, max(last, 0))
         if news.is_over:
             return
+        if must_start and news.fault:
+            raise OSError(f"no worker can start: {news.fault}; the same command continues the search")

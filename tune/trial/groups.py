@@ -79,8 +79,11 @@ class Groups:
         self._supplying.start()
 
     def follow(self, assignment: Assignment) -> Iterator[Metrics]:
-        """The reports of an assignment; raises AssignmentFailedError if it failed too often."""
-        return follow(self.dispatcher, assignment)
+        """The reports of an assignment; raises AssignmentFailedError if it failed too often.
+
+        Raises OSError if no group can start.
+        """
+        return follow(self.dispatcher, assignment, must_start=True)
 
     def fault(self) -> "ray.ObjectRef[str]":
         """A result that comes only if groups cannot start at all: the reason."""

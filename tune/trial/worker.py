@@ -22,7 +22,7 @@ from dskd.training.loop import NonFiniteLossError
 from dskd.training.run import IntervalResult, TrainingRun
 from tune.storage.files import with_retries
 from tune.storage.staging import local_copy
-from tune.storage.uris import DETECTOR_FOLDER, FIGURES_FOLDER
+from tune.storage.uris import DETECTOR_FOLDER, EVIDENCE_FILE, FIGURES_FOLDER
 from tune.trial.asha import rungs
 from tune.trial.failures import OUT_OF_MEMORY
 from tune.trial.spec import (
@@ -149,7 +149,10 @@ def _train(
 
 def _write_result(folder: Path, run: TrainingRun, record: DetectorRecord, weights: Mapping[str, torch.Tensor]) -> None:
     write_detector(folder / DETECTOR_FOLDER, record, weights, preview_of(run, record))
-    write_figures(folder / FIGURES_FOLDER, run, record)
+    if record.config.data.fold > 0:  # of a finalist, which nobody looks at
+        (folder / EVIDENCE_FILE).write_text(run.evidence(record).to_json())
+    else:
+        write_figures(folder / FIGURES_FOLDER, run, record)
 
 
 def _passed(run: TrainingRun) -> list[int]:

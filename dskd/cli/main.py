@@ -24,11 +24,13 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from dskd.arguments import ConfigSource, UsageError, given_length, parse, parse_known
 from dskd.cli.output import (
     describe_thresholds,
+    evaluation_document,
     interval_document,
+    print_evaluation,
     print_json,
     print_report,
-    print_scores,
     say,
+    show,
     training_document,
 )
 from dskd.config import VERSION, DataSpec, LayoutName, RunConfig, TeacherSource
@@ -264,34 +266,41 @@ def evaluate(
     *,
     data: Path,
     category: str | None = None,
+    false_alarm_rate: float = 0.01,
+    threshold: float | None = None,
     device: str = "auto",
     max_megapixels: float | None = None,
     json: bool = False,
 ) -> None:
-    """Measure a detector on the labelled test images of a category.
+    """Measure a detector on the labelled test images of a category: figures, misses, false alarms.
 
     Args:
         detector: Detector folder.
         data: Folder of categories, or one category.
         category: Which category; the detector's own unless given.
+        false_alarm_rate: Share of good images that may be called anomalous, in (0, 1), for the counts of verdicts.
+        threshold: Score above which an image is anomalous, instead of the calibrated one.
         device: auto, cpu, cuda or cuda:N.
         max_megapixels: Larger images are refused as decompression bombs; 512, or $DSKD_MAX_MEGAPIXELS, unless given.
         json: Print one JSON document.
     """
     _allow_megapixels(max_megapixels)
+    from dskd.detector import chosen_limit
+
     loaded = _load(detector, device)
-    scores = loaded.evaluate(data, category or loaded.record.category, say)
+    limit, note = chosen_limit(loaded, false_alarm_rate, threshold)
+    found = loaded.evaluation(data, category or loaded.record.category, say)
     if json:
         print_json(
             {
                 "category": category or loaded.record.category,
+                "detector_version": loaded.record.detector_version,
                 "teacher": loaded.record.teacher,
-                # JSON has no NaN, which the pixel figures are where no mask has a defect pixel.
-                **{name: value if math.isfinite(value) else None for name, value in scores._asdict().items()},
+                **evaluation_document(found, limit),
             }
         )
     else:
-        print_scores(scores)
+        print_evaluation(found, limit, note)
 
 
 def predict(
@@ -335,7 +344,7 @@ def predict(
         if isinstance(seen, Unreadable):
             say(f"unreadable: {seen.error}")
         if not json:
-            print(describe_prediction(seen), flush=True)
+            show(describe_prediction(seen))
 
     summary = predict_images(
         loaded,

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from dskd.arguments import ConfigSource, UsageError, given_length, parse, parse_known
+from dskd.cli.examples import EXAMPLES
 from dskd.cli.output import (
     describe_thresholds,
     evaluation_document,
@@ -272,7 +273,7 @@ def evaluate(
     max_megapixels: float | None = None,
     json: bool = False,
 ) -> None:
-    """Measure a detector on the labelled test images of a category: figures, misses, false alarms.
+    """Measure a detector on the labelled test images of a category.
 
     Args:
         detector: Detector folder.
@@ -305,7 +306,7 @@ def evaluate(
 
 def predict(
     detector: Positional[Annotated[Path, arg(metavar="DETECTOR")]],
-    images: Positional[Annotated[tuple[Path, ...], arg(metavar="IMAGES…")]],
+    images: Positional[Annotated[tuple[Path, ...], arg(metavar="IMAGES…", help_behavior_hint="(at least one)")]],
     /,
     *,
     out: Path,
@@ -316,7 +317,9 @@ def predict(
     max_megapixels: float | None = None,
     json: bool = False,
 ) -> None:
-    """Inspect images: a verdict for each, with the anomalous regions drawn; exit code 1 if some cannot be read.
+    """Inspect images: a verdict for each, with the anomalous regions drawn.
+
+    Exit code 1 means that some images cannot be read.
 
     Args:
         detector: Detector folder.
@@ -453,7 +456,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "export": export,
         }
         what = "Visual anomaly detection by knowledge distillation."
-        run = parse(commands, given, prog="dskd", description=what, version=VERSION)
+        run = parse(commands, given, prog="dskd", description=what, version=VERSION, examples=EXAMPLES)
         with _terminated_cleanly():
             run()
     except UsageError as error:

@@ -3,10 +3,11 @@
 import io
 import os
 import pty
+import subprocess
 
 import pytest
 
-from dskd.show.lines import fitted, line_width
+from dskd.show.lines import fitted, fitted_command, line_width
 
 
 def test_a_line_breaks_between_words_and_goes_on_indented() -> None:
@@ -18,6 +19,14 @@ def test_a_line_breaks_between_words_and_goes_on_indented() -> None:
 def test_a_word_wider_than_the_terminal_stays_whole() -> None:
     path = "/a-folder/of-a-long/name-with-dashes.png"
     assert path in fitted(f"anomalous  1.25  {path}", 20).split()
+
+
+def test_a_broken_command_can_be_copied() -> None:
+    command = "echo one two three four"
+    broken = fitted_command(command, 14)
+    assert broken.splitlines() == ["echo one two \\", "    three \\", "    four"]
+    assert subprocess.run(["sh", "-c", broken], capture_output=True, text=True, check=True).stdout == command[5:] + "\n"
+    assert fitted_command(command, None) == fitted_command(command, 23) == command
 
 
 def test_each_line_of_a_text_is_fitted_alone() -> None:

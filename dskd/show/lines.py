@@ -34,6 +34,13 @@ def fitted(text: str, width: int | None, indent: int = 2) -> str:
     return "\n".join(_broken(line, width, indent) if len(line) > width else line for line in text.split("\n"))
 
 
+def fitted_command(text: str, width: int | None) -> str:
+    """As `fitted`, for a command that is copied: a line that goes on ends with a backslash, as a shell wants it."""
+    if width is None or len(text) <= width:
+        return text
+    return " \\\n".join(_broken(text, width - 2, 4).split("\n"))
+
+
 def _broken(line: str, width: int, indent: int) -> str:
     margin = " " * (len(line) - len(line.lstrip()))
     further = margin + " " * indent

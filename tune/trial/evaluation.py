@@ -11,6 +11,9 @@ from tune.storage.staging import local_copy
 from tune.trial.assignment import Evaluation
 from tune.trial.spec import REMARK, TrialSpec
 
+TABLE_RATE = 0.01
+"""False-alarm rate of the threshold at which champions are counted and shown; the nearest that the images allow."""
+
 if TYPE_CHECKING:
     import torch
 
@@ -41,7 +44,10 @@ def save_evaluated_champion(
 
 
 def evaluate_on_test(assignment: Evaluation, device: "torch.device") -> dict[str, Any]:
-    """`test/…` figures of a stored detector; without a usable test split a remark that says so."""
+    """`test/…` figures of a stored detector; without a usable test split a remark that says so.
+
+    Beside the metrics how many images there are, and how many verdicts are wrong at the threshold for `TABLE_RATE`.
+    """
     from dskd.detector import Detector  # a slow import that the driver does not need
 
     root, _, name = assignment.detector_uri.rpartition("/")
@@ -52,7 +58,8 @@ def evaluate_on_test(assignment: Evaluation, device: "torch.device") -> dict[str
         try:
             layout = detector.record.config.data.layout
             data = local_copy(assignment.data, assignment.category, assignment.cache_gb, layout)
-            scores = detector.evaluate(data, assignment.category)
+            found = detector.evaluation(data, assignment.category)
         except ValueError as error:
             return {REMARK: f"no test figures: {error}"}
-    return {f"test/{name}": value for name, value in scores._asdict().items()}
+    counts = found.confusion(detector.threshold(TABLE_RATE).value)
+    return {f"test/{name}": value for name, value in (found.scores._asdict() | counts._asdict()).items()}

@@ -4,13 +4,15 @@ tyro makes the flags from the signatures and the help from the docstrings. What 
 framed text of many lines, which no log and no script wants; here it becomes `UsageError`.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
 import inspect
 import sys
+import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +22,7 @@ import tyro
 # prints it framed. This module is private but documented for this use, so pyproject.toml holds tyro below 1.1.
 # An event that is unknown here is printed by tyro as it is.
 from tyro import _errors as mistakes
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from dskd.config import RunConfig, TeacherSource
 from dskd.presets import PRESETS, Preset, read_config, with_backbone
@@ -28,18 +31,47 @@ _ALWAYS_KNOWN = ("help", "tyro-print-completion", "tyro-write-completion")
 
 Result = TypeVar("Result")
 
+_UNSET = "unset"
+"""What the help shows as the default of a flag that may be left out."""
+_registry = ConstructorRegistry()
+
+
+@_registry.primitive_rule
+def _optional(kind: PrimitiveTypeInfo) -> "PrimitiveConstructorSpec[Any] | None":
+    """A flag that may be left out takes what it takes: the help says STR and not {None}|STR."""
+    alternatives = typing.get_args(kind.type)
+    if kind.type_origin not in (types.UnionType, typing.Union) or type(None) not in alternatives:
+        return None
+    others = [each for each in alternatives if each is not type(None)]
+    if len(others) != 1:
+        return None
+    inner = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(others[0], kind.markers))
+    if not isinstance(inner, PrimitiveConstructorSpec):
+        return None
+    return dataclasses.replace(
+        inner,
+        is_instance=lambda value: value is None or inner.is_instance(value),
+        str_from_instance=lambda value: [_UNSET] if value is None else inner.str_from_instance(value),
+    )
+
 
 class UsageError(ValueError):
     """A command line that cannot be understood; the message is one line that says what to change."""
 
 
 def parse(
-    commands: Mapping[str, Callable[..., None]], arguments: Sequence[str], *, prog: str, description: str, version: str
+    commands: Mapping[str, Callable[..., None]],
+    arguments: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    version: str,
+    examples: Mapping[str, Sequence[str]],
 ) -> Callable[[], None]:
     """The command named by the first of `arguments`, ready to be called with what the others say.
 
-    Prints help or the version and exits where that is asked for. Raises UsageError, also for the ValueError of a
-    configuration that is out of range.
+    The help of a command ends with its `examples`, that of all with the first of each. Prints help or the version and
+    exits where that is asked for. Raises UsageError, also for the ValueError of a configuration that is out of range.
     """
     name = arguments[0] if arguments else ""
     if name not in commands and not name.startswith("-"):
@@ -49,24 +81,44 @@ def parse(
         print(prog, version)  # noqa: T201 - beside the help, which tyro prints
         sys.exit(0)
     known = _flags(commands[name]) if name in commands else [*_ALWAYS_KNOWN, "version"]
-    with mistakes.on_parse_error(_one_line(f"{prog} {name}" if name in commands else prog, known)):
+    shown = examples[name] if name in commands else [lines[0] for lines in examples.values()]
+    with (
+        _ending_with(shown, arguments),
+        mistakes.on_parse_error(_one_line(f"{prog} {name}" if name in commands else prog, known)),
+    ):
         command: Callable[[], None] = tyro.extras.subcommand_cli_from_dict(
             {name: deferred(command) for name, command in commands.items()},
             prog=prog,
             description=f"{description}\n\n{prog} {version}; --version prints this.",
             args=arguments,
+            registry=_registry,
         )
     return command
 
 
-def parse_into(target: Callable[..., Result], arguments: Sequence[str], *, prog: str) -> Result:
+def parse_into(
+    target: Callable[..., Result], arguments: Sequence[str], *, prog: str, examples: Sequence[str]
+) -> Result:
     """The result of `target`, a dataclass or a `deferred` function, with the arguments; for programs of one command.
 
-    Prints help and exits where that is asked for. Raises UsageError, also for the ValueError of a value that is
-    out of range.
+    Prints help, with the `examples` at its end, and exits where that is asked for. Raises UsageError, also for the
+    ValueError of a value that is out of range.
     """
-    with mistakes.on_parse_error(_one_line(prog, _flags(target))):
-        return tyro.cli(target, prog=prog, args=arguments)
+    with _ending_with(examples, arguments), mistakes.on_parse_error(_one_line(prog, _flags(target))):
+        return tyro.cli(target, prog=prog, args=arguments, registry=_registry)
+
+
+@contextlib.contextmanager
+def _ending_with(examples: Sequence[str], arguments: Sequence[str]) -> Iterator[None]:
+    """Print the examples after the help, if that is what `arguments` ask for; tyro has no place for them."""
+    try:
+        yield
+    except SystemExit as end:
+        if not end.code and not {"-h", "--help"}.isdisjoint(arguments):
+            print("\nexamples:")  # noqa: T201 - beside the help, which tyro prints
+            for example in examples:
+                print(f"  {example}")  # noqa: T201
+        raise
 
 
 def parse_known(target: type[Result], arguments: Sequence[str], *, prog: str) -> Result:
@@ -75,7 +127,9 @@ def parse_known(target: type[Result], arguments: Sequence[str], *, prog: str) ->
     For what decides the defaults of other flags, which the help shows. Raises UsageError.
     """
     with mistakes.on_parse_error(_one_line(prog, _flags(target))):
-        found, _ = tyro.cli(target, prog=prog, args=arguments, return_unknown_args=True, add_help=False)
+        found, _ = tyro.cli(
+            target, prog=prog, args=arguments, return_unknown_args=True, add_help=False, registry=_registry
+        )
     return found
 
 

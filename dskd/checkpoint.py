@@ -85,6 +85,9 @@ class DetectorRecord:
     """Folds that the normal images were cut into, of which this detector's training left out one; 0: none."""
     calibration_folds: int = 0
     """Detectors that gave `normal_scores`, each to the images that it was not trained on; 0: this detector alone."""
+    detector_version: str = dataclasses.field(default="", compare=False)
+    """12 hex digits that name what decides its verdicts: weights, configuration, thresholds; empty before it is
+    written."""
 
     @property
     def is_untrained_teacher(self) -> bool:
@@ -146,7 +149,7 @@ class DetectorRecord:
 
     def to_json(self, weights_sha256: str) -> str:
         """Text of `detector.json` beside weights of the given hash."""
-        document = {
+        document: dict[str, Any] = {
             "schema": SCHEMA_VERSION,
             **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
             "config": self.config.to_dict(),
@@ -161,6 +164,7 @@ class DetectorRecord:
             | {name: version(name) for name in _LIBRARIES},
             "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
+        document["detector_version"] = _version_of(document)
         return json.dumps(document, indent=2, allow_nan=False) + "\n"
 
     @classmethod
@@ -182,10 +186,12 @@ class DetectorRecord:
         if calibration_files is None:  # of the time when all held-out images served both
             config = {**config, "data": {**config.get("data", {}), "calibration_fraction": 0.0}}
             calibration_files = document.validation_files
-        given = {field.name: getattr(document, field.name) for field in dataclasses.fields(cls)}
+        names = [field.name for field in dataclasses.fields(cls) if field.name != "detector_version"]
+        given = {name: getattr(document, name) for name in names}
         return cls(
             **given
             | {
+                "detector_version": _version_of(values),
                 "config": RunConfig.from_dict(config),
                 "thresholds": tuple(Threshold(*msgspec.structs.astuple(each)) for each in document.thresholds),
                 "part_thresholds": tuple(
@@ -194,6 +200,13 @@ class DetectorRecord:
                 "calibration_files": calibration_files,
             }
         )
+
+
+def _version_of(document: Mapping[str, Any]) -> str:
+    """`DetectorRecord.detector_version` of a `detector.json`: test figures, added later, do not change it."""
+    decisive = {name: document.get(name) for name in ("config", "thresholds", "part_thresholds", "scale", "region")}
+    decisive["weights"] = document["weights"]["sha256"]
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
 
 
 class _Threshold(msgspec.Struct):

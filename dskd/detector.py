@@ -20,9 +20,11 @@ from dskd.data.parts import PartVerdict, judge_parts
 from dskd.data.tiles import MAP_STRIDE
 from dskd.evaluate import (
     AnomalyScores,
+    Evaluation,
+    SeenImage,
     compute_metrics,
     evaluate_tiled,
-    labelled_test_split,
+    labelled,
     score_canvas,
     score_images,
     test_samples,
@@ -158,6 +160,7 @@ def _prediction_fields(record: DetectorRecord, image: str, threshold: float, ver
         "overlay": None,
         "num_clipped": None,
         "category": record.category,
+        "detector_version": record.detector_version,
         "teacher": record.teacher,
         "error": None,
     }
@@ -309,20 +312,27 @@ class Detector:
 
     def evaluate(self, data: Path, category: str, on_note: Callable[[str], object] = lambda note: None) -> Scores:
         """All metrics on the labelled test split of a category; notes and errors as `labelled_test_split`."""
-        layout = self.record.config.data.layout
+        return self.evaluation(data, category, on_note).scores
+
+    def evaluation(self, data: Path, category: str, on_note: Callable[[str], object] = lambda note: None) -> Evaluation:
+        """As `evaluate`, with the score of each test image, which tells what every threshold would do."""
+        samples = test_samples(data, category, on_note, self.record.config.data.layout)
         if self.geometry.tile:
             return evaluate_tiled(
                 self._teacher,
                 self._students,
-                test_samples(data, category, on_note, layout),
+                samples,
                 self.record.config,
                 self.geometry,
                 self._device,
                 self.record.scale,
                 on_note,
             )
-        truth = labelled_test_split(data, category, self.geometry, self.record.scale, on_note, layout)
-        return compute_metrics(self.score_images(truth.images, truth.inside), truth)
+        truth = labelled(samples, self.geometry, self.record.scale, on_note)
+        seen = self.score_images(truth.images, truth.inside)
+        found = zip(samples, truth.labels.tolist(), seen.scores.tolist(), strict=True)
+        images = (SeenImage(each.path, each.defect, is_defective, score) for each, is_defective, score in found)
+        return Evaluation(compute_metrics(seen, truth), tuple(images))
 
 
 def inside_of(images: Sequence[Framed], geometry: Geometry) -> npt.NDArray[np.bool_] | None:

@@ -56,6 +56,57 @@ class AnomalyScores(NamedTuple):
     """(N,)"""
 
 
+class SeenImage(NamedTuple):
+    """A labelled test image and its score."""
+
+    path: Path
+    defect: str
+    """Name of the defect's folder; "good" for a normal image."""
+    is_defective: bool
+    """As it counts: false also for a defect that lies outside of the region of interest."""
+    score: float
+
+
+class Confusion(NamedTuple):
+    """How verdicts at a threshold agree with the labels of test images, in images."""
+
+    num_good: int
+    num_false_alarms: int
+    """Of the good ones, those called anomalous."""
+    num_defective: int
+    num_missed: int
+    """Of the defective ones, those called good."""
+
+
+class Recall(NamedTuple):
+    """Defective images of one kind."""
+
+    num_found: int
+    num_images: int
+
+
+class Evaluation(NamedTuple):
+    """A detector on the labelled test images of a category."""
+
+    scores: Scores
+    images: tuple[SeenImage, ...]
+
+    def confusion(self, threshold: float) -> Confusion:
+        """Counts of right and wrong verdicts; a score above `threshold` is anomalous."""
+        good = [image.score > threshold for image in self.images if not image.is_defective]
+        defective = [image.score > threshold for image in self.images if image.is_defective]
+        return Confusion(len(good), sum(good), len(defective), len(defective) - sum(defective))
+
+    def recall(self, threshold: float) -> dict[str, Recall]:
+        """How many defective images of each kind are called anomalous, by the name of the defect's folder."""
+        found: dict[str, Recall] = {}
+        for image in sorted(self.images, key=lambda image: image.defect):
+            if image.is_defective:
+                so_far = found.get(image.defect, Recall(0, 0))
+                found[image.defect] = Recall(so_far.num_found + (image.score > threshold), so_far.num_images + 1)
+        return found
+
+
 def _unheard(note: str) -> None:
     pass
 
@@ -169,7 +220,16 @@ def labelled_test_split(
     and of masks and images that are worth a look. Raises ValueError where the category has no test images of both
     kinds, or a mask that cannot be told or has another shape than its image.
     """
-    samples = test_samples(data, category, on_note, layout)
+    return labelled(test_samples(data, category, on_note, layout), geometry, scale, on_note)
+
+
+def labelled(
+    samples: Sequence[Sample],
+    geometry: Geometry,
+    scale: PixelScale | None = None,
+    on_note: Callable[[str], object] = _unheard,
+) -> LabelledImages:
+    """The images of `test_samples`; notes and errors as `labelled_test_split`."""
 
     def clipped(path: Path, count: int) -> None:
         on_note(f"{path} has {count} values beyond the scale of the training images; they are clipped.")
@@ -274,9 +334,10 @@ def evaluate_tiled(
     device: torch.device,
     scale: PixelScale | None,
     on_note: Callable[[str], object] = _unheard,
-) -> Scores:
-    """All metrics of whole labelled images that are inspected tile by tile, on the grid of their maps."""
+) -> Evaluation:
+    """Whole labelled images that are inspected tile by tile; all metrics are on the grid of their maps."""
     state = MetricState()
+    seen: list[SeenImage] = []
     for sample in samples:
         framed = load_framed(sample.path, geometry, scale)
         heat, score = score_canvas(teacher, students, framed.rgb, framed.frame, config, geometry, device)
@@ -287,6 +348,7 @@ def evaluate_tiled(
             if geometry.is_outside(marked):
                 is_defective = False
                 on_note(f"{sample.path} counts as good: its defect lies outside of the region of interest.")
+        seen.append(SeenImage(sample.path, sample.defect, is_defective, score))
         is_known = sample.mask is not None or not sample.is_defective
         inside = geometry.inside(framed.frame, MAP_STRIDE)
         state = metrics.update(
@@ -298,7 +360,7 @@ def evaluate_tiled(
             np.array([is_known]),
             inside[None],
         )
-    return metrics.compute(state)
+    return Evaluation(metrics.compute(state), tuple(seen))
 
 
 @torch.inference_mode()

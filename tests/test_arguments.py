@@ -1,12 +1,22 @@
 import io
+import shlex
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import dskd
+from dskd.arguments import parse, parse_into
+from dskd.cli import main as commands
+from dskd.cli.examples import EXAMPLES
 from dskd.cli.main import main
+from tune import demo, pull, score, search
+from tune.settings.demo import DemoSettings
+from tune.settings.pull import PullSettings
+from tune.settings.score import ScoringSettings
+from tune.settings.search import SearchSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 BAD = {
@@ -86,3 +96,47 @@ def test_what_the_command_itself_says_comes_at_once(
     monkeypatch.setattr("dskd.demo.dataset.draw_dataset", draw)
     main(["demo-data", str(tmp_path)])
     assert capsys.readouterr().err.startswith(f"drew {tmp_path}")
+
+
+@pytest.mark.parametrize("command", EXAMPLES)
+def test_the_help_ends_with_examples_and_shows_no_type_of_nothing(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    said = capsys.readouterr().out
+    assert "{None}" not in said
+    assert said.splitlines()[-len(EXAMPLES[command]) :] == [f"  {example}" for example in EXAMPLES[command]]
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert f"  {EXAMPLES[command][0]}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("example", [example for examples in EXAMPLES.values() for example in examples])
+def test_examples_of_the_library_are_valid_command_lines(example: str) -> None:
+    program, *words = shlex.split(example)
+    assert program == "dskd"
+    functions = {name: getattr(commands, name.replace("-", "_")) for name in EXAMPLES}
+    settings = {"train": commands._train_command(words[1:])} if words[0] == "train" else {}
+    parse(functions | settings, words, prog="dskd", description="", version="", examples=EXAMPLES)
+
+
+ENTRIES: dict[str, tuple[Any, Any]] = {
+    "search": (search, SearchSettings),
+    "pull": (pull, PullSettings),
+    "score": (score, ScoringSettings),
+    "demo": (demo, DemoSettings),
+}
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_examples_of_the_application_are_valid_and_end_its_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    entry, settings = ENTRIES[name]
+    for example in entry.EXAMPLES:
+        python, program, *words = shlex.split(example)
+        assert (python, program) == ("python", f"tune/{name}.py")
+        parse_into(settings, words, prog=program, examples=())
+    with pytest.raises(SystemExit):
+        parse_into(settings, ["--help"], prog=program, examples=entry.EXAMPLES)
+    said = capsys.readouterr().out
+    assert "{None}" not in said and said.endswith(f"  {entry.EXAMPLES[-1]}\n")

@@ -24,7 +24,7 @@ from tune.study.budget import Share, Shares
 from tune.study.category import make_sampler, not_yet_asked_for
 from tune.study.context import StudyContext, enter_study, study_context
 from tune.study.hooks import Deadline, Halving, Observe, Searcher, StudyStorage
-from tune.tracking.events import EpochDone, Event, TrialEnded, TrialStarted
+from tune.tracking.events import CategoryContinued, EpochDone, Event, TrialEnded, TrialStarted
 from tune.trial.spec import CATEGORY, ERROR, LOST, OBJECTIVE, RUNG, build_spec
 
 POINTS = [{"depth": 1}, {"depth": 2}]
@@ -171,7 +171,7 @@ def test_a_search_follows_the_size_of_the_cluster(
 
 
 def test_what_a_killed_driver_may_not_have_handed_on_is_said_once_more(tmp_path: Path) -> None:
-    said: list[Event] = []
+    said: list[Event | CategoryContinued] = []
     space = build_space({"dskd": RunConfig().with_values({"epochs": 4})})
     dispatcher = Mock()
     context(tmp_path, space, events=SimpleNamespace(put=said.append), dispatcher=dispatcher)
@@ -187,6 +187,9 @@ def test_what_a_killed_driver_may_not_have_handed_on_is_said_once_more(tmp_path:
     observe = Observe()
     observe.on_step_begin(0, trials)
     observe.on_step_begin(1, trials)
+    assert said.pop(0) == CategoryContinued("bolt", {"a": "finished", "b": "failed"}, 1, 0.5)
+    assert [event.number for event in said if isinstance(event, TrialStarted)] == [1, 2]
+    assert {event.tried for event in said if isinstance(event, TrialStarted)} == {"dskd untuned"}
     assert [(type(event), getattr(event, "trial_id", "")) for event in said] == [
         (kind, name) for name in "ab" for kind in (TrialStarted, EpochDone, TrialEnded)
     ]

@@ -174,7 +174,7 @@ def test_a_node_without_enough_memory_for_a_worker_ends_the_search_with_the_reas
             assert search.driver.wait(200) == 1, log.read_text()
             said = " ".join(log.read_text().split())
             assert "tile: no champion: no worker can start: out of memory: " in said and "--batch-size" in said
-            assert "the same command continues the search" in said and "trial 1/2" not in said
+            assert "the same command continues the search" in said and " of 2 (" not in said
             made.add(1)
             made.kill_node(made.nodes[0])
             outcome = search.start().outcome(200)
@@ -269,7 +269,7 @@ def test_an_s3_server_that_is_slow_overloaded_or_away_for_a_minute_costs_a_searc
         search = chaos.Search("away", words, env, cluster_folder).start()
         log = cluster_folder / "away.log"
         try:
-            chaos.wait_for(lambda: "trial 1/3" in log.read_text() or search.has_ended, "a trial's end")
+            chaos.wait_for(lambda: " of 3 (" in log.read_text() or search.has_ended, "a trial's end")
             assert not search.has_ended, log.read_text()
             refused = link.num_refused
             with link.faulty("cut", 60):

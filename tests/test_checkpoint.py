@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -428,3 +429,15 @@ def test_the_record_says_how_to_preprocess_and_what_wrote_it(detector_folder: Pa
     assert document["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert document["weights"] == {"file": WEIGHTS_FILE, "sha256": sha256_of(detector_folder / WEIGHTS_FILE)}
     assert document["schema"] == SCHEMA_VERSION
+
+
+def test_the_version_names_what_decides_the_verdicts(copied: Path, detector_folder: Path) -> None:
+    before = read_record(copied)
+    assert re.fullmatch(r"[0-9a-f]{12}", before.detector_version)
+    assert json.loads((copied / RECORD_FILE).read_text())["detector_version"] == before.detector_version
+    rewrite_record(copied, before.with_metrics({"test/aupro": 0.5}))
+    assert read_record(copied).detector_version == before.detector_version, "a figure changes no verdict"
+    edit(copied, lambda document: document.pop("detector_version"))
+    assert read_record(copied).detector_version == before.detector_version, "older records have one too"
+    edit(copied, lambda document: document["thresholds"][0].update(value=before.thresholds[0].value + 1))
+    assert read_record(copied).detector_version != before.detector_version

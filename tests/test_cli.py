@@ -76,8 +76,40 @@ def test_evaluate_prints_one_json_document(trained: tuple[Path, CommandResult], 
         assert 0 <= document[name] <= 1
     assert outcome.err == [UNTRAINED_TEACHER, "wood: 12 training, 0 validation, 8 test images"]
     spoken = dskd("evaluate", trained[0], "--data", mvtec_root)
-    figures = dict(line.split() for line in spoken.out.splitlines())
+    lines = spoken.out.splitlines()
+    figures = dict(line.split() for line in lines[: lines.index("")])
     assert float(figures["aupro"]) == pytest.approx(document["aupro"], abs=1e-4)
+
+
+def test_evaluate_counts_what_the_threshold_gets_right_and_wrong(
+    trained: tuple[Path, CommandResult], mvtec_root: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(mvtec_root / "wood", tmp_path / "wood")
+    for part, name in (("test", "003.png"), ("ground_truth", "003_mask.png")):
+        (tmp_path / "wood" / part / "hole").mkdir()
+        (tmp_path / "wood" / part / "scratch" / name).rename(tmp_path / "wood" / part / "hole" / name)
+    verdicts = tmp_path / "verdicts"
+    dskd("predict", trained[0], tmp_path / "wood/test", "--out", verdicts, "--threshold", "0")
+    rows = [json.loads(line) for line in (verdicts / "predictions.jsonl").read_text().splitlines()]
+    scores = {kind: sorted(row["score"] for row in rows if f"/{kind}/" in row["image"])
+              for kind in ("good", "scratch", "hole")}  # fmt: skip
+    limit = (scores["good"][1] + scores["good"][2]) / 2  # two of four good images are above it
+    scratched = sum(score > limit for score in scores["scratch"])
+    holed = sum(score > limit for score in scores["hole"])
+    words = ["evaluate", trained[0], "--data", tmp_path, "--threshold", repr(limit)]
+    document = json.loads(dskd(*words, "--json").out)
+    assert document["confusion"] == {
+        "num_good": 4, "num_false_alarms": 2, "num_defective": 4, "num_missed": 4 - scratched - holed
+    }  # fmt: skip
+    assert document["defects"] == {
+        "hole": {"num_found": holed, "num_images": 1},
+        "scratch": {"num_found": scratched, "num_images": 3},
+    }
+    assert document["detector_version"] == read_record(trained[0]).detector_version == rows[0]["detector_version"]
+    spoken = dskd(*words).out.splitlines()
+    assert f"8 test images; threshold {limit:g} as given" in spoken
+    assert ["good", "2", "2"] in [line.split() for line in spoken]
+    assert any(line.startswith(f"hole           {holed} of 1 ") for line in spoken)
 
 
 def test_figures_without_masks_are_null_and_not_nan(

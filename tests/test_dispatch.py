@@ -79,7 +79,7 @@ def training(name: str = "one", category: str = "bolt") -> Training:
 
 
 def evaluation(name: str = "one") -> Evaluation:
-    return Evaluation(trial_id=name, detector_uri="", data="", category="bolt", cache_gb=0, cpus=1)
+    return Evaluation(trial_id=name, detector_uri="", data="", category="bolt", cache_gb=0, cpus=1, threshold=1.0)
 
 
 def epochs(news: News) -> list[int]:

@@ -94,7 +94,7 @@ def test_a_node_whose_disk_fills_up_loses_no_trial(
             (node,) = made.nodes
             chaos.wait_for(lambda: made.find("worker"), "a worker")
             time.sleep(20)  # its first checkpoint finds no room
-            assert not search.has_ended and "trial 1/2" not in (cluster_folder / "full.log").read_text()
+            assert not search.has_ended and " of 2 (" not in (cluster_folder / "full.log").read_text()
             assert not list(cluster_folder.rglob("training.pt"))
             Path(f"/proc/{node.pid}/root{ballast}").unlink()
             outcome = search.outcome(300)

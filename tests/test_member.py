@@ -157,7 +157,13 @@ def test_a_worker_evaluates_on_the_test_images_or_says_why_it_cannot(
 ) -> None:
     def evaluation(name: str, data: Path) -> Evaluation:
         return Evaluation(
-            trial_id=name, detector_uri=str(detector_folder), data=str(data), category="tile", cache_gb=0, cpus=1
+            trial_id=name,
+            detector_uri=str(detector_folder),
+            data=str(data),
+            category="tile",
+            cache_gb=0,
+            cpus=1,
+            threshold=1.0,
         )
 
     done = serve(Script([evaluation("sound", mvtec_root), evaluation("none", tmp_path)]))

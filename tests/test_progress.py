@@ -1,8 +1,11 @@
 """What a person watching a search sees, fed with events and a clock of its own."""
 
 import io
+import itertools
 import logging
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -10,8 +13,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tune.study.progress import SearchProgress
-from tune.tracking.events import CategoryEnded, EpochDone, Event, TrialEnded, TrialStarted
+from tune.study.progress import QUIET_SECONDS, SearchProgress
+from tune.tracking.events import CategoryContinued, CategoryEnded, EpochDone, Event, TrialEnded, TrialStarted
 
 
 class Clock:
@@ -68,7 +71,7 @@ def test_the_table_counts_trials_and_forecasts_from_their_durations(clock: Clock
         assert drawn(progress)[:2] == ["tile 2/4 – 1 1 0.5000 0:30", "wood 0/4 – 0 0 – 2:00"]
         progress.show(CategoryEnded("tile", "finished", {}, {}))
         progress.show(TrialStarted("wood", "c", {}))
-        assert drawn(progress)[0].endswith("done") and drawn(progress)[-1] == "0:31 so far, about 2:00 left"
+        assert drawn(progress)[0].endswith("stopped") and drawn(progress)[-1] == "0:31 so far, about 2:00 left"
         clock.now += 60
         progress.show(epoch("wood", "c", 3, 0.75))
         # It outlasts the mean, so that it is taken for a whole one: 140 s more, and three of 30 s.
@@ -92,11 +95,11 @@ def test_lines_warnings_and_logs_stand_above_the_table(clock: Clock) -> None:
     log.removeHandler(handler)
     assert handler.stream is sys.stderr
     shown = written(console)
-    for expected in ("trial 1/1 failed after 0 validations: ValueError: [bold]too hot[/]; best", "mind the gap",
+    for expected in ("trial 1 of 1 (a) failed after 0 of 1 validations: ValueError: [bold]too hot[/]", "mind the gap",
                      "a log line", "printed"):  # fmt: skip
         assert shown.count(expected) == 1, expected
         assert shown.index(expected) < shown.rindex("1:05 so far")
-    assert "[  1:05] tile: trial 1/1 failed" in shown
+    assert "[  1:05] tile: trial 1 of 1 (a) failed" in shown
 
 
 def test_ctrl_c_leaves_the_terminal_as_it_was(clock: Clock) -> None:
@@ -134,9 +137,7 @@ def test_elsewhere_there_are_plain_lines_and_nothing_else(capsys: pytest.Capture
             progress.show(event)
     said = capsys.readouterr()
     assert said.out == ""
-    assert (
-        said.err == "[  0:00] tile: trial 1/2 finished after 1 validations; best validation objective so far 0.5000\n"
-    )
+    assert said.err == "[  0:00] tile: trial 1 of 2 (a) finished at 0.5000, the first to end\n"
 
 
 def test_the_share_of_training_is_taken_over_the_trials_own_time(clock: Clock) -> None:
@@ -157,3 +158,133 @@ def test_the_share_of_training_is_taken_over_the_trials_own_time(clock: Clock) -
     share = progress.time_share()
     assert share is not None and tuple(share) == (16.0, 4.0, 20.0)
     assert share.sentence.startswith("80% of the trials' time was training, 20% validation, 0% the rest")
+
+
+def silent() -> Console:
+    """No terminal: a pipe or a file."""
+    return Console(file=io.StringIO(), width=200)
+
+
+def test_a_trials_line_says_its_value_how_it_compares_and_what_it_tried(clock: Clock) -> None:
+    console = silent()
+    progress = SearchProgress(4, 10, console=console, clock=clock)
+    for number, (trial, status, value) in enumerate(
+        (("a", "finished", 0.5), ("b", "finished", 0.7), ("c", "pruned", 0.6), ("d", "interrupted", 0.65)), 1
+    ):
+        progress.show(TrialStarted("tile", trial, {}, number, f"dskd with learning_rate 0.0{number}"))
+        progress.show(epoch("tile", trial, number, value))
+        progress.show(TrialEnded("tile", trial, status, ""))  # type: ignore[arg-type]
+    assert [line.removeprefix("[  0:00] tile: ") for line in written(console).splitlines()] == [
+        "trial 1 of 4 (a) finished at 0.5000, the first to end; dskd with learning_rate 0.01",
+        "trial 2 of 4 (b) finished at 0.7000, the best so far (before: 0.5000); dskd with learning_rate 0.02",
+        "trial 3 of 4 (c) pruned after 3 of 10 validations at 0.6000, best so far 0.7000; dskd with learning_rate 0.03",
+        "trial 4 of 4 (d) interrupted after 4 of 10 validations at 0.6500, best so far 0.7000, by the time budget; the "
+        "same command continues it; dskd with learning_rate 0.04",
+    ]
+
+
+def test_a_trial_that_the_budget_interrupted_has_not_ended(clock: Clock) -> None:
+    progress = SearchProgress(1, 10, console=silent(), clock=clock)
+    for event in (TrialStarted("tile", "a", {}), TrialEnded("tile", "a", "interrupted", "")):
+        progress.show(event)
+    assert drawn(progress)[0].startswith("tile 0/1")
+    progress.show(CategoryEnded("tile", "failed", {}, {}))
+    assert drawn(progress)[0].endswith("stopped")
+    progress.show(TrialStarted("tile", "a", {}, 1))
+    progress.show(TrialEnded("tile", "a", "finished", ""))
+    assert drawn(progress)[0].startswith("tile 1/1") and drawn(progress)[0].endswith("done")
+
+
+def test_a_continued_search_neither_replays_nor_renumbers_its_trials(clock: Clock) -> None:
+    console = silent()
+    progress = SearchProgress(6, 10, console=console, clock=clock)
+    known = CategoryContinued("tile", {"a": "finished", "b": "pruned", "c": "failed"}, 1, 0.7676)
+    repeated = [
+        event
+        for number, (trial, status) in enumerate(known.ended.items(), 1)
+        for event in (
+            TrialStarted("tile", trial, {}, number),
+            epoch("tile", trial, 3, 0.2158),
+            TrialEnded("tile", trial, status, ""),
+        )
+    ]
+    with progress.watching(["tile"]):
+        for event in (known, *repeated):
+            progress.show(event)
+        progress.show(TrialStarted("tile", "d", {}, 4, "dskd untuned"))
+        progress.show(epoch("tile", "d", 10, 0.3))
+        progress.show(TrialEnded("tile", "d", "finished", ""))
+        for event in (known._replace(ended={**known.ended, "d": "finished"}, num_running=0), *repeated):
+            progress.show(event)  # its process was lost, and started again by Ray
+    assert written(console).splitlines() == [
+        "[  0:00] tile: continues: 3 of 6 ended, 1 go on, best 0.7676",
+        "[  0:00] tile: trial 4 of 6 (d) finished at 0.3000, best so far 0.7676; dskd untuned",
+    ]
+    assert drawn(progress)[0] == "tile 4/6 – 1 1 0.7676 0:00"
+
+
+def test_in_a_pipe_nothing_is_silent_for_half_a_minute(clock: Clock) -> None:
+    console = silent()
+    progress = SearchProgress(3, 10, console=console, clock=clock)
+
+    def pass_a_minute() -> set[str]:
+        """What is said in a minute in which nothing happens, looked at every second."""
+        before = len(written(console))
+        for _ in range(60):
+            clock.now += 1
+            progress.beat()
+        said = [line.partition("] ")[2] for line in written(console)[before:].splitlines()]
+        assert len(said) >= 2
+        return {line.partition("; about")[0] for line in said}
+
+    progress.begin("preparing: checks")
+    assert pass_a_minute() == {"still preparing: checks"}
+    with progress.watching(["tile", "wood"]):
+        assert pass_a_minute() == {"2 categories starting or waiting"}
+        progress.show(TrialStarted("tile", "a", {}, 1))
+        assert pass_a_minute() == {"tile: 0 of 3 trials ended, 1 preparing; 1 category starting or waiting"}
+        progress.show(epoch("tile", "a", 4, 0.5))
+        assert pass_a_minute() == {"tile: 0 of 3 trials ended, at validation 4 of 10; 1 category starting or waiting"}
+        for trial in "abc":
+            progress.show(TrialEnded("tile", trial, "finished", ""))
+        ending = "tile: 3 of 3 trials ended, testing and storing the champion, best 0.5000"
+        assert pass_a_minute() == {f"{ending}; 1 category starting or waiting"}
+    progress.begin("finishing: MLflow")
+    assert pass_a_minute() == {"still finishing: MLflow"}
+    times = [60 * int(line[1:4]) + int(line[5:7]) for line in written(console).splitlines()]
+    assert max(after - before for before, after in itertools.pairwise(times)) < 30
+    assert QUIET_SECONDS < 30
+
+
+def test_a_live_table_needs_no_such_lines(clock: Clock) -> None:
+    progress = SearchProgress(3, 10, console=(console := screen()), clock=clock)
+    with progress.watching(["tile"]):
+        clock.now += 100
+        progress.beat()
+    assert "waiting" not in written(console)
+
+
+def test_beats_come_from_a_thread_and_end_with_it(capfd: pytest.CaptureFixture[str], clock: Clock) -> None:
+    progress = SearchProgress(1, 1, clock=clock)
+    threads = threading.active_count()
+    with progress.beating():
+        progress.begin("preparing")
+        clock.now += QUIET_SECONDS
+        while "still preparing" not in (said := capfd.readouterr().err):
+            assert "[  0:00] preparing" in said or not said
+            time.sleep(0.05)
+    assert threading.active_count() == threads
+
+
+def test_on_a_terminal_lines_break_between_words(clock: Clock) -> None:
+    console = screen(80)
+    progress = SearchProgress(2, 10, console=console, clock=clock)
+    with progress.watching(["tile"]):
+        progress.show(
+            TrialStarted("tile", "a", {}, 1, "dskd with " + ", ".join(f"hkd_weight_{n} 0.5" for n in "abcdef"))
+        )
+        progress.show(epoch("tile", "a", 10, 0.5))
+        progress.show(TrialEnded("tile", "a", "finished", ""))
+    shown = [line.rstrip() for line in written(console).splitlines() if "hkd" in line]
+    assert len(shown) == 2 and all(len(line) <= 80 for line in shown)
+    assert sum(line.count(f"hkd_weight_{n} 0.5") for n in "abcdef" for line in shown) == 6

@@ -138,6 +138,7 @@ def test_predict_score_and_the_served_model_say_the_same_in_the_same_words(
     served = served_model.predict(pd.DataFrame({"image": texts})).to_dict("records")
 
     assert {line["verdict"] for line in told} == {"good", "anomalous"}
+    assert {line["detector_version"] for line in told} == {detector.record.detector_version} != {""}
     assert all(bool(line["regions"]) == line["is_anomalous"] == (line["verdict"] == "anomalous") for line in told)
     assert [row["image"] for row in served] == [f"row {number}" for number in range(8)]
     for one, other, third in zip(told, scored, served, strict=True):

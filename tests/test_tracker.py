@@ -385,7 +385,7 @@ def test_progress_counts_the_trials_of_each_category(capsys: pytest.CaptureFixtu
     shown = capsys.readouterr()
     assert shown.out == ""
     assert [line.split("] ")[1] for line in shown.err.splitlines()] == [
-        "tile: trial 1/4 finished after 2 validations; best validation objective so far 0.7500",
-        "wood: trial 1/4 failed after 1 validations: ValueError: too hot; best validation objective so far 0.2500",
-        "tile: trial 2/4 pruned after 0 validations; best validation objective so far 0.7500",
+        "tile: trial 1 of 4 (a) finished at 0.7500, the first to end",
+        "wood: trial 1 of 4 (b) failed after 1 of ? validations: ValueError: too hot",
+        "tile: trial 2 of 4 (c) pruned after 0 of ? validations",
     ]

@@ -11,6 +11,8 @@ from dskd.arguments import parse_into
 from tune.settings.demo import DemoSettings
 from tune.settings.entry import end_at_once, run_entry
 
+EXAMPLES = ("python tune/demo.py --out demo --trials 2",)
+
 
 def main() -> None:
     """Run the demonstration; bad input prints one line and exits with code 2."""
@@ -18,7 +20,7 @@ def main() -> None:
 
 
 def _demo() -> int:
-    settings = parse_into(DemoSettings, sys.argv[1:], prog="tune/demo.py")
+    settings = parse_into(DemoSettings, sys.argv[1:], prog="tune/demo.py", examples=EXAMPLES)
     # Ray, MLflow and torch take seconds to import; --help and a mistyped flag need none of them.
     from tune.jobs.demo import demo
 

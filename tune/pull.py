@@ -6,6 +6,11 @@ from dskd.arguments import parse_into
 from tune.settings.entry import end_at_once, run_entry
 from tune.settings.pull import PullSettings
 
+EXAMPLES = (
+    "python tune/pull.py all --name parts --out champions",
+    "python tune/pull.py flange --alias champion --out registered",
+)
+
 
 def main() -> None:
     """Download the champions; bad input prints one line and exits with code 2."""
@@ -13,7 +18,7 @@ def main() -> None:
 
 
 def _pull() -> int:
-    settings = parse_into(PullSettings, sys.argv[1:], prog="tune/pull.py")
+    settings = parse_into(PullSettings, sys.argv[1:], prog="tune/pull.py", examples=EXAMPLES)
     # Ray, MLflow and torch take seconds to import; --help and a mistyped flag need none of them.
     from tune.jobs.pull import pull
 

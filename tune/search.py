@@ -6,6 +6,12 @@ from dskd.arguments import parse_into
 from tune.settings.entry import end_at_once, run_entry
 from tune.settings.search import SearchSettings
 
+EXAMPLES = (
+    "python tune/search.py --data my-images --name parts --trials 8 --dry-run",
+    "python tune/search.py --data my-images --name parts --trials 8",
+    "python tune/search.py --data my-images --name parts-2 --start-from parts",
+)
+
 
 def main() -> None:
     """Run the search; bad input prints one line per error and exits with code 2."""
@@ -13,7 +19,7 @@ def main() -> None:
 
 
 def _search() -> int:
-    settings = parse_into(SearchSettings, sys.argv[1:], prog="tune/search.py")
+    settings = parse_into(SearchSettings, sys.argv[1:], prog="tune/search.py", examples=EXAMPLES)
     # Ray, MLflow and torch take seconds to import; --help and a mistyped flag need none of them.
     if settings.dry_run:
         from tune.preflight.dry_run import dry_run

@@ -11,6 +11,8 @@ from tune.settings.entry import end_at_once, run_entry
 from tune.settings.train import training_settings
 from tune.tracking.runs import tracked_run, tracking_store
 
+EXAMPLES = ("python tune/train.py --data my-images --category flange --preset stfpm --out detectors/flange",)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Defaults(ConfigSource):
@@ -39,7 +41,7 @@ def main() -> None:
 
 def _train() -> int:
     flags = functools.partial(training_settings, settings=_config_of(sys.argv[1:]))
-    settings = parse_into(flags, sys.argv[1:], prog="tune/train.py")
+    settings = parse_into(flags, sys.argv[1:], prog="tune/train.py", examples=EXAMPLES)
     # Ray, MLflow and torch take seconds to import; --help and a mistyped flag need none of them.
     from tune.jobs.train import train
 

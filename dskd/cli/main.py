@@ -22,13 +22,16 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from dskd.arguments import ConfigSource, UsageError, given_length, parse, parse_known
+from dskd.cli.examples import EXAMPLES
 from dskd.cli.output import (
     describe_thresholds,
+    evaluation_document,
     interval_document,
+    print_evaluation,
     print_json,
     print_report,
-    print_scores,
     say,
+    show,
     training_document,
 )
 from dskd.config import VERSION, DataSpec, LayoutName, RunConfig, TeacherSource
@@ -264,6 +267,8 @@ def evaluate(
     *,
     data: Path,
     category: str | None = None,
+    false_alarm_rate: float = 0.01,
+    threshold: float | None = None,
     device: str = "auto",
     max_megapixels: float | None = None,
     json: bool = False,
@@ -274,29 +279,34 @@ def evaluate(
         detector: Detector folder.
         data: Folder of categories, or one category.
         category: Which category; the detector's own unless given.
+        false_alarm_rate: Share of good images that may be called anomalous, in (0, 1), for the counts of verdicts.
+        threshold: Score above which an image is anomalous, instead of the calibrated one.
         device: auto, cpu, cuda or cuda:N.
         max_megapixels: Larger images are refused as decompression bombs; 512, or $DSKD_MAX_MEGAPIXELS, unless given.
         json: Print one JSON document.
     """
     _allow_megapixels(max_megapixels)
+    from dskd.detector import chosen_limit
+
     loaded = _load(detector, device)
-    scores = loaded.evaluate(data, category or loaded.record.category, say)
+    limit, note = chosen_limit(loaded, false_alarm_rate, threshold)
+    found = loaded.evaluation(data, category or loaded.record.category, say)
     if json:
         print_json(
             {
                 "category": category or loaded.record.category,
+                "detector_version": loaded.record.detector_version,
                 "teacher": loaded.record.teacher,
-                # JSON has no NaN, which the pixel figures are where no mask has a defect pixel.
-                **{name: value if math.isfinite(value) else None for name, value in scores._asdict().items()},
+                **evaluation_document(found, limit),
             }
         )
     else:
-        print_scores(scores)
+        print_evaluation(found, limit, note)
 
 
 def predict(
     detector: Positional[Annotated[Path, arg(metavar="DETECTOR")]],
-    images: Positional[Annotated[tuple[Path, ...], arg(metavar="IMAGES…")]],
+    images: Positional[Annotated[tuple[Path, ...], arg(metavar="IMAGES…", help_behavior_hint="(at least one)")]],
     /,
     *,
     out: Path,
@@ -307,7 +317,9 @@ def predict(
     max_megapixels: float | None = None,
     json: bool = False,
 ) -> None:
-    """Inspect images: a verdict for each, with the anomalous regions drawn; exit code 1 if some cannot be read.
+    """Inspect images: a verdict for each, with the anomalous regions drawn.
+
+    Exit code 1 means that some images cannot be read.
 
     Args:
         detector: Detector folder.
@@ -335,7 +347,7 @@ def predict(
         if isinstance(seen, Unreadable):
             say(f"unreadable: {seen.error}")
         if not json:
-            print(describe_prediction(seen), flush=True)
+            show(describe_prediction(seen))
 
     summary = predict_images(
         loaded,
@@ -444,7 +456,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "export": export,
         }
         what = "Visual anomaly detection by knowledge distillation."
-        run = parse(commands, given, prog="dskd", description=what, version=VERSION)
+        run = parse(commands, given, prog="dskd", description=what, version=VERSION, examples=EXAMPLES)
         with _terminated_cleanly():
             run()
     except UsageError as error:

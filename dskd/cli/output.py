@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dskd.show.lines import fitted, line_width
 from dskd.show.times import duration
 
 if TYPE_CHECKING:
     from dskd.checkpoint import DetectorRecord
     from dskd.config import RunConfig
     from dskd.data.check import Report
-    from dskd.metrics import Scores
+    from dskd.evaluate import Evaluation
     from dskd.training.run import IntervalResult
 
 _MANY_NOTES = 5  # of one kind in one folder; more are only counted
@@ -56,33 +57,33 @@ def training_document(report: "Report", config: "RunConfig", seconds_per_step: f
 
 def print_report(report: "Report", training: Mapping[str, Any]) -> None:
     for category in report.categories:
-        print(f"{category.name}  ({category.layout}, {category.folder})")
+        show(f"{category.name}  ({category.layout}, {category.folder})")
         for split, counts in category.counts.items():
-            print(f"  {split:11} {_counted(counts)}")
+            show(f"  {split:11} {_counted(counts)}")
         if (length := training["categories"].get(category.name)) is not None:
-            print(
+            show(
                 f"  {'training':11} {length['steps']} steps, each of {length['images']} images seen "
                 f"{length['times_each_image_is_seen']:.0f} times"
                 + ("" if length["seconds"] is None else f"; {duration(length['seconds'])} on this machine")
             )
         if category.extent:
-            print(f"  {'size':11} {_span(category.extent.width)} x {_span(category.extent.height)} pixels")
+            show(f"  {'size':11} {_span(category.extent.width)} x {_span(category.extent.height)} pixels")
         depths = ", ".join(f"{count} of {name}" for name, count in category.depths.items())
         if category.values:
             low, high = category.values
             depths += f" ({low:g} to {high:g}; {category.scale or 'no common scale'})"
-        print(f"  {'depth':11} {depths or 'no image can be read'}")
+        show(f"  {'depth':11} {depths or 'no image can be read'}")
     errors = [problem for problem in report.problems if problem.severity == "error"]
     for problem in errors:
-        print(f"error: {problem.message}")
+        show(f"error: {problem.message}")
     notes: dict[tuple[str, Path], list[str]] = {}
     for problem in report.problems[len(errors) :]:
         notes.setdefault((problem.kind, problem.path.parent), []).append(problem.message)
     for (kind, folder), messages in notes.items():
         for message in messages if len(messages) <= _MANY_NOTES else messages[:1]:
-            print(f"note: {message}")
+            show(f"note: {message}")
         if len(messages) > _MANY_NOTES:
-            print(f"note: {len(messages) - 1} more of this kind ({kind}) in {folder}; --json names them.")
+            show(f"note: {len(messages) - 1} more of this kind ({kind}) in {folder}; --json names them.")
     verdict = "can be trained on" if report.is_trainable else "cannot be trained on as it is"
     say(f"{len(errors)} errors, {len(report.problems) - len(errors)} notes: {report.root} {verdict}")
 
@@ -100,14 +101,43 @@ def _span(sides: tuple[int, int]) -> str:
     return str(sides[0]) if sides[0] == sides[1] else f"{sides[0]}–{sides[1]}"
 
 
-def print_scores(scores: "Scores") -> None:
-    for name, value in scores._asdict().items():
-        print(f"{name:14} {value:.4f}")
+def print_evaluation(found: "Evaluation", threshold: float, note: str) -> None:
+    """Figures, then right and wrong verdicts at the threshold, then what was found of each kind of defect."""
+    for name, value in found.scores._asdict().items():
+        show(f"{name:14} {value:.4f}" if math.isfinite(value) else f"{name:14} –")
+    counts = found.confusion(threshold)
+    show(f"\n{len(found.images)} test images; {note}")
+    rows = {
+        "": ("called good", "called anomalous"),
+        "good": (counts.num_good - counts.num_false_alarms, counts.num_false_alarms),
+        "defective": (counts.num_missed, counts.num_defective - counts.num_missed),
+    }
+    for name, (good, anomalous) in rows.items():
+        show(f"{name:14} {good:>11}  {anomalous:>16}")
+    show("\nfound of each kind of defect")
+    for name, recall in found.recall(threshold).items():
+        show(f"{name:14} {recall.num_found} of {recall.num_images} ({recall.num_found / recall.num_images:.0%})")
+
+
+def evaluation_document(found: "Evaluation", threshold: float) -> dict[str, Any]:
+    """The same as plain values; JSON has no NaN, which the pixel figures are where no mask has a defect pixel."""
+    return {
+        **{name: value if math.isfinite(value) else None for name, value in found.scores._asdict().items()},
+        "threshold": threshold,
+        "confusion": found.confusion(threshold)._asdict(),
+        "defects": {name: recall._asdict() for name, recall in found.recall(threshold).items()},
+    }
 
 
 def print_json(document: dict[str, Any]) -> None:
     print(json.dumps(document, indent=2, allow_nan=False))
 
 
+def show(line: str) -> None:
+    """Print a line on stdout, which is for results."""
+    print(fitted(line, line_width(sys.stdout)), flush=True)
+
+
 def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    """Print a line on stderr, which is for people."""
+    print(fitted(line, line_width(sys.stderr)), file=sys.stderr, flush=True)

@@ -7,6 +7,7 @@ from typing import Self
 
 from tqdm import tqdm
 
+from dskd.show.lines import fitted, line_width
 from dskd.training.loop import Step
 from dskd.training.run import TrainingRun
 
@@ -43,5 +44,5 @@ class TrainingBar:
 
     def say(self, line: str) -> None:
         """Print a line above the bar, or only the line if there is no bar."""
-        self._bar.write(line, file=sys.stderr)
+        self._bar.write(fitted(line, line_width(sys.stderr)), file=sys.stderr)
         sys.stderr.flush()

@@ -1,94 +1,117 @@
 """What a search prints at its end: the table of champions, what differs from the presets, how to go on."""
 
-import sys
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 
-from rich.console import Console
-from rich.table import Table
-
-from dskd.checkpoint import RECORD_FILE
-from dskd.config import RunConfig
+from dskd.checkpoint import RECORD_FILE, DetectorRecord
+from dskd.show.times import duration
+from tune.jobs.tables import print_command, print_line, print_rows, stderr_console
 from tune.settings.plan import SearchPlan
 from tune.settings.search import SearchSettings
+from tune.settings.space import describe_changes
 from tune.storage.champions import Champion
 from tune.storage.files import Storage, StorageError
 from tune.study.categories import CategoryResult
 from tune.study.progress import TimeShare
 from tune.tracking.client import tracking_ui_command
+from tune.trial.evaluation import TABLE_RATE
+
+_COLUMNS = (
+    "category",
+    "trials",
+    "validation",
+    "gain",
+    "image AUROC",
+    "pixel AUROC",
+    "AUPRO",
+    "missed",
+    "false alarms",
+    "time",
+)
 
 
 def show_outcome(
-    results: Sequence[CategoryResult], plan: SearchPlan, settings: SearchSettings, share: TimeShare | None
+    results: Sequence[CategoryResult],
+    plan: SearchPlan,
+    settings: SearchSettings,
+    share: TimeShare | None,
+    seconds: Mapping[str, float],
 ) -> None:
-    """Print the results of all categories on stderr."""
-    table = Table(title=f"Champions of {settings.name}")
-    for column in (
-        "category",
-        "trials",
-        "pruned",
-        "failed",
-        "validation",
-        "image AUROC",
-        "pixel AUROC",
-        "AUPRO",
-    ):
-        table.add_column(column, justify="left" if column == "category" else "right")
-    for result in results:
-        counts = [str(result.num_trials), str(result.num_pruned), str(result.num_failed)]
-        metrics = result.champion.metrics if result.champion else {}
-        figures = ("val/objective", "test/image_auroc", "test/pixel_auroc", "test/aupro")
-        table.add_row(
-            result.category,
-            *counts,
-            *(f"{metrics[name]:.4f}" if name in metrics else "–" for name in figures),
-        )
-    console = Console(stderr=True, width=None if sys.stderr.isatty() else 110)
-    console.print(table)
+    """Print the results of all categories on stderr; `seconds` is the time of each in this command."""
+    rows = [_row(result, seconds.get(result.category)) for result in results]
+    console = stderr_console()
+    print_rows(console, f"Champions of {settings.name}", _COLUMNS, rows)
     if settings.selection == "oracle":
-        console.print(
-            "[bold red]selection=oracle: selected on the test images, as papers do; these figures are too optimistic[/]"
-        )
+        what = "selection=oracle: selected on the test images, as papers do; these figures are too optimistic"
+        print_line(console, what, "bold red")
     else:
         chooses = "image AUROC" if plan.config.data.layout == "classes" else "mean of image AUROC and AUPRO"
-        console.print(f"validation: {chooses} on synthetic defects; AUROC and AUPRO: test images, once")
+        print_line(
+            console,
+            f"validation: {chooses} on synthetic defects; gain: over the untuned preset, on the folds that did not "
+            "choose; all behind it: on test images, once",
+        )
     if plan.teacher.is_untrained:
-        console.print("[bold red]untrained teacher: these figures have no meaning for inspection[/]")
+        print_line(console, "untrained teacher: these figures have no meaning for inspection", "bold red")
     for result in results:
         if result.error:
-            console.print(f"{result.category}: no champion: {result.error}", markup=False)
+            print_line(console, f"{result.category}: no champion: {result.error}")
         if result.champion:
-            place = f"{plan.addresses.home}/{result.champion.folder}"
-            for line in (f"{result.category}: {changes_of(result.champion, plan)}", f"  in {place}"):
-                console.print(line, markup=False, highlight=False, soft_wrap=True)
+            print_line(console, f"{result.category}: {changes_of(result.champion, plan)}")
+            if result.decision:
+                print_line(console, f"  {result.decision}")
+            print_line(console, f"  in {plan.addresses.home}/{result.champion.folder}")
     if share is not None:
-        console.print(share.sentence, highlight=False)
-    lines = [
-        f"pull:    python tune/pull.py all --name {settings.name} --storage {settings.storage} --out detectors",
-        f"compare: {tracking_ui_command(plan.addresses.tracking)}",
-    ]
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        print_line(console, share.sentence)
+    storage = shlex.quote(settings.storage)
+    print_line(console, "pull the champions:")
+    print_command(console, f"python tune/pull.py all --name {settings.name} --storage {storage} --out detectors")
+    print_line(console, "compare the runs:")
+    print_command(console, tracking_ui_command(plan.addresses.tracking))
+
+
+def _row(result: CategoryResult, seconds: float | None) -> tuple[str, ...]:
+    """The cells of a category; – for what is not known."""
+    metrics = result.champion.metrics if result.champion else {}
+    ends = {"pruned": result.num_pruned, "failed": result.num_failed, "interrupted": result.num_interrupted}
+    trials = ", ".join([str(result.num_trials), *(f"{count} {end}" for end, count in ends.items() if count)])
+
+    def figure(name: str) -> str:
+        return f"{metrics[name]:.4f}" if name in metrics else "–"
+
+    return (
+        result.category,
+        trials,
+        figure("val/objective"),
+        _gain(metrics),
+        *map(figure, ("test/image_auroc", "test/pixel_auroc", "test/aupro")),
+        _share(metrics, "test/num_missed", "test/num_defective"),
+        _share(metrics, "test/num_false_alarms", "test/num_good"),
+        "–" if seconds is None else duration(seconds),
+    )
+
+
+def _gain(metrics: Mapping[str, float]) -> str:
+    """Gain over the untuned preset and its error, on folds that did not choose; – where it was not measured."""
+    if "gain/objective" not in metrics:
+        return "–"
+    return f"{metrics['gain/objective']:+.3f} ± {metrics['gain/error']:.3f}"
+
+
+def _share(metrics: Mapping[str, float], part: str, whole: str) -> str:
+    return f"{metrics[part]:.0f} of {metrics[whole]:.0f}" if part in metrics and whole in metrics else "–"
 
 
 def changes_of(champion: Champion, plan: SearchPlan) -> str:
-    """The fields in which a champion's configuration differs from the closest preset of the search, as text."""
+    """How a champion's configuration differs from the closest preset of the search, and its threshold."""
     try:
         record = Storage(plan.addresses.home).read_json(f"{champion.folder}/{RECORD_FILE}")
     except StorageError as error:  # the search itself has succeeded
         return str(error)
     if record is None:
         return "its record is missing in the storage"
-    found = RunConfig.from_dict(record["config"]).flat()
-    differences = {
-        preset: {name: value for name, value in found.items() if value != base.flat()[name]}
-        for preset, base in plan.configs.items()
-    }
-    preset = min(differences, key=lambda name: len(differences[name]))
-    changed = ", ".join(f"{name} {_short(value)}" for name, value in differences[preset].items())
-    return f"{preset} with {changed}" if changed else f"{preset} itself"
-
-
-def _short(value: object) -> str:
-    if isinstance(value, tuple):
-        return f"({', '.join(map(_short, value))})"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    found = DetectorRecord.from_document(record)
+    changes = describe_changes(found.config, plan.configs)
+    limit = found.threshold(TABLE_RATE)
+    kind = "expected, not proven" if found.is_approximate else "proven"
+    return f"{changes}; threshold {limit.value:.4g} for at most {limit.false_alarm_rate:.1%} false alarms ({kind})"

@@ -1,26 +1,23 @@
 """Downloads the best detector of each category from a search's storage or from MLflow's registry."""
 
 import json
-import sys
+import shlex
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.table import Table
-
 from dskd.checkpoint import DetectorRecord
+from tune.jobs.tables import print_command, print_line, print_rows, stderr_console
 from tune.settings.pull import PullSettings
 from tune.storage.champions import champion_categories, download_detector, download_detector_files, find_best
 from tune.storage.files import open_search
 from tune.tracking.client import check_server, registry_client, run_link, without_password
 from tune.tracking.registry import fetch, find_registered, registered_categories
+from tune.trial.evaluation import TABLE_RATE
 
 _COLUMNS = ("category", "validation", "image AUROC", "pixel AUROC", "AUPRO", "threshold", "folder", "run")
 _FIGURES = ("val/objective", "test/image_auroc", "test/pixel_auroc", "test/aupro")
-_RATE = 0.01
-"""False-alarm rate of the threshold in the table."""
 
 
 class PulledDetector(NamedTuple):
@@ -107,25 +104,26 @@ def _embedded_tracking(storage: str) -> str:
 
 
 def _show(pulled: list[PulledDetector], settings: PullSettings) -> None:
-    named = f"Registered models with the alias {settings.alias}"
-    table = Table(title=named if settings.alias else f"Champions of {settings.name}")
-    for column in _COLUMNS:
-        table.add_column(column, overflow="fold")
+    rows = []
     for detector in pulled:
         record = detector.record
-        threshold = record.threshold(_RATE)
+        threshold = record.threshold(TABLE_RATE)
         remarks = [
             *([] if detector.is_final else ["best so far"]),
             *(["chosen by the test images"] if record.selection == "oracle" else []),
             *(["untrained teacher"] if record.is_untrained_teacher else []),
         ]
-        table.add_row(
-            f"{detector.category} ({', '.join(remarks)})" if remarks else detector.category,
-            *(f"{record.metrics[figure]:.4f}" if figure in record.metrics else "–" for figure in _FIGURES),
-            f"{threshold.value:.4g} ({threshold.false_alarm_rate:.1%} false alarms)",
-            str(detector.folder),
-            detector.link,
+        rows.append(
+            (
+                f"{detector.category} ({', '.join(remarks)})" if remarks else detector.category,
+                *(f"{record.metrics[figure]:.4f}" if figure in record.metrics else "–" for figure in _FIGURES),
+                f"{threshold.value:.4g} ({threshold.false_alarm_rate:.1%} false alarms)",
+                str(detector.folder),
+                detector.link,
+            )
         )
-    console = Console(stderr=True, width=None if sys.stderr.isatty() else 200)
-    console.print(table)
-    console.print(f"inspect images: dskd predict {pulled[0].folder} IMAGES --out verdicts", markup=False)
+    console = stderr_console()
+    named = f"Registered models with the alias {settings.alias}"
+    print_rows(console, named if settings.alias else f"Champions of {settings.name}", _COLUMNS, rows)
+    print_line(console, "inspect images:")
+    print_command(console, f"dskd predict {shlex.quote(str(pulled[0].folder))} IMAGES --out verdicts")

@@ -61,6 +61,7 @@ SCHEMA = pa.schema(
         ("overlay", pa.string()),  # below OUT
         ("num_clipped", pa.int64()),  # values beyond the scale of images of more than 8 bits
         ("category", pa.string()),
+        ("detector_version", pa.string()),
         ("teacher", pa.string()),
         ("error", pa.string()),
     ]
@@ -138,6 +139,7 @@ def _scored(settings: ScoringSettings) -> dict[str, Any]:
         **parts,
         "detector": settings.detector,
         "category": detector.record.category,
+        "detector_version": detector.record.detector_version,
         "weights_sha256": weights_sha256,
         "teacher": detector.record.teacher,
         "threshold": limit,

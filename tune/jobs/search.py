@@ -63,7 +63,10 @@ class _Begun(NamedTuple):
 
 def _search(settings: SearchSettings, held: ExitStack) -> list["CategoryResult"]:
     progress = SearchProgress(settings.trials, settings.num_reports)
+    held.enter_context(progress.beating())
+    progress.begin("preparing: checks of data and servers, start of Ray")
     plan, workers, groups = _begin(settings, progress, held)
+    progress.begin("starting: the first workers, and the run in MLflow")
     from dskd.detector import UNTRAINED_TEACHER
     from tune.jobs.outcome import show_outcome
     from tune.preflight import identity
@@ -86,9 +89,11 @@ def _search(settings: SearchSettings, held: ExitStack) -> list["CategoryResult"]
     progress.say(f"searching {', '.join(plan.categories)}: {plan.trials} trials each, state in {addresses.home}")
     with progress.watching(plan.categories):
         results = run_search(plan, groups, workers, revision, tracker, progress)
+    progress.begin("finishing: the last events to MLflow")
     if num_unsent := tracker.close(_TRACKING_PATIENCE):
         progress.say(f"MLflow does not answer: {num_unsent} events are in {unsent}; the same command writes them")
-    show_outcome(results, plan, settings, progress.time_share())
+    seconds = {category: progress.seconds_of(category) for category in plan.categories}
+    show_outcome(results, plan, settings, progress.time_share(), seconds)
     return results
 
 

@@ -3,21 +3,23 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from tune.storage.uris import LOCAL_RESULTS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PullSettings:
-    """Download and verify the best detector of each category; a folder appears complete or not at all.
+    """Download and verify the best detector of each category.
 
-    A search that is still running, or was killed, gives its best trial so far. The same command resumes a partial
+    A folder appears complete or not at all. A search that is still running, or
+    was killed, gives its best trial so far. The same command resumes a partial
     download.
     """
 
-    categories: Positional[tuple[str, ...]]
+    categories: Positional[Annotated[tuple[str, ...], arg(metavar="CATEGORY…")]]
     """Names of categories, or all."""
     out: Path
     """Folder that receives one detector folder per category."""

@@ -228,6 +228,10 @@ class Space:
         values = {name.removeprefix(prefix): value for name, value in suggested.items() if name not in choices}
         return with_suggestions(self.bases[variant], values)
 
+    def base_of(self, suggested: Mapping[str, Any]) -> RunConfig:
+        """The untuned configuration that a trial varies."""
+        return self.bases[self.variant_of(suggested)]
+
     def starting_points(self) -> list[dict[str, Any]]:
         """The points that a search tries first, each once.
 
@@ -395,6 +399,29 @@ def _values(config: RunConfig) -> dict[str, Any]:
         else:
             values[field] = value
     return values
+
+
+def describe_changes(config: RunConfig, presets: Mapping[str, RunConfig], most: int | None = None) -> str:
+    """The fields in which a configuration differs from the closest preset, as text; of more than `most` the number.
+
+    "dskd untuned" if it is that preset.
+    """
+    found = config.flat()
+    differences = {
+        preset: [f"{name} {_short(value)}" for name, value in found.items() if value != base.flat()[name]]
+        for preset, base in presets.items()
+    }
+    preset = min(differences, key=lambda name: len(differences[name]))
+    changed = differences[preset]
+    if most is not None and len(changed) > most:
+        changed = [*changed[:most], f"{len(changed) - most} more"]
+    return f"{preset} with {', '.join(changed)}" if changed else f"{preset} untuned"
+
+
+def _short(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_short, value))})"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def usual_teacher(base: RunConfig, preset: str, backbone: str) -> RunConfig:

@@ -28,7 +28,7 @@ from tune.study.progress import SearchProgress
 from tune.study.selection import FoldTrainings, select_champion
 from tune.tracking.category_page import category_note, draw_study
 from tune.tracking.client import without_passwords
-from tune.tracking.events import CategoryEnded, Event, TrialEnded
+from tune.tracking.events import CategoryContinued, CategoryEnded, Event, TrialEnded
 from tune.tracking.outbox import TrackingRefusedError, TrackingUnavailableError
 from tune.tracking.tracker import Tracker
 from tune.trial.evaluation import save_evaluated_champion
@@ -84,9 +84,11 @@ def run_search(
     # In a thread of its own: a storage that does not answer must not delay the events.
     with ThreadPoolExecutor(1, thread_name_prefix="best so far") as noting:
 
-        def handle(event: Event) -> None:
-            tracker.put(event)
+        def handle(event: Event | CategoryContinued) -> None:
             progress.show(event)
+            if isinstance(event, CategoryContinued):
+                return
+            tracker.put(event)
             if isinstance(event, TrialEnded) and event.detector:
                 noting.submit(_note_best, search, event)
 

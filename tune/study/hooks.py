@@ -16,9 +16,18 @@ from ray.tune.search.optuna import OptunaSearch
 
 from tune.runtime.cluster import cluster_nodes, count_trials
 from tune.runtime.ray_internals import fill_rungs, num_open_suggestions, study_and_known_trials, take_snapshot
+from tune.settings.space import describe_changes
 from tune.storage.uris import DETECTOR_FOLDER
 from tune.study.context import study_context
-from tune.tracking.events import DataUsed, EpochDone, Remarked, Status, TrialEnded, TrialStarted
+from tune.tracking.events import (
+    CategoryContinued,
+    DataUsed,
+    EpochDone,
+    Remarked,
+    Status,
+    TrialEnded,
+    TrialStarted,
+)
 from tune.trial.failures import out_of_memory_reason, retry_cost
 from tune.trial.spec import (
     CATEGORY,
@@ -32,6 +41,9 @@ from tune.trial.spec import (
     RUNG,
     tracked_figures,
 )
+
+_MOST_CHANGES = 5
+"""Changes of a trial that its line names; MLflow has all."""
 
 
 def close_abandoned(study: optuna.Study, known: Set[int]) -> None:
@@ -172,9 +184,11 @@ class Observe(ray.tune.Callback):
             return
         self._has_repeated_ends = True
         study_context().dispatcher.keep_only.remote(study_context().category, [_key(trial) for trial in trials])
-        for trial in trials:
+        if trials:
+            study_context().events.put(_continued(trials))
+        for number, trial in enumerate(trials, 1):
             if trial.is_finished():
-                self._announce(trial)
+                self._announce(trial, number)
                 if trial.last_result:
                     self.on_trial_result(iteration, trials, trial, trial.last_result)
                 _send_end(trial, trial.status == Trial.ERROR)
@@ -182,14 +196,17 @@ class Observe(ray.tune.Callback):
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Put the trial into a snapshot first: a warm one may end before the next, and must not be replaced then."""
         take_snapshot(study_context().tune)
-        self._announce(trial)
+        self._announce(trial, trials.index(trial) + 1)
 
-    def _announce(self, trial: Trial) -> None:
+    def _announce(self, trial: Trial, number: int) -> None:
         context = study_context()
-        params = context.space.configuration(trial.config).flat() | context.spec.tracked_values()
-        params |= {"preset": context.space.preset_of(trial.config)}
+        config = context.space.configuration(trial.config)
+        params = config.flat() | context.spec.tracked_values()
+        preset = context.space.preset_of(trial.config)
+        params |= {"preset": preset}
         context.running.add(trial.trial_id)
-        context.events.put(TrialStarted(context.category, trial.trial_id, params))
+        tried = describe_changes(config, {preset: context.space.base_of(trial.config)}, _MOST_CHANGES)
+        context.events.put(TrialStarted(context.category, trial.trial_id, params, number, tried))
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
@@ -236,6 +253,20 @@ class Observe(ray.tune.Callback):
                     context.events.put(TrialEnded(context.category, trial.trial_id, "interrupted", ""))
 
 
+def _continued(trials: list[Trial]) -> CategoryContinued:
+    ended = {trial.trial_id: _status(trial) for trial in trials if trial.is_finished()}
+    objectives = [float(trial.last_result[OBJECTIVE]) for trial in trials if OBJECTIVE in (trial.last_result or {})]
+    return CategoryContinued(study_context().category, ended, len(trials) - len(ended), max(objectives, default=None))
+
+
+def _status(trial: Trial) -> Status:
+    """How an ended trial ended."""
+    last = trial.last_result or {}
+    if trial.status == Trial.ERROR or last.get(ERROR):
+        return "failed"
+    return "finished" if last.get(EPOCH, 0) >= study_context().plan.num_reports else "pruned"
+
+
 def _send_end(trial: Trial, is_lost: bool) -> None:
     """Send the trial's end; `is_lost`: it failed too often, and Tune gave up."""
     context = study_context()
@@ -245,8 +276,7 @@ def _send_end(trial: Trial, is_lost: bool) -> None:
     if is_lost:
         failures = _failure_text(trial)
         error = context.failure_reasons[trial.trial_id] = out_of_memory_reason(failures) or failures
-    is_last = last.get(EPOCH, 0) >= context.plan.num_reports
-    status: Status = "failed" if error else "finished" if is_last else "pruned"
+    status = "failed" if error else _status(trial)
     detector = detector_uri(last, trial.checkpoint) if status == "finished" else None
     objective = float(last.get(OBJECTIVE, 0.0))
     context.events.put(TrialEnded(context.category, trial.trial_id, status, error, objective, detector or ""))

@@ -1,21 +1,40 @@
-"""Progress of a search on stderr: a line per ended trial, and on a terminal a live table."""
+"""Progress of a search on stderr: a line per ended trial, and on a terminal a live table.
+
+Elsewhere, as in a job's log, a line says at least every half minute what is being done.
+"""
 
 import logging
+import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from tune.tracking.events import CategoryEnded, EpochDone, Event, Remarked, TrialEnded, TrialStarted
+from dskd.show.lines import fitted, line_width
+from tune.tracking.events import (
+    CategoryContinued,
+    CategoryEnded,
+    EpochDone,
+    Event,
+    Remarked,
+    Status,
+    TrialEnded,
+    TrialStarted,
+)
 from tune.trial.spec import OBJECTIVE
+
+QUIET_SECONDS = 25.0
+"""Longest silence without a table; half a minute with what it takes to notice."""
+_LOOK_SECONDS = 1.0
+"""Pause between two looks at how long nothing was said."""
 
 
 class TimeShare(NamedTuple):
@@ -43,6 +62,9 @@ class TimeShare(NamedTuple):
 @dataclass
 class _Trial:
     started: float
+    number: int
+    tried: str
+    best: float | None = None
     epoch: int = 0
     training: float = 0.0
     validation: float = 0.0
@@ -51,16 +73,25 @@ class _Trial:
 @dataclass
 class _Category:
     running: dict[str, _Trial] = field(default_factory=dict)
-    ended: dict[str, int] = field(default_factory=dict)
-    """Number of trials by status."""
+    ended: dict[str, Status] = field(default_factory=dict)
+    """Status of each ended trial, by its id."""
+    finalists: dict[str, bool] = field(default_factory=dict)
+    """Trainings on other folds, and whether each has ended."""
     durations: list[float] = field(default_factory=list)
     most_running: int = 1
     best: float | None = None
     is_over: bool = False
+    began: float | None = None
+    """Clock at its first trial's start; None before."""
+    over: float | None = None
 
     @property
     def num_ended(self) -> int:
-        return sum(self.ended.values())
+        """Trials that will not go on; one that the time budget interrupted will."""
+        return sum(status != "interrupted" for status in self.ended.values())
+
+    def count(self, status: Status) -> int:
+        return list(self.ended.values()).count(status)
 
 
 class SearchProgress:
@@ -81,9 +112,9 @@ class SearchProgress:
         self._clock = clock
         self._lock = threading.RLock()
         self._categories: dict[str, _Category] = {}
-        self._epochs_of: dict[str, int] = {}
-        self._others: set[str] = set()
-        """Runs that are no trials: finalists on other folds."""
+        self._phase = ""
+        self._last_line = clock()
+        self._beats: IO[str] | None = None
         self._spent = TimeShare(0.0, 0.0, 0.0)
         self._started = clock()
         self._live: Live | None = None
@@ -92,6 +123,7 @@ class SearchProgress:
     def watching(self, categories: Sequence[str]) -> Iterator[None]:
         """While the block runs, show a table of the categories below all other output, if stderr is a terminal."""
         with self._lock:
+            self._phase = ""
             for category in categories:
                 self._categories.setdefault(category, _Category())
         console = self._console or Console(stderr=True)
@@ -112,53 +144,137 @@ class SearchProgress:
                 for handler in handlers:
                     handler.setStream(before)
 
+    @contextmanager
+    def beating(self) -> Iterator[None]:
+        """While the block runs, say what is being done whenever nothing else was said for `QUIET_SECONDS`."""
+        stop = threading.Event()
+
+        def beat() -> None:
+            while not stop.wait(_LOOK_SECONDS):
+                self.beat()
+
+        # A copy of stderr: joining a cluster holds back what is written to the process's own meanwhile.
+        with os.fdopen(os.dup(2), "w", errors="backslashreplace") as self._beats:
+            beats = threading.Thread(target=beat, name="heartbeat", daemon=True)
+            beats.start()
+            try:
+                yield
+            finally:
+                stop.set()
+                beats.join()
+                self._beats = None
+
+    def begin(self, phase: str) -> None:
+        """Say what is being done from now on, until categories are watched."""
+        self._phase = phase
+        self.say(phase)
+
+    def beat(self) -> None:
+        """Say what is being done if nothing was said for `QUIET_SECONDS`; a live table needs no such line."""
+        if self._live is None and self._clock() - self._last_line >= QUIET_SECONDS:
+            self._print(self.status(), self._beats)
+
+    def status(self) -> str:
+        """What is being done, in one line."""
+        with self._lock:
+            open_ones = {name: each for name, each in self._categories.items() if not each.is_over}
+            if self._phase or not open_ones:
+                return f"still {self._phase}" if self._phase else "still finishing"
+            begun = {name: each for name, each in open_ones.items() if each.running or each.ended}
+            parts = [f"{name}: {self._status_of(each)}" for name, each in begun.items()]
+            if num_waiting := len(open_ones) - len(begun):
+                parts.append(f"{num_waiting} {'category' if num_waiting == 1 else 'categories'} starting or waiting")
+            left = self.seconds_left()
+            return "; ".join(parts) + ("" if left is None else f"; about {_clock_time(left)} left")
+
+    def _status_of(self, category: _Category) -> str:
+        said = f"{category.num_ended} of {self._trials} trials ended"
+        if category.running:
+            epochs = [f"{trial.epoch} of {self._epochs}" for trial in category.running.values() if trial.epoch]
+            num_preparing = len(category.running) - len(epochs)
+            said += f", at validation {' and '.join(epochs)}" if epochs else ""
+            said += f", {num_preparing} preparing" if num_preparing else ""
+        elif not all(category.finalists.values()):
+            done = sum(category.finalists.values())
+            said += f", comparing finalists: {done} of {len(category.finalists)} trainings on other folds ended"
+        elif category.num_ended >= self._trials:
+            said += ", testing and storing the champion"
+        else:
+            said += ", starting the next"
+        return said if category.best is None else f"{said}, best {category.best:.4f}"
+
     def say(self, line: str) -> None:
         """Print a line with the time since the start."""
+        self._print(line)
+
+    def _print(self, line: str, stream: IO[str] | None = None) -> None:
+        self._last_line = self._clock()
         minutes, seconds = divmod(int(self._clock() - self._started), 60)
-        text = f"[{minutes:3d}:{seconds:02d}] {line}"
+        stamp = f"[{minutes:3d}:{seconds:02d}] "
         live = self._live
         if live is not None:
+            text = fitted(stamp + line, live.console.width, len(stamp))
             live.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(text, file=self._console.file if self._console else sys.stderr, flush=True)
+            return
+        stream = stream or (self._console.file if self._console else sys.stderr)
+        # as one string, so that lines of two threads do not mix
+        stream.write(fitted(stamp + line, line_width(stream), len(stamp)) + "\n")
+        stream.flush()
 
-    def show(self, event: Event) -> None:
-        """Count an event; prints a line for remarks and for ended trials."""
+    def show(self, event: Event | CategoryContinued) -> None:
+        """Count an event; prints a line for remarks and for ended trials, none for trials that had ended before."""
         with self._lock:
             category = self._categories.setdefault(event.category, _Category())
             if isinstance(event, TrialStarted) and event.role != "trial":
-                self._others.add(event.trial_id)
-            elif isinstance(event, EpochDone | TrialEnded) and event.trial_id in self._others:
+                category.finalists[event.trial_id] = False
+            elif isinstance(event, EpochDone | TrialEnded) and event.trial_id in category.finalists:
                 if isinstance(event, TrialEnded):
-                    reason = f": {event.error.strip().splitlines()[-1]}" if event.error.strip() else ""
-                    self.say(
-                        f"{event.category}: {event.trial_id} {event.status}, objective {event.objective:.4f}{reason}"
-                    )
+                    self._count_finalist(category, event)
+            elif isinstance(event, CategoryContinued):
+                self._continue(category, event)
+            elif isinstance(event, CategoryEnded):
+                category.is_over, category.over = True, self._clock()
+                category.running.clear()
+            elif category.ended.get(event.trial_id, "interrupted") != "interrupted":
+                return  # told once more, for MLflow
             elif isinstance(event, TrialStarted):
-                category.running.setdefault(event.trial_id, _Trial(self._clock()))
-                category.most_running = max(category.most_running, len(category.running))
+                self._count_start(category, event)
             elif isinstance(event, EpochDone):
                 self._count_epoch(category, event)
             elif isinstance(event, Remarked):
                 self.say(f"{event.category}: trial {event.trial_id}: {event.remark}")
             elif isinstance(event, TrialEnded):
                 self._count_end(category, event)
-            elif isinstance(event, CategoryEnded):
-                category.is_over = True
-                category.running.clear()
+
+    def _continue(self, category: _Category, event: CategoryContinued) -> None:
+        is_known = event.ended.items() <= category.ended.items() and bool(category.ended or category.running)
+        category.ended.update(event.ended)
+        if event.best is not None:
+            category.best = max(event.best, category.best or 0.0)
+        if not is_known:  # else only its process was lost, and not the search's
+            best = "" if event.best is None else f", best {event.best:.4f}"
+            going_on = f", {event.num_running} go on" if event.num_running else ""
+            self.say(f"{event.category}: continues: {len(event.ended)} of {self._trials} ended{going_on}{best}")
+
+    def _count_start(self, category: _Category, event: TrialStarted) -> None:
+        category.ended.pop(event.trial_id, None)  # the time budget had interrupted it
+        category.began = self._clock() if category.began is None else category.began
+        number = event.number or len(category.ended) + len(category.running) + 1
+        category.running.setdefault(event.trial_id, _Trial(self._clock(), number, event.tried))
+        category.most_running = max(category.most_running, len(category.running))
 
     def _count_epoch(self, category: _Category, event: EpochDone) -> None:
         objective = event.metrics.get(OBJECTIVE, 0.0)
-        category.best = max(objective, category.best or 0.0)
-        self._epochs_of[event.trial_id] = event.epoch
         if trial := category.running.get(event.trial_id):
             trial.epoch = event.epoch
+            trial.best = max(objective, trial.best or 0.0)
             trial.training += event.metrics.get("time/train_seconds", 0.0)
             trial.validation += event.metrics.get("time/validation_seconds", 0.0)
 
     def _count_end(self, category: _Category, event: TrialEnded) -> None:
-        category.ended[event.status] = category.ended.get(event.status, 0) + 1
-        if trial := category.running.pop(event.trial_id, None):
+        category.ended[event.trial_id] = event.status
+        trial = category.running.pop(event.trial_id, None)
+        if trial is not None:
             duration = self._clock() - trial.started
             # The events of trials that ended before this search was continued are repeated, all at once.
             if trial.training + trial.validation <= duration:
@@ -167,12 +283,41 @@ class SearchProgress:
                 self._spent = TimeShare(
                     spent.training + trial.training, spent.validation + trial.validation, spent.total + duration
                 )
-        reason = f": {event.error.strip().splitlines()[-1]}" if event.error.strip() else ""
-        self.say(
-            f"{event.category}: trial {category.num_ended}/{self._trials} {event.status} after "
-            f"{self._epochs_of.get(event.trial_id, 0)} validations{reason}; "
-            f"best validation objective so far {category.best or 0.0:.4f}"
-        )
+        trial = trial or _Trial(self._clock(), len(category.ended), "")
+        self.say(f"{event.category}: {self._end_line(category, trial, event)}")
+        if trial.best is not None:
+            category.best = max(trial.best, category.best or 0.0)
+
+    def _count_finalist(self, category: _Category, event: TrialEnded) -> None:
+        category.finalists[event.trial_id] = True
+        ended = f"{sum(category.finalists.values())} of {len(category.finalists)} trainings on other folds ended"
+        reason = f": {event.error.strip().splitlines()[-1]}" if event.error.strip() else f" at {event.objective:.4f}"
+        self.say(f"{event.category}: {event.trial_id} {event.status}{reason}; {ended}")
+
+    def _end_line(self, category: _Category, trial: _Trial, event: TrialEnded) -> str:
+        """How a trial ended: its value, how that compares with the best of those that ended before, what it tried."""
+        said = f"trial {trial.number} of {self._trials} ({event.trial_id}) {event.status}"
+        if event.status != "finished":
+            said += f" after {trial.epoch} of {self._epochs or '?'} validations"
+        if event.error.strip():
+            return f"{said}: {event.error.strip().splitlines()[-1]}" + (f"; {trial.tried}" if trial.tried else "")
+        if trial.best is not None:
+            said += f" at {trial.best:.4f}"
+            if category.best is None:
+                said += ", the first to end"
+            elif trial.best > category.best:
+                said += f", the best so far (before: {category.best:.4f})"
+            else:
+                said += f", best so far {category.best:.4f}"
+        if event.status == "interrupted":
+            said += ", by the time budget; the same command continues it"
+        return f"{said}; {trial.tried}" if trial.tried else said
+
+    def seconds_of(self, category: str) -> float:
+        """Seconds from a category's first trial to its end; 0 if none started."""
+        with self._lock:
+            known = self._categories.get(category, _Category())
+            return 0.0 if known.began is None else (known.over or self._clock()) - known.began
 
     def time_share(self) -> TimeShare | None:
         """Use of time by the trials that have ended; None before the first."""
@@ -184,7 +329,7 @@ class SearchProgress:
         with self._lock:
             table = Table(expand=False)
             table.add_column("category", no_wrap=True, overflow="ellipsis")
-            for name in ("done", "running", "pruned", "failed", "best", "left"):
+            for name in ("ended", "running", "pruned", "failed", "best", "left"):
                 table.add_column(name, justify="right", no_wrap=True, overflow="ellipsis")
             for name, category in self._categories.items():
                 table.add_row(
@@ -192,15 +337,16 @@ class SearchProgress:
                     Text(name),
                     f"{category.num_ended}/{self._trials}",
                     str(len(category.running) or "–"),
-                    str(category.ended.get("pruned", 0)),
-                    Text(
-                        str(category.ended.get("failed", 0)), style="bold red" if category.ended.get("failed") else ""
-                    ),
-                    "–" if category.best is None else f"{category.best:.4f}",
-                    "done" if category.is_over else _clock_time(self._left(category)),
+                    str(category.count("pruned")),
+                    Text(str(category.count("failed")), style="bold red" if category.count("failed") else ""),
+                    "–" if (best := _best_of(category)) is None else f"{best:.4f}",
+                    self._end_of(category) if category.is_over else _clock_time(self._left(category)),
                 )
             elapsed = _clock_time(self._clock() - self._started)
             return Group(table, Text(f"{elapsed} so far, about {_clock_time(self.seconds_left())} left"))
+
+    def _end_of(self, category: _Category) -> str:
+        return "done" if category.num_ended >= self._trials else "stopped"
 
     def seconds_left(self) -> float | None:
         """Estimated seconds to the end of the search; None before any epoch was measured."""
@@ -241,6 +387,12 @@ class SearchProgress:
         if gone < mean or not trial.epoch:
             return max(0.0, mean - gone)
         return max(0.0, gone / trial.epoch * self._epochs - gone)
+
+
+def _best_of(category: _Category) -> float | None:
+    """The best objective of all trials, running ones included."""
+    values = [category.best, *(trial.best for trial in category.running.values())]
+    return max((value for value in values if value is not None), default=None)
 
 
 def _stream_handlers() -> Iterator["logging.StreamHandler[Any]"]:

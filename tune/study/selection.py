@@ -84,7 +84,7 @@ class FoldTrainings:
             return known
         spec, category = self._spec.with_config(config), self._spec.category
         params = config.flat() | spec.tracked_values()
-        self._send(TrialStarted(category, run_id, params, FINALIST))
+        self._send(TrialStarted(category, run_id, params, role=FINALIST))
         assignment = Training(trial_id=run_id, spec=spec)
         error = ""
         last: dict[str, Any] = {}

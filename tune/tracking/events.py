@@ -11,6 +11,10 @@ class TrialStarted(NamedTuple):
     category: str
     trial_id: str
     params: Mapping[str, Any]
+    number: int = 0
+    """Its place among the trials of the category, from 1, the same whenever the search is continued; 0: unknown."""
+    tried: str = ""
+    """What it changes about its preset, for people; empty: unknown."""
     role: str = "trial"
     """trial, or finalist for one that trains a trial's configuration without another fold."""
 
@@ -58,6 +62,18 @@ class CategoryEnded(NamedTuple):
     status: Status
     metrics: Mapping[str, float]
     tags: Mapping[str, str]
+
+
+class CategoryContinued(NamedTuple):
+    """An earlier command began this category; sent once, before its ended trials' events are repeated for MLflow."""
+
+    category: str
+    ended: Mapping[str, Status]
+    """Status of each trial that had ended, by its id."""
+    num_running: int
+    """Trials that go on."""
+    best: float | None
+    """Best objective so far; None before the first validation."""
 
 
 Event = TrialStarted | DataUsed | EpochDone | Remarked | TrialEnded | CategoryEnded

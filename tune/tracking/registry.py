@@ -116,6 +116,7 @@ def pack(detector: Path, folder: Path) -> None:
                         ColSpec("string", "overlay", required=False),
                         ColSpec("long", "num_clipped", required=False),
                         ColSpec("string", "category"),
+                        ColSpec("string", "detector_version"),
                         ColSpec("string", "teacher"),
                         ColSpec("string", "error", required=False),
                     ]

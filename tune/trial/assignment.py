@@ -43,6 +43,8 @@ class Evaluation:
     category: str
     cache_gb: float
     cpus: float
+    threshold: float
+    """Of the score, at which right and wrong verdicts are counted."""
     fold: int | None = None
 
     @property

@@ -5,12 +5,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from dskd.checkpoint import DetectorRecord
+from dskd.checkpoint import RECORD_FILE, DetectorRecord
 from tune.storage.champions import Champion, save_champion
-from tune.storage.files import Storage
+from tune.storage.files import Storage, StorageError
 from tune.storage.staging import local_copy
 from tune.trial.assignment import Evaluation
 from tune.trial.spec import REMARK, TrialSpec
+
+TABLE_RATE = 0.01
+"""False-alarm rate of the threshold at which champions are counted and shown; the nearest that the images allow."""
 
 if TYPE_CHECKING:
     import torch
@@ -33,9 +36,12 @@ def save_evaluated_champion(
     """Let a worker group evaluate a trial's detector on the test images, and store it with these figures.
 
     `change` gives the record that is delivered; `decision` and `beats` as in `Champion`. The detector is also written
-    to the folder `local`. Returns the champion, its record, and a remark for the user,
-    empty unless there are no test figures.
+    to the folder `local`. Returns the champion, its record, and a remark for the user, empty unless there are no test
+    figures.
     """
+    document = Storage(detector_uri).read_json(RECORD_FILE)
+    if document is None:
+        raise StorageError(f"{detector_uri} has no {RECORD_FILE}: its trial must be trained again.")
     assignment = Evaluation(
         trial_id=trial_id,
         detector_uri=detector_uri,
@@ -43,6 +49,7 @@ def save_evaluated_champion(
         category=spec.category,
         cache_gb=spec.cache_gb,
         cpus=spec.cpus_per_worker,
+        threshold=change(DetectorRecord.from_document(document)).threshold(TABLE_RATE).value,
     )
     (found,) = groups.follow(assignment)
     groups.forget(assignment)
@@ -54,7 +61,10 @@ def save_evaluated_champion(
 
 
 def evaluate_on_test(assignment: Evaluation, device: "torch.device") -> dict[str, Any]:
-    """`test/…` figures of a stored detector; without a usable test split a remark that says so."""
+    """`test/…` figures of a stored detector; without a usable test split a remark that says so.
+
+    Beside the metrics how many images there are, and how many verdicts are wrong at `Evaluation.threshold`.
+    """
     from dskd.detector import Detector  # a slow import that the driver does not need
 
     root, _, name = assignment.detector_uri.rpartition("/")
@@ -65,7 +75,8 @@ def evaluate_on_test(assignment: Evaluation, device: "torch.device") -> dict[str
         try:
             layout = detector.record.config.data.layout
             data = local_copy(assignment.data, assignment.category, assignment.cache_gb, layout)
-            scores = detector.evaluate(data, assignment.category)
+            found = detector.evaluation(data, assignment.category)
         except ValueError as error:
             return {REMARK: f"no test figures: {error}"}
-    return {f"test/{name}": value for name, value in scores._asdict().items()}
+    counts = found.confusion(assignment.threshold)
+    return {f"test/{name}": value for name, value in (found.scores._asdict() | counts._asdict()).items()}

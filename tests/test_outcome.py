@@ -1,0 +1,72 @@
+"""What a search prints at its end."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from dskd.checkpoint import RECORD_FILE
+from dskd.config import RunConfig
+from tune.jobs.outcome import changes_of, show_outcome
+from tune.storage.champions import Champion
+from tune.study.categories import CategoryResult
+
+METRICS = {
+    "val/objective": 0.9132,
+    "test/image_auroc": 0.75,
+    "test/num_good": 12.0,
+    "test/num_false_alarms": 1.0,
+    "test/num_defective": 16.0,
+    "test/num_missed": 3.0,
+}
+
+
+@pytest.fixture
+def champion(tmp_path: Path, detector_folder: Path) -> Champion:
+    folder = tmp_path / "champions/tile/a"
+    folder.mkdir(parents=True)
+    (folder / RECORD_FILE).write_text((detector_folder / RECORD_FILE).read_text())
+    return Champion("tile", "a", "champions/tile/a", METRICS, "")
+
+
+def plan_of(home: Path, base: RunConfig) -> Any:
+    return SimpleNamespace(
+        config=base,
+        configs={"dskd": base},
+        teacher=SimpleNamespace(is_untrained=False),
+        addresses=SimpleNamespace(home=str(home), tracking="http://mlflow:5000"),
+    )
+
+
+def test_the_table_has_what_a_user_decides_by(
+    champion: Champion, tmp_path: Path, tiny: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = [
+        CategoryResult("tile", 6, 2, 1, champion, "", 1),
+        CategoryResult("wood", 2, 0, 2, None, "ValueError: too hot"),
+    ]
+    settings = cast(Any, SimpleNamespace(name="parts", storage="results", selection="val"))
+    show_outcome(results, plan_of(tmp_path, tiny), settings, None, {"tile": 90.0})
+    lines = capsys.readouterr().err.splitlines()
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if "│" in line]
+    assert rows == [
+        ["tile", "6, 2 pruned, 1 failed, 1 interrupted", "0.9132", "0.7500", "–", "–", "3 of 16", "1 of 12", "2 min"],
+        ["wood", "2, 2 failed", *("–",) * 7],
+    ]
+    assert "wood: no champion: ValueError: too hot" in lines
+
+
+def test_a_champion_is_told_by_its_changes_and_its_threshold(
+    champion: Champion, tmp_path: Path, tiny: RunConfig
+) -> None:
+    document = json.loads((tmp_path / "champions/tile/a" / RECORD_FILE).read_text())
+    limit = document["thresholds"][-1]
+    found = changes_of(champion, plan_of(tmp_path, RunConfig.from_dict(document["config"])))
+    assert found == (
+        f"tuning gained nothing here, dskd untuned; threshold {limit['value']:.4g} for at most "
+        f"{limit['false_alarm_rate']:.1%} false alarms"
+    )
+    other = RunConfig.from_dict(document["config"]).with_values({"learning_rate": 0.5})
+    assert changes_of(champion, plan_of(tmp_path, other)).startswith("dskd with learning_rate 0.00")

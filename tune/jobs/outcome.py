@@ -12,7 +12,8 @@ from tune.settings.plan import SearchPlan
 from tune.settings.search import SearchSettings
 from tune.storage.champions import Champion
 from tune.storage.files import Storage, StorageError
-from tune.study.categories import CategoryResult
+from tune.storage.shown import printable, shown
+from tune.study.categories import CategoryResult, pull_command
 from tune.study.progress import TimeShare
 from tune.tracking.client import tracking_ui_command
 
@@ -38,36 +39,37 @@ def show_outcome(
         metrics = result.champion.metrics if result.champion else {}
         figures = ("val/objective", "test/image_auroc", "test/pixel_auroc", "test/aupro")
         table.add_row(
-            result.category,
+            printable(result.category),
             *counts,
             *(f"{metrics[name]:.4f}" if name in metrics else "–" for name in figures),
         )
-    console = Console(stderr=True, width=None if sys.stderr.isatty() else 110)
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else 110, markup=False)
     console.print(table)
     if settings.selection == "oracle":
         console.print(
-            "[bold red]selection=oracle: selected on the test images, as papers do; these figures are too optimistic[/]"
+            "selection=oracle: selected on the test images, as papers do; these figures are too optimistic",
+            style="bold red",
         )
     else:
         chooses = "image AUROC" if plan.config.data.layout == "classes" else "mean of image AUROC and AUPRO"
         console.print(f"validation: {chooses} on synthetic defects; AUROC and AUPRO: test images, once")
     if plan.teacher.is_untrained:
-        console.print("[bold red]untrained teacher: these figures have no meaning for inspection[/]")
+        console.print("untrained teacher: these figures have no meaning for inspection", style="bold red")
     for result in results:
         if result.error:
-            console.print(f"{result.category}: no champion: {result.error}", markup=False)
+            console.print(shown(f"{result.category}: no champion: {result.error}"))
         if result.champion:
             place = f"{plan.addresses.home}/{result.champion.folder}"
             for line in (f"{result.category}: {changes_of(result.champion, plan)}", f"  in {place}"):
-                console.print(line, markup=False, highlight=False, soft_wrap=True)
+                console.print(printable(line), highlight=False, soft_wrap=True)
     if share is not None:
         console.print(share.sentence, highlight=False)
     lines = [
-        f"pull:    python tune/pull.py all --name {settings.name} --storage {settings.storage} --out detectors",
+        f"pull:    {pull_command(plan, 'all')}",
         f"compare: {tracking_ui_command(plan.addresses.tracking)}",
     ]
     for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(line), highlight=False, soft_wrap=True)
 
 
 def changes_of(champion: Champion, plan: SearchPlan) -> str:

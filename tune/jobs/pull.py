@@ -14,7 +14,8 @@ from dskd.checkpoint import DetectorRecord, threshold_for
 from tune.settings.pull import PullSettings
 from tune.storage.champions import champion_categories, download_detector, download_detector_files, find_best
 from tune.storage.files import open_search
-from tune.tracking.client import check_server, registry_client, run_link, without_password
+from tune.storage.shown import command, printable, shown_url
+from tune.tracking.client import check_server, registry_client, run_link
 from tune.tracking.registry import fetch, find_registered, registered_categories
 
 _COLUMNS = ("category", "validation", "image AUROC", "pixel AUROC", "AUPRO", "threshold", "folder", "run")
@@ -88,7 +89,7 @@ def _from_registry(settings: PullSettings) -> Iterator[PulledDetector]:
     client = registry_client(tracking)
     wanted = settings.wanted or registered_categories(client, alias)
     if not wanted:
-        raise ValueError(f"no model of {without_password(tracking)} has the alias {alias!r}; check it and the address.")
+        raise ValueError(f"no model of {shown_url(tracking)} has the alias {alias!r}; check it and the address.")
     for detector in [find_registered(client, category, alias) for category in wanted]:
         folder = settings.out / detector.category
         record = download_detector_files(partial(fetch, client, detector), detector.files, folder)
@@ -120,12 +121,13 @@ def _show(pulled: list[PulledDetector], settings: PullSettings) -> None:
             *(["untrained teacher"] if record.is_untrained_teacher else []),
         ]
         table.add_row(
-            f"{detector.category} ({', '.join(remarks)})" if remarks else detector.category,
+            printable(f"{detector.category} ({', '.join(remarks)})" if remarks else detector.category),
             *(f"{record.metrics[figure]:.4f}" if figure in record.metrics else "–" for figure in _FIGURES),
             f"{threshold.value:.4g} ({threshold.false_alarm_rate:.1%} false alarms)",
-            str(detector.folder),
-            detector.link,
+            printable(str(detector.folder)),
+            printable(detector.link),
         )
-    console = Console(stderr=True, width=None if sys.stderr.isatty() else 200)
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else 200, markup=False)
     console.print(table)
-    console.print(f"inspect images: dskd predict {pulled[0].folder} IMAGES --out verdicts", markup=False)
+    inspect = command(["dskd", "predict", str(pulled[0].folder), "IMAGES", "--out", "verdicts"])
+    console.print(f"inspect images: {inspect}", soft_wrap=True)

@@ -33,6 +33,7 @@ from tune.preflight.forecast import (
 from tune.settings.plan import SearchPlan
 from tune.settings.search import SearchSettings
 from tune.settings.workers import Workers
+from tune.storage.shown import printable, shown, shown_url
 from tune.storage.staging import content
 
 if TYPE_CHECKING:
@@ -218,8 +219,6 @@ def _planned(
 
 
 def _document(found: _DryRun) -> dict[str, Any]:
-    from tune.tracking.client import without_password
-
     plan = found.plan
     return {
         "name": plan.name,
@@ -232,8 +231,8 @@ def _document(found: _DryRun) -> dict[str, Any]:
         "cpus_per_worker": plan.cpus_per_worker,
         "gpus_per_worker": found.workers.gpus,
         "storage": plan.addresses.home,
-        "tracking": without_password(plan.addresses.tracking),
-        "studies": without_password(plan.studies),
+        "tracking": shown_url(plan.addresses.tracking),
+        "studies": shown_url(plan.studies),
         "speed": found.slowest.speed._asdict() if found.slowest else None,
         "forecast": found.slowest.forecast._asdict() if found.slowest else None,
         "teachers": [
@@ -253,8 +252,6 @@ def _show(found: _DryRun, settings: SearchSettings) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from tune.tracking.client import without_password
-
     plan, config = found.plan, found.plan.config
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 110, highlight=False, markup=False)
     table = Table(title=f"Plan of {plan.name}: {len(plan.categories)} categories × {plan.trials} trials × "
@@ -263,10 +260,10 @@ def _show(found: _DryRun, settings: SearchSettings) -> None:
         table.add_column(column, justify="left" if column == "category" else "right")
     for each in found.categories:
         counts = (each.num_train, found.num_steps(each), each.num_validation, each.num_calibration, each.num_test)
-        table.add_row(each.category, *map(str, counts))
+        table.add_row(printable(each.category), *map(str, counts))
     console.print(table)
     for line in found.unread:
-        console.print(line, soft_wrap=True)
+        console.print(printable(line), soft_wrap=True)
     if plan.teacher.is_untrained:
         console.print("untrained teacher: its results will have no meaning for inspection", style="bold red")
     usual, *rest = plan.spaces.values()
@@ -284,11 +281,11 @@ def _show(found: _DryRun, settings: SearchSettings) -> None:
         "varies": ", ".join(f"{name} {span}" for name, span in usual.describe().items())
         + (f"; {len(others)} categories otherwise (--json)" if others else ""),
         "state": plan.addresses.home,
-        "studies": without_password(plan.studies),
-        "tracking": without_password(plan.addresses.tracking),
+        "studies": shown_url(plan.studies),
+        "tracking": shown_url(plan.addresses.tracking),
     }
     for name, text in lines.items():
-        console.print(f"{name + ':':10}{text}", soft_wrap=True)
+        console.print(f"{name + ':':10}{shown(text)}", soft_wrap=True)
     if not found.teachers:
         console.print(f"measured: nothing: the cluster had no place free for a worker within {_SLOT_SECONDS:.0f} s")
         console.print("forecast: none")

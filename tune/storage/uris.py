@@ -1,6 +1,6 @@
 """Folders and s3:// addresses from the flags, made absolute once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 LOCAL_RESULTS = "dskd-results"
@@ -16,7 +16,10 @@ def is_address(text: str) -> bool:
 
 def absolute(text: str) -> str:
     """The folder as an absolute path, or the address without a trailing slash; the same text in every process."""
-    return text.rstrip("/") if is_address(text) else str(Path(text).absolute())
+    if is_address(text):
+        return text.rstrip("/")
+    path = Path(text)
+    return str(path.resolve() if ".." in path.parts else path.absolute())
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +30,7 @@ class Addresses:
     """Absolute folder or s3:// address given with --storage."""
     name: str
     """Name of the search or experiment, a folder below the storage."""
-    tracking: str
+    tracking: str = field(repr=False)
     """URI of the MLflow server or database."""
 
     @classmethod

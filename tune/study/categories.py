@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import shlex
 import traceback
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -20,11 +19,11 @@ from tune.settings.space import Space
 from tune.settings.workers import Workers
 from tune.storage.champions import Champion, fetch_figures, find_champion, note_best, note_run
 from tune.storage.files import Storage, StorageError, open_search
+from tune.storage.shown import command, shown, without_secrets
 from tune.study.budget import BudgetSpentError, Share, Shares, TimeBudget
 from tune.study.category import StudyResult, search_category
 from tune.study.progress import SearchProgress
 from tune.tracking.category_page import category_note, draw_study
-from tune.tracking.client import without_passwords
 from tune.tracking.events import CategoryEnded, Event, TrialEnded
 from tune.tracking.outbox import TrackingRefusedError, TrackingUnavailableError
 from tune.tracking.tracker import Tracker
@@ -133,9 +132,9 @@ def search_one(search: SharedSearch, category: str, budget: TimeBudget, shares: 
         result = CategoryResult(category, champion=known, error="" if known else str(error))
         search.progress.say(f"{category}: {error}")
     except Exception as error:  # the other categories continue after any error
-        reason = without_passwords((str(error).strip().splitlines() or [type(error).__name__])[-1])
+        reason = shown((str(error).strip().splitlines() or [type(error).__name__])[-1])
         if not isinstance(error, ValueError | OSError):  # those are user errors; anything else is a bug
-            logger.error("%s: %s", category, without_passwords("".join(traceback.format_exception(error))))
+            logger.error("%s: %s", category, without_secrets("".join(traceback.format_exception(error))))
         result = CategoryResult(category, error=reason)
     if result.champion is None:
         tags = {"dskd.error": result.error}
@@ -261,8 +260,7 @@ def _register(
         metrics=champion.metrics,
         counts=(result.num_trials, result.num_pruned, result.num_failed),
         registered=f"{registered.model} version {registered.version}, {alias}",
-        pull=f"python tune/pull.py {shlex.quote(category)} --name {plan.name} "
-        f"--storage {shlex.quote(plan.addresses.storage)} --out detectors",
+        pull=pull_command(plan, category),
         remarks=[
             *_log_study(search, category, pictures.result()),
             *([] if figures else ["validation: no pictures, an earlier version trained this trial"]),
@@ -271,6 +269,12 @@ def _register(
     )
     model = f"{registered.model}/{registered.version}"
     return champion, {"dskd.champion_model": model, "mlflow.note.content": note}
+
+
+def pull_command(plan: SearchPlan, category: str) -> str:
+    """The command that downloads champions of the search: of one category, or of all."""
+    place = ["--name", plan.name, "--storage", plan.addresses.storage]
+    return command(["python", "tune/pull.py", category, *place, "--out", "detectors"])
 
 
 class _Pictures(NamedTuple):

@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from tune.storage.shown import printable, shown
 from tune.tracking.events import CategoryEnded, EpochDone, Event, Remarked, TrialEnded, TrialStarted
 from tune.trial.spec import OBJECTIVE
 
@@ -113,7 +114,7 @@ class SearchProgress:
     def say(self, line: str) -> None:
         """Print a line with the time since the start."""
         minutes, seconds = divmod(int(self._clock() - self._started), 60)
-        text = f"[{minutes:3d}:{seconds:02d}] {line}"
+        text = f"[{minutes:3d}:{seconds:02d}] {shown(line)}"
         live = self._live
         if live is not None:
             live.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -179,7 +180,7 @@ class SearchProgress:
             for name, category in self._categories.items():
                 table.add_row(
                     # no markup: a folder may have any name
-                    Text(name),
+                    Text(printable(name)),
                     f"{category.num_ended}/{self._trials}",
                     str(len(category.running) or "–"),
                     str(category.ended.get("pruned", 0)),

@@ -16,6 +16,8 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 
 import dskd
+from tune.storage.shown import printable
+from tune.tracking.client import first_line
 
 MODEL_FOLDER = "model"
 """Artifact folder of a packed detector."""
@@ -71,10 +73,11 @@ class RegisteredDetector(NamedTuple):
 
 def check_category(category: str) -> None:
     """Raise ValueError if MLflow cannot use this category's name."""
-    if set(category) & set("/:") or {"'", '"'} <= set(category) or not category.isprintable():
+    is_taken = set(category) & set("/:") or {"'", '"'} <= set(category) or category.startswith("-")
+    if is_taken or printable(category) != category or "\t" in category:
         raise ValueError(
-            f"category {category!r} cannot be named in MLflow: no slash, colon or control character, and not both "
-            "kinds of quotes; rename its folder."
+            f"category {category!r} cannot be named in MLflow and in commands: no slash, colon or control character, "
+            "no hyphen in front, and not both kinds of quotes; rename its folder."
         )
 
 
@@ -230,6 +233,6 @@ def fetch(client: MlflowClient, detector: RegisteredDetector, name: str, path: P
         try:
             local = client.download_artifacts(detector.run_id, f"{detector.folder}/{name}", temporary)
         except MlflowException as error:
-            reason = str(error).splitlines()[0][:300]
+            reason = first_line(error)
             raise OSError(f"{name} of {_PREFIX}{detector.category} could not be fetched: {reason}") from None
         os.replace(local, path)

@@ -55,13 +55,22 @@ class Storage:
             raise StorageError(f"{flag} {shown_url(uri)} cannot be opened: {_first_line(error)}") from None
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """The JSON document `name`; None if it does not exist."""
+        """The JSON document `name`; None if it does not exist. Raises StorageError if it is none."""
 
         def read() -> dict[str, Any] | None:
-            if self._files.get_file_info(self._path(name)).type == pyarrow.fs.FileType.NotFound:
+            kind = self._files.get_file_info(self._path(name)).type
+            if kind == pyarrow.fs.FileType.NotFound:
                 return None
+            if kind == pyarrow.fs.FileType.Directory:
+                raise StorageError(f"{self.uri}/{name} is a folder, expected a JSON document.")
             with self._files.open_input_stream(self._path(name)) as file:
-                return json.loads(file.read())  # type: ignore[no-any-return]
+                text = file.read()
+            try:
+                return json.loads(text)  # type: ignore[no-any-return]
+            except ValueError as error:  # bytes that are no UTF-8, too
+                raise StorageError(f"{self.uri}/{name} is no JSON document: {_first_line(error)}") from None
+            except RecursionError:
+                raise StorageError(f"{self.uri}/{name} is no JSON document: nested too deep") from None
 
         return self._with_retries(read, f"reading {name}")
 

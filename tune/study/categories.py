@@ -23,6 +23,7 @@ from tune.storage.shown import command, shown, without_secrets
 from tune.study.budget import BudgetSpentError, Share, Shares, TimeBudget
 from tune.study.category import StudyResult, search_category
 from tune.study.progress import SearchProgress
+from tune.study.repair import deliver_again, find_fault, has_detector, readable_champion, train_again, trial_of
 from tune.tracking.category_page import category_note, draw_study
 from tune.tracking.events import CategoryEnded, Event, TrialEnded
 from tune.tracking.outbox import TrackingRefusedError, TrackingUnavailableError
@@ -201,13 +202,23 @@ def _conclude(search: SharedSearch, spec: TrialSpec, study: StudyResult) -> tupl
             )
         return result._replace(error=reason), {}
     trial_id, detector = study.best
-    known = find_champion(search.storage, category)
+    known = readable_champion(search.storage, category, progress.say)
+    trial = trial_of(study.best, study.best_values, spec, search.plan.spaces[category])
     with TemporaryDirectory(prefix="dskd-") as temporary, ThreadPoolExecutor(1) as beside:
         pictures = beside.submit(_draw_study, search, category, Path(temporary) / "study")
         if known is not None and known.trial_id == trial_id and known.run_id:
-            progress.say(f"{category}: trial {trial_id} is the champion already")
+            if fault := find_fault(search.storage, known):
+                progress.say(f"{category}: the champion's detector is not whole, delivering it again: {fault}")
+                tracking = search.plan.addresses.tracking
+                known, source = deliver_again(search.storage, trial, known, search.groups, tracking)
+                progress.say(f"{category}: delivered again from {source}")
+            else:
+                progress.say(f"{category}: trial {trial_id} is the champion already")
             _log_study(search, category, pictures.result())
             return result._replace(champion=known), {}
+        if not has_detector(detector):
+            progress.say(f"{category}: the detector of trial {trial_id} is gone, training it again")
+            detector = train_again(trial, search.groups)
         progress.say(f"{category}: trial {trial_id} is the best, evaluating it once on the test images")
         local = Path(temporary) / "detector"
         champion, record, remark = save_evaluated_champion(

@@ -7,6 +7,7 @@ Ray Tune keeps module-level state that two experiments in one process corrupt (s
 import logging
 import os
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +50,8 @@ class StudyResult(NamedTuple):
     """(trial id, address of its detector folder); None if no trial reached its last epoch."""
     num_interrupted: int = 0
     """Trials interrupted by the deadline; continuing the study continues them."""
+    best_values: Mapping[str, Any] = {}
+    """What was suggested for the best trial."""
 
 
 def search_category(
@@ -150,6 +153,7 @@ def not_yet_asked_for(points: list[dict[str, Any]], url: str, study_name: str) -
 
 def _summarise(results: ray.tune.ResultGrid, context: StudyContext) -> StudyResult:
     finished, num_pruned, num_interrupted, errors = [], 0, 0, []
+    values = {}
     for result in (results[index] for index in range(len(results))):
         metrics = result.metrics or {}
         detector = detector_uri(metrics, result.checkpoint)
@@ -164,8 +168,9 @@ def _summarise(results: ray.tune.ResultGrid, context: StudyContext) -> StudyResu
             num_pruned += 1
         else:
             finished.append((metrics[OBJECTIVE], metrics["trial_id"], detector))
+            values[metrics["trial_id"]] = dict(result.config or {})
     best = max(finished)[1:] if finished else None
-    return StudyResult(len(results), num_pruned, tuple(errors), best, num_interrupted)
+    return StudyResult(len(results), num_pruned, tuple(errors), best, num_interrupted, values[best[0]] if best else {})
 
 
 def _trial_id(trial: Trial) -> str:

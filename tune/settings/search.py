@@ -26,6 +26,7 @@ from tune.settings.limits import (
 )
 from tune.storage.uris import LOCAL_RESULTS, is_address
 
+Promote = Literal["auto", "always", "never"]
 SamplerName = Literal["tpe", "gp", "cmaes", "qmc", "random"]
 FIXED = (
     "steps", "epochs", "patience", "image_size", "resize", "tile", "overlap", "group_by", "batch_size",
@@ -142,8 +143,10 @@ class SearchSettings:
     its copies of data from s3://."""
     dry_run: bool = False
     """Check everything, measure a training step, print the plan with a forecast of time, and leave no files."""
-    promote: bool = True
-    """Move the alias champion of MLflow's registered model to a better winner; else only register a version."""
+    promote: Promote = "auto"
+    """Who gets the alias champion of MLflow's registered model: auto, a winner that is better on the same evaluation
+    data (on other data it gets the alias candidate); always, any winner; never, none. Never one of an untrained
+    teacher."""
     json: bool = False
     """Print one JSON document on stdout at the end."""
 

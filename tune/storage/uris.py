@@ -1,7 +1,11 @@
 """Folders and s3:// addresses from the flags, made absolute once."""
 
+import hashlib
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from tune.storage.shown import shown_url
 
 LOCAL_RESULTS = "dskd-results"
 DETECTOR_FOLDER = "detector"
@@ -56,5 +60,11 @@ class Addresses:
         return f"{'' if self.is_remote else 'file://'}{self.storage}/mlflow-artifacts"
 
     def unsent_events(self, name: str) -> Path:
-        """File of events not yet written to MLflow: in the local storage folder, else in the home folder."""
-        return (Path.home() if self.is_remote else Path(self.storage)) / f"dskd-unsent-{name}.jsonl"
+        """File of events not yet written to MLflow: in the local storage folder, else in the home folder.
+
+        It belongs to one name in one storage and one server: another search must neither write it elsewhere nor
+        remove it.
+        """
+        owner = json.dumps([self.storage, shown_url(self.tracking), name])
+        key = hashlib.sha256(owner.encode()).hexdigest()[:12]
+        return (Path.home() if self.is_remote else Path(self.storage)) / f"dskd-unsent-{name}-{key}.jsonl"

@@ -25,8 +25,9 @@ from tune.study.category import StudyResult, search_category
 from tune.study.progress import SearchProgress
 from tune.study.repair import deliver_again, find_fault, has_detector, readable_champion, train_again, trial_of
 from tune.tracking.category_page import category_note, draw_study
-from tune.tracking.events import CategoryEnded, Event, TrialEnded
+from tune.tracking.events import CategoryEnded, Event, Status, TrialEnded
 from tune.tracking.outbox import TrackingRefusedError, TrackingUnavailableError
+from tune.tracking.registry import evaluation_key
 from tune.tracking.tracker import Tracker
 from tune.trial.evaluation import save_evaluated_champion
 from tune.trial.groups import Groups
@@ -110,6 +111,7 @@ class SharedSearch(NamedTuple):
 def search_one(search: SharedSearch, category: str, budget: TimeBudget, shares: Any, events: Queue) -> CategoryResult:
     """Search one category, choose its champion, and close its run in MLflow."""
     tags: dict[str, str] = {}
+    is_open = False
     try:
         try:
             deadline = budget.begin_category()
@@ -130,7 +132,7 @@ def search_one(search: SharedSearch, category: str, budget: TimeBudget, shares: 
         result, tags = _conclude(search, spec, study)
     except BudgetSpentError as error:
         known = find_champion(search.storage, category)
-        result = CategoryResult(category, champion=known, error="" if known else str(error))
+        result, is_open = CategoryResult(category, champion=known, error="" if known else str(error)), True
         search.progress.say(f"{category}: {error}")
     except Exception as error:  # the other categories continue after any error
         reason = shown((str(error).strip().splitlines() or [type(error).__name__])[-1])
@@ -140,7 +142,9 @@ def search_one(search: SharedSearch, category: str, budget: TimeBudget, shares: 
     if result.champion is None:
         tags = {"dskd.error": result.error}
     # In the same queue as the trials' events, so that it comes after them.
-    events.put(CategoryEnded(category, "finished" if result.champion else "failed", {}, tags))
+    goes_on = is_open or result.num_interrupted > 0
+    status: Status = "finished" if result.champion else "interrupted" if goes_on else "failed"
+    events.put(CategoryEnded(category, status, {}, tags))
     return result
 
 
@@ -255,16 +259,17 @@ def _register(
             _TRACKING_PATIENCE,
             figures=figures,
             promote=plan.promote,
+            evaluation_sha256=evaluation_key(record),
         )
     except (TrackingUnavailableError, TrackingRefusedError) as error:
         progress.say(f"{category}: {error}; the champion is in the storage, the same command registers it")
         return champion, {}
     champion = champion._replace(run_id=registered.run_id)
     note_run(search.storage, champion)
-    if not registered.alias:
-        why = "a better one of the same images has it" if plan.promote else "by --no-promote"
-        progress.say(f"{category}: {registered.model} version {registered.version} gets no alias, {why}")
     alias = f"alias {registered.alias}" if registered.alias else "no alias"
+    if registered.reason:
+        name = f"{registered.model} version {registered.version}"
+        progress.say(f"{category}: {name} gets {alias}: {registered.reason}")
     note = category_note(
         category=category,
         trial_id=champion.trial_id,
@@ -297,7 +302,7 @@ class _Pictures(NamedTuple):
 
 
 def _draw_study(search: SharedSearch, category: str, folder: Path) -> _Pictures:
-    return _Pictures(folder, draw_study(search.plan.studies, f"{search.plan.name}/{category}", folder))
+    return _Pictures(folder, draw_study(search.plan.studies, search.plan.study_name(category), folder))
 
 
 def _log_study(search: SharedSearch, category: str, pictures: _Pictures) -> tuple[str, ...]:

@@ -113,7 +113,7 @@ def search_category(
 
 
 def _searcher(plan: SearchPlan, category: str, space: Space) -> Searcher:
-    study_name = f"{plan.name}/{category}"
+    study_name = plan.study_name(category)
     points = space.starting_points()[: plan.trials]
     return Searcher(
         space.ask,

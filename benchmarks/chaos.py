@@ -441,6 +441,12 @@ class Account(NamedTuple):
     """Configuration and objective of the best finished trial."""
 
 
+def study_of(url: str, name: str, category: str) -> optuna.Study:
+    """The study of a search's category, whose name in a shared database has a part of its own at its end."""
+    (found,) = [known for known in optuna.get_all_study_names(url) if known.split("/")[:2] == [name, category]]
+    return optuna.load_study(study_name=found, storage=url)
+
+
 def account(env: dict[str, str], name: str, category: str, trials: int) -> Account:
     """Count the trials of a search that has ended."""
     client = MlflowClient(tracking_uri=env["MLFLOW_TRACKING_URI"])
@@ -454,7 +460,7 @@ def account(env: dict[str, str], name: str, category: str, trials: int) -> Accou
         redone += len(steps) - len(set(steps))
         untracked += max(steps, default=0) - len(set(steps))
     names = Counter(run.data.tags["dskd.trial"] for run in runs)
-    study = optuna.load_study(study_name=f"{name}/{category}", storage=env["DSKD_STUDY_STORAGE"])
+    study = study_of(env["DSKD_STUDY_STORAGE"], name, category)
     complete = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE]
     best = max(
         (run for run in known if run.data.tags["dskd.status"] == "finished"),

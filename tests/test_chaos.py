@@ -19,11 +19,11 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
 
-import optuna
 import pytest
 import services
 
 from tune.storage.files import Storage
+from tune.storage.uris import Addresses
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--teacher-weights", "random", "--image-size", "32", "--batch-size", "4", "--preset", "stfpm"]
@@ -149,7 +149,7 @@ def test_a_category_of_which_every_trial_fails_is_reported_and_the_other_is_sear
     assert spoilt["champion"] is None and spoilt["num_failed"] == 2 and "003.png" in spoilt["error"]
     assert sound["champion"] and sound["num_failed"] == 0, (sound, done.stderr)
     assert "tile: no champion: " in done.stderr
-    study = optuna.load_study(study_name="spoilt/tile", storage=env["DSKD_STUDY_STORAGE"])
+    study = chaos.study_of(env["DSKD_STUDY_STORAGE"], "spoilt", "tile")
     assert [(trial.state.name, trial.value) for trial in study.trials] == [("COMPLETE", 0.0)] * 2
 
 
@@ -293,7 +293,8 @@ def test_a_driver_killed_while_mlflow_is_away_loses_neither_a_trial_nor_an_epoch
     with services.mlflow_server(cluster_folder / "m", backend_uri=database, artifact_root=artifacts) as url:
         link = FaultyLink("127.0.0.1", int(url.rpartition(":")[2]))
         env = chaos.environment(cluster_folder) | {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{link.port}"}
-        log, unsent = cluster_folder / "dark.log", cluster_folder / "results" / "dskd-unsent-dark.jsonl"
+        log = cluster_folder / "dark.log"
+        unsent = Addresses.resolve(env["DSKD_STORAGE"], "dark", env["MLFLOW_TRACKING_URI"]).unsent_events("dark")
         with chaos.cluster(cluster_folder, env, 1, 1) as made:
             words = [
                 "--data", str(mvtec_root), "--categories", "tile", "--address", made.address, "--trials", "3",

@@ -58,9 +58,9 @@ def test_flags_reach_the_search_and_default_to_the_demo_of_the_readme() -> None:
     [
         ("--trial 3", "tune/demo.py: error: unknown flag --trial, did you mean --trials?"),
         ("--trials two", "tune/demo.py: error: --trials: invalid literal for int()"),
-        ("--trials 0", "error: --trials must be at least 1, got 0"),
+        ("--trials 0", "error: --trials must be at least 1 and at most 100,000, got 0"),
         ("--image-size 50", "error: image_size must be a positive multiple of 32"),
-        ("--name a/b", "error: --name becomes a folder name"),
+        ("--name a/b", "error: --name takes a name of letters"),
         ("--teacher-weights none.pth --out {tmp}/d", "demo: error: teacher weights must be 'hub', 'lite0', 'random'"),
         ("--teacher-weights random --out {tmp}", "demo: error: {tmp}/data is not empty"),
     ],

@@ -146,7 +146,7 @@ def test_what_fails_on_a_fold_is_out_and_without_the_preset_the_first_fold_choos
     said: list[str] = []
     quality = {0.005: 0.6, 0.01: 0.7, 0.02: 0.9}
     found = choose(TRIALS, Trainings(quality, lambda name: name == "y-fold-2"), say=said.append)
-    assert found.trial_id == "x" and said[-1] == "finalist y failed on a fold and is out"
+    assert found.trial_id == "x" and said[-1] == "finalist y is out: it failed on a fold"
     found = choose(TRIALS, Trainings(quality, lambda name: name.startswith("p-")))
     assert found.trial_id == "x" and found.folds == () and "preset failed" in found.sentence
 
@@ -170,7 +170,7 @@ def test_without_finalists_the_best_trial_is_champion(
 def test_the_champion_has_thresholds_from_every_fold(detector_folder: Path) -> None:
     record = read_record(detector_folder)
     folds = tuple(Evidence(0.7 + fold / 10, (), (f"{fold}.png",), (fold / 10,)) for fold in (1, 2))
-    found = selection.Selection("y", "/at/y", "", folds, Gain("y", 0.1, 0.02)).applied(record)
+    found = selection.Selection("y", "/at/y", record.config, "", folds, Gain("y", 0.1, 0.02)).applied(record)
     scores = (*record.normal_scores, 0.1, 0.2)
     assert found.normal_scores == scores and found.calibration_files == (*record.calibration_files, "1.png", "2.png")
     assert found.threshold(0.01) == nearest_threshold(scores, 0.01) and found.calibration_folds == 3
@@ -178,8 +178,11 @@ def test_the_champion_has_thresholds_from_every_fold(detector_folder: Path) -> N
     assert found.metrics["val/objective"] == pytest.approx(0.85)
     assert found.metrics["val/first_fold_objective"] == record.metrics["val/objective"]
     assert (found.metrics["gain/objective"], found.metrics["gain/error"]) == (0.1, 0.02)
-    stayed = selection.Selection("p", "/at/p", "", folds, Gain("y", 0.1, 0.2), is_untuned=True).applied(record)
+    stayed = selection.Selection("p", "/at/p", record.config, "", folds, Gain("y", 0.1, 0.2), is_untuned=True).applied(
+        record
+    )
     assert stayed.metrics["gain/objective"] == 0.0
-    assert selection.Selection("x", "/at/x", "").applied(record) == record
+    assert selection.Selection("x", "/at/x", record.config, "").applied(record) == record
+    assert selection.Selection("y", "/at/y", record.config, "", folds).applied(found) == found
     again = DetectorRecord.from_document(json.loads(found.to_json("0" * 64)))
     assert again == found

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +92,25 @@ def test_each_category_of_a_name_may_be_searched_its_own_way(storage: Storage) -
 def test_nothing_is_recorded_by_looking(storage: Storage) -> None:
     check_continues(storage, planned(Path(storage.uri).parent / "outline", "bolt"))
     assert storage.names("identity") == []
+
+
+def test_two_searches_of_one_name_in_one_database_have_studies_of_their_own_and_keep_them(tmp_path: Path) -> None:
+    url = "postgresql://db/optuna"
+    names = []
+    for storage in ("one", "two", "one"):
+        plan = planned(tmp_path / "outline", "bolt", storage=str(tmp_path / storage), study_storage=url)
+        names.append(record(Storage(plan.addresses.home), plan, 0.0)["bolt"])
+    assert names[0] == names[2] != names[1] and all(name.startswith("parts/bolt/") for name in names)
+    moved = tmp_path / "three"
+    shutil.copytree(tmp_path / "one", moved)
+    plan = planned(tmp_path / "outline", "bolt", storage=str(moved), study_storage=url)
+    assert record(Storage(plan.addresses.home), plan, 0.0)["bolt"] == names[0], "its study moves with its folder"
+
+
+def test_a_study_in_a_file_of_the_storage_has_its_plain_name_as_has_an_older_one(storage: Storage) -> None:
+    plan = planned(Path(storage.uri).parent / "outline", "bolt", storage=str(Path(storage.uri).parent))
+    assert record(storage, plan, 0.0) == {"bolt": "parts/bolt"}
+    document = storage.read_json("identity/bolt.json") or {}
+    del document["study"]
+    storage.write_json("identity/bolt.json", document)
+    assert record(storage, plan, 0.0) == {"bolt": "parts/bolt"}

@@ -83,7 +83,7 @@ def test_all_that_is_wrong_is_said_at_once_and_nothing_is_made(
         flags = {
             "--data": data, "--storage": tmp_path / "file" / "results", "--tracking-uri": f"http://127.0.0.1:{port}",
             "--study-storage": f"postgresql://user:secret@127.0.0.1:{port}/x", "--teacher-weights": "/none.pth",
-            "--image-size": 32, "--cpus-per-worker": 4096,
+            "--image-size": 32, "--cpus-per-worker": 1000,
         }  # fmt: skip
         words = [str(word) for pair in flags.items() for word in pair]
         monkeypatch.setattr(sys, "argv", ["search.py", *words, "--dry-run"])
@@ -93,7 +93,7 @@ def test_all_that_is_wrong_is_said_at_once_and_nothing_is_made(
     lines = said.err.splitlines()
     assert end.value.code == 2 and said.out == ""
     assert all(line.startswith("search: error: ") for line in lines), said.err
-    for expected in ("wood: ", "--storage", "MLflow at", "--study-storage", "/none.pth", "4096 CPUs"):
+    for expected in ("wood: ", "--storage", "MLflow at", "--study-storage", "/none.pth", "1000 CPUs"):
         assert sum(expected in line for line in lines) == 1, (expected, said.err)
     assert len(lines) == 6 and "secret" not in said.err
     assert tree(tmp_path) == before

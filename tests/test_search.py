@@ -64,7 +64,8 @@ def tracked(uri: str, name: str) -> tuple[list[Any], list[Any]]:
 
 
 def studied(url: str, name: str) -> list[optuna.trial.FrozenTrial]:
-    return optuna.load_study(study_name=name, storage=url).trials
+    (found,) = [known for known in optuna.get_all_study_names(url) if f"{known}/".startswith(f"{name}/")]
+    return optuna.load_study(study_name=found, storage=url).trials
 
 
 @pytest.fixture
@@ -153,8 +154,12 @@ def test_embedded_search_tracks_its_trials_and_its_champions_can_be_pulled(
     assert verdicts.returncode == 0, verdicts.stderr
     assert len((tmp_path / "verdicts" / "predictions.jsonl").read_text().splitlines()) == 8
 
+    shutil.rmtree(storage / "try" / outcomes[0]["champion"]["folder"])  # it comes back from the trial's checkpoint
     again = run(*search(mvtec_root, storage, "--trials", "3", "--epochs", "2", "--json"), env=env)
     assert again.returncode == 0, again.stderr
+    assert again.stderr.count("delivered again from its last checkpoint") == 1
+    restored = read_record(storage / "try" / outcomes[0]["champion"]["folder"])
+    assert restored.metrics == outcomes[0]["champion"]["metrics"]
     assert [each["champion"]["trial_id"] for each in json.loads(again.stdout)["categories"]] == [
         each["champion"]["trial_id"] for each in outcomes
     ]
@@ -341,10 +346,11 @@ def test_job_on_a_cluster_with_servers_trains_in_pairs_and_frees_what_it_prunes(
     assert len(parents) == 1 and len(children) == 5
     assert {child.data.tags["dskd.status"] for child in children} == {"finished", "pruned"}
     assert len(studied(head["DSKD_STUDY_STORAGE"], f"pairs/{category}")) == 5
-    model = MlflowClient(tracking_uri=head["MLFLOW_TRACKING_URI"]).get_model_version_by_alias(
-        f"dskd-{category}", "champion"
-    )
-    assert model.run_id in {child.info.run_id for child in children}
+    client = MlflowClient(tracking_uri=head["MLFLOW_TRACKING_URI"])
+    (version,) = client.search_model_versions(f"name = 'dskd-{category}'")
+    assert version.run_id in {child.info.run_id for child in children}
+    assert client.get_registered_model(f"dskd-{category}").aliases == {} and "its teacher is untrained" in output
+    client.set_registered_model_alias(f"dskd-{category}", "champion", version.version)
 
     for number, source in enumerate((["--name", "pairs", "--storage", head["DSKD_STORAGE"]], ["--alias", "champion"])):
         pulled = run(

@@ -7,11 +7,15 @@ from typing import Any
 
 import pytest
 
+from dskd.config import RunConfig
 from dskd.presets import PRESETS
 from tune import pull, search
+from tune.settings.demo import DemoSettings
 from tune.settings.plan import SearchPlan, plan_search, resolve_addresses, resolve_studies
+from tune.settings.score import ScoringSettings
 from tune.settings.search import FIXED, SearchSettings
 from tune.settings.space import SHARED
+from tune.settings.train import TrainingSettings
 from tune.storage.uris import LOCAL_RESULTS
 
 
@@ -26,11 +30,11 @@ def plan_of(asked: SearchSettings) -> SearchPlan:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"trials": 0}, "--trials must be at least 1, got 0"),
+        ({"trials": 0}, "--trials must be at least 1 and at most 100,000, got 0"),
         ({"workers_per_trial": 0}, "--workers-per-trial must be at least 1"),
         ({"max_concurrent": 0}, "--max-concurrent must be at least 1"),
-        ({"cpus_per_worker": 0.0}, "--cpus-per-worker must be positive"),
-        ({"gpus_per_worker": -1.0}, "--gpus-per-worker must not be negative"),
+        ({"cpus_per_worker": 0.0}, "--cpus-per-worker must be above 0 and at most"),
+        ({"gpus_per_worker": -1.0}, "--gpus-per-worker must be at least 0"),
         ({"epochs": 0}, "epochs must be at least 1"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"patience": -1}, "patience must not be negative"),
@@ -42,11 +46,11 @@ def plan_of(asked: SearchSettings) -> SearchPlan:
         ({"preset": "all", "trials": 3}, "--trials 3 cannot hold the 4 presets untuned"),
         ({"preset": "dskd,aand", "sampler": "gp"}, "--sampler gp cannot search several presets"),
         ({"start_from": "a,try", "name": "try"}, "--start-from names this search itself, 'try'"),
-        ({"time_budget": "2 hours"}, "--time-budget must be a time such as 2h, 1h30m or 90s, got '2 hours'"),
+        ({"time_budget": "2 hours"}, "--time-budget must be a time such as 2h, 1h30m or 90s, .*got '2 hours'"),
         ({"time_budget": "0m"}, "--time-budget must be a time"),
         ({"time_budget": ""}, "--time-budget must be a time"),
         ({"workers_per_trial": 2, "min_workers_per_trial": 2}, "--min-workers-per-trial must be at least 1 and below"),
-        ({"workers_per_trial": 2, "min_workers_per_trial": 0}, "--min-workers-per-trial must be at least 1 and below"),
+        ({"workers_per_trial": 2, "min_workers_per_trial": 0}, "--min-workers-per-trial must be at least 1"),
         ({"name": ""}, "--name"),
         ({"name": "a/b"}, "--name"),
         ({"name": "a\\b"}, "--name"),
@@ -79,7 +83,8 @@ def test_remote_addresses_are_taken_as_they_are() -> None:
     asked = settings(storage="s3://b/p/", tracking_uri="http://m", study_storage="postgresql://p", name="spring")
     found = resolve_addresses(asked)
     assert found.storage == "s3://b/p" and found.home == "s3://b/p/spring" and found.is_remote
-    assert (found.tracking, resolve_studies(asked, found), found.artifacts) == ("http://m", "postgresql://p", None)
+    assert resolve_studies(asked, found) == "postgresql+psycopg2://p"
+    assert (found.tracking, found.artifacts) == ("http://m", None)
 
 
 def test_by_default_everything_lies_in_one_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,9 +104,9 @@ def test_the_environment_fills_in_what_is_not_given_and_is_read_once(monkeypatch
     found = settings(storage="s3://b/p")
     assert settings(tracking_uri="http://flag").tracking_uri == "http://flag"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://changed")
-    assert (found.tracking_uri, found.study_storage) == ("http://env", "postgresql://env")
+    assert (found.tracking_uri, found.study_storage) == ("http://env", "postgresql+psycopg2://env")
     revived = pickle.loads(pickle.dumps(found))
-    assert (revived.tracking_uri, revived.study_storage) == ("http://env", "postgresql://env")
+    assert (revived.tracking_uri, revived.study_storage) == ("http://env", "postgresql+psycopg2://env")
 
 
 def test_a_study_password_does_not_show_in_a_printed_setting_or_plan(mvtec_root: Path) -> None:
@@ -296,3 +301,43 @@ def test_a_backbone_brings_what_goes_with_it_to_a_search() -> None:
         ValueError, match=r"lite0 are the weights of backbone tf_efficientnet_lite0\.in1k, got resnet50"
     ):
         settings(teacher_weights="lite0", backbone="resnet50.tv_in1k")
+
+
+NUMBERS = [
+    (kind, field.name, value)
+    for kind in (SearchSettings, TrainingSettings, ScoringSettings)
+    for field in dataclasses.fields(kind)
+    if "Range(" in str(field.type)
+    for value in (float("nan"), float("inf"), -1, 10**12)
+]
+
+
+def test_every_number_of_the_cluster_s_flags_has_a_range() -> None:
+    assert len(NUMBERS) >= 4 * 14
+    plain = [
+        f"{kind.__name__}.{field.name}"
+        for kind in (SearchSettings, TrainingSettings, ScoringSettings, DemoSettings)
+        for field in dataclasses.fields(kind)
+        if str(field.type).removesuffix(" | None") in ("int", "float", "<class 'int'>", "<class 'float'>")
+    ]
+    of_the_configuration = {*RunConfig().flat(), "false_alarm_rate", "trials"}  # ranges of their own
+    assert [name for name in plain if name.rpartition(".")[2] not in of_the_configuration] == []
+
+
+@pytest.mark.parametrize(("kind", "name", "value"), NUMBERS)
+def test_a_number_out_of_range_is_refused_before_anything_starts(kind: Any, name: str, value: float) -> None:
+    given: dict[str, Any] = {
+        SearchSettings: {"data": "data"},
+        TrainingSettings: {"data": "data", "out": Path("out"), "config": RunConfig()},
+        ScoringSettings: {"detector": "d", "images": "i", "out": "o"},
+    }[kind]
+    flag = f"--{name.replace('_', '-')}"
+    with pytest.raises(ValueError, match=f"^{flag} must be (at least|above) .* and at most .*, got {value}") as raised:
+        kind(**given | {name: value})
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("budget", ["99999h", "9999999999999h", "1" * 5000 + "h"])
+def test_a_time_budget_has_an_end(budget: str) -> None:
+    with pytest.raises(ValueError, match="--time-budget must be a time such as 2h"):
+        settings(time_budget=budget)

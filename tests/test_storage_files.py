@@ -350,3 +350,50 @@ def test_two_pulls_to_one_folder_do_not_mix(store: Storage, champion: Champion, 
         store.resume(f"{champion.folder}/{name}", path)
 
     assert download_detector_files(fetch, store.names(champion.folder), tmp_path / "out/tile")
+
+
+STRAYS: list[tuple[str, object, str]] = [
+    ("champions/list.json", [1, 2], "no record of a champion but a list"),
+    ("champions/text.json", "tile", "no record of a champion but a str"),
+    ("champions/notes.json", {"note": "do not touch"}, "lacks 'category'"),
+    ("champions/number.json", {"folder": 7}, "a field has a value of another kind"),
+    ("champions/figures.json", {"metrics": ["val/objective"]}, "a field has a value of another kind"),
+    ("champions/text-figures.json", {"metrics": {"val/objective": "0.5"}}, "a field has a value of another kind"),
+    ("champions/other.json", {"category": "wood"}, "the record of another category, 'wood'"),
+    ("champions/gone.json", {"folder": "champions/gone/x"}, "champions/gone/x is empty"),
+    ("champions/broken.json", b"{", "is no JSON document"),
+    ("champions/binary.json", b"\xff\xfe\x00", "is no JSON document"),
+    ("champions/deep.json", b"[" * 100_000, "is no JSON document"),
+    ("best-so-far/early.json", {"folder": None}, "a field has a value of another kind"),
+]
+
+
+def test_strays_and_broken_records_stop_no_pull_of_what_is_whole(
+    store: Storage, champion: Champion, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    search = Storage(f"{store.uri}/spring")
+    shutil.copytree(tmp_path / "store", tmp_path / "copy")
+    shutil.copytree(tmp_path / "copy", tmp_path / "store/spring", dirs_exist_ok=True)
+    for name, content, _ in STRAYS:
+        category = Path(name).stem
+        whole = {**champion._asdict(), "category": category}
+        if isinstance(content, dict) and "note" not in content:
+            content = {**whole, **content}
+        if isinstance(content, bytes):
+            (tmp_path / "store/spring" / name).write_bytes(content)
+        else:
+            search.write_json(name, content)  # type: ignore[arg-type]
+    (tmp_path / "store/spring/champions/README.txt").write_text("no record")
+    (tmp_path / "store/spring/champions/.json").write_text("{}")
+    (tmp_path / "store/spring/champions/folder.json").mkdir()
+    asked = PullSettings(categories=("all",), out=tmp_path / "out", name="spring", storage=store.uri, json=True)
+    assert pull(asked) == 1
+    said = capsys.readouterr()
+    document = json.loads(said.out)
+    assert [each["category"] for each in document["detectors"]] == ["tile"], said.err
+    assert read_record(tmp_path / "out/tile") and [path.name for path in (tmp_path / "out").iterdir()] == ["tile"]
+    assert set(document["faults"]) == {Path(name).stem for name, _, _ in STRAYS} | {"folder"}
+    for name, _, reason in STRAYS:
+        assert reason in document["faults"][Path(name).stem], name
+        assert sum(line.startswith(f"{Path(name).stem}: not pulled: ") for line in said.err.splitlines()) == 1
+    assert "Traceback" not in said.err

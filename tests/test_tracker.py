@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import logging
 import shutil
@@ -12,14 +13,17 @@ import requests
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
+from dskd.checkpoint import read_record
+from tune.settings.search import Promote
+from tune.storage.uris import Addresses
 from tune.study.progress import SearchProgress
 from tune.tracking import outbox
 from tune.tracking import tracker as tracker_module
-from tune.tracking.client import check_server, run_link, tracking_ui_command, without_password
+from tune.tracking.client import check_server, run_link, tracking_ui_command
 from tune.tracking.events import CategoryEnded, DataUsed, EpochDone, Event, TrialEnded, TrialStarted
 from tune.tracking.journal import Journal
 from tune.tracking.outbox import TrackingRefusedError, TrackingUnavailableError
-from tune.tracking.registry import Registration, check_category
+from tune.tracking.registry import Registration, check_category, evaluation_key
 from tune.tracking.tracker import Tracker
 
 
@@ -167,10 +171,10 @@ def test_the_alias_champion_moves_only_to_a_better_detector_of_the_same_images(u
     writer = tracker(uri, "winter", tmp_path)
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
 
-    def register(trial: str, objective: float, data: str = "images") -> Registration:
+    def register(trial: str, objective: float, data: str = "images", promote: Promote = "auto") -> Registration:
         figures = {"val/objective": objective, "test/aupro": 0.5}
         return writer.register_champion(
-            "tile", trial, tmp_path / "detector", figures, data, 60, figures=tmp_path / "figures"
+            "tile", trial, tmp_path / "detector", figures, data, 60, figures=tmp_path / "figures", promote=promote
         )
 
     def champion() -> str:
@@ -184,13 +188,19 @@ def test_the_alias_champion_moves_only_to_a_better_detector_of_the_same_images(u
     assert again == first and champion() == first.run_id
     better = register("c", 0.9)
     assert better.is_champion and champion() == better.run_id
-    elsewhere = register("d", 0.1, "other images")
-    assert elsewhere.is_champion and champion() == elsewhere.run_id, "objectives on other images do not compare"
+    elsewhere = register("d", 0.99, "other images")
+    assert elsewhere.alias == "candidate" and champion() == better.run_id, "objectives on other images do not compare"
+    assert elsewhere.reason.startswith("version 3, the champion, was evaluated on other data; --promote always")
+    asked_for = register("d", 0.99, "other images", "always")
+    assert asked_for.is_champion and champion() == elsewhere.run_id == asked_for.run_id
+    assert register("c", 0.9).alias == "candidate" and register("c", 0.9, promote="always").is_champion
+    assert register("d", 0.99, "other images", "never").alias == "" and champion() == better.run_id
+    assert client.get_registered_model("dskd-tile").aliases.keys() == {"champion", "candidate"}
     assert len({each.version for each in (first, worse, better, elsewhere)}) == 4
     writer.close(60)
 
     found = runs(uri, "winter")
-    assert found["tile"].data.tags["dskd.champion_run"] == elsewhere.run_id
+    assert found["tile"].data.tags["dskd.champion_run"] == elsewhere.run_id  # the last that was registered
     assert found["tile-c"].info.run_id == better.run_id and found["tile-c"].data.metrics["test/aupro"] == 0.5
     assert {each.path for each in client.list_artifacts(better.run_id)} == {"model", "validation"}
     packed = client.list_artifacts(better.run_id, "model/artifacts/detector")
@@ -251,11 +261,85 @@ def test_a_search_that_selects_on_the_test_set_never_becomes_champion(uri: str, 
     assert {name: str(version) for name, version in aliases.items()} == {"champion": "1", "oracle": "3"}
 
 
+def test_a_detector_of_an_untrained_teacher_never_gets_an_alias_and_holds_none(
+    uri: str, tmp_path: Path, light: None
+) -> None:
+    """Also one that an earlier version gave it to: the first detector of a trained teacher takes it."""
+    (tmp_path / "detector").mkdir()
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+    def register(teacher: str, trial: str, promote: Promote) -> Registration:
+        tags = {"dskd.selection": "val", "dskd.teacher": teacher}
+        unsent = tmp_path / "unsent.jsonl"
+        writer = Tracker(uri, "wiring", artifact_location=f"file://{tmp_path}/a", tags=tags, unsent=unsent)
+        done = writer.register_champion(
+            "wired", trial, tmp_path / "detector", {"val/objective": 0.9}, trial, 60, promote=promote
+        )
+        writer.close(60)
+        return done
+
+    choices: tuple[Promote, ...] = ("auto", "always", "never")
+    for promote in choices:
+        wiring = register("random (untrained)", "one", promote)
+        assert wiring.alias == "" and wiring.reason == "its teacher is untrained"
+    assert client.get_registered_model("dskd-wired").aliases == {}
+    client.set_registered_model_alias("dskd-wired", "champion", wiring.version)
+    assert register("pretrained", "two", "auto").is_champion
+
+
+def test_detectors_compare_where_what_evaluated_them_is_the_same(
+    uri: str, tmp_path: Path, light: None, detector_folder: Path
+) -> None:
+    (tmp_path / "detector").mkdir()
+    record = read_record(detector_folder)
+    others = [
+        dataclasses.replace(record, validation_files=record.validation_files[:1]),
+        dataclasses.replace(record, textures_sha256="dtd", num_textures=3),
+        dataclasses.replace(record, data_sha256="0" * 64),
+        dataclasses.replace(record, selection="oracle"),
+    ]
+    assert len({evaluation_key(each) for each in (record, *others)}) == 5
+    assert evaluation_key(dataclasses.replace(record, step=1, metrics={})) == evaluation_key(record)
+    writer = tracker(uri, "compared", tmp_path)
+    for trial, asked, alias in (("a", record, "champion"), ("b", others[0], "candidate"), ("c", record, "champion")):
+        done = writer.register_champion(
+            "compared", trial, tmp_path / "detector", {"val/objective": 0.9}, record.data_sha256, 60,
+            evaluation_sha256=evaluation_key(asked),
+        )  # fmt: skip
+        assert done.alias == alias
+    writer.close(60)
+
+
+def test_a_category_has_one_parent_run_whether_it_could_not_begin_was_interrupted_or_continued(
+    uri: str, tmp_path: Path
+) -> None:
+    ends = [
+        (CategoryEnded("tile", "interrupted", {}, {"dskd.error": "the time budget ended"}), "KILLED"),
+        (CategoryEnded("tile", "failed", {}, {"dskd.error": "no trial finished"}), "FAILED"),
+        (CategoryEnded("tile", "finished", {}, {}), "FINISHED"),
+    ]
+    for end, status in ends:
+        writer = tracker(uri, "budget", tmp_path)
+        writer.put(end)
+        assert writer.close(60) == 0
+        found = runs(uri, "budget")
+        assert {name: run.info.status for name, run in found.items()} == {"tile": status}
+        assert found["tile"].data.tags.get("dskd.error") == end.tags.get("dskd.error")
+
+
+def test_two_searches_of_one_name_keep_unsent_events_of_their_own(tmp_path: Path) -> None:
+    places = [("s3://b/one", "http://m"), ("s3://b/two", "http://m"), ("s3://b/one", "http://n")]
+    files = [Addresses.resolve(storage, "parts", uri).unsent_events("parts") for storage, uri in places]
+    assert len(set(files)) == 3 and len({file.parent for file in files}) == 1
+    secret = Addresses.resolve("s3://b/one", "parts", "http://ann:changed@m").unsent_events("parts")
+    assert secret == files[0], "another password is the same server"
+
+
 def test_a_version_can_be_registered_without_promoting_it(uri: str, tmp_path: Path, light: None) -> None:
     (tmp_path / "detector").mkdir()
     writer = tracker(uri, "shy", tmp_path)
     done = writer.register_champion(
-        "shy", "a", tmp_path / "detector", {"val/objective": 0.5}, "images", 60, promote=False
+        "shy", "a", tmp_path / "detector", {"val/objective": 0.5}, "images", 60, promote="never"
     )
     writer.close(60)
     assert done.alias == "" and not done.is_champion and done.version == "1"
@@ -364,8 +448,6 @@ def test_an_absent_server_is_found_before_the_search_starts(away: str, uri: str)
 
 
 def test_addresses_are_shown_without_their_password() -> None:
-    assert without_password("postgresql://user:p@ss@host:5432/db") == "postgresql://host:5432/db"
-    assert without_password("sqlite:////tmp/mlflow.db") == "sqlite:////tmp/mlflow.db"
     assert tracking_ui_command("http://me:secret@host:5000") == "open http://host:5000"
     assert tracking_ui_command("sqlite:////tmp/m.db") == "mlflow ui --backend-store-uri sqlite:////tmp/m.db"
     assert run_link("sqlite:////tmp/m.db", "run1") == "run1" and run_link("http://host", "") == ""

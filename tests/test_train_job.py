@@ -180,7 +180,7 @@ def test_what_workers_are_told_of_a_repeated_run_is_what_it_was_told() -> None:
     [
         ("--out t", "tune/train.py: error: missing --data STR; see tune/train.py --help"),
         ("--data d --out t --epoch 3", "unknown flag --epoch, did you mean --epochs?"),
-        ("--data d --out t --workers 0", "train: error: --workers must be at least 1, got 0"),
+        ("--data d --out t --workers 0", "train: error: --workers must be at least 1 and at most 1,000, got 0"),
         ("--data d --out t --workers 17", "--workers 17 share a batch of 16 images; lower --workers or raise"),
         ("--data d --out t --storage s3://b/p", "with --storage s3://b/p give --tracking-uri too"),
         ("--data d --out t --from-run r --preset aand", "--from-run and --preset exclude each other"),

@@ -1,6 +1,5 @@
 """The whole demonstration: draw, search, pull, inspect, and print the next steps."""
 
-import shlex
 from pathlib import Path
 
 from dskd.checkpoint import read_record
@@ -16,6 +15,8 @@ from tune.settings.demo import DemoSettings
 from tune.settings.entry import say
 from tune.settings.plan import resolve_addresses
 from tune.settings.pull import PullSettings
+from tune.storage.shown import command
+from tune.tracking.client import tracking_ui_command
 
 
 def demo(settings: DemoSettings) -> int:
@@ -42,12 +43,13 @@ def demo(settings: DemoSettings) -> int:
     )
     say(f"{found.describe()}; overlays in {verdicts / OVERLAYS_FOLDER}")
     highest = max(found.predictions, key=lambda prediction: float(prediction["score"]))
-    detector = shlex.quote(str(detectors / category))
+    runs = tracking_ui_command(resolve_addresses(asked).tracking)
+    predict = command(["dskd", "predict", str(detectors / category), "IMAGES", "--out", "verdicts"])
     say(
         f"\nLook at          {verdicts / highest['overlay']}\n"
-        f"Compare runs     .venv/bin/mlflow ui --backend-store-uri {shlex.quote(resolve_addresses(asked).tracking)}\n"
+        f"Compare runs     {runs if runs.startswith('open ') else f'.venv/bin/{runs}'}\n"
         f"Your own images  .venv/bin/python tune/search.py --data DIR   (DIR/<category>/train/good/*.png)\n"
-        f"                 .venv/bin/dskd predict {detector} IMAGES --out verdicts"
+        f"                 .venv/bin/{predict}"
     )
     return 0
 

@@ -1,6 +1,5 @@
 """What a search prints at its end: the table of champions, what differs from the presets, how to go on."""
 
-import shlex
 from collections.abc import Mapping, Sequence
 
 from dskd.checkpoint import RECORD_FILE, DetectorRecord
@@ -11,7 +10,8 @@ from tune.settings.search import SearchSettings
 from tune.settings.space import describe_changes
 from tune.storage.champions import Champion
 from tune.storage.files import Storage, StorageError
-from tune.study.categories import CategoryResult
+from tune.storage.shown import shown
+from tune.study.categories import CategoryResult, pull_command
 from tune.study.progress import TimeShare
 from tune.tracking.client import tracking_ui_command
 from tune.trial.evaluation import TABLE_RATE
@@ -55,7 +55,7 @@ def show_outcome(
         print_line(console, "untrained teacher: these figures have no meaning for inspection", "bold red")
     for result in results:
         if result.error:
-            print_line(console, f"{result.category}: no champion: {result.error}")
+            print_line(console, shown(f"{result.category}: no champion: {result.error}"))
         if result.champion:
             print_line(console, f"{result.category}: {changes_of(result.champion, plan)}")
             if result.decision:
@@ -63,9 +63,8 @@ def show_outcome(
             print_line(console, f"  in {plan.addresses.home}/{result.champion.folder}")
     if share is not None:
         print_line(console, share.sentence)
-    storage = shlex.quote(settings.storage)
     print_line(console, "pull the champions:")
-    print_command(console, f"python tune/pull.py all --name {settings.name} --storage {storage} --out detectors")
+    print_command(console, pull_command(plan, "all"))
     print_line(console, "compare the runs:")
     print_command(console, tracking_ui_command(plan.addresses.tracking))
 

@@ -1,18 +1,19 @@
 """Downloads the best detector of each category from a search's storage or from MLflow's registry."""
 
 import json
-import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dskd.checkpoint import DetectorRecord
 from tune.jobs.tables import print_command, print_line, print_rows, stderr_console
+from tune.settings.entry import say
 from tune.settings.pull import PullSettings
 from tune.storage.champions import champion_categories, download_detector, download_detector_files, find_best
-from tune.storage.files import open_search
-from tune.tracking.client import check_server, registry_client, run_link, without_password
+from tune.storage.files import StorageError, open_search
+from tune.storage.shown import command, shown, shown_url
+from tune.tracking.client import check_server, registry_client, run_link
 from tune.tracking.registry import fetch, find_registered, registered_categories
 from tune.trial.evaluation import TABLE_RATE
 
@@ -49,50 +50,70 @@ class PulledDetector(NamedTuple):
 
 
 def pull(settings: PullSettings) -> int:
-    """Download the detectors and print a table; returns exit code 0.
+    """Download the detectors and print a table; returns the exit code: 1 if some are not whole, which are named.
 
-    Raises ValueError or OSError, in one line, if one cannot be downloaded.
+    Raises ValueError or OSError, in one line, if there is nothing to download.
     """
-    pulled = list(_from_storage(settings) if settings.alias is None else _from_registry(settings))
-    _show(pulled, settings)
+    pulled, faults = list[PulledDetector](), dict[str, str]()
+    for category, fetched in _from_storage(settings) if settings.alias is None else _from_registry(settings):
+        try:
+            pulled.append(fetched())
+        except (ValueError, OSError) as error:
+            faults[category] = shown(str(error))
+            say(f"{category}: not pulled: {error}")
+    if pulled:
+        _show(pulled, settings)
     if settings.json:
         detectors = [detector.to_dict() for detector in pulled]
-        print(json.dumps({"name": settings.name, "detectors": detectors}, indent=2))  # noqa: T201
-    return 0
+        print(json.dumps({"name": settings.name, "detectors": detectors, "faults": faults}, indent=2))  # noqa: T201
+    return 1 if faults else 0
 
 
-def _from_storage(settings: PullSettings) -> Iterator[PulledDetector]:
+_Fetched = Callable[[], PulledDetector]
+"""Downloads one detector; raises ValueError or OSError, in one line, if it is not whole."""
+
+
+def _from_storage(settings: PullSettings) -> Iterator[tuple[str, _Fetched]]:
     search = open_search(settings.storage, settings.name)
     known = champion_categories(search)
     if not known:
         raise ValueError(f"{search.uri} holds no champion; check --name and --storage, or wait for the first.")
-    found = [(category, find_best(search, category)) for category in settings.wanted or known]
-    if missing := [category for category, champion in found if champion is None]:
+    if missing := [category for category in settings.wanted if category not in known]:
         raise ValueError(f"no champion of {missing[0]!r} in {search.uri}; there are: {', '.join(known)}.")
-    for category, champion in found:
-        assert champion is not None
-        record = download_detector(search, champion, settings.out / category)
-        run_id = champion.run_id
+
+    def fetched(category: str) -> PulledDetector:
+        champion = find_best(search, category)
+        if champion is None:
+            raise StorageError(f"{search.uri} holds no champion of {category!r} any more.")
+        folder, run_id = settings.out / category, champion.run_id
+        record = download_detector(search, champion, folder)
         link = run_link(settings.tracking_uri, run_id) if settings.tracking_uri else run_id[:8]
-        folder = settings.out / category
-        yield PulledDetector(category, folder, record, champion.trial_id, run_id, link, "", champion.is_final)
+        return PulledDetector(category, folder, record, champion.trial_id, run_id, link, "", champion.is_final)
+
+    for category in settings.wanted or known:
+        yield category, partial(fetched, category)
 
 
-def _from_registry(settings: PullSettings) -> Iterator[PulledDetector]:
+def _from_registry(settings: PullSettings) -> Iterator[tuple[str, _Fetched]]:
     tracking, alias = settings.tracking_uri or _embedded_tracking(settings.storage), settings.alias
     assert alias is not None
     check_server(tracking)
     client = registry_client(tracking)
     wanted = settings.wanted or registered_categories(client, alias)
     if not wanted:
-        raise ValueError(f"no model of {without_password(tracking)} has the alias {alias!r}; check it and the address.")
-    for detector in [find_registered(client, category, alias) for category in wanted]:
-        folder = settings.out / detector.category
+        raise ValueError(f"no model of {shown_url(tracking)} has the alias {alias!r}; check it and the address.")
+
+    def fetched(category: str) -> PulledDetector:
+        detector = find_registered(client, category, alias)
+        folder = settings.out / category
         record = download_detector_files(partial(fetch, client, detector), detector.files, folder)
         link = run_link(tracking, detector.run_id)
-        yield PulledDetector(
-            detector.category, folder, record, detector.trial_id, detector.run_id, link, detector.version, True
+        return PulledDetector(
+            category, folder, record, detector.trial_id, detector.run_id, link, detector.version, True
         )
+
+    for category in wanted:
+        yield category, partial(fetched, category)
 
 
 def _embedded_tracking(storage: str) -> str:
@@ -126,4 +147,4 @@ def _show(pulled: list[PulledDetector], settings: PullSettings) -> None:
     named = f"Registered models with the alias {settings.alias}"
     print_rows(console, named if settings.alias else f"Champions of {settings.name}", _COLUMNS, rows)
     print_line(console, "inspect images:")
-    print_command(console, f"dskd predict {shlex.quote(str(pulled[0].folder))} IMAGES --out verdicts")
+    print_command(console, command(["dskd", "predict", str(pulled[0].folder), "IMAGES", "--out", "verdicts"]))

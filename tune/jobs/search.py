@@ -5,6 +5,7 @@ imported and checked beside it, in a thread.
 """
 
 import _thread
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -77,7 +78,7 @@ def _search(settings: SearchSettings, held: ExitStack) -> list["CategoryResult"]
     if plan.teacher.is_untrained:
         progress.say(UNTRAINED_TEACHER)
     addresses = plan.addresses
-    identity.record(Storage(addresses.home), plan, workers.gpus)
+    plan = dataclasses.replace(plan, study_names=identity.record(Storage(addresses.home), plan, workers.gpus))
     unsent, revision = addresses.unsent_events(plan.name), code_revision()
     tracker = Tracker(
         addresses.tracking,

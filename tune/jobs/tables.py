@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dskd.show.lines import fitted, fitted_command
+from tune.storage.shown import printable
 
 _PIPE_WIDTH = 200
 """Columns where stderr is no terminal."""
@@ -25,21 +26,21 @@ def print_rows(console: Console, title: str, columns: Sequence[str], rows: Seque
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*map(Text, row))  # no markup: a folder may have any name
+        table.add_row(*map(Text, map(printable, row)))  # no markup: a folder may have any name
     if Measurement.get(console, console.options.update(max_width=10_000), table).maximum <= console.width:
         console.print(table)
         return
     print_line(console, title, "italic")
     width = max(len(column) for column in columns[1:])
     for row in rows:
-        console.print(Text(row[0], style="bold"), soft_wrap=True)
+        console.print(Text(printable(row[0]), style="bold"), soft_wrap=True)
         for column, cell in zip(columns[1:], row[1:], strict=True):
-            console.print(Text(f"  {column:{width}}  {cell}"), soft_wrap=True)
+            console.print(Text(f"  {column:{width}}  {printable(cell)}"), soft_wrap=True)
 
 
 def print_line(console: Console, line: str, style: str = "") -> None:
     """Print a line, broken between words if it is wider than the terminal."""
-    console.print(Text(fitted(line, _width(console)), style=style), soft_wrap=True)
+    console.print(Text(fitted(printable(line), _width(console)), style=style), soft_wrap=True)
 
 
 def print_command(console: Console, command: str) -> None:

@@ -27,6 +27,7 @@ from tune.storage.uris import DETECTOR_FOLDER
 from tune.tracking.client import check_server, run_link
 from tune.tracking.events import EpochDone, Remarked, TrialEnded, TrialStarted
 from tune.tracking.outbox import TrackingRefusedError, TrackingUnavailableError
+from tune.tracking.registry import check_category
 from tune.tracking.runs import TrackedRun, code_revision, run_tags, tracked_run
 from tune.tracking.tracker import Tracker
 from tune.trial.assignment import Metrics, Training
@@ -199,6 +200,7 @@ def _checked(settings: TrainingSettings) -> tuple[str, str]:
                 f"{settings.data} holds several categories, choose one with --category: {', '.join(categories)}."
             )
         category = settings.category or categories[0]
+        check_category(category)
         found = read_category(root, category, layout)
     num_normals = len(found.train)
     share = min(settings.config.train.batch_size, num_normals) // settings.workers

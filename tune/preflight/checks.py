@@ -22,9 +22,10 @@ from tune.preflight.identity import check_continues
 from tune.preflight.room import PreflightError
 from tune.settings.plan import SearchPlan, resolve_studies
 from tune.settings.search import SearchSettings
-from tune.storage.files import Storage, open_search
+from tune.storage.files import Storage, created_by_one, open_search
+from tune.storage.shown import shown, shown_url
 from tune.storage.uris import Addresses, is_address
-from tune.tracking.client import check_server, without_password
+from tune.tracking.client import check_server
 from tune.tracking.registry import check_category
 
 _MAX_FILES_LISTED = 3
@@ -166,7 +167,8 @@ def _check_teacher(settings: SearchSettings, config: RunConfig) -> None:
 
 def _check_studies(url: str) -> None:
     try:
-        optuna.storages.RDBStorage(url).get_all_studies()
+        with created_by_one(url):
+            optuna.storages.RDBStorage(url).get_all_studies()
     except (SQLAlchemyError, ImportError, ValueError) as error:
         raise _unusable_studies(url, error) from None
 
@@ -207,18 +209,18 @@ def _try_sqlite(url: str, flag: str) -> None:
     if not path.exists():
         there = _nearest_existing(path)
         if not (there.is_dir() and os.access(there, os.W_OK)):
-            raise ValueError(f"{flag} {url}: {there} is no folder that can be written to.")
+            raise ValueError(f"{flag} {shown_url(url)}: {there} is no folder that can be written to.")
         return
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as file:
             file.execute("PRAGMA schema_version").fetchone()
     except sqlite3.Error as error:
-        raise ValueError(f"{flag} {url} is not usable: {error}; name another file.") from None
+        raise ValueError(f"{flag} {shown_url(url)} is not usable: {error}; name another file.") from None
 
 
 def _unusable_studies(url: str, error: Exception) -> ConnectionError:
-    reason = str(error).strip().splitlines()[0]
-    return ConnectionError(f"--study-storage {without_password(url)} is not usable: {reason}")
+    reason = shown((str(error).strip().splitlines() or [type(error).__name__])[0])
+    return ConnectionError(f"--study-storage {shown_url(url)} is not usable: {reason}")
 
 
 def _nearest_existing(path: Path) -> Path:

@@ -33,6 +33,7 @@ from tune.preflight.forecast import (
 from tune.settings.plan import SearchPlan
 from tune.settings.search import SearchSettings
 from tune.settings.workers import Workers
+from tune.storage.shown import printable, shown, shown_url
 from tune.storage.staging import content
 
 if TYPE_CHECKING:
@@ -228,8 +229,6 @@ def _planned(
 
 
 def _document(found: _DryRun) -> dict[str, Any]:
-    from tune.tracking.client import without_password
-
     plan = found.plan
     return {
         "name": plan.name,
@@ -242,8 +241,8 @@ def _document(found: _DryRun) -> dict[str, Any]:
         "cpus_per_worker": plan.cpus_per_worker,
         "gpus_per_worker": found.workers.gpus,
         "storage": plan.addresses.home,
-        "tracking": without_password(plan.addresses.tracking),
-        "studies": without_password(plan.studies),
+        "tracking": shown_url(plan.addresses.tracking),
+        "studies": shown_url(plan.studies),
         "speed": found.slowest.speed._asdict() if found.slowest else None,
         "forecast": found.slowest.forecast._asdict() if found.slowest else None,
         "teachers": [
@@ -263,8 +262,6 @@ def _show(found: _DryRun, settings: SearchSettings) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from tune.tracking.client import without_password
-
     plan, config = found.plan, found.plan.config
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 110, highlight=False, markup=False)
     table = Table(title=f"Plan of {plan.name}: {len(plan.categories)} categories × {plan.trials} trials × "
@@ -274,10 +271,10 @@ def _show(found: _DryRun, settings: SearchSettings) -> None:
     for each in found.categories:
         counts = (each.num_train, found.num_steps(each), each.num_folds or "–", each.num_validation,
                   each.num_calibration, each.num_test)  # fmt: skip
-        table.add_row(each.category, *map(str, counts))
+        table.add_row(printable(each.category), *map(str, counts))
     console.print(table)
     for line in found.unread:
-        console.print(line, soft_wrap=True)
+        console.print(printable(line), soft_wrap=True)
     if plan.teacher.is_untrained:
         console.print("untrained teacher: its results will have no meaning for inspection", style="bold red")
     usual, *rest = plan.spaces.values()
@@ -297,11 +294,11 @@ def _show(found: _DryRun, settings: SearchSettings) -> None:
         "chooses": _choice_line(found),
         "alarms": "; ".join(vouched_rates(found.categories)),
         "state": plan.addresses.home,
-        "studies": without_password(plan.studies),
-        "tracking": without_password(plan.addresses.tracking),
+        "studies": shown_url(plan.studies),
+        "tracking": shown_url(plan.addresses.tracking),
     }
     for name, text in lines.items():
-        console.print(f"{name + ':':10}{text}", soft_wrap=True)
+        console.print(f"{name + ':':10}{shown(text)}", soft_wrap=True)
     if not found.teachers:
         console.print(f"measured: nothing: the cluster had no place free for a worker within {_SLOT_SECONDS:.0f} s")
         console.print("forecast: none")

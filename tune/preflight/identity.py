@@ -4,6 +4,7 @@ Tune continues with the settings of its first start and ignores later ones. So a
 anything that affects a result is refused.
 """
 
+import secrets
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -39,15 +40,24 @@ def check_continues(storage: Storage, plan: SearchPlan) -> None:
         _compare(storage, category, identity(plan, category), plan.name)
 
 
-def record(storage: Storage, plan: SearchPlan, gpus_per_worker: float) -> None:
+def record(storage: Storage, plan: SearchPlan, gpus_per_worker: float) -> dict[str, str]:
     """Record the settings of each category at its first start, including GPUs, now that the cluster is known.
 
-    Raises ValueError as `check_continues`.
+    Returns the name of each category's study. In a database that several storages may use it has a part of its own,
+    so that two searches of one name do not meet there. Raises ValueError as `check_continues`.
     """
+    names = {}
     for category in plan.categories:
         mine = identity(plan, category) | {"gpus_per_worker": gpus_per_worker}
-        if not _compare(storage, category, mine, plan.name):
-            storage.write_json(f"{_FOLDER}/{category}.json", mine)
+        file = f"{_FOLDER}/{category}.json"
+        if _compare(storage, category, mine, plan.name):
+            known = storage.read_json(file) or {}
+            names[category] = str(known.get("study", plan.study_name(category)))
+        else:
+            own = "" if plan.has_own_studies else f"/{secrets.token_hex(4)}"
+            names[category] = f"{plan.study_name(category)}{own}"
+            storage.write_json(file, mine | {"study": names[category]})
+    return names
 
 
 def _compare(storage: Storage, category: str, mine: Mapping[str, Any], name: str) -> bool:

@@ -12,6 +12,7 @@ import ray
 import ray.exceptions
 
 from tune.settings.workers import Workers
+from tune.storage.shown import shown, shown_url
 
 _CONNECT_SECONDS = 5.0
 
@@ -47,7 +48,7 @@ def connect(address: str | None) -> None:
                     "$RAY_AUTH_TOKEN_PATH, by default ~/.ray/auth_token) must be the cluster's."
                 ) from None
             where = f"join the Ray cluster at {address}" if address else "start Ray on this machine"
-            raise ConnectionError(f"cannot {where}: {(str(error).splitlines() or [repr(error)])[0]}") from None
+            raise ConnectionError(f"cannot {where}: {shown((str(error).splitlines() or [repr(error)])[0])}") from None
 
 
 @contextmanager
@@ -78,15 +79,15 @@ def _check_address(address: str) -> None:
     """
     if address in ("auto", "local"):
         return
-    parts = urlsplit(address if "://" in address else f"//{address}")
     try:
+        parts = urlsplit(address if "://" in address else f"//{address}")
         host, port = parts.hostname, parts.port
     except ValueError:
         host = port = None
-    if parts.scheme not in ("", "ray") or not host or not port:
+    if host is None or not port or parts.scheme not in ("", "ray") or set("@?#") & set(address):
         raise ValueError(
-            f"--address (or $RAY_ADDRESS) must be auto, HOST:PORT or ray://HOST:PORT, got {address}; an http:// "
-            "address is that of `ray job submit`."
+            f"--address (or $RAY_ADDRESS) must be auto, HOST:PORT or ray://HOST:PORT, got {shown_url(address)}; an "
+            "http:// address is that of `ray job submit`."
         )
     try:
         socket.create_connection((host, port), _CONNECT_SECONDS).close()

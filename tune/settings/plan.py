@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dskd.config import RunConfig, Selection, TeacherSource
 from dskd.data.datasets import find_categories
-from tune.settings.search import SamplerName, SearchSettings, split_words
+from tune.settings.search import Promote, SamplerName, SearchSettings, split_words
 from tune.settings.space import Space, build_space
 from tune.settings.space_file import read_space
 from tune.storage.uris import Addresses, absolute
@@ -46,15 +46,26 @@ class SearchPlan:
     max_concurrent: int | None
     """None: as many trials as the cluster can hold at that time."""
     cache_gb: float
-    promote: bool
+    promote: Promote
     finalists: int
     """Trials of a category that are trained on the other folds too."""
     min_gain_errors: float
     """Standard errors by which a finalist must be ahead of the untuned preset."""
+    study_names: Mapping[str, str] = field(default_factory=dict)
+    """Name of each category's study in Optuna's storage, once it is recorded."""
 
     @property
     def name(self) -> str:
         return self.addresses.name
+
+    def study_name(self, category: str) -> str:
+        """Name of the category's study; by default that of searches before names were recorded."""
+        return self.study_names.get(category, f"{self.name}/{category}")
+
+    @property
+    def has_own_studies(self) -> bool:
+        """Whether Optuna's storage is a file that no search from another storage uses."""
+        return self.studies == _embedded_studies(self.addresses)
 
     @property
     def config(self) -> RunConfig:
@@ -128,7 +139,11 @@ def resolve_addresses(settings: SearchSettings) -> Addresses:
 
 def resolve_studies(settings: SearchSettings, addresses: Addresses) -> str:
     """URL of Optuna's storage: as given, else an SQLite file in the local storage folder."""
-    return settings.study_storage or f"sqlite:///{addresses.storage}/optuna.db"
+    return settings.study_storage or _embedded_studies(addresses)
+
+
+def _embedded_studies(addresses: Addresses) -> str:
+    return f"sqlite:///{addresses.storage}/optuna.db"
 
 
 def _with_shared_points(

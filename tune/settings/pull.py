@@ -1,12 +1,13 @@
 """The flags of `tune/pull.py`."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from tune.settings.limits import MLFLOW_EXAMPLE, check_name, check_storage_address, resolved_server
 from tune.storage.uris import LOCAL_RESULTS
 
 
@@ -30,14 +31,19 @@ class PullSettings:
     detectors of a search."""
     storage: str = LOCAL_RESULTS
     """Folder or s3://bucket/path given to the search as --storage."""
-    tracking_uri: str | None = None
+    tracking_uri: str | None = field(default=None, repr=False)
     """MLflow server, for --alias and for links to the runs in the table; by default $MLFLOW_TRACKING_URI, or for
     --alias the SQLite file in a local storage folder."""
     json: bool = False
     """Print one JSON document on stdout."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tracking_uri", self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or None)
+        given = self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or None
+        object.__setattr__(self, "tracking_uri", resolved_server(given, "--tracking-uri", MLFLOW_EXAMPLE))
+        check_name(self.name, "--name")
+        check_storage_address(self.storage, "--storage")
+        if self.alias is not None:
+            check_name(self.alias, "--alias")
 
     @property
     def wanted(self) -> tuple[str, ...]:

@@ -1,10 +1,21 @@
 """The flags of `tune/score.py`, checked."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
+
+from tune.settings.limits import (
+    MLFLOW_EXAMPLE,
+    Cpus,
+    Gpus,
+    Images,
+    Processes,
+    check_ranges,
+    check_storage_address,
+    resolved_server,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,17 +36,17 @@ class ScoringSettings:
     """Share of good images that may be reported as anomalous, in (0, 1)."""
     overlays: Literal["anomalous", "all", "none"] = "anomalous"
     """Which images get an overlay of heat map and regions."""
-    tracking_uri: str | None = None
+    tracking_uri: str | None = field(default=None, repr=False)
     """MLflow server of models:/ and runs:/; by default $MLFLOW_TRACKING_URI."""
     address: str | None = None
     """Ray cluster: auto or ray://…; by default the job's cluster, or one started for this inspection."""
-    batch_size: int = 64
+    batch_size: Images = 64
     """Images that a worker inspects at once."""
-    concurrency: int | None = None
+    concurrency: Processes | None = None
     """Number of workers; by default as many as the cluster can hold."""
-    cpus_per_worker: float = 1.0
+    cpus_per_worker: Cpus = 1.0
     """CPUs of a worker."""
-    gpus_per_worker: float | None = None
+    gpus_per_worker: Gpus | None = None
     """GPUs of a worker, fractions allowed; by default 1 if the cluster has GPUs, else 0."""
     json: bool = False
     """Print summary.json on stdout at the end."""
@@ -45,14 +56,12 @@ class ScoringSettings:
         object.__setattr__(self, "address", self.address or os.environ.get("RAY_ADDRESS") or None)
         if not 0 < self.false_alarm_rate < 1:
             raise ValueError(f"--false-alarm-rate must lie in (0, 1), got {self.false_alarm_rate}.")
-        if self.batch_size < 1:
-            raise ValueError(f"--batch-size must be at least 1, got {self.batch_size}.")
-        if self.concurrency is not None and self.concurrency < 1:
-            raise ValueError(f"--concurrency must be at least 1, got {self.concurrency}.")
-        if self.cpus_per_worker <= 0:
-            raise ValueError(f"--cpus-per-worker must be positive, got {self.cpus_per_worker}.")
-        if self.gpus_per_worker is not None and self.gpus_per_worker < 0:
-            raise ValueError(f"--gpus-per-worker must not be negative, got {self.gpus_per_worker}.")
+        check_ranges(self)
+        object.__setattr__(self, "tracking_uri", resolved_server(self.tracking_uri, "--tracking-uri", MLFLOW_EXAMPLE))
+        for text, flag in ((self.images, "--images"), (self.out, "--out")):
+            check_storage_address(text, flag)
+        if not self.is_tracked:
+            check_storage_address(self.detector, "DETECTOR")
         if self.is_tracked and not self.tracking_uri:
             raise ValueError(f"{self.detector} lies in MLflow: give --tracking-uri, or set $MLFLOW_TRACKING_URI.")
 

@@ -1,6 +1,5 @@
 """The flags of `tune/search.py` and their defaults, checked."""
 
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -11,9 +10,27 @@ from typing import Any, Literal
 from dskd.arguments import given_length
 from dskd.config import LayoutName, RunConfig, Selection, TeacherSource
 from dskd.presets import PRESETS, read_config, read_document, with_backbone
+from tune.settings.limits import (
+    MLFLOW_EXAMPLE,
+    STUDIES_EXAMPLE,
+    Cpus,
+    Errors,
+    Finalists,
+    Gigabytes,
+    Gpus,
+    Processes,
+    Seed,
+    Together,
+    Trials,
+    check_name,
+    check_ranges,
+    check_storage_address,
+    resolved_server,
+)
 from tune.storage.uris import LOCAL_RESULTS, is_address
 
 USUAL_FOLDS = 5
+Promote = Literal["auto", "always", "never"]
 SamplerName = Literal["tpe", "gp", "cmaes", "qmc", "random"]
 FIXED = (
     "steps", "epochs", "patience", "image_size", "resize", "tile", "overlap", "group_by", "batch_size",
@@ -21,6 +38,8 @@ FIXED = (
     "layout",
 )  # fmt: skip
 """Flags that set the configuration's field of the same name for all trials."""
+_LONGEST_BUDGET = 10_000 * 3600
+"""In seconds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +53,7 @@ class SearchSettings:
     """Categories to search, separated by commas, or all."""
     name: str = "search"
     """Name of the search and of its MLflow experiment; using the same name again continues the search."""
-    trials: int = 8
+    trials: Trials = 8
     """Trials per category; a larger number than before extends a finished search."""
     time_budget: str | None = None
     """Wall time of the whole search, such as 2h, 1h30m or 90s; each category gets its share of the remaining time when
@@ -82,10 +101,10 @@ class SearchSettings:
     calibration_fraction: float | None = None
     """Without folds: share of the held-out images that set the thresholds alone; by default that of --config, else
     0.5."""
-    finalists: int = 3
+    finalists: Finalists = 3
     """Best trials of a category that are trained on the other folds too, and compared with the untuned preset there;
     0: the first fold chooses alone."""
-    min_gain_errors: float = 1.0
+    min_gain_errors: Errors = 1.0
     """A finalist becomes champion if it is ahead of the untuned preset by more than so many standard errors; else the
     preset stays."""
     split_seed: int | None = None
@@ -113,35 +132,37 @@ class SearchSettings:
     score_candidates: int | None = None
     """Score configurations tried on each trained trial without retraining; 0: none; by default that of --config, else
     500."""
-    workers_per_trial: int = 1
+    workers_per_trial: Processes = 1
     """Processes of one trial; several train with DDP, on several nodes if needed."""
-    min_workers_per_trial: int | None = None
+    min_workers_per_trial: Processes | None = None
     """Smallest number of processes with which a trial may start or continue while the cluster has no room for more;
     it grows back to --workers-per-trial. By default the number is fixed."""
-    gpus_per_worker: float | None = None
+    gpus_per_worker: Gpus | None = None
     """GPUs of a worker, fractions allowed; by default 1 if the cluster has GPUs, else 0."""
-    cpus_per_worker: float = 1.0
+    cpus_per_worker: Cpus = 1.0
     """CPUs of a worker."""
-    max_concurrent: int | None = None
+    max_concurrent: Together | None = None
     """Trials that run at once over all categories; by default as many as the cluster can hold at that time."""
     storage: str = LOCAL_RESULTS
     """Folder or s3://bucket/path for trial state and champions; reachable from every node."""
-    tracking_uri: str | None = None
+    tracking_uri: str | None = field(default=None, repr=False)
     """MLflow server; by default $MLFLOW_TRACKING_URI, or an SQLite file in a local storage folder."""
     study_storage: str | None = field(default=None, repr=False)
     """Optuna storage URL such as postgresql://…; by default $DSKD_STUDY_STORAGE, which keeps its password out of
     the command line, or an SQLite file in a local storage folder."""
     address: str | None = None
     """Ray cluster: auto or ray://…; by default the job's cluster, or one started for this search."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the sampler."""
-    cache_gb: float = 20.0
+    cache_gb: Gigabytes = 20.0
     """Size limit in GB of a node's cache of decoded images and teacher features; the same limit applies separately to
     its copies of data from s3://."""
     dry_run: bool = False
     """Check everything, measure a training step, print the plan with a forecast of time, and leave no files."""
-    promote: bool = True
-    """Move the alias champion of MLflow's registered model to a better winner; else only register a version."""
+    promote: Promote = "auto"
+    """Who gets the alias champion of MLflow's registered model: auto, a winner that is better on the same evaluation
+    data (on other data it gets the alias candidate); always, any winner; never, none. Never one of an untrained
+    teacher."""
     json: bool = False
     """Print one JSON document on stdout at the end."""
 
@@ -153,26 +174,20 @@ class SearchSettings:
             ("address", "RAY_ADDRESS"),
         ):
             object.__setattr__(self, name, getattr(self, name) or os.environ.get(variable) or None)
+        check_ranges(self)
+        check_name(self.name, "--name")
+        for earlier in split_words(self.start_from):
+            check_name(earlier, "--start-from")
+        check_storage_address(self.data, "--data")
+        check_storage_address(self.storage, "--storage")
+        for name, example in (("tracking_uri", MLFLOW_EXAMPLE), ("study_storage", STUDIES_EXAMPLE)):
+            flag = f"--{name.replace('_', '-')}"
+            object.__setattr__(self, name, resolved_server(getattr(self, name), flag, example))
         if self.min_workers_per_trial is not None and not 1 <= self.min_workers_per_trial < self.workers_per_trial:
             raise ValueError(
                 "--min-workers-per-trial must be at least 1 and below --workers-per-trial "
                 f"{self.workers_per_trial}, got {self.min_workers_per_trial}."
             )
-        for name in ("trials", "workers_per_trial"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
-        if self.finalists < 0:
-            raise ValueError(f"--finalists must not be negative, got {self.finalists}.")
-        if not 0 <= self.min_gain_errors < math.inf:
-            raise ValueError(f"--min-gain-errors must be a number of at least 0, got {self.min_gain_errors}.")
-        if self.max_concurrent is not None and self.max_concurrent < 1:
-            raise ValueError(f"--max-concurrent must be at least 1, got {self.max_concurrent}.")
-        if self.cpus_per_worker <= 0:
-            raise ValueError(f"--cpus-per-worker must be positive, got {self.cpus_per_worker}.")
-        if self.gpus_per_worker is not None and self.gpus_per_worker < 0:
-            raise ValueError(f"--gpus-per-worker must not be negative, got {self.gpus_per_worker}.")
-        if not self.name or set(self.name) & set("/\\ ") or self.name.startswith("."):
-            raise ValueError(f"--name becomes a folder name: no slash, no space, no leading dot, got {self.name!r}.")
         if is_address(self.storage) and not (self.tracking_uri and self.study_storage):
             raise ValueError(
                 f"with --storage {self.storage} give --tracking-uri and --study-storage too: "
@@ -249,11 +264,14 @@ class SearchSettings:
         """
         if self.time_budget is None:
             return None
-        parts = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", self.time_budget)
+        parts = re.fullmatch(r"(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s)?", self.time_budget)
         hours, minutes, seconds = (int(part or 0) for part in parts.groups()) if parts else (0, 0, 0)
         total = 3600 * hours + 60 * minutes + seconds
-        if total == 0:
-            raise ValueError(f"--time-budget must be a time such as 2h, 1h30m or 90s, got {self.time_budget!r}.")
+        if not 0 < total <= _LONGEST_BUDGET:
+            raise ValueError(
+                f"--time-budget must be a time such as 2h, 1h30m or 90s, at most {_LONGEST_BUDGET // 3600}h, got "
+                f"{self.time_budget!r}."
+            )
         return float(total)
 
 

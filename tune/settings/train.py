@@ -1,7 +1,7 @@
 """The flags of `tune/train.py`, checked."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +9,17 @@ from tyro.conf import OmitArgPrefixes
 
 from dskd.config import RunConfig, Selection, TeacherSource
 from dskd.presets import Preset
+from tune.settings.limits import (
+    MLFLOW_EXAMPLE,
+    Cpus,
+    Gigabytes,
+    Gpus,
+    Processes,
+    check_name,
+    check_ranges,
+    check_storage_address,
+    resolved_server,
+)
 from tune.storage.uris import LOCAL_RESULTS, Addresses, is_address
 
 
@@ -22,36 +33,33 @@ class TrainingSettings:
     category: str | None = None
     name: str = "train"
     from_run: str | None = None
-    workers: int = 1
-    gpus_per_worker: float | None = None
-    cpus_per_worker: float = 1.0
+    workers: Processes = 1
+    gpus_per_worker: Gpus | None = None
+    cpus_per_worker: Cpus = 1.0
     teacher_weights: str | None = None
     textures: Path | None = None
     selection: Selection | None = None
     storage: str = LOCAL_RESULTS
-    tracking_uri: str | None = None
+    tracking_uri: str | None = field(default=None, repr=False)
     address: str | None = None
-    cache_gb: float = 20.0
+    cache_gb: Gigabytes = 20.0
     json: bool = False
 
     def __post_init__(self) -> None:
         # Read here once: processes on other nodes must use these values, not those of their own environment.
         object.__setattr__(self, "tracking_uri", self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or None)
         object.__setattr__(self, "address", self.address or os.environ.get("RAY_ADDRESS") or None)
+        check_ranges(self)
+        check_name(self.name, "--name")
+        check_storage_address(self.data, "--data")
+        check_storage_address(self.storage, "--storage")
+        object.__setattr__(self, "tracking_uri", resolved_server(self.tracking_uri, "--tracking-uri", MLFLOW_EXAMPLE))
         self.teacher.check_fits(self.config.model.backbone)
-        if self.workers < 1:
-            raise ValueError(f"--workers must be at least 1, got {self.workers}.")
         if self.workers > self.config.train.batch_size:
             raise ValueError(
                 f"--workers {self.workers} share a batch of {self.config.train.batch_size} images; "
                 "lower --workers or raise --batch-size."
             )
-        if self.cpus_per_worker <= 0:
-            raise ValueError(f"--cpus-per-worker must be positive, got {self.cpus_per_worker}.")
-        if self.gpus_per_worker is not None and self.gpus_per_worker < 0:
-            raise ValueError(f"--gpus-per-worker must not be negative, got {self.gpus_per_worker}.")
-        if not self.name or set(self.name) & set("/\\ ") or self.name.startswith("."):
-            raise ValueError(f"--name becomes a folder name: no slash, no space, no leading dot, got {self.name!r}.")
         if is_address(self.storage) and not self.tracking_uri:
             raise ValueError(
                 f"with --storage {self.storage} give --tracking-uri too: its embedded default is a file in a local "

@@ -76,6 +76,23 @@ def save_champion(
     """
     root, _, name = detector_uri.rpartition("/")
     Storage(root).download(name, local)
+    return store_champion(
+        storage, category, trial_id, local, test_metrics, change=change, decision=decision, beats=beats
+    )
+
+
+def store_champion(
+    storage: Storage,
+    category: str,
+    trial_id: str,
+    local: Path,
+    test_metrics: Mapping[str, float],
+    *,
+    change: Callable[[DetectorRecord], DetectorRecord] = lambda record: record,
+    decision: str = "",
+    beats: float | None = None,
+) -> tuple[Champion, DetectorRecord]:
+    """`save_champion` of a detector in the folder `local`."""
     record = change(read_record(local)).with_metrics(test_metrics)
     rewrite_record(local, record)
     folder = f"{_FOLDER}/{category}/{trial_id}"
@@ -96,7 +113,7 @@ def note_best(storage: Storage, category: str, trial_id: str, objective: float, 
     Nothing is copied: Ray keeps a trial's last checkpoint in place. Returns whether it was recorded.
     """
     known = _read(storage, _SO_FAR, category)
-    if known is not None and known.metrics["val/objective"] >= objective:
+    if known is not None and known.metrics.get("val/objective", 0.0) >= objective:
         return False
     folder = detector_uri.removeprefix(f"{storage.uri}/")
     _write(storage, _SO_FAR, Champion(category, trial_id, folder, {"val/objective": objective}, ""))
@@ -122,14 +139,18 @@ def find_best(storage: Storage, category: str) -> Champion | None:
     champion, so_far = find_champion(storage, category), _read(storage, _SO_FAR, category)
     if champion is None or so_far is None:
         return champion or so_far
-    beaten = champion.metrics["val/objective"] if champion.beats is None else champion.beats
-    return so_far if so_far.metrics["val/objective"] > beaten else champion
+    beaten = champion.metrics.get("val/objective", 0.0) if champion.beats is None else champion.beats
+    return so_far if so_far.metrics.get("val/objective", 0.0) > beaten else champion
 
 
 def champion_categories(storage: Storage) -> tuple[str, ...]:
-    """Categories that have a champion or a best trial so far, in alphabetical order."""
+    """Categories that have a champion or a best trial so far, in alphabetical order.
+
+    By the names of files alone: some may hold no record, which `find_best` says.
+    """
     names = {*storage.names(_FOLDER), *storage.names(_SO_FAR)}
-    return tuple(sorted(name.removesuffix(".json") for name in names if name.endswith(".json")))
+    found = {name.removesuffix(".json") for name in names if name.endswith(".json")}
+    return tuple(sorted(found - {"", ".", ".."}))
 
 
 def _write(storage: Storage, kind: str, champion: Champion) -> None:
@@ -138,17 +159,31 @@ def _write(storage: Storage, kind: str, champion: Champion) -> None:
 
 def _read(storage: Storage, kind: str, category: str) -> Champion | None:
     _check_folder_name(category)
-    document: dict[str, Any] | None = storage.read_json(f"{kind}/{category}.json")
+    place = f"{storage.uri}/{kind}/{category}.json"
+    document: Any = storage.read_json(f"{kind}/{category}.json")
     if document is None:
         return None
+    if not isinstance(document, dict):
+        raise StorageError(f"{place} is no record of a champion but a {type(document).__name__}.")
     try:
         document = {**Champion._field_defaults, **document}  # fields added after the record was written
         champion = Champion(**{name: document[name] for name in Champion._fields})
     except KeyError as error:
-        raise StorageError(f"{storage.uri}/{kind}/{category}.json lacks {error}; search again.") from None
+        raise StorageError(f"{place} lacks {error}; search again.") from None
+    texts = (champion.category, champion.trial_id, champion.folder, champion.run_id, champion.selection)
+    if not all(isinstance(text, str) for text in texts) or not _are_figures(champion.metrics):
+        raise StorageError(f"{place} is damaged: a field has a value of another kind; search again.")
+    if champion.category != category:
+        raise StorageError(f"{place} is the record of another category, {champion.category!r}.")
     if not champion.folder.startswith(_FOLDERS) or ".." in champion.folder:
         raise StorageError(f"{storage.uri}/{kind}/{category}.json names the unsafe folder {champion.folder!r}.")
     return champion
+
+
+def _are_figures(metrics: object) -> bool:
+    return isinstance(metrics, dict) and all(
+        isinstance(name, str) and isinstance(value, int | float) for name, value in metrics.items()
+    )
 
 
 def _check_folder_name(category: str) -> None:

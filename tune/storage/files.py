@@ -1,16 +1,19 @@
 """Files below a folder or an s3:// address, read and written with pyarrow as Ray does."""
 
+import fcntl
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
 import pyarrow.fs
 import tenacity
 
+from tune.storage.shown import shown, shown_url
 from tune.storage.uris import absolute, is_address
 
 _T = TypeVar("_T")
@@ -49,16 +52,25 @@ class Storage:
                 Path(uri).mkdir(parents=True, exist_ok=True)
             self._files, self._root = pyarrow.fs.FileSystem.from_uri(self.uri)
         except (OSError, pyarrow.ArrowException) as error:
-            raise StorageError(f"{flag} {uri} cannot be opened: {_first_line(error)}") from None
+            raise StorageError(f"{flag} {shown_url(uri)} cannot be opened: {_first_line(error)}") from None
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """The JSON document `name`; None if it does not exist."""
+        """The JSON document `name`; None if it does not exist. Raises StorageError if it is none."""
 
         def read() -> dict[str, Any] | None:
-            if self._files.get_file_info(self._path(name)).type == pyarrow.fs.FileType.NotFound:
+            kind = self._files.get_file_info(self._path(name)).type
+            if kind == pyarrow.fs.FileType.NotFound:
                 return None
+            if kind == pyarrow.fs.FileType.Directory:
+                raise StorageError(f"{self.uri}/{name} is a folder, expected a JSON document.")
             with self._files.open_input_stream(self._path(name)) as file:
-                return json.loads(file.read())  # type: ignore[no-any-return]
+                text = file.read()
+            try:
+                return json.loads(text)  # type: ignore[no-any-return]
+            except ValueError as error:  # bytes that are no UTF-8, too
+                raise StorageError(f"{self.uri}/{name} is no JSON document: {_first_line(error)}") from None
+            except RecursionError:
+                raise StorageError(f"{self.uri}/{name} is no JSON document: nested too deep") from None
 
         return self._with_retries(read, f"reading {name}")
 
@@ -243,6 +255,26 @@ def _is_retryable(error: BaseException) -> bool:
     return isinstance(error, OSError | pyarrow.ArrowException) and not isinstance(error, StorageError)
 
 
+@contextmanager
+def created_by_one(url: str) -> Iterator[None]:
+    """While the block runs, no other process of this machine is in such a block for the same SQLite file.
+
+    For the first opening of a database, which makes its tables: two processes that do so at once would collide.
+    Other URLs need no lock: nothing is locked then.
+    """
+    scheme, _, path = url.partition(":///")
+    folder = Path(path).parent
+    if not scheme.startswith("sqlite") or not path or not folder.is_dir():
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 def open_search(storage: str, name: str) -> Storage:
     """The storage of an existing search: `name` below the folder or s3:// address `storage`.
 
@@ -254,4 +286,4 @@ def open_search(storage: str, name: str) -> Storage:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return shown((str(error).strip().splitlines() or [type(error).__name__])[0])[:300]

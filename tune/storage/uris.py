@@ -1,7 +1,11 @@
 """Folders and s3:// addresses from the flags, made absolute once."""
 
-from dataclasses import dataclass
+import hashlib
+import json
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from tune.storage.shown import shown_url
 
 LOCAL_RESULTS = "dskd-results"
 DETECTOR_FOLDER = "detector"
@@ -18,7 +22,10 @@ def is_address(text: str) -> bool:
 
 def absolute(text: str) -> str:
     """The folder as an absolute path, or the address without a trailing slash; the same text in every process."""
-    return text.rstrip("/") if is_address(text) else str(Path(text).absolute())
+    if is_address(text):
+        return text.rstrip("/")
+    path = Path(text)
+    return str(path.resolve() if ".." in path.parts else path.absolute())
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +36,7 @@ class Addresses:
     """Absolute folder or s3:// address given with --storage."""
     name: str
     """Name of the search or experiment, a folder below the storage."""
-    tracking: str
+    tracking: str = field(repr=False)
     """URI of the MLflow server or database."""
 
     @classmethod
@@ -55,5 +62,11 @@ class Addresses:
         return f"{'' if self.is_remote else 'file://'}{self.storage}/mlflow-artifacts"
 
     def unsent_events(self, name: str) -> Path:
-        """File of events not yet written to MLflow: in the local storage folder, else in the home folder."""
-        return (Path.home() if self.is_remote else Path(self.storage)) / f"dskd-unsent-{name}.jsonl"
+        """File of events not yet written to MLflow: in the local storage folder, else in the home folder.
+
+        It belongs to one name in one storage and one server: another search must neither write it elsewhere nor
+        remove it.
+        """
+        owner = json.dumps([self.storage, shown_url(self.tracking), name])
+        key = hashlib.sha256(owner.encode()).hexdigest()[:12]
+        return (Path.home() if self.is_remote else Path(self.storage)) / f"dskd-unsent-{name}-{key}.jsonl"

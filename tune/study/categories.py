@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import shlex
 import traceback
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,15 +20,17 @@ from tune.settings.space import Space
 from tune.settings.workers import Workers
 from tune.storage.champions import Champion, fetch_figures, find_champion, note_best, note_run
 from tune.storage.files import Storage, StorageError, open_search
+from tune.storage.shown import command, shown, without_secrets
 from tune.study.budget import BudgetSpentError, Share, Shares, TimeBudget
 from tune.study.category import StudyResult, search_category
 from tune.study.finalists import CommonWinner, find_common_winner
 from tune.study.progress import SearchProgress
+from tune.study.repair import Trial, deliver_again, find_fault, has_detector, readable_champion, train_again
 from tune.study.selection import FoldTrainings, select_champion
 from tune.tracking.category_page import category_note, draw_study
-from tune.tracking.client import without_passwords
-from tune.tracking.events import CategoryContinued, CategoryEnded, Event, TrialEnded
+from tune.tracking.events import CategoryContinued, CategoryEnded, Event, Status, TrialEnded
 from tune.tracking.outbox import TrackingRefusedError, TrackingUnavailableError
+from tune.tracking.registry import evaluation_key
 from tune.tracking.tracker import Tracker
 from tune.trial.evaluation import save_evaluated_champion
 from tune.trial.groups import Groups
@@ -173,15 +174,17 @@ def conclude_one(
     if result.champion is None:
         tags = {"dskd.error": result.error}
     # In the same queue as the trials' events, so that it comes after them.
-    events.put(CategoryEnded(category, "finished" if result.champion else "failed", {}, tags))
+    goes_on = studied.is_unstarted or result.num_interrupted > 0
+    status: Status = "finished" if result.champion else "interrupted" if goes_on else "failed"
+    events.put(CategoryEnded(category, status, {}, tags))
     return result
 
 
 def _reason(category: str, error: Exception) -> str:
     """An error in one line; the traceback of one that is not the user's goes to the log."""
     if not isinstance(error, ValueError | OSError):
-        logger.error("%s: %s", category, without_passwords("".join(traceback.format_exception(error))))
-    return without_passwords((str(error).strip().splitlines() or [type(error).__name__])[-1])
+        logger.error("%s: %s", category, without_secrets("".join(traceback.format_exception(error))))
+    return shown((str(error).strip().splitlines() or [type(error).__name__])[-1])
 
 
 def _common_winner(search: SharedSearch, studied: Sequence[Studied]) -> CommonWinner | None:
@@ -274,13 +277,26 @@ def _conclude(
         say=lambda line: progress.say(f"{category}: {line}"),
     )
     result = result._replace(decision=chosen.sentence)
-    trial_id, known = chosen.trial_id, find_champion(search.storage, category)
+    trial_id, known = chosen.trial_id, readable_champion(search.storage, category, progress.say)
+    trial = Trial(trial_id, chosen.detector, spec.with_config(chosen.config))
     with TemporaryDirectory(prefix="dskd-") as temporary, ThreadPoolExecutor(1) as beside:
         pictures = beside.submit(_draw_study, search, category, Path(temporary) / "study")
         if known is not None and known.trial_id == trial_id and known.run_id and known.decision == chosen.sentence:
-            progress.say(f"{category}: trial {trial_id} is the champion already")
+            if fault := find_fault(search.storage, known):
+                progress.say(f"{category}: the champion's detector is not whole, delivering it again: {fault}")
+                tracking = search.plan.addresses.tracking
+                known, source = deliver_again(
+                    search.storage, trial, known, search.groups, tracking, change=chosen.applied
+                )
+                progress.say(f"{category}: delivered again from {source}")
+            else:
+                progress.say(f"{category}: trial {trial_id} is the champion already")
             _log_study(search, category, pictures.result())
             return result._replace(champion=known), {}
+        detector = chosen.detector
+        if not has_detector(detector):
+            progress.say(f"{category}: the detector of trial {trial_id} is gone, training it again")
+            detector = train_again(trial, search.groups)
         progress.say(f"{category}: {chosen.sentence}")
         progress.say(f"{category}: trial {trial_id} is chosen, evaluating it once on the test images")
         local = Path(temporary) / "detector"
@@ -288,7 +304,7 @@ def _conclude(
             search.storage,
             spec,
             trial_id,
-            chosen.detector,
+            detector,
             local,
             search.groups,
             change=chosen.applied,
@@ -297,7 +313,7 @@ def _conclude(
         )
         if remark:
             progress.say(f"{category}: {remark}")
-        figures = fetch_figures(chosen.detector, Path(temporary) / "figures")
+        figures = fetch_figures(detector, Path(temporary) / "figures")
         champion, tags = _register(search, result._replace(champion=champion), record, local, figures, pictures)
     tags = {"dskd.champion_trial": trial_id, "dskd.decision": chosen.sentence, **tags}
     return result._replace(champion=champion), tags
@@ -327,24 +343,24 @@ def _register(
             _TRACKING_PATIENCE,
             figures=figures,
             promote=plan.promote,
+            evaluation_sha256=evaluation_key(record),
         )
     except (TrackingUnavailableError, TrackingRefusedError) as error:
         progress.say(f"{category}: {error}; the champion is in the storage, the same command registers it")
         return champion, {}
     champion = champion._replace(run_id=registered.run_id)
     note_run(search.storage, champion)
-    if not registered.alias:
-        why = "a better one of the same images has it" if plan.promote else "by --no-promote"
-        progress.say(f"{category}: {registered.model} version {registered.version} gets no alias, {why}")
     alias = f"alias {registered.alias}" if registered.alias else "no alias"
+    if registered.reason:
+        name = f"{registered.model} version {registered.version}"
+        progress.say(f"{category}: {name} gets {alias}: {registered.reason}")
     note = category_note(
         category=category,
         trial_id=champion.trial_id,
         metrics=champion.metrics,
         counts=(result.num_trials, result.num_pruned, result.num_failed),
         registered=f"{registered.model} version {registered.version}, {alias}",
-        pull=f"python tune/pull.py {shlex.quote(category)} --name {plan.name} "
-        f"--storage {shlex.quote(plan.addresses.storage)} --out detectors",
+        pull=pull_command(plan, category),
         remarks=[
             *_log_study(search, category, pictures.result()),
             *([] if figures else ["validation: no pictures, an earlier version trained this trial"]),
@@ -353,6 +369,12 @@ def _register(
     )
     model = f"{registered.model}/{registered.version}"
     return champion, {"dskd.champion_model": model, "mlflow.note.content": note}
+
+
+def pull_command(plan: SearchPlan, category: str) -> str:
+    """The command that downloads champions of the search: of one category, or of all."""
+    place = ["--name", plan.name, "--storage", plan.addresses.storage]
+    return command(["python", "tune/pull.py", category, *place, "--out", "detectors"])
 
 
 class _Pictures(NamedTuple):
@@ -364,7 +386,7 @@ class _Pictures(NamedTuple):
 
 
 def _draw_study(search: SharedSearch, category: str, folder: Path) -> _Pictures:
-    return _Pictures(folder, draw_study(search.plan.studies, f"{search.plan.name}/{category}", folder))
+    return _Pictures(folder, draw_study(search.plan.studies, search.plan.study_name(category), folder))
 
 
 def _log_study(search: SharedSearch, category: str, pictures: _Pictures) -> tuple[str, ...]:

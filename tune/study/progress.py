@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dskd.show.lines import fitted, line_width
+from tune.storage.shown import printable, shown
 from tune.tracking.events import (
     CategoryContinued,
     CategoryEnded,
@@ -211,6 +212,7 @@ class SearchProgress:
         self._last_line = self._clock()
         minutes, seconds = divmod(int(self._clock() - self._started), 60)
         stamp = f"[{minutes:3d}:{seconds:02d}] "
+        line = shown(line)
         live = self._live
         if live is not None:
             text = fitted(stamp + line, live.console.width, len(stamp))
@@ -334,7 +336,7 @@ class SearchProgress:
             for name, category in self._categories.items():
                 table.add_row(
                     # no markup: a folder may have any name
-                    Text(name),
+                    Text(printable(name)),
                     f"{category.num_ended}/{self._trials}",
                     str(len(category.running) or "–"),
                     str(category.count("pruned")),

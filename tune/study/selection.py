@@ -42,6 +42,8 @@ class Selection(NamedTuple):
     """Id of the run that trained it."""
     detector: str
     """Address of its folder."""
+    config: RunConfig
+    """With which it was trained."""
     sentence: str
     folds: tuple[Evidence, ...] = ()
     """What the other folds say of its configuration; empty if the first fold alone chose."""
@@ -51,8 +53,8 @@ class Selection(NamedTuple):
     """Whether the untuned preset stays."""
 
     def applied(self, record: DetectorRecord) -> DetectorRecord:
-        """The record with thresholds from all folds, and with the figures of the decision."""
-        if not self.folds:
+        """The record with thresholds from all folds, and with the figures of the decision; of one that has them, itself."""
+        if not self.folds or record.calibration_folds:
             return record
         own = record.part_thresholds and record.normal_part_scores
         files = [*record.calibration_files, *(name for fold in self.folds for name in fold.files)]
@@ -136,45 +138,54 @@ def select_champion(
     on the first fold alone.
     """
     best = max(trials, key=lambda trial: trial.objective)
+    records = {trial.trial_id: read_record_of(trial.detector) for trial in trials}
+    num_folds = max(record.num_folds if record else 0 for record in records.values())
     untuned = best_untuned(trials)
-    record = read_record_of(best.detector)
-    num_folds = record.num_folds if record else 0
+
+    def alone(reason: str) -> Selection:
+        return Selection(best.trial_id, best.detector, configuration(best.suggested), reason)
+
     if num_finalists < 1 or num_folds < 2 or untuned is None:
-        return Selection(best.trial_id, best.detector, _why_alone(num_finalists, num_folds))
-    preset = configuration(untuned.suggested).with_values({"score_candidates": 0})
+        return alone(_why_alone(num_finalists, num_folds))
+    preset = _fixed(configuration(untuned.suggested))
+    finalists: dict[str, FinishedTrial] = {}
     wanted: dict[str, RunConfig] = {}
-    detectors: dict[str, str] = {}
     for trial in choose_finalists(trials, num_finalists, common):
-        found = read_record_of(trial.detector)
-        if found is not None and found.config.with_values({"score_candidates": 0}) != preset:
-            wanted[trial.trial_id] = found.config.with_values({"score_candidates": 0})
-            detectors[trial.trial_id] = trial.detector
+        record = records[trial.trial_id]
+        if record is None:
+            say(f"finalist {trial.trial_id} is out: {trial.detector} has no {RECORD_FILE}")
+        elif _fixed(record.config) != preset:
+            wanted[trial.trial_id], finalists[trial.trial_id] = _fixed(record.config), trial
     say(f"comparing {len(wanted)} finalists with the untuned preset on {num_folds - 1} other folds")
     baseline = f"{untuned.trial_id}-untuned"
     evidence = _on_other_folds(wanted | {baseline: preset}, num_folds, trainings)
     of_preset = evidence.pop(baseline, None)
     for name in wanted.keys() - evidence.keys():
-        say(f"finalist {name} failed on a fold and is out")
+        say(f"finalist {name} is out: it failed on a fold")
     if of_preset is None:
-        return Selection(
-            best.trial_id, best.detector, "the untuned preset failed on a fold: the first fold chose alone"
-        )
+        return alone(_PRESET_FAILED)
     gains = measure_gains(evidence, of_preset)
     winner = winning(gains, min_errors)
     sentence = explain(gains, winner, num_folds)
     if winner is not None:
-        return Selection(
-            winner.trial_id, detectors[winner.trial_id], sentence, tuple(evidence[winner.trial_id]), winner
-        )
-    own = read_record_of(untuned.detector)
-    if own is not None and own.config.with_values({"score_candidates": 0}) == preset:
+        trial = finalists[winner.trial_id]
+        config = configuration(trial.suggested)
+        return Selection(trial.trial_id, trial.detector, config, sentence, tuple(evidence[trial.trial_id]), winner)
+    own = records[untuned.trial_id]
+    if own is not None and _fixed(own.config) == preset:
         run_id, detector = untuned.trial_id, untuned.detector
     else:  # the trial delivers other score parameters
         trained = trainings.train(baseline, preset)
         if trained is None:
-            return Selection(best.trial_id, best.detector, _PRESET_FAILED)
+            return alone(_PRESET_FAILED)
         run_id, detector = baseline, trained
-    return Selection(run_id, detector, sentence, tuple(of_preset), gains[0] if gains else None, is_untuned=True)
+    best_gain = gains[0] if gains else None
+    return Selection(run_id, detector, preset, sentence, tuple(of_preset), best_gain, is_untuned=True)
+
+
+def _fixed(config: RunConfig) -> RunConfig:
+    """The same with its score parameters, without a search for others."""
+    return config.with_values({"score_candidates": 0})
 
 
 def _why_alone(num_finalists: int, num_folds: int) -> str:

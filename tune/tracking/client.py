@@ -2,12 +2,16 @@
 
 import logging
 import os
-import re
 from pathlib import Path
 
 import mlflow.artifacts
+import sqlalchemy
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from sqlalchemy.exc import SQLAlchemyError
+
+from tune.storage.files import created_by_one
+from tune.storage.shown import command, shown, shown_url
 
 
 def prepare_client() -> None:
@@ -27,13 +31,28 @@ def prepare_client() -> None:
 
 
 def check_server(uri: str) -> None:
-    """Raise ConnectionError, in one line, if the tracking server does not answer."""
+    """Raise ConnectionError, in one line, if the tracking server does not answer, or has no client here."""
     prepare_client()
     try:
-        MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
-    except MlflowException as error:
-        reason = first_line(error)
-        raise ConnectionError(f"MLflow at {without_password(uri)} does not answer: {reason}") from None
+        if is_database(uri) and not uri.startswith("sqlite"):
+            _check_database(uri)  # MLflow itself would try for two minutes
+        with created_by_one(uri):
+            MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
+    except (MlflowException, SQLAlchemyError, ImportError) as error:
+        raise ConnectionError(f"MLflow at {shown_url(uri)} does not answer: {first_line(error)}") from None
+
+
+def is_database(uri: str) -> bool:
+    """Whether MLflow writes to a database itself, without a server between."""
+    return uri.partition("://")[0].partition("+")[0] in ("sqlite", "postgresql", "mysql", "mssql")
+
+
+def _check_database(uri: str) -> None:
+    engine = sqlalchemy.create_engine(uri)
+    try:
+        engine.connect().close()
+    finally:
+        engine.dispose()
 
 
 def registry_client(uri: str) -> MlflowClient:
@@ -42,28 +61,16 @@ def registry_client(uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
-def without_password(uri: str) -> str:
-    """The URI without user and password, safe to log."""
-    scheme, separator, rest = uri.partition("://")
-    return f"{scheme}{separator}{rest.rpartition('@')[2]}" if "@" in rest else uri
-
-
 def first_line(error: Exception) -> str:
-    """First line of an error, at most 300 characters, without the passwords that MLflow's errors may repeat."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return without_passwords(line)[:300]
-
-
-def without_passwords(text: str) -> str:
-    """The text without user and password in any of its addresses, safe to log."""
-    return re.sub(r"://[^/\s]*@", "://", text)
+    """First line of an error, at most 300 characters, without the credentials that MLflow's errors may repeat."""
+    return shown((str(error).strip().splitlines() or [type(error).__name__])[0])[:300]
 
 
 def tracking_ui_command(uri: str) -> str:
     """Command or address that shows the runs."""
     if uri.startswith(("http://", "https://")):
-        return f"open {without_password(uri)}"
-    return f"mlflow ui --backend-store-uri {without_password(uri)}"
+        return f"open {shown_url(uri)}"
+    return command(["mlflow", "ui", "--backend-store-uri", shown_url(uri)])
 
 
 def run_link(uri: str, run_id: str) -> str:
@@ -71,7 +78,7 @@ def run_link(uri: str, run_id: str) -> str:
     if not run_id or not uri.startswith(("http://", "https://")):
         return run_id
     experiment = MlflowClient(tracking_uri=uri).get_run(run_id).info.experiment_id
-    return f"{without_password(uri).rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
+    return f"{shown_url(uri).rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
 
 
 def params_and_tags(uri: str, run_id: str) -> tuple[dict[str, str], dict[str, str]]:
@@ -83,8 +90,8 @@ def params_and_tags(uri: str, run_id: str) -> tuple[dict[str, str], dict[str, st
     try:
         run = MlflowClient(tracking_uri=uri).get_run(run_id)
     except MlflowException as error:
-        reason = str(error).splitlines()[0][:300]
-        raise ValueError(f"no run {run_id!r} in MLflow at {without_password(uri)}: {reason}") from None
+        reason = first_line(error)
+        raise ValueError(f"no run {run_id!r} in MLflow at {shown_url(uri)}: {reason}") from None
     return dict(run.data.params), dict(run.data.tags)
 
 
@@ -100,10 +107,8 @@ def download(artifact_uri: str, uri: str, folder: Path) -> None:
         place = _place_of(MlflowClient(tracking_uri=uri, registry_uri=uri), artifact_uri)
         mlflow.artifacts.download_artifacts(place, dst_path=str(folder), tracking_uri=uri, registry_uri=uri)
     except (MlflowException, OSError) as error:
-        reason = str(error).splitlines()[0][:300]
-        raise ValueError(
-            f"{artifact_uri} cannot be downloaded from MLflow at {without_password(uri)}: {reason}"
-        ) from None
+        reason = first_line(error)
+        raise ValueError(f"{artifact_uri} cannot be downloaded from MLflow at {shown_url(uri)}: {reason}") from None
 
 
 def _place_of(client: MlflowClient, artifact_uri: str) -> str:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
+from tune.storage.shown import shown
+
 Status = Literal["finished", "pruned", "failed", "interrupted"]
 """interrupted: the time budget ended first; the same command continues the trial."""
 
@@ -77,6 +79,19 @@ class CategoryContinued(NamedTuple):
 
 
 Event = TrialStarted | DataUsed | EpochDone | Remarked | TrialEnded | CategoryEnded
+
+
+def shown_event(event: Event) -> Event:
+    """The event with its reasons, remarks and tags as they may be shown."""
+    if isinstance(event, Remarked):
+        return event._replace(remark=shown(event.remark))
+    if isinstance(event, TrialEnded):
+        return event._replace(error=shown(event.error))
+    if isinstance(event, CategoryEnded):
+        return event._replace(tags={name: shown(value) for name, value in event.tags.items()})
+    return event
+
+
 KINDS: Mapping[str, type[Event]] = {
     kind.__name__: kind for kind in (TrialStarted, DataUsed, EpochDone, Remarked, TrialEnded, CategoryEnded)
 }

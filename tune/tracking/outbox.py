@@ -17,7 +17,7 @@ from mlflow.exceptions import MlflowException
 from requests import RequestException
 
 from tune.tracking.client import first_line
-from tune.tracking.events import Event
+from tune.tracking.events import Event, shown_event
 from tune.tracking.journal import Journal
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,8 @@ class Outbox:
         self._writer.start()
 
     def put(self, event: Event) -> None:
-        """Add an event; returns at once."""
+        """Add an event, without credentials that a text in it may repeat; returns at once."""
+        event = shown_event(event)
         with self._changed:
             self._events.append(event)
             if self._is_journaled:

@@ -1,8 +1,10 @@
 """Detectors as registered models of MLflow: packed for serving, promoted if better, fetched by alias."""
 
 import base64
+import hashlib
 import importlib.metadata
 import io
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -16,10 +18,16 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 
 import dskd
+from dskd.checkpoint import DetectorRecord
+from tune.settings.search import Promote
+from tune.storage.shown import printable
+from tune.tracking.client import first_line
+from tune.tracking.runs import TEACHER, UNTRAINED
 
 MODEL_FOLDER = "model"
 """Artifact folder of a packed detector."""
-CHAMPION, ORACLE = "champion", "oracle"
+CHAMPION, CANDIDATE, ORACLE = "champion", "candidate", "oracle"
+EVALUATION = "dskd.evaluation_sha256"
 _DETECTOR = "detector"
 _PREFIX = "dskd-"
 SERVING = (
@@ -49,6 +57,8 @@ class Registration(NamedTuple):
     version: str
     alias: str
     """The alias that now points to it; empty if it was not promoted."""
+    reason: str = ""
+    """Why it is not the champion; empty if it is."""
 
     @property
     def is_champion(self) -> bool:
@@ -71,10 +81,11 @@ class RegisteredDetector(NamedTuple):
 
 def check_category(category: str) -> None:
     """Raise ValueError if MLflow cannot use this category's name."""
-    if set(category) & set("/:") or {"'", '"'} <= set(category) or not category.isprintable():
+    is_taken = set(category) & set("/:") or {"'", '"'} <= set(category) or category.startswith("-")
+    if is_taken or printable(category) != category or "\t" in category:
         raise ValueError(
-            f"category {category!r} cannot be named in MLflow: no slash, colon or control character, and not both "
-            "kinds of quotes; rename its folder."
+            f"category {category!r} cannot be named in MLflow and in commands: no slash, colon or control character, "
+            "no hyphen in front, and not both kinds of quotes; rename its folder."
         )
 
 
@@ -135,13 +146,18 @@ def _grey_square() -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
+def evaluation_key(record: DetectorRecord) -> str:
+    """Digest of what a validation objective depends on beside the detector: objectives compare where it is equal."""
+    seen = [record.data_sha256, record.validation_files, record.selection, record.textures_sha256, record.num_textures]
+    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
+
+
 def register(
-    client: MlflowClient, category: str, run_id: str, tags: Mapping[str, str], *, promote: bool
+    client: MlflowClient, category: str, run_id: str, tags: Mapping[str, str], *, promote: Promote = "auto"
 ) -> Registration:
     """Register the run's artifacts in `MODEL_FOLDER` as a version of `dskd-<category>`, only once per run.
 
-    With `promote` the alias (`oracle` if `dskd.selection` is oracle, else `champion`) moves to it unless the version
-    that has it was selected on the same images (`dskd.data_sha256`) and has a higher `dskd.objective`.
+    The alias (`oracle` if `dskd.selection` is oracle, else `champion`) moves to it by `_alias_of`.
     """
     model = f"{_PREFIX}{category}"
     held = _aliases(client, model)
@@ -154,14 +170,39 @@ def register(
         version = client.create_model_version(model, source, run_id, tags=dict(tags))
     alias = ORACLE if tags.get("dskd.selection") == ORACLE else CHAMPION
     holder = next((other for other in versions if str(other.version) == held.get(alias)), None)
-    promoted = promote and (
-        holder is None
-        or holder.tags.get("dskd.data_sha256") != tags["dskd.data_sha256"]
-        or float(holder.tags.get("dskd.objective", "0")) <= float(tags["dskd.objective"])
-    )
-    if promoted:
-        client.set_registered_model_alias(model, alias, version.version)
-    return Registration(run_id, model, str(version.version), alias if promoted else "")
+    given, reason = _alias_of(tags, alias, holder, promote)
+    if given:
+        client.set_registered_model_alias(model, given, version.version)
+    return Registration(run_id, model, str(version.version), given, reason)
+
+
+def _alias_of(tags: Mapping[str, str], alias: str, holder: ModelVersion | None, promote: Promote) -> tuple[str, str]:
+    """The alias that a version with these tags gets, and why it is not `alias`; `holder` is the version that has it.
+
+    `alias` moves only to what is at least as good on the same evaluation data; what was evaluated on other data is a
+    candidate, which a person compares.
+    """
+    if tags.get(TEACHER) == UNTRAINED:
+        return "", "its teacher is untrained"
+    if promote == "never":
+        return "", "by --promote never"
+    if promote == "always" or holder is None or holder.tags.get(TEACHER) == UNTRAINED:
+        return alias, ""
+    if not _are_comparable(tags, holder.tags):
+        given = CANDIDATE if alias == CHAMPION else ""
+        return (
+            given,
+            f"version {holder.version}, the {alias}, was evaluated on other data; --promote always replaces it",
+        )
+    if float(holder.tags.get("dskd.objective", "0")) <= float(tags["dskd.objective"]):
+        return alias, ""
+    return "", f"version {holder.version}, the {alias}, is better on the same data"
+
+
+def _are_comparable(tags: Mapping[str, str], others: Mapping[str, str]) -> bool:
+    """Whether two objectives were measured on the same evaluation data; older versions say only by which images."""
+    known = EVALUATION if EVALUATION in tags and EVALUATION in others else "dskd.data_sha256"
+    return tags.get(known) == others.get(known)
 
 
 def _aliases(client: MlflowClient, model: str) -> dict[str, str]:
@@ -231,6 +272,6 @@ def fetch(client: MlflowClient, detector: RegisteredDetector, name: str, path: P
         try:
             local = client.download_artifacts(detector.run_id, f"{detector.folder}/{name}", temporary)
         except MlflowException as error:
-            reason = str(error).splitlines()[0][:300]
+            reason = first_line(error)
             raise OSError(f"{name} of {_PREFIX}{detector.category} could not be fetched: {reason}") from None
         os.replace(local, path)

@@ -10,6 +10,10 @@ from typing import NamedTuple
 from dskd.config import RunConfig, Selection, TeacherSource
 from tune.storage.uris import LOCAL_RESULTS
 
+TEACHER = "dskd.teacher"
+"""Tag that says whether the teacher was trained."""
+UNTRAINED = "random (untrained)"
+
 
 class TrackedRun(NamedTuple):
     """A run as recorded in MLflow."""
@@ -35,7 +39,7 @@ def run_tags(entry: str, name: str, selection: Selection, teacher: TeacherSource
     return {
         "dskd.search": name,
         "dskd.selection": selection,
-        "dskd.teacher": "random (untrained)" if teacher.is_untrained else "pretrained",
+        TEACHER: UNTRAINED if teacher.is_untrained else "pretrained",
         "mlflow.source.name": entry,
         "mlflow.source.git.commit": revision,
     }

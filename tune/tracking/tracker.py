@@ -10,16 +10,18 @@ from typing import Any
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.tracking import MlflowClient
 
+from tune.settings.search import Promote
 from tune.tracking.client import prepare_client
 from tune.tracking.events import CategoryEnded, DataUsed, EpochDone, Event, Remarked, TrialStarted
 from tune.tracking.outbox import Outbox
-from tune.tracking.registry import MODEL_FOLDER, Registration, pack, quoted, register
+from tune.tracking.registry import EVALUATION, MODEL_FOLDER, Registration, pack, quoted, register
 
 _DIGEST = 36
 """Maximum length of a data set's digest in MLflow, in characters."""
 _MAX_VALUE = 5000
 """Maximum length of a parameter or tag that every MLflow store accepts, in characters."""
 
+_ERROR = "dskd.error"
 _RUN_STATUS = {"finished": "FINISHED", "pruned": "KILLED", "failed": "FAILED", "interrupted": "KILLED"}
 
 
@@ -69,13 +71,13 @@ class Tracker:
         patience: float,
         *,
         figures: Path | None = None,
-        promote: bool = True,
+        promote: Promote = "auto",
+        evaluation_sha256: str = "",
     ) -> Registration:
         """Log a detector, packed for serving, with its metrics to the trial's run; register it as `dskd-<category>`.
 
-        With `promote` it gets the alias `champion` (`oracle` if the search selects on the test set) unless the
-        current one, selected on the same images, has a higher validation objective. `figures` is a folder of
-        pictures. Raises TrackingUnavailableError if the server is away for `patience` seconds,
+        `promote` and `evaluation_sha256` (`registry.evaluation_key`) decide on its alias, as in `registry.register`.
+        `figures` is a folder of pictures. Raises TrackingUnavailableError if the server is away for `patience` seconds,
         TrackingRefusedError if it refuses.
         """
         tags = {
@@ -84,6 +86,7 @@ class Tracker:
             "dskd.data_sha256": data_sha256,
             "dskd.category": category,
             "dskd.trial": trial_id,
+            **({EVALUATION: evaluation_sha256} if evaluation_sha256 else {}),
         }
 
         def write(insist: Any) -> Registration:
@@ -142,6 +145,8 @@ class Tracker:
             run = self._category_run(event.category)
             tags = [RunTag(name, value[:_MAX_VALUE]) for name, value in event.tags.items()]
             self._client.log_batch(run, metrics=_metrics(event.metrics, 0), tags=tags)
+            if _ERROR not in event.tags:
+                self._forget_error(run)
             self._end_lost_trials(run)
             self._client.set_terminated(run, _RUN_STATUS[event.status])
             return
@@ -163,12 +168,15 @@ class Tracker:
         else:
             self._client.set_tag(run, "dskd.status", event.status)
             if event.error:
-                self._client.set_tag(run, "dskd.error", event.error[:_MAX_VALUE])
-            elif (
-                "dskd.error" in self._client.get_run(run).data.tags
-            ):  # from an end recorded before the driver was killed
-                self._client.delete_tag(run, "dskd.error")
+                self._client.set_tag(run, _ERROR, event.error[:_MAX_VALUE])
+            else:
+                self._forget_error(run)
             self._client.set_terminated(run, _RUN_STATUS[event.status])
+
+    def _forget_error(self, run: str) -> None:
+        """Remove the reason of an earlier end, which a continued search has made good."""
+        if _ERROR in self._client.get_run(run).data.tags:
+            self._client.delete_tag(run, _ERROR)
 
     def _end_lost_trials(self, parent: str) -> None:
         """End the runs of trials that a killed search started but that are in no snapshot of Tune.
@@ -192,7 +200,8 @@ class Tracker:
             return self._runs[category, trial_id]
         experiment = self._experiment_id()
         wanted = f"tags.`dskd.category` = {quoted(category)} and tags.`dskd.trial` = '{trial_id or '-'}'"
-        found = self._client.search_runs([experiment], wanted, max_results=1)
+        # The oldest, should a request that seemed lost have made a second one.
+        found = self._client.search_runs([experiment], wanted, max_results=1, order_by=["attributes.start_time ASC"])
         if found:
             run_id = found[0].info.run_id
             self._client.update_run(run_id, status="RUNNING")

@@ -178,9 +178,8 @@ def test_the_champion_has_thresholds_from_every_fold(detector_folder: Path) -> N
     assert found.metrics["val/objective"] == pytest.approx(0.85)
     assert found.metrics["val/first_fold_objective"] == record.metrics["val/objective"]
     assert (found.metrics["gain/objective"], found.metrics["gain/error"]) == (0.1, 0.02)
-    stayed = selection.Selection("p", "/at/p", record.config, "", folds, Gain("y", 0.1, 0.2), is_untuned=True).applied(
-        record
-    )
+    gain = Gain("y", 0.1, 0.2)
+    stayed = selection.Selection("p", "/at/p", record.config, "", folds, gain, is_untuned=True).applied(record)
     assert stayed.metrics["gain/objective"] == 0.0
     assert selection.Selection("x", "/at/x", record.config, "").applied(record) == record
     assert selection.Selection("y", "/at/y", record.config, "", folds).applied(found) == found

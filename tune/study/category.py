@@ -151,7 +151,6 @@ def not_yet_asked_for(points: list[dict[str, Any]], url: str, study_name: str) -
 
 def _summarise(results: ray.tune.ResultGrid, context: StudyContext) -> StudyResult:
     finished, num_pruned, num_interrupted, errors = [], 0, 0, []
-    values = {}
     for result in (results[index] for index in range(len(results))):
         metrics = result.metrics or {}
         detector = detector_uri(metrics, result.checkpoint)

@@ -7,7 +7,8 @@ into folds. Candidates are the untuned preset and others drawn from its default 
 
 - Old way: one fold is held out; one half of it chooses, the other sets the thresholds (dskd train's split).
 - New way: each candidate is trained without the first fold, all of which chooses. The best few and the untuned preset
-  are then trained without each other fold; one that is ahead of the preset by more than the error wins, else the preset.
+  are then trained without each other fold; the best that is ahead of the preset by more than the error wins, else the
+  preset.
 
 Test labels are read by this benchmark alone, to say how good the choices were. Training goes on where it was stopped,
 and the tables are made of what the results file holds.
@@ -553,7 +554,8 @@ def candidates_table(options: Options, bank: Bank) -> str:
                 )
     rng = np.random.default_rng(0)
     lines = [
-        "| held-out good images that choose | minus untuned | minus best | (random minus untuned) | rank correlation | cells |",
+        "| held-out good images that choose | minus untuned | minus best | (random minus untuned) | rank correlation "
+        "| cells |",
         "|---|---|---|---|---|---|",
     ]
     for by, found in regrets.items():

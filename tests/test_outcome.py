@@ -15,6 +15,8 @@ from tune.study.categories import CategoryResult
 
 METRICS = {
     "val/objective": 0.9132,
+    "gain/objective": 0.0234,
+    "gain/error": 0.0091,
     "test/image_auroc": 0.75,
     "test/num_good": 12.0,
     "test/num_false_alarms": 1.0,
@@ -36,7 +38,8 @@ def plan_of(home: Path, base: RunConfig) -> Any:
         config=base,
         configs={"dskd": base},
         teacher=SimpleNamespace(is_untrained=False),
-        addresses=SimpleNamespace(home=str(home), tracking="http://mlflow:5000"),
+        addresses=SimpleNamespace(home=str(home), tracking="http://mlflow:5000", storage=str(home.parent)),
+        name="parts",
     )
 
 
@@ -44,7 +47,7 @@ def test_the_table_has_what_a_user_decides_by(
     champion: Champion, tmp_path: Path, tiny: RunConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results = [
-        CategoryResult("tile", 6, 2, 1, champion, "", 1),
+        CategoryResult("tile", 6, 2, 1, champion, "", 1, "tuning gained"),
         CategoryResult("wood", 2, 0, 2, None, "ValueError: too hot"),
     ]
     settings = cast(Any, SimpleNamespace(name="parts", storage="results", selection="val"))
@@ -52,9 +55,11 @@ def test_the_table_has_what_a_user_decides_by(
     lines = capsys.readouterr().err.splitlines()
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if "│" in line]
     assert rows == [
-        ["tile", "6, 2 pruned, 1 failed, 1 interrupted", "0.9132", "0.7500", "–", "–", "3 of 16", "1 of 12", "2 min"],
-        ["wood", "2, 2 failed", *("–",) * 7],
-    ]
+        ["tile", "6, 2 pruned, 1 failed, 1 interrupted", "0.9132", "+0.023 ± 0.009", "0.7500", "–", "–", "3 of 16",
+         "1 of 12", "2 min"],
+        ["wood", "2, 2 failed", *("–",) * 8],
+    ]  # fmt: skip
+    assert "  tuning gained" in lines
     assert "wood: no champion: ValueError: too hot" in lines
 
 
@@ -65,8 +70,7 @@ def test_a_champion_is_told_by_its_changes_and_its_threshold(
     limit = document["thresholds"][-1]
     found = changes_of(champion, plan_of(tmp_path, RunConfig.from_dict(document["config"])))
     assert found == (
-        f"tuning gained nothing here, dskd untuned; threshold {limit['value']:.4g} for at most "
-        f"{limit['false_alarm_rate']:.1%} false alarms"
+        f"dskd untuned; threshold {limit['value']:.4g} for at most {limit['false_alarm_rate']:.1%} false alarms (proven)"
     )
     other = RunConfig.from_dict(document["config"]).with_values({"learning_rate": 0.5})
     assert changes_of(champion, plan_of(tmp_path, other)).startswith("dskd with learning_rate 0.00")

@@ -2,13 +2,15 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from dskd.config import ScoreConfig
-from dskd.training.score_search import CoarseImages
+
+if TYPE_CHECKING:  # torch, which those who only compare evidence do not need
+    from dskd.training.score_search import CoarseImages
 
 NUM_REPLICATES = 200
 
@@ -50,7 +52,7 @@ def paired_gain(one: Sequence[Evidence], other: Sequence[Evidence]) -> tuple[flo
 
 
 def resampled_objectives(
-    images: CoarseImages, score: ScoreConfig, groups: npt.NDArray[np.int64], seed: int = 0
+    images: "CoarseImages", score: ScoreConfig, groups: npt.NDArray[np.int64], seed: int = 0
 ) -> tuple[float, ...]:
     """The objective on `NUM_REPLICATES` bootstrap samples of the parts, on the coarse grid of the score search.
 

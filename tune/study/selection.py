@@ -53,7 +53,7 @@ class Selection(NamedTuple):
     """Whether the untuned preset stays."""
 
     def applied(self, record: DetectorRecord) -> DetectorRecord:
-        """The record with thresholds from all folds, and with the figures of the decision; of one that has them, itself."""
+        """The record with thresholds from all folds and the figures of the decision; unchanged if it has them."""
         if not self.folds or record.calibration_folds:
             return record
         own = record.part_thresholds and record.normal_part_scores

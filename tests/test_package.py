@@ -12,7 +12,8 @@ MADE = [
     "detectors/flange/model.safetensors", "champions/flange/detector.json", "registered/tile/model.safetensors",
     "verdicts/overlays/a.png", "reports/report.html", "scored/verdicts/part-0.parquet", "dskd-results/mlflow.db",
     "dskd-demo/data/flange/a.png", "data/flange/train/good/a.png", "my-images/a.png", "mlruns/1/meta.yaml",
-    ".venv/bin/python", ".git/HEAD", ".dskd/compose.env", "detector.onnx", "notes.txt", "x/a.png", "tune/__pycache__/search.pyc",
+    ".venv/bin/python", ".git/HEAD", ".dskd/compose.env", "detector.onnx", "notes.txt", "x/a.png",
+    "tune/__pycache__/search.pyc",
 ]  # fmt: skip
 
 

@@ -3,10 +3,11 @@
 import base64
 import io
 import json
+import re
 import shutil
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def bomb() -> bytes:
         (base64.b64encode(bomb()).decode(), "row 1 is refused as a decompression bomb"),
         (base64.b64encode(b"garbage").decode(), "row 1 is not a readable image"),
         ("../../etc/passwd", "row 1 is not base64 text"),
-        ("", "row 1 is not a readable image"),
+        ("", "row 1 is empty"),
     ],
 )
 def test_what_is_no_image_is_a_row_that_says_why_and_alone_a_refusal(
@@ -101,6 +102,46 @@ def test_what_is_no_image_is_a_row_that_says_why_and_alone_a_refusal(
     with pytest.raises(MlflowException, match=message.replace("row 1", "row 0")) as raised:
         served.predict(bad)
     assert raised.value.get_http_status_code() == 400 and "dskd-" not in str(raised.value)
+
+
+FORMS: list[Callable[[bytes], str]] = [
+    lambda image: base64.b64encode(image).decode(),
+    lambda image: base64.encodebytes(image).decode(),  # a line break after 76 letters
+    lambda image: base64.encodebytes(image).decode().replace("\n", "\r\n"),
+    lambda image: base64.urlsafe_b64encode(image).decode(),
+    lambda image: base64.urlsafe_b64encode(image).decode().rstrip("="),
+    lambda image: f"data:image/png;base64,{base64.b64encode(image).decode()}",
+    lambda image: f"DATA:image/png;name=a.png;base64,{base64.urlsafe_b64encode(image).decode()}",
+    lambda image: f"  data:;base64,\n{base64.encodebytes(image).decode()}",
+]
+
+
+def test_an_image_may_be_sent_in_every_usual_form_of_base64(served: Any, mvtec_root: Path) -> None:
+    image = (mvtec_root / "tile/test/scratch/000.png").read_bytes()
+    # Three lengths, so that there are none, one and two signs of padding; what follows an image's end is not read.
+    images = [image + b"\xff" * more for more in range(3)]
+    assert any(set("+/") & set(base64.b64encode(each).decode()) for each in images)
+    texts = [form(each) for form in FORMS for each in images]
+    found = served.predict(pd.DataFrame({"image": texts}))
+    assert set(found["error"]) == {None} and len(set(found["score"])) == 1, "all are the same image"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "row 0 is empty: expected an image as base64 text"),
+        (" \n ", "row 0 is empty"),
+        ("data:image/png;base64,", "row 0 is empty"),
+        ("data:image/png,abc", "row 0 is a data URI without ;base64"),
+        ("data:image/png", "row 0 is a data URI without ;base64"),
+        ("%%%", "row 0 is not base64 text"),
+        ("https://host/a.png", "row 0 is not base64 text"),
+        ("a", "row 0 is not base64 text"),
+    ],
+)
+def test_what_is_no_base64_says_what_it_is(text: str, reason: str, served: Any) -> None:
+    with pytest.raises(MlflowException, match=re.escape(reason)):
+        served.predict(pd.DataFrame({"image": [text]}))
 
 
 def test_the_packed_model_has_code_weights_and_pinned_requirements_and_no_pickle(packed: Path) -> None:

@@ -20,6 +20,29 @@ from dskd.detector import Detector, unreadable_to_dict
 
 IMAGE = "image"
 FALSE_ALARM_RATE = "false_alarm_rate"
+_URL_SAFE = str.maketrans("-_", "+/")
+
+
+def decoded(text: object) -> bytes:
+    """The bytes of an image sent as base64 text, with or without line breaks and padding, in either alphabet.
+
+    A data URI (`data:image/png;base64,…`) is taken too. Raises ValueError, which continues "row 0 …".
+    """
+    if isinstance(text, bytes):
+        text = text.decode("ascii", errors="replace")
+    if not isinstance(text, str):
+        raise ValueError(f"is no text but {type(text).__name__}: expected an image as base64 text")
+    head, comma, rest = text.lstrip().partition(",")
+    is_uri = head[:5].lower() == "data:"
+    if is_uri and not (comma and head.lower().rstrip().endswith(";base64")):
+        raise ValueError("is a data URI without ;base64, before its data: expected data:image/png;base64,…")
+    packed = "".join((rest if is_uri else text).split()).rstrip("=").translate(_URL_SAFE)
+    if not packed:
+        raise ValueError("is empty: expected an image as base64 text")
+    try:
+        return base64.b64decode(packed + "=" * (-len(packed) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(f"is not base64 text: {error}") from None
 
 
 class ServedDetector(PythonModel):
@@ -47,10 +70,10 @@ class ServedDetector(PythonModel):
             for number, text in enumerate(model_input[IMAGE]):
                 path = Path(temporary, f"row {number}")
                 try:
-                    path.write_bytes(base64.b64decode(text, validate=True))
+                    path.write_bytes(decoded(text))
                     paths.append(path)
-                except (binascii.Error, TypeError, ValueError) as error:
-                    errors[number] = f"row {number} is not base64 text: {error}"
+                except ValueError as error:
+                    errors[number] = f"row {number} {error}"
             found = self._detector.inspect(paths, threshold)
             for number in range(len(model_input)):
                 if number in errors:

@@ -26,7 +26,7 @@ from dskd.data.images import Framed, in_threads
 from dskd.data.memory import GivenImage, ImageLike, given_images, is_one_image
 from dskd.data.parts import PartVerdict, judge_parts
 from dskd.data.tiles import MAP_STRIDE
-from dskd.drawing import draw_verdict
+from dskd.draw.verdict import draw_verdict
 from dskd.evaluate import (
     AnomalyScores,
     Evaluation,

@@ -13,7 +13,7 @@ SHAPE_CHECKED = (
     "dskd.anomaly",
     "dskd.calibration",
     "dskd.data",
-    "dskd.drawing",
+    "dskd.draw",
     "dskd.evaluate",
     "dskd.export",
     "dskd.losses",

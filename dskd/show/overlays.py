@@ -9,7 +9,7 @@ from PIL import Image
 
 from dskd.checkpoint import DetectorRecord, threshold_for
 from dskd.detector import Prediction, find_regions
-from dskd.drawing import PAPER
+from dskd.draw.verdict import PAPER
 from dskd.evaluate import score_images
 from dskd.training.run import TrainingRun
 

@@ -14,8 +14,14 @@ if TYPE_CHECKING:
     from dskd.checkpoint import BrokenDetectorError as BrokenDetectorError
     from dskd.detector import Detector as Detector
     from dskd.detector import Prediction as Prediction
+    from dskd.jobs.train import train as train
 
-_LAZY = {"BrokenDetectorError": "dskd.checkpoint", "Detector": "dskd.detector", "Prediction": "dskd.detector"}
+_LAZY = {
+    "BrokenDetectorError": "dskd.checkpoint",
+    "Detector": "dskd.detector",
+    "Prediction": "dskd.detector",
+    "train": "dskd.jobs.train",
+}
 
 __all__ = [
     "PRESETS",
@@ -29,6 +35,7 @@ __all__ = [
     "ScoreConfig",
     "TrainConfig",
     "__version__",
+    "train",
 ]
 
 

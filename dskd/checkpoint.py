@@ -9,7 +9,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 import msgspec
 import numpy as np
@@ -31,6 +31,15 @@ RECORD_FILE = "detector.json"
 WEIGHTS_FILE = "model.safetensors"
 PREVIEW_FILE = "preview.png"
 _LIBRARIES = ("torch", "timm", "numpy", "pillow")
+
+
+class Origin(NamedTuple):
+    """Which detector a verdict comes from."""
+
+    category: str = ""
+    detector_version: str = ""
+    """`DetectorRecord.detector_version`."""
+    teacher: str = ""
 
 
 class BrokenDetectorError(ValueError):
@@ -92,6 +101,10 @@ class DetectorRecord:
     @property
     def is_untrained_teacher(self) -> bool:
         return TeacherSource(self.teacher).is_untrained
+
+    @property
+    def origin(self) -> Origin:
+        return Origin(self.category, self.detector_version, self.teacher)
 
     @property
     def is_approximate(self) -> bool:

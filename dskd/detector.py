@@ -1,23 +1,32 @@
 """A finished detector: load a folder, inspect images."""
 
+import base64
+import html
+import io
+import itertools
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self, overload
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from scipy import ndimage
 from torch import nn
 
 from dskd.calibration import Threshold
-from dskd.checkpoint import BrokenDetectorError, DetectorRecord, read_detector
+from dskd.checkpoint import BrokenDetectorError, DetectorRecord, Origin, read_detector
+from dskd.config import TeacherSource
 from dskd.data.files import UnreadableImageError
 from dskd.data.geometry import Frame, Geometry, whole_frame
-from dskd.data.images import Framed, in_threads, load_framed
+from dskd.data.images import Framed, in_threads
+from dskd.data.memory import GivenImage, ImageLike, given_images, is_one_image
 from dskd.data.parts import PartVerdict, judge_parts
 from dskd.data.tiles import MAP_STRIDE
+from dskd.draw.verdict import draw_verdict
 from dskd.evaluate import (
     AnomalyScores,
     Evaluation,
@@ -80,6 +89,8 @@ class Prediction(NamedTuple):
     """Where the canvas lies in the image; None if the canvas is the image."""
     stride: int = 1
     """Pixels of the canvas per value of `heat`, along one side."""
+    origin: Origin = Origin()
+    """Which detector says so."""
 
     @property
     def width(self) -> int:
@@ -107,13 +118,44 @@ class Prediction(NamedTuple):
     def verdict(self) -> Verdict:
         return "anomalous" if self.is_anomalous else "good"
 
-    def to_dict(self, record: DetectorRecord, *, overlay: str | None = None) -> dict[str, Any]:
+    def plot(self, note: str = "") -> Image.Image:
+        """A picture: the verdict above the image with its regions, and beside it the image below its heat map.
+
+        `note` stands in a corner, by default the warning of an untrained teacher.
+        """
+        height, width = self.image.shape[:2]
+        if not note and self.origin.teacher and TeacherSource(self.origin.teacher).is_untrained:
+            note = UNTRAINED_TEACHER
+        return draw_verdict(
+            self.image,
+            self.map_of(width, height),
+            [(region.left, region.top, region.right, region.bottom) for region in self.regions],
+            (self.width, self.height),
+            score=self.score,
+            threshold=self.threshold,
+            is_anomalous=self.is_anomalous,
+            name=f"{self.path.parent.name}/{self.path.name}".removeprefix("/"),
+            note=note,
+        )
+
+    def __repr__(self) -> str:
+        regions = f", {len(self.regions)} regions" if self.is_anomalous else ""
+        return f"<{self.path}: {self.verdict}, score {self.score:.4g}, threshold {self.threshold:.4g}{regions}>"
+
+    def _repr_html_(self) -> str:
+        """The picture, which Jupyter shows."""
+        file = io.BytesIO()
+        self.plot().save(file, "PNG")
+        picture = base64.b64encode(file.getvalue()).decode()
+        return f'<img alt="{html.escape(repr(self))}" src="data:image/png;base64,{picture}">'
+
+    def to_dict(self, *, overlay: str | None = None) -> dict[str, Any]:
         """The prediction as plain values: one line of `dskd predict`, one row of `tune/score.py`, one served answer.
 
         `overlay` is where its picture lies. The boxes and outlines in `regions`, none where the image is good, are in
         pixels of the image as it is in the file, whose `width` and `height` are given.
         """
-        return _prediction_fields(record, str(self.path), self.threshold, self.verdict) | {
+        return _prediction_fields(self.origin, str(self.path), self.threshold, self.verdict) | {
             "score": self.score,
             "is_anomalous": self.is_anomalous,
             "regions": [region.to_dict() for region in self.regions] if self.is_anomalous else [],
@@ -131,22 +173,24 @@ class Unreadable(NamedTuple):
     threshold: float
     error: str
     """One line that names the file and says why."""
+    origin: Origin = Origin()
+    """Which detector could not see it."""
 
     @property
     def verdict(self) -> Verdict:
         return "unreadable"
 
-    def to_dict(self, record: DetectorRecord) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As `Prediction.to_dict`: `error` says why, score and regions are None."""
-        return unreadable_to_dict(record, str(self.path), self.threshold, self.error)
+        return unreadable_to_dict(self.origin, str(self.path), self.threshold, self.error)
 
 
-def unreadable_to_dict(record: DetectorRecord, image: str, threshold: float, error: str) -> dict[str, Any]:
+def unreadable_to_dict(origin: Origin, image: str, threshold: float, error: str) -> dict[str, Any]:
     """`Prediction.to_dict` of an image that cannot be read: `error` says why, score and regions are None."""
-    return _prediction_fields(record, image, threshold, "unreadable") | {"error": error}
+    return _prediction_fields(origin, image, threshold, "unreadable") | {"error": error}
 
 
-def _prediction_fields(record: DetectorRecord, image: str, threshold: float, verdict: Verdict) -> dict[str, Any]:
+def _prediction_fields(origin: Origin, image: str, threshold: float, verdict: Verdict) -> dict[str, Any]:
     """All fields of a prediction, in their order; what the image alone can tell is None."""
     return {
         "image": image,
@@ -159,9 +203,7 @@ def _prediction_fields(record: DetectorRecord, image: str, threshold: float, ver
         "height": None,
         "overlay": None,
         "num_clipped": None,
-        "category": record.category,
-        "detector_version": record.detector_version,
-        "teacher": record.teacher,
+        **origin._asdict(),
         "error": None,
     }
 
@@ -177,11 +219,12 @@ class Detector:
         self.geometry = Geometry.of(record.config.data, record.region, record.config.model.tile_alignment)
 
     @classmethod
-    def load(cls, folder: Path, device: str = "cpu") -> Self:
+    def load(cls, folder: "str | os.PathLike[str]", device: str = "cpu") -> Self:
         """Read and verify a detector folder; needs neither the network nor the training images.
 
         Raises BrokenDetectorError where the folder is damaged, changed, or too new.
         """
+        folder = Path(folder)
         record, weights = read_detector(folder)
         model = record.config.model
         teacher = build_teacher(model.backbone, model.levels, "random")
@@ -247,39 +290,82 @@ class Detector:
         limit = self.part_threshold(false_alarm_rate).value if threshold is None else threshold
         return judge_parts(images, group_by or self.record.config.data.group_by, limit)
 
-    def predict(self, paths: Sequence[Path], threshold: float) -> Iterator[Prediction]:
-        """Verdicts in the order of `paths`, a bounded number of images in memory at a time.
+    @overload
+    def predict(
+        self, images: ImageLike, threshold: float | None = None, *, false_alarm_rate: float = 0.01
+    ) -> Prediction: ...
 
-        Raises ValueError naming the file that is not a readable image, and on a threshold that is no finite number.
+    @overload
+    def predict(
+        self, images: Iterable[ImageLike], threshold: float | None = None, *, false_alarm_rate: float = 0.01
+    ) -> Iterator[Prediction]: ...
+
+    def predict(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        threshold: float | None = None,
+        *,
+        false_alarm_rate: float = 0.01,
+    ) -> Prediction | Iterator[Prediction]:
+        """The verdict on one image, or an iterator over the verdicts on several, in their order.
+
+        An image is a path, a PIL image, a numpy array (H, W, 3) or a torch tensor (3, H, W); several are a list or a
+        generator of them, or one array or tensor of four dimensions. They are seen in batches, a bounded number of
+        them in memory at a time. The threshold is the stored one for `false_alarm_rate` in (0, 1), unless given.
+
+        Raises ValueError or TypeError, in a sentence, on what is no image, naming the file that cannot be read, on an
+        impossible rate, and on a threshold that is no finite number.
         """
-        for found in self.inspect(paths, threshold):
+        seen = self._predicted(self.inspect(images, threshold, false_alarm_rate=false_alarm_rate))
+        return next(seen) if is_one_image(images) else seen
+
+    def _predicted(self, seen: Iterator[Prediction | Unreadable]) -> Iterator[Prediction]:
+        for found in seen:
             if isinstance(found, Unreadable):
                 raise UnreadableImageError(found.error)
             yield found
 
-    def inspect(self, paths: Sequence[Path], threshold: float) -> Iterator[Prediction | Unreadable]:
-        """As `predict`, which goes on after an image that cannot be read or judged, and says why there is no verdict.
+    def inspect(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        threshold: float | None = None,
+        *,
+        false_alarm_rate: float = 0.01,
+    ) -> Iterator[Prediction | Unreadable]:
+        """As `predict` of several, which goes on after an image that cannot be read or judged, and says why."""
+        limit = self._limit(false_alarm_rate) if threshold is None else threshold
+        check_threshold(limit)
+        return self._inspected(given_images(images), limit)
 
-        Raises ValueError on a threshold that is no finite number.
-        """
-        check_threshold(threshold)
+    def _limit(self, false_alarm_rate: object) -> float:
+        is_number = isinstance(false_alarm_rate, int | float) and not isinstance(false_alarm_rate, bool)
+        if not (is_number and 0 < float(str(false_alarm_rate)) < 1):
+            raise ValueError(f"false_alarm_rate must lie in (0, 1), got {false_alarm_rate!r}; 0.05 is one in twenty.")
+        return self.threshold(float(str(false_alarm_rate))).value
+
+    def _inspected(self, images: Iterator[GivenImage], threshold: float) -> Iterator[Prediction | Unreadable]:
         # Of tiled images one is large enough to be alone in memory.
         step = 1 if self.geometry.tile else PREDICT_CHUNK
-        for start in range(0, len(paths), step):
-            chunk = paths[start : start + step]
-            loaded = in_threads(self.load_image, chunk)
+        while chunk := list(itertools.islice(images, step)):
+            loaded = in_threads(self._framed, chunk, [image.path for image in chunk])
             seen = self.predict_framed(
-                [path for path, each in zip(chunk, loaded, strict=True) if not isinstance(each, str)],
+                [image.path for image, each in zip(chunk, loaded, strict=True) if not isinstance(each, str)],
                 [each for each in loaded if not isinstance(each, str)],
                 threshold,
             )
-            for path, each in zip(chunk, loaded, strict=True):
-                yield Unreadable(path, threshold, each) if isinstance(each, str) else next(seen)
+            for image, each in zip(chunk, loaded, strict=True):
+                if isinstance(each, str):
+                    yield Unreadable(image.path, threshold, each, self.record.origin)
+                else:
+                    yield next(seen)
 
     def load_image(self, path: Path) -> Framed | str:
         """An image as `predict_framed` takes it, or one line that says why it cannot be read."""
+        return self._framed(GivenImage(path))
+
+    def _framed(self, image: GivenImage) -> Framed | str:
         try:
-            return load_framed(path, self.geometry, self.record.scale)
+            return image.framed(self.geometry, self.record.scale)
         except ValueError as error:
             return str(error)
 
@@ -287,7 +373,7 @@ class Detector:
         self, paths: Sequence[Path], images: Sequence[Framed], threshold: float
     ) -> Iterator[Prediction | Unreadable]:
         """Verdicts on images that `load_image` read from `paths`; one whose score or map is not finite has none."""
-        return predictions(paths, images, *self.score_framed(images), threshold, self.geometry)
+        return predictions(paths, images, *self.score_framed(images), threshold, self.geometry, self.record.origin)
 
     def score_framed(self, images: Sequence[Framed]) -> tuple[Sequence[npt.NDArray[np.float32]], Sequence[float]]:
         """Maps and scores of whole images, by tiles if the detector has tiles."""
@@ -310,13 +396,45 @@ class Detector:
         seen = self.score_images(np.stack([image.rgb for image in images]), inside_of(images, self.geometry))
         return list(seen.maps), seen.scores.tolist()
 
-    def evaluate(self, data: Path, category: str, on_note: Callable[[str], object] = lambda note: None) -> Scores:
+    def __repr__(self) -> str:
+        record = self.record
+        return f"<Detector of {record.category}, version {record.detector_version}, teacher {record.teacher}>"
+
+    def _repr_html_(self) -> str:
+        """A table of what it is and how good it was, which Jupyter shows."""
+        record = self.record
+        rows = {
+            "category": record.category,
+            "version": record.detector_version,
+            "backbone": f"{record.config.model.backbone}, weights {record.teacher}",
+            "input": " × ".join(map(str, record.config.data.input_size)),
+            **{f"threshold at {limit.false_alarm_rate:.1%}": f"{limit.value:.4g}" for limit in record.thresholds},
+            **{name: f"{value:.4f}" for name, value in record.metrics.items() if "auroc" in name or "aupro" in name},
+        }
+        cells = (f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>" for name, text in rows.items())
+        return f"<table>{''.join(cells)}</table>"
+
+    def evaluate(
+        self,
+        data: "str | os.PathLike[str]",
+        category: str | None = None,
+        on_note: Callable[[str], object] = lambda note: None,
+    ) -> Scores:
         """All metrics on the labelled test split of a category; notes and errors as `labelled_test_split`."""
         return self.evaluation(data, category, on_note).scores
 
-    def evaluation(self, data: Path, category: str, on_note: Callable[[str], object] = lambda note: None) -> Evaluation:
-        """As `evaluate`, with the score of each test image, which tells what every threshold would do."""
-        samples = test_samples(data, category, on_note, self.record.config.data.layout)
+    def evaluation(
+        self,
+        data: "str | os.PathLike[str]",
+        category: str | None = None,
+        on_note: Callable[[str], object] = lambda note: None,
+    ) -> Evaluation:
+        """As `evaluate`, with the score of each test image, which tells what every threshold would do.
+
+        The category is the detector's own unless given.
+        """
+        layout = self.record.config.data.layout
+        samples = test_samples(Path(data), category or self.record.category, on_note, layout)
         if self.geometry.tile:
             return evaluate_tiled(
                 self._teacher,
@@ -347,12 +465,13 @@ def predictions(
     scores: Sequence[float],
     threshold: float,
     geometry: Geometry,
+    origin: Origin,
 ) -> Iterator[Prediction | Unreadable]:
     """The verdicts that maps and scores of images give; an image whose score or map is not finite has none."""
     stride = MAP_STRIDE if geometry.tile else 1
     for path, image, heat, score in zip(paths, images, maps, scores, strict=True):
         if not (math.isfinite(score) and np.isfinite(heat).all()):
-            yield Unreadable(path, threshold, f"{path} gets no finite score, so that no verdict can be given.")
+            yield Unreadable(path, threshold, f"{path} gets no finite score, so that no verdict can be given.", origin)
             continue
         regions = tuple(in_image(region, image.frame, stride) for region in find_regions(heat, threshold))
         yield Prediction(
@@ -366,6 +485,7 @@ def predictions(
             image.num_clipped,
             image.frame,
             stride,
+            origin,
         )
 
 

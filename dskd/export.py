@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dskd.anomaly import BLUR_REFERENCE, anomaly_maps, discrepancies, image_scores
 from dskd.atomic import check_can_be_made, file_in_making
+from dskd.checkpoint import Origin
 from dskd.config import VERSION, RunConfig
 from dskd.data.depth import PixelScale
 from dskd.data.files import UnreadableImageError
@@ -118,6 +119,7 @@ class OnnxDetector:
         self._session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
         known = self._session.get_modelmeta().custom_metadata_map
         values = {name: json.loads(known[_PREFIX + name]) for name in ("config", "region", "scale")}
+        self._origin = Origin(*(known.get(_PREFIX + name, "") for name in Origin._fields))
         self._config = RunConfig.from_dict(values["config"])
         region = msgspec.convert(values["region"], RegionOfInterest | None)
         self.geometry = Geometry.of(self._config.data, region, self._config.model.tile_alignment)
@@ -127,7 +129,7 @@ class OnnxDetector:
         """Verdicts as `Detector.predict`; errors too."""
         for path in paths:
             framed = [load_framed(path, self.geometry, self.scale)]
-            yield from predictions([path], framed, *self.score_framed(framed), threshold, self.geometry)
+            yield from predictions([path], framed, *self.score_framed(framed), threshold, self.geometry, self._origin)
 
     def score_framed(
         self, images: Sequence[Framed], batch_size: int = 1
@@ -320,6 +322,7 @@ def _metadata(detector: Detector) -> dict[str, str]:
         "schema": SCHEMA_VERSION,
         "version": VERSION,
         "category": record.category,
+        "detector_version": record.detector_version,
         "image_size": record.config.data.image_size,
         "width": detector.geometry.width,
         "height": detector.geometry.height,

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 from dskd.atomic import check_can_be_made
 from dskd.config import DataConfig
 from dskd.data.files import IMAGE_SUFFIXES, Walk, count_unread, walk
-from dskd.detector import UNTRAINED_TEACHER, Detector, Prediction, Unreadable, chosen_limit
-from dskd.show.overlays import overlay
+from dskd.detector import Detector, Prediction, Unreadable, chosen_limit
 
 PREDICTIONS_FILE = "predictions.jsonl"
 OVERLAYS_FOLDER = "overlays"
@@ -71,17 +70,16 @@ def predict_images(
         detector.part_threshold(false_alarm_rate)
     make_out(out)
     (out / OVERLAYS_FOLDER).mkdir()
-    caption = UNTRAINED_TEACHER if detector.record.is_untrained_teacher else ""
     lines: list[dict[str, Any]] = []
     num_clipped = 0
     with (out / PREDICTIONS_FILE).open("x", encoding="utf-8") as file:
         for index, seen in enumerate(detector.inspect(paths, limit)):
             if isinstance(seen, Unreadable):
-                line = seen.to_dict(detector.record)
+                line = seen.to_dict()
             else:
                 picture = f"{OVERLAYS_FOLDER}/{_overlay_name(index, seen.path)}"
-                overlay(seen, caption).save(out / picture)
-                line = seen.to_dict(detector.record, overlay=picture)
+                seen.plot().save(out / picture)
+                line = seen.to_dict(overlay=picture)
                 num_clipped += seen.num_clipped > 0
             file.write(json.dumps(line, allow_nan=False) + "\n")
             file.flush()  # a process that is killed loses nothing of it

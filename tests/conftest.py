@@ -13,6 +13,7 @@ SHAPE_CHECKED = (
     "dskd.anomaly",
     "dskd.calibration",
     "dskd.data",
+    "dskd.draw",
     "dskd.evaluate",
     "dskd.export",
     "dskd.losses",

@@ -44,7 +44,6 @@ from dskd.export import OnnxDetector, build_model, compare, generated_inputs, ne
 from dskd.metrics import score_maps
 from dskd.model.teacher import Teacher
 from dskd.presets import PRESETS
-from dskd.show.overlays import overlay
 from dskd.training.inputs import TrainingData, prepare
 from dskd.training.reading import check_input
 from dskd.training.run import TrainingRun
@@ -480,7 +479,7 @@ def test_boxes_and_outlines_lie_on_the_defect_in_every_answer(
         row, column = np.unravel_index(int(each.map.argmax()), each.map.shape)
         assert SPOT[1] - 8 <= row < SPOT[3] + 8 and SPOT[0] - 8 <= column < SPOT[2] + 8
         assert float(each.map.max()) == pytest.approx(each.score)
-    expected = [each.to_dict(detector.record) for each in seen]
+    expected = [each.to_dict() for each in seen]
     # JSON of the command
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
@@ -554,7 +553,7 @@ def test_an_overlay_of_a_long_image_shows_all_of_it() -> None:
     frame = Frame(1800, 40, (0, 0, 1800, 40), (16, 16), (0, 0, 16, 16))
     regions = tuple(in_image(each, frame, 1) for each in find_regions(heat, 0.5))
     seen = Prediction(Path("a/b.png"), 1.0, 0.5, True, regions, image, heat, 0, frame)
-    picture = np.asarray(overlay(seen))
+    picture = np.asarray(seen.plot())
     assert picture.shape == (20 + 40, 1800, 3)
     assert (regions[0].left, regions[0].right) == (1687, 1800)
     red = np.argwhere((picture[40:, :900] == (226, 74, 60)).all(axis=2))

@@ -356,7 +356,7 @@ def test_every_answer_tells_the_spot_in_the_pixels_of_the_image(
 ) -> None:
     paths = sorted((strips / "strip/test/spot").iterdir())
     limit = 1.3 * tiled.record.thresholds[0].value
-    expected = [seen.to_dict(tiled.record) for seen in tiled.predict(paths, limit)]
+    expected = [seen.to_dict() for seen in tiled.predict(paths, limit)]
     boxes = [(row["regions"][0]["left"], row["regions"][0]["top"]) for row in expected]
     told = predict_images(tiled, paths, tmp_path / "told", threshold=limit).predictions
     assert [row["regions"] for row in told] == [row["regions"] for row in expected]

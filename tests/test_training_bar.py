@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+from dskd.cli.output import say
 from dskd.config import RunConfig
 from dskd.show import training_bar
 from dskd.show.training_bar import TrainingBar
@@ -21,7 +22,7 @@ class Terminal(io.StringIO):
 
 
 def watched(run: TrainingRun) -> None:
-    with TrainingBar(run) as bar:
+    with TrainingBar(run, say) as bar:
         for event in run.steps():
             if isinstance(event, Step):
                 bar.advance(event)
@@ -52,7 +53,7 @@ def test_a_continued_run_starts_where_it_was(
     next(run.intervals())
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    with TrainingBar(run):
+    with TrainingBar(run, say):
         pass
     assert " 50%|" in terminal.getvalue()
 

@@ -8,12 +8,10 @@ import contextlib
 import dataclasses
 import functools
 import io
-import math
 import os
 import signal
 import sys
 import threading
-import time as clock
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -39,7 +37,6 @@ from dskd.presets import PRESETS, Preset
 
 if TYPE_CHECKING:
     from dskd.detector import Detector, Prediction, Unreadable
-    from dskd.training.run import TrainingRun
 
 
 def demo_data(out: Positional[Annotated[Path, arg(metavar="OUT")]], /, *, seed: int = 0) -> None:
@@ -173,57 +170,23 @@ def train(
 
         print(to_toml(settings), end="")
         return
-    from dskd.checkpoint import check_replaceable, write_detector
     from dskd.data.cache import ArrayCache, default_folder
-    from dskd.data.datasets import find_categories
-    from dskd.detector import UNTRAINED_TEACHER
-    from dskd.device import computing_device
-    from dskd.show.overlays import preview_of
-    from dskd.training.inputs import prepare
-    from dskd.training.resume import has_state, training_folder
-    from dskd.training.run import TrainingRun
+    from dskd.jobs.train import only_category, train_into
 
-    check_replaceable(out)
     if checkpoint_seconds < 0:
         raise ValueError(f"--checkpoint-seconds must not be negative, got {checkpoint_seconds:g}.")
-    if category is None:
-        categories = list(find_categories(data, settings.data.layout))
-        if len(categories) > 1:
-            raise ValueError(f"{data} holds several categories, choose one with --category: {', '.join(categories)}.")
-        category = categories[0]
-    place = computing_device(device)
-    cache = ArrayCache(cache_dir or default_folder(), int(cache_gb * 1e9)) if cache_gb > 0 else None
-    with training_folder(out, restart=restart) as unfinished:
-        teacher = TeacherSource(teacher_weights)
-        inputs = prepare(
-            settings,
-            DataSpec(data=data, category=category, teacher=teacher, textures=textures, region=region),
-            device=place,
-            cache=cache,
-            progress=True,
-            on_amplification=lambda epoch: say(
-                f"stage I epoch {epoch.number + 1:3d}/{settings.amplification.amplification_epochs}  "
-                f"gate loss {epoch.gate_loss:.4f}  residual loss {epoch.residual_loss:.4f}  {epoch.seconds:.1f} s"
-            ),
-        )
-        for note in inputs.notes:
-            say(note)
-        if teacher.is_untrained:
-            say(UNTRAINED_TEACHER)
-        run = TrainingRun.begin(settings, inputs, place)
-        if has_state(unfinished):
-            run.restore(unfinished)
-            say(f"going on after step {run.step} of {run.num_steps}, found in {unfinished}")
-        _train(run, unfinished, checkpoint_seconds)
-        record, weights = run.detector()
-        write_detector(out, record, weights, preview_of(run, record))
-    if record.metrics.get("val/score_candidates"):
-        say(
-            f"{record.metrics['val/score_candidates']:.0f} score configurations tried, the best of them "
-            f"{'adopted' if record.metrics['val/score_adopted'] else 'not adopted'}: gain "
-            f"{record.metrics['val/score_gain']:+.4f} ± {record.metrics['val/score_gain_error']:.4f} "
-            "on validation images that did not choose it"
-        )
+    category = category or only_category(data, settings)
+    teacher = TeacherSource(teacher_weights)
+    record, history = train_into(
+        out,
+        settings,
+        DataSpec(data=data, category=category, teacher=teacher, textures=textures, region=region),
+        device=device,
+        cache=ArrayCache(cache_dir or default_folder(), int(cache_gb * 1e9)) if cache_gb > 0 else None,
+        say=say,
+        restart=restart,
+        checkpoint_seconds=checkpoint_seconds,
+    )
     say(f"wrote {out}: step {record.step}, {describe_thresholds(record)}")
     if json:
         print_json(
@@ -234,31 +197,9 @@ def train(
                 "step": record.step,
                 "false_alarm_rates": record.guarantee,
                 **record.metrics,
-                "history": [interval_document(progress) for progress in run.history],
+                "history": [interval_document(progress) for progress in history],
             }
         )
-
-
-def _train(run: "TrainingRun", unfinished: Path, checkpoint_seconds: float) -> None:
-    """Train to the end with progress on stderr, saving the state every `checkpoint_seconds`."""
-    from dskd.show.training_bar import TrainingBar
-    from dskd.training.loop import Step
-
-    saved = clock.monotonic()
-    with TrainingBar(run) as bar:
-        for event in run.steps():
-            if isinstance(event, Step):
-                bar.advance(event)
-                continue
-            interval, scores = event.interval, event.scores
-            bar.say(
-                f"step {interval.step:4d}/{run.num_steps}  loss {interval.loss:.4f}  "
-                f"{interval.images_per_second:5.1f} images/s  val image AUROC {scores.image_auroc:.3f}"
-                + ("" if math.isnan(scores.aupro) else f"  AUPRO {scores.aupro:.3f}")
-            )
-            if clock.monotonic() - saved >= checkpoint_seconds:
-                run.save(unfinished)
-                saved = clock.monotonic()
 
 
 def evaluate(

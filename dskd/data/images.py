@@ -97,7 +97,12 @@ def load_framed(path: Path, geometry: Geometry, scale: PixelScale | None = None)
     """An image on its canvas; errors as `read_pixels`, also if the region of interest does not fit the image."""
     image, num_clipped = _in_rgb(path, scale)
     with _named(path):
-        frame = geometry.frame(*image.size)
+        return place_on_canvas(image, geometry, num_clipped)
+
+
+def place_on_canvas(image: Image.Image, geometry: Geometry, num_clipped: int) -> Framed:
+    """An RGB image on its canvas; ValueError if the region of interest does not fit the image."""
+    frame = geometry.frame(*image.size)
     share = min(1.0, _PICTURE_SIDE / max(image.size))
     size = (max(1, round(image.width * share)), max(1, round(image.height * share)))
     picture = np.asarray(image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0) if share < 1 else image)
@@ -565,8 +570,7 @@ def _in_rgb(path: Path, scale: PixelScale | None) -> tuple[Image.Image, int]:
     decoded = _decoded(path)
     with _named(path):
         if isinstance(decoded, Image.Image):
-            seen = _on_black(decoded)
-            return (seen if seen.mode == "RGB" else seen.convert("RGB")), 0
+            return in_rgb(decoded), 0
         values = decoded.values
         alpha = None
         if values.ndim == 3 and values.shape[2] in (2, 4):
@@ -579,6 +583,12 @@ def _in_rgb(path: Path, scale: PixelScale | None) -> tuple[Image.Image, int]:
             levels = levels[..., 0]
         image = Image.fromarray(levels)
         return (image if image.mode == "RGB" else image.convert("RGB")), num_clipped
+
+
+def in_rgb(image: Image.Image) -> Image.Image:
+    """An 8-bit image of any mode in RGB, on black where it is transparent."""
+    seen = _on_black(image)
+    return seen if seen.mode == "RGB" else seen.convert("RGB")
 
 
 def _on_black(image: Image.Image) -> Image.Image:

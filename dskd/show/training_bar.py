@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -18,7 +19,9 @@ REFRESH_SECONDS = 0.5
 class TrainingBar:
     """Finished share of the run, loss, steps per second, time left; on stderr, if that is a terminal."""
 
-    def __init__(self, run: TrainingRun) -> None:
+    def __init__(self, run: TrainingRun, say: Callable[[str], object]) -> None:
+        """`say` prints the lines where there is no bar."""
+        self._say = say
         self._bar = tqdm(
             total=run.num_steps,
             initial=run.step,
@@ -44,5 +47,8 @@ class TrainingBar:
 
     def say(self, line: str) -> None:
         """Print a line above the bar, or only the line if there is no bar."""
+        if self._bar.disable:
+            self._say(line)
+            return
         self._bar.write(fitted(line, line_width(sys.stderr)), file=sys.stderr)
         sys.stderr.flush()

@@ -9,7 +9,7 @@ from PIL import Image
 from dskd.checkpoint import DetectorRecord
 from dskd.detector import Prediction, find_regions
 from dskd.evaluate import AnomalyScores, LabelledImages, score_images
-from dskd.show.overlays import contact_sheet, overlay
+from dskd.show.overlays import contact_sheet
 from dskd.show.plots import draw_curves
 from dskd.training.run import TrainingRun
 
@@ -65,5 +65,5 @@ def _overlays(
         name = Path("validation", f"{'defect' if truth.labels[index] else 'normal'} {number}")
         regions = find_regions(heat, threshold)
         seen_as = Prediction(name, score, threshold, score > threshold, regions, truth.images[index], heat)
-        pictures.append(overlay(seen_as, note))
+        pictures.append(seen_as.plot(note))
     return pictures

@@ -29,7 +29,6 @@ from dskd.data.geometry import Geometry
 from dskd.data.images import Framed, load_framed
 from dskd.detector import UNTRAINED_TEACHER, Detector, Prediction, Unreadable, chosen_limit, unreadable_to_dict
 from dskd.device import computing_device
-from dskd.show.overlays import overlay
 from tune.runtime.cluster import connect, count_workers, resolve_gpus
 from tune.settings.entry import say
 from tune.settings.score import ScoringSettings
@@ -371,20 +370,19 @@ class Inspector:
 
     def _row(self, name: str, found: Framed | Prediction | Unreadable | str) -> dict[str, Any]:
         """The row of one image, which is inspected now if it was not yet; also writes its overlay."""
-        image, record = f"{self._images}/{name}", self._detector.record
+        image = f"{self._images}/{name}"
         if isinstance(found, Framed):
             (found,) = self._detector.predict_framed([Path(name)], [found], self._limit)
         if not isinstance(found, Prediction):
             error = found if isinstance(found, str) else found.error
-            return unreadable_to_dict(record, image, self._limit, error)
+            return unreadable_to_dict(self._detector.record.origin, image, self._limit, error)
         is_drawn = self._overlays == "all" or (self._overlays == "anomalous" and found.is_anomalous)
         picture = self._draw(name, found) if is_drawn else None
-        return found.to_dict(record, overlay=picture) | {"image": image}
+        return found.to_dict(overlay=picture) | {"image": image}
 
     def _draw(self, name: str, prediction: Prediction) -> str:
         picture = io.BytesIO()
-        note = UNTRAINED_TEACHER if self._detector.record.is_untrained_teacher else ""
-        overlay(prediction, note).save(picture, "PNG")
+        prediction.plot().save(picture, "PNG")
         target = f"{OVERLAYS}/{name}" if name.endswith(".png") else f"{OVERLAYS}/{name}.png"
         self._out.write(target, picture.getvalue())
         return target

@@ -62,7 +62,7 @@ class ServedDetector(PythonModel):
         parameter `false_alarm_rate` chooses among the stored thresholds. An image that cannot be read has the verdict
         "unreadable", and `error` says why. A request without any readable image is refused (400), naming each.
         """
-        record = self._detector.record
+        origin = self._detector.record.origin
         threshold = self._detector.threshold(float((params or {}).get(FALSE_ALARM_RATE, 0.01))).value
         rows: list[dict[str, Any]] = []
         with TemporaryDirectory(prefix="dskd-") as temporary:
@@ -77,9 +77,9 @@ class ServedDetector(PythonModel):
             found = self._detector.inspect(paths, threshold)
             for number in range(len(model_input)):
                 if number in errors:
-                    rows.append(unreadable_to_dict(record, f"row {number}", threshold, errors[number]))
+                    rows.append(unreadable_to_dict(origin, f"row {number}", threshold, errors[number]))
                     continue
-                row = next(found).to_dict(record) | {"image": f"row {number}"}
+                row = next(found).to_dict() | {"image": f"row {number}"}
                 if row["error"]:  # its message has the file's temporary folder, which callers must not see
                     row["error"] = row["error"].replace(f"{temporary}/", "")
                 rows.append(row)

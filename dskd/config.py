@@ -24,6 +24,8 @@ _Config = typing.TypeVar("_Config")
 _MAX_IMAGE_SIZE, _MAX_DEPTH, _MAX_LEVELS, _MAX_MEMORY_SIZE = 8192, 100, 16, 100_000
 """Far above what anyone trains with: a detector.json that asks for more would only fill the memory of who loads it."""
 _MAX_PATTERN = 500
+_OVERLAP = 96
+"""Pixels: of real images with a ResNet18, the seams of 64 were 8 to 12 % of the threshold (benchmarks/README.md)."""
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 
 
@@ -118,9 +120,10 @@ class DataConfig:
     between bars; or WIDTHxHEIGHT such as 512x256, for backbones that take such images."""
     tile: int = 0
     """Side in pixels of the tiles that images are cut into at their own size, instead of being resized; 0: none."""
-    overlap: int = 32
+    overlap: int | None = None
     """Pixels that neighbouring tiles share; their maps are blended there. A multiple of 32, or for a teacher with
-    patches of 14 pixels of 28, as tile and the sides of resize are."""
+    patches of 14 pixels of 28, as tile and the sides of resize are. None: 96, with which seams stay below 5 % of the
+    threshold, or half of a tile that is smaller than 192."""
     group_by: str = ""
     """Regular expression that finds the name of a part in an image's path, for parts with several images: they stay
     together when images are held out, and a part gets a verdict of its own; empty: every image is a part."""
@@ -156,7 +159,7 @@ class DataConfig:
             f"tile {self.tile} cuts images at their own size: leave out resize {self.resize!r}, or tile.",
         )
         _require(
-            self.overlap >= 0 and (self.tile == 0 or self.overlap <= self.tile // 2),
+            self.overlap is None or (self.overlap >= 0 and (self.tile == 0 or self.overlap <= self.tile // 2)),
             f"overlap must be positive or 0 and at most half of the tile, got {self.overlap}.",
         )
         try:
@@ -185,6 +188,16 @@ class DataConfig:
         if found := _SIZE.fullmatch(self.resize):
             return int(found[1]), int(found[2])
         return self.image_size, self.image_size
+
+    def shared(self, alignment: int) -> int:
+        """Pixels that neighbouring tiles share, where they start at multiples of `alignment`; 0 without tiles.
+
+        >>> DataConfig(tile=256).shared(32), DataConfig(tile=128).shared(32), DataConfig(tile=252).shared(28)
+        (96, 64, 84)
+        """
+        if self.overlap is None:
+            return min(_OVERLAP, self.tile // 2) // alignment * alignment
+        return self.overlap if self.tile else 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -476,7 +489,7 @@ class RunConfig:
             if multiple % step:
                 multiple, reason = math.lcm(multiple, step), f"{reason}, and the 4 pixels of a value of the map"
             _require(
-                data.overlap % step == 0,
+                data.shared(step) % step == 0,
                 f"overlap must be a multiple of {step}, at which tiles start, got {data.overlap}.",
             )
         elif data.resize in ("square", "letterbox"):

@@ -179,9 +179,7 @@ def test_batch_inspection_tells_parts_too(folder: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_a_served_detector_tells_parts_of_images_that_are_named(
-    folder: Path, parts_root: Path, tmp_path: Path
-) -> None:
+def test_a_served_detector_tells_parts_of_images_that_are_named(folder: Path, parts_root: Path, tmp_path: Path) -> None:
     pack(folder, tmp_path / "model")
     served = mlflow.pyfunc.load_model(str(tmp_path / "model"))
     paths = sorted((parts_root / "nut/test").iterdir())

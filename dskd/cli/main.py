@@ -191,7 +191,7 @@ def train(
     place = computing_device(device)
     cache = ArrayCache(cache_dir or default_folder(), int(cache_gb * 1e9)) if cache_gb > 0 else None
     with training_folder(out, restart=restart) as unfinished:
-        teacher = TeacherSource(teacher_weights)
+        teacher = TeacherSource(teacher_weights).of(settings.model.backbone)
         inputs = prepare(
             settings,
             DataSpec(data=data, category=category, teacher=teacher, textures=textures, region=region),

@@ -10,6 +10,7 @@ from dskd.checkpoint import RECORD_FILE
 from dskd.config import RunConfig
 from tune.settings.plan import SearchPlan
 from tune.settings.search import SearchSettings
+from tune.settings.space import BACKBONE
 from tune.storage.champions import Champion
 from tune.storage.files import Storage, StorageError
 from tune.study.categories import CategoryResult
@@ -79,8 +80,9 @@ def changes_of(champion: Champion, plan: SearchPlan) -> str:
     if record is None:
         return "its record is missing in the storage"
     found = RunConfig.from_dict(record["config"]).flat()
+    named = {BACKBONE} if len(plan.teachers) > 1 else set()
     differences = {
-        preset: {name: value for name, value in found.items() if value != base.flat()[name]}
+        preset: {name: value for name, value in found.items() if value != base.flat()[name] or name in named}
         for preset, base in plan.configs.items()
     }
     preset = min(differences, key=lambda name: len(differences[name]))

@@ -5,7 +5,8 @@
 Trains with tiles first, `--tile-epochs` epochs. Squares and letterboxes of the same side are then trained until they
 have taken as many seconds (of the processor, on a CPU: other work on the machine does not count). All are measured on
 the same whole test images, their maps in the images' own pixels. "Seam" is the largest difference between the maps of
-a test image and of the same image shifted by 32 pixels, in shares of the threshold, 32 pixels away from the border.
+a test image and of the same image shifted by 32 pixels, in shares of the threshold, 32 pixels away from the border;
+"without tiles" is the same of the maps of these views seen at once.
 
 A drawn category, a flange in front of clutter, is trained with and without a region of interest (`--no-clutter` leaves
 it out). `--train-images` and `--test-images` take excerpts, drawn by file name. Each finished run is a line of the
@@ -28,16 +29,19 @@ from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import tyro
 from PIL import Image
 from runs import add_run, field_values, finished_runs, print_commands
+from scipy import ndimage
 
 from dskd import metrics
+from dskd.anomaly import BLUR_REFERENCE, anomaly_maps, discrepancies
 from dskd.config import DataSpec, RunConfig, TeacherSource
 from dskd.data.cache import ArrayCache, default_folder
 from dskd.data.datasets import read_category, read_test_split
-from dskd.data.geometry import Geometry
+from dskd.data.geometry import ALIGNMENT, Geometry
 from dskd.data.images import Framed, checked_mask, read_image
 from dskd.data.regions import find_region
 from dskd.data.samples import Sample, split_key
@@ -45,6 +49,7 @@ from dskd.data.tiles import MAP_STRIDE
 from dskd.demo.dataset import draw_dataset
 from dskd.detector import Detector
 from dskd.metrics import MetricState
+from dskd.model.teacher import normalize
 from dskd.presets import PRESETS
 from dskd.training.inputs import prepare
 from dskd.training.loop import Step
@@ -74,7 +79,8 @@ class Options:
     seeds: tuple[int, ...] = (0, 1, 2)
     side: int = 256
     """Of squares, letterboxes and tiles, in pixels."""
-    overlap: int = 32
+    overlap: int | None = None
+    """Of tiles, in pixels; by default that of `dskd train`."""
     tile_epochs: int = 20
     """Epochs on tiles; the other modes get as much time."""
     clutter_epochs: int = 20
@@ -233,22 +239,42 @@ def evaluate(
     return {name: found[name] for name in FIGURES}, seconds / len(samples)
 
 
-def seam(detector: Detector, samples: Sequence[Sample]) -> float:
-    """See the module's docstring; NaN where no image is large enough."""
-    geometry, worst = detector.geometry, math.nan
-    threshold = detector.record.thresholds[0].value
+def seam(detector: Detector, samples: Sequence[Sample]) -> tuple[float, float]:
+    """See the module's docstring: with tiles, and the control; NaN where no image is large enough."""
+    tiled, control = math.nan, math.nan
     for sample in samples:
         image = read_image(sample.path)
-        height, width = image.shape[0] - _SHIFT, image.shape[1] - _SHIFT
-        if min(height, width) <= geometry.tile:
+        height, width = ((side - _SHIFT) // ALIGNMENT * ALIGNMENT for side in image.shape[:2])
+        if min(height, width) <= max(detector.geometry.tile, 3 * _SHIFT):
             continue
         views = [np.ascontiguousarray(image[step:, step:][:height, :width]) for step in (0, _SHIFT)]
-        maps, _ = detector.score_framed([Framed(view, geometry.frame(width, height), view) for view in views])
-        moved = near = _SHIFT // MAP_STRIDE
-        first, second = maps[0][moved + near : -near, moved + near : -near], maps[1][near:, near:]
-        apart = np.abs(first - second[: first.shape[0], : first.shape[1]]).max() / threshold
-        worst = float(apart) if math.isnan(worst) else max(worst, float(apart))
-    return worst
+        frames = [Framed(view, detector.geometry.frame(width, height), view) for view in views]
+        tiled = max(shifted_apart(detector, detector.score_framed(frames)[0]), 0 if math.isnan(tiled) else tiled)
+        maps = [at_once(detector, view) for view in views]
+        control = max(shifted_apart(detector, maps), 0 if math.isnan(control) else control)
+    return tiled, control
+
+
+def shifted_apart(detector: Detector, maps: Sequence[npt.NDArray[np.float32]]) -> float:
+    """Largest difference of the maps of two views, the second `_SHIFT` pixels further, in shares of the threshold."""
+    moved = near = _SHIFT // MAP_STRIDE
+    first, second = maps[0][moved + near : -near, moved + near : -near], maps[1][near:, near:]
+    apart = np.abs(first - second[: first.shape[0], : first.shape[1]]).max()
+    return float(apart / detector.record.thresholds[0].value)
+
+
+@torch.inference_mode()
+def at_once(detector: Detector, canvas: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """The map (h / 4, w / 4) of a canvas (h, w, 3) without tiles, blurred as with them."""
+    score = detector.record.config.score
+    pixels = normalize(torch.from_numpy(canvas[None]))
+    targets = detector.teacher(pixels)
+    outputs = detector.students(pixels, targets)
+    found = discrepancies(targets, outputs.encoder, outputs.decoder)
+    size = (canvas.shape[0] // MAP_STRIDE, canvas.shape[1] // MAP_STRIDE)
+    (heat,) = anomaly_maps(found, dataclasses.replace(score, blur_sigma=0.0), size).numpy()
+    sigma = score.blur_sigma * detector.geometry.tile / MAP_STRIDE / BLUR_REFERENCE
+    return np.asarray(ndimage.gaussian_filter(heat, sigma, mode="reflect") if sigma > 0 else heat)
 
 
 def measured(task: Task, config: RunConfig, options: Options, cache: ArrayCache | None) -> dict[str, Any]:
@@ -265,7 +291,7 @@ def measured(task: Task, config: RunConfig, options: Options, cache: ArrayCache 
     if task.category == _CLUTTER:
         within = dataclasses.replace(within, region=find_region(_BOX, task.folder, samples[0].path))
     figures, per_image = evaluate(detector, samples, within, clock_of(device))
-    apart = seam(detector, samples[:8]) if detector.geometry.tile else math.nan
+    apart, control = seam(detector, samples[:8]) if detector.geometry.tile else (math.nan, math.nan)
     return {
         "category": task.category,
         "mode": task.mode,
@@ -276,10 +302,11 @@ def measured(task: Task, config: RunConfig, options: Options, cache: ArrayCache 
         "prepare_seconds": prepared,
         "seconds_per_image": per_image,
         "seam": None if math.isnan(apart) else apart,
+        "seam_without_tiles": None if math.isnan(control) else control,
         "num_train": len(inputs.train_images),
         "num_test": len(samples),
         "side": options.side,
-        "overlap": options.overlap,
+        "overlap": detector.geometry.overlap,
         "preset": options.preset,
         "teacher": teacher.name,
         "threads": torch.get_num_threads(),
@@ -321,14 +348,18 @@ def records(options: Options, drawn: Path) -> Iterator[dict[str, Any]]:
 def markdown(found: Sequence[dict[str, Any]]) -> str:
     """One row per category and mode: mean over the seeds (± standard deviation)."""
     lines = [
-        "| category | mode | image AUROC | pixel AUROC | AUPRO | s of training | epochs | s an image | seam | seeds |",
-        "|" + "---|" * 10,
+        "| category | mode | image AUROC | pixel AUROC | AUPRO | s of training | epochs | s an image | seam | "
+        "without tiles | seeds |",
+        "|" + "---|" * 11,
     ]
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in found:
         groups.setdefault((record["category"], record["mode"]), []).append(record)
     for (category, mode), runs in groups.items():
-        seams = [record["seam"] for record in runs if record["seam"] is not None]
+        seams, controls = (
+            [found for record in runs if (found := record.get(name)) is not None]
+            for name in ("seam", "seam_without_tiles")
+        )
         cells = [
             category,
             mode,
@@ -337,6 +368,7 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
             f"{mean(record['epochs'] for record in runs):.0f}",
             f"{mean(record['seconds_per_image'] for record in runs):.3f}",
             f"{max(seams):.1%}" if seams else "",
+            f"{max(controls):.1%}" if controls else "",
             str(len(runs)),
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -354,7 +386,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(markdown(found))
     first = found[0]
     print(
-        f"\n{first['date']}, preset {first['preset']}, {first['side']} px, overlap {first['overlap']}, teacher "
+        f"\n{first['date']}, preset {first['preset']}, {first['side']} px, {first['overlap']} px shared, teacher "
         f"{first['teacher']}, {first['device']}, {first['threads']} threads"
     )
     for record in {each["category"]: each for each in found}.values():

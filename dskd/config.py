@@ -5,7 +5,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -24,6 +24,9 @@ _Config = typing.TypeVar("_Config")
 _MAX_IMAGE_SIZE, _MAX_DEPTH, _MAX_LEVELS, _MAX_MEMORY_SIZE = 8192, 100, 16, 100_000
 """Far above what anyone trains with: a detector.json that asks for more would only fill the memory of who loads it."""
 _MAX_PATTERN, _MAX_FOLDS = 500, 100
+_OVERLAP = 96
+"""Pixels: of real images with a ResNet18, the seams of 64 were 8 to 12 % of the threshold (benchmarks/README.md)."""
+_OF_BACKBONE = re.compile(r"([A-Za-z0-9_.]+)=(.+)")
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 
 
@@ -63,42 +66,80 @@ class TeacherSource:
 
     weights: str
     """hub (timm's pretrained weights), lite0 (those of the installed package, for one backbone), random (untrained, to
-    test the wiring), or a .safetensors or .pth file."""
+    test the wiring), a .safetensors or .pth file, or one of these for each backbone: BACKBONE=WEIGHTS,…"""
+
+    @property
+    def by_backbone(self) -> dict[str, Self]:
+        """The source for each backbone, where they are told one by one; else empty.
+
+        Raises ValueError if some have a backbone and others none.
+        """
+        if _OF_BACKBONE.match(self.weights) is None:
+            return {}
+        found = [_OF_BACKBONE.fullmatch(part.strip()) for part in self.weights.split(",")]
+        _require(
+            None not in found,
+            f"--teacher-weights must give all weights by backbone, BACKBONE=WEIGHTS,…, got {self.weights!r}; a file "
+            "whose name has an = is given with its folder.",
+        )
+        return {part[1]: type(self)(part[2]) for part in found if part is not None}
+
+    def of(self, backbone: str) -> Self:
+        """The source for one backbone.
+
+        >>> TeacherSource("resnet18.tv_in1k=r18.pth,resnet34.tv_in1k=hub").of("resnet34.tv_in1k")
+        TeacherSource(weights='hub')
+
+        Raises ValueError where others have theirs and this one has none.
+        """
+        sources = self.by_backbone
+        _require(
+            not sources or backbone in sources,
+            f"--teacher-weights must give weights for each backbone, got none for {backbone}; add {backbone}=FILE.",
+        )
+        return sources.get(backbone, self)
 
     @property
     def is_file(self) -> bool:
-        return self.weights not in ("hub", "lite0", "random")
+        return self.weights not in ("hub", "lite0", "random") and not self.by_backbone
 
     @property
     def backbone(self) -> str | None:
-        """The only backbone that these weights fit, where they fix it."""
-        return LITE0_BACKBONE if self.weights == "lite0" else None
+        """The only backbone that these weights fit, where they fix it; the first where each has its own."""
+        return LITE0_BACKBONE if self.weights == "lite0" else next(iter(self.by_backbone), None)
 
     @property
     def is_untrained(self) -> bool:
-        return self.weights == "random"
+        return self.weights == "random" or any(source.is_untrained for source in self.by_backbone.values())
 
     @property
     def name(self) -> str:
-        """What records say of it: hub, lite0, random, or the file's name without its folder."""
-        return Path(self.weights).name if self.is_file else self.weights
+        """What records say of it: hub, lite0, random, or the file's name without its folder; of each backbone."""
+        return self._joined(lambda source: Path(source.weights).name if source.is_file else source.weights)
 
     def absolute(self) -> Self:
         """The same for a process with another working folder, on this node or another."""
-        return type(self)(str(Path(self.weights).absolute())) if self.is_file else self
+        return type(self)(
+            self._joined(lambda source: str(Path(source.weights).absolute()) if source.is_file else source.weights)
+        )
+
+    def _joined(self, words: Callable[[Self], str]) -> str:
+        return ",".join(f"{name}={words(each)}" for name, each in self.by_backbone.items()) or words(self)
 
     def check_exists(self) -> None:
         """Raise ValueError where it should be a file and is none; what is in the file is not read."""
-        _require(
-            not self.is_file or Path(self.weights).is_file(),
-            f"--teacher-weights must be hub, lite0, random or an existing file, got {self.weights!r}.",
-        )
+        for source in self.by_backbone.values() or (self,):
+            _require(
+                not source.is_file or Path(source.weights).is_file(),
+                f"--teacher-weights must be hub, lite0, random or an existing file, got {source.weights!r}.",
+            )
 
     def check_fits(self, backbone: str) -> None:
         """Raise ValueError where these weights fix another backbone than `backbone`."""
+        source = self.of(backbone)
         _require(
-            self.backbone in (None, backbone),
-            f"--teacher-weights {self.weights} are the weights of backbone {self.backbone}, got {backbone}; leave the "
+            source.backbone in (None, backbone),
+            f"--teacher-weights {source} are the weights of backbone {source.backbone}, got {backbone}; leave the "
             "backbone out, or give other weights.",
         )
 
@@ -118,9 +159,10 @@ class DataConfig:
     between bars; or WIDTHxHEIGHT such as 512x256, for backbones that take such images."""
     tile: int = 0
     """Side in pixels of the tiles that images are cut into at their own size, instead of being resized; 0: none."""
-    overlap: int = 32
+    overlap: int | None = None
     """Pixels that neighbouring tiles share; their maps are blended there. A multiple of 32, or for a teacher with
-    patches of 14 pixels of 28, as tile and the sides of resize are."""
+    patches of 14 pixels of 28, as tile and the sides of resize are. None: 96, with which seams stay below 5 % of the
+    threshold, or half of a tile that is smaller than 192."""
     group_by: str = ""
     """Regular expression that finds the name of a part in an image's path, for parts with several images: they stay
     together when images are held out, and a part gets a verdict of its own; empty: every image is a part."""
@@ -162,7 +204,7 @@ class DataConfig:
             f"tile {self.tile} cuts images at their own size: leave out resize {self.resize!r}, or tile.",
         )
         _require(
-            self.overlap >= 0 and (self.tile == 0 or self.overlap <= self.tile // 2),
+            self.overlap is None or (self.overlap >= 0 and (self.tile == 0 or self.overlap <= self.tile // 2)),
             f"overlap must be positive or 0 and at most half of the tile, got {self.overlap}.",
         )
         try:
@@ -198,6 +240,16 @@ class DataConfig:
         if found := _SIZE.fullmatch(self.resize):
             return int(found[1]), int(found[2])
         return self.image_size, self.image_size
+
+    def shared(self, alignment: int) -> int:
+        """Pixels that neighbouring tiles share, where they start at multiples of `alignment`; 0 without tiles.
+
+        >>> DataConfig(tile=256).shared(32), DataConfig(tile=128).shared(32), DataConfig(tile=252).shared(28)
+        (96, 64, 84)
+        """
+        if self.overlap is None:
+            return min(_OVERLAP, self.tile // 2) // alignment * alignment
+        return self.overlap if self.tile else 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -489,7 +541,7 @@ class RunConfig:
             if multiple % step:
                 multiple, reason = math.lcm(multiple, step), f"{reason}, and the 4 pixels of a value of the map"
             _require(
-                data.overlap % step == 0,
+                data.shared(step) % step == 0,
                 f"overlap must be a multiple of {step}, at which tiles start, got {data.overlap}.",
             )
         elif data.resize in ("square", "letterbox"):

@@ -74,7 +74,7 @@ def with_backbone(config: RunConfig, backbone: str) -> RunConfig:
     multiple, _ = model.image_multiple
     if config.data.image_size % multiple:
         values["image_size"] = max(1, round(config.data.image_size / multiple)) * multiple
-    if config.data.overlap % model.tile_alignment:
+    if config.data.overlap is not None and config.data.overlap % model.tile_alignment:
         values["overlap"] = round(config.data.overlap / model.tile_alignment) * model.tile_alignment
     return config.with_values(values)
 

@@ -9,6 +9,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dskd.model.features import FeatureTable
 from dskd.training.run import TrainingRun
@@ -164,9 +165,13 @@ def test_the_benchmark_of_shapes_gives_each_as_much_time_and_continues(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     results = tmp_path / "runs.jsonl"
+    for path in (mvtec_root / "tile").rglob("*.png"):
+        larger = tmp_path / "data" / path.relative_to(mvtec_root)
+        larger.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(path).resize((160, 160), Image.Resampling.NEAREST).save(larger)
     words = [
-        "--data", mvtec_root, "--results", results, "--categories", "tile", "--side", "32", "--overlap", "0",
-        "--seeds", "0", "--tile-epochs", "1", "--clutter-epochs", "1", "--batch-size", "4", "--train-images", "10",
+        "--data", tmp_path / "data", "--results", results, "--categories", "tile", "--side", "32", "--overlap", "0",
+        "--seeds", "0", "--tile-epochs", "1", "--clutter-epochs", "1", "--batch-size", "8", "--train-images", "10",
         "--test-images", "3", "--teacher-weights", "random", "--cache-dir", tmp_path / "cache", "--set", "backbone",
         "test_resnet", "levels", "[1, 2]", "level_weights", "[1, 1]", "score_level_weights", "[1, 1]",
         "embedding_depth", "1",
@@ -178,7 +183,8 @@ def test_the_benchmark_of_shapes_gives_each_as_much_time_and_continues(
         geometry.TILES, geometry.SQUARE, geometry.LETTERBOX, geometry.WHOLE, geometry.REGION,
     ]  # fmt: skip
     tiles, *others = records[:3]
-    assert tiles["epochs"] == 1 and tiles["num_train"] == 8 * 4 and tiles["num_test"] == 6
+    assert tiles["epochs"] == 1 and tiles["num_train"] == 8 * 25 and tiles["num_test"] == 6
+    assert tiles["seam"] == 0 < tiles["seam_without_tiles"], "a shift by a whole tile gives the same tiles"
     assert all(each["train_seconds"] >= tiles["train_seconds"] and each["num_train"] == 8 for each in others)
     assert all(0 <= value <= 1 for record in records for value in record["figures"].values())
     assert table.count("| tile | ") == 3 and table.count("| flange in clutter | ") == 2

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from dskd.detector import Detector
 from dskd.model.teacher import TeacherUnavailableError
 from tune import demo
 from tune.jobs import demo as job
-from tune.jobs.demo import chosen_weights, next_free
+from tune.jobs.demo import chosen_weights, inspect_test, next_free
 from tune.settings.demo import DemoSettings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -134,6 +135,25 @@ def test_the_command_of_the_readme_passes_its_flags_on(tmp_path: Path) -> None:
         [tmp_path / ".ci" / "demo", *words], capture_output=True, text=True, env=dict(os.environ), check=True
     )
     assert done.stdout.splitlines() == [f"{tmp_path}/tune/demo.py", *words]
+
+
+def test_defects_found_and_good_images_flagged_are_counted(
+    detector_folder: Path, mvtec_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    detector = Detector.load(detector_folder)
+    limit = detector.threshold(job.FALSE_ALARM_RATE).value
+    folders = sorted((mvtec_root / "tile/test").iterdir())
+    alarms = {
+        folder.name: [seen.is_anomalous for seen in detector.predict(sorted(folder.iterdir()), limit)]
+        for folder in folders
+    }
+    good = alarms.pop("good")
+    bad = [alarm for kind in alarms.values() for alarm in kind]
+    found = inspect_test(mvtec_root / "tile/test", detector_folder, tmp_path / "verdicts/tile")
+    assert found == (sum(bad), len(bad), sum(good), len(good)) and len(bad) > 0 < len(good)
+    said = capsys.readouterr().err
+    assert said.startswith(f"tile      {sum(bad)} of {len(bad)} defects found, {sum(good)} of {len(good)} good images")
+    assert (tmp_path / "verdicts/tile/summary.json").is_file()
 
 
 def test_results_are_never_overwritten(tmp_path: Path) -> None:

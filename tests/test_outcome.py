@@ -38,6 +38,7 @@ def plan_of(home: Path, base: RunConfig) -> Any:
         config=base,
         configs={"dskd": base},
         teacher=SimpleNamespace(is_untrained=False),
+        teachers={base.model.backbone: base},
         addresses=SimpleNamespace(home=str(home), tracking="http://mlflow:5000", storage=str(home.parent)),
         name="parts",
     )
@@ -70,7 +71,8 @@ def test_a_champion_is_told_by_its_changes_and_its_threshold(
     limit = document["thresholds"][-1]
     found = changes_of(champion, plan_of(tmp_path, RunConfig.from_dict(document["config"])))
     assert found == (
-        f"dskd untuned; threshold {limit['value']:.4g} for at most {limit['false_alarm_rate']:.1%} false alarms (proven)"
+        f"dskd untuned; threshold {limit['value']:.4g} for at most {limit['false_alarm_rate']:.1%} false alarms "
+        "(proven)"
     )
     other = RunConfig.from_dict(document["config"]).with_values({"learning_rate": 0.5})
     assert changes_of(champion, plan_of(tmp_path, other)).startswith("dskd with learning_rate 0.00")

@@ -1,10 +1,13 @@
 """Parts that several images show: together when images are held out, and one verdict each."""
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
 
+import mlflow.pyfunc
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -25,6 +28,7 @@ from dskd.training.run import TrainingRun
 from tune.jobs.score import SCHEMA, VERDICTS, write_parts
 from tune.settings.score import ScoringSettings
 from tune.storage.files import Storage
+from tune.tracking.registry import pack
 
 PATTERN = r"part(\d+)_cam"
 
@@ -173,6 +177,26 @@ def test_batch_inspection_tells_parts_too(folder: Path, tmp_path: Path) -> None:
     assert [(line["part"], line["verdict"], line["image"]) for line in lines] == [
         ("1", "anomalous", rows[0][0]), ("2", "unreadable", rows[2][0])
     ]  # fmt: skip
+
+
+def test_a_served_detector_tells_parts_of_images_that_are_named(folder: Path, parts_root: Path, tmp_path: Path) -> None:
+    pack(folder, tmp_path / "model")
+    served = mlflow.pyfunc.load_model(str(tmp_path / "model"))
+    paths = sorted((parts_root / "nut/test").iterdir())
+    texts = [base64.b64encode(path.read_bytes()).decode() for path in paths] + ["no image"] * 2
+    names = [*map(str, paths), "part12_cam2.png", None]
+    found = served.predict(pd.DataFrame({"image": texts, "name": names}), params={"false_alarm_rate": 0.3})
+    detector = Detector.load(folder)
+    scores = [*(seen.score for seen in detector.predict(paths, 1.0)), None]
+    parts = {part.part: part for part in detector.judge_parts(zip(map(str, names[:5]), scores, strict=True), 0.3)}
+    assert found["image"].tolist() == [*names[:5], "row 5"]
+    assert found["part"].tolist() == ["12", "12", "13", "13", "12", None]
+    for name, expected in (("part_verdict", "verdict"), ("part_score", "score"), ("part_threshold", "threshold")):
+        assert found[name].tolist() == [getattr(parts.get(part), expected, None) for part in found["part"]]
+    assert parts["12"].num_unreadable == 1 and parts["13"].score == max(scores[:4])
+    assert served.metadata.signature.outputs.input_names() == list(found.columns)
+    without = served.predict(pd.DataFrame({"image": texts[:2]}))
+    assert without["image"].tolist() == ["row 0", "row 1"] and not without["part_verdict"].notna().any()
 
 
 def test_a_detector_without_parts_says_so(

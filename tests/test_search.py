@@ -13,10 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 import services
 from mlflow.tracking import MlflowClient
+from PIL import Image
+from sklearn.datasets import load_digits
 
 from dskd.checkpoint import read_record
 from tune.storage.files import Storage
@@ -185,9 +188,16 @@ def test_embedded_search_tracks_its_trials_and_its_champions_can_be_pulled(
 def test_killed_search_goes_on_without_losing_or_doubling_a_trial(
     mvtec_root: Path, tmp_path: Path, token_file: Path
 ) -> None:
+    """With two backbones, each with weights of its own, of which the champion names one."""
     env, storage = environment(tmp_path, DSKD_CHECKPOINT_SECONDS="0"), tmp_path / "results"
     category = sorted(folder.name for folder in mvtec_root.iterdir() if folder.is_dir())[0]
-    words = search(mvtec_root, storage, "--trials", "4", "--epochs", "6", "--categories", category, "--json")
+    teachers = ("test_resnet", "test_convnext")
+    (tmp_path / "space.toml").write_text(f"backbone = {list(teachers)}\n")
+    words = search(
+        mvtec_root, storage, "--trials", "4", "--epochs", "6", "--categories", category, "--json", "--preset", "rd4ad",
+        "--space", tmp_path / "space.toml", "--levels", "1", "2", "--image-size", "64",
+        "--teacher-weights", ",".join(f"{each}=random" for each in teachers),
+    )  # fmt: skip
     log = (tmp_path / "log").open("w+")
     process = subprocess.Popen([str(word) for word in words], env=env, cwd=ROOT, stderr=log, start_new_session=True)
     deadline = time.monotonic() + 240
@@ -199,7 +209,8 @@ def test_killed_search_goes_on_without_losing_or_doubling_a_trial(
 
     resumed = run(*words, env=env)
     assert resumed.returncode == 0, resumed.stderr
-    assert json.loads(resumed.stdout)["categories"][0]["num_trials"] == 4
+    (outcome,) = json.loads(resumed.stdout)["categories"]
+    assert outcome["num_trials"] == 4
     runs = tracked(f"sqlite:///{storage}/mlflow.db", "try")[1]
     statuses = [each.data.tags["dskd.status"] for each in runs]
     # A trial that started within Tune's last two seconds before the kill is unknown to its snapshot, and
@@ -208,6 +219,36 @@ def test_killed_search_goes_on_without_losing_or_doubling_a_trial(
     assert "RUNNING" not in {each.info.status for each in runs}
     states = [trial.state.name for trial in studied(f"sqlite:///{storage}/optuna.db", f"try/{category}")]
     assert states.count("COMPLETE") == 4
+    assert {(each.data.params["backbone"], each.data.params["teacher_weights"]) for each in runs} == {
+        (backbone, "random") for backbone in teachers
+    }
+    record = read_record(storage / "try" / outcome["champion"]["folder"])
+    assert f"rd4ad with backbone {record.config.model.backbone}" in resumed.stderr.replace("\n", " ")
+
+
+@pytest.mark.cluster
+def test_a_search_over_ten_classes_ends_with_a_champion_of_each(tmp_path: Path, token_file: Path) -> None:
+    """The other benchmark of STFPM and RD4AD, on a few of scikit-learn's handwritten digits."""
+    digits = load_digits()
+    for digit in range(10):
+        (tmp_path / "digits" / str(digit)).mkdir(parents=True)
+        for index in np.flatnonzero(digits.target == digit)[:20]:
+            pixels = (digits.images[index] * 255 / 16).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "digits" / str(digit) / f"{index}.png")
+    words = ("--layout", "classes", "--preset", "stfpm", "--backbone", "test_resnet", "--levels", "1", "2")
+    done = run(
+        *search(tmp_path / "digits", tmp_path / "results", *words, "--trials", "2", "--epochs", "2", "--json"),
+        env=environment(tmp_path),
+    )
+    assert done.returncode == 0, done.stderr
+    outcomes = json.loads(done.stdout)["categories"]
+    assert [outcome["category"] for outcome in outcomes] == [str(digit) for digit in range(10)]
+    for outcome in outcomes:
+        metrics = outcome["champion"]["metrics"]
+        assert outcome["num_trials"] == 2 and metrics["val/objective"] == metrics["val/image_auroc"]
+        assert 0 <= metrics["test/image_auroc"] <= 1 and "test/aupro" not in metrics
+    found = [outcome["champion"]["metrics"]["test/image_auroc"] for outcome in outcomes]
+    assert sum(found) / 10 > 0.6, found
 
 
 @pytest.fixture

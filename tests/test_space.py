@@ -173,7 +173,7 @@ def test_each_of_several_backbones_has_its_own_configuration_and_its_own_dimensi
 def test_teachers_of_one_space_see_the_same_tiles() -> None:
     asked_for = {"rd4ad": {"backbone": Choice(("resnet18.tv_in1k", "vit_small_patch14_dinov2.lvd142m"))}}
     tiled = PRESETS["rd4ad"].with_values({"tile": 224})
-    with pytest.raises(ValueError, match=r"must have one overlap of tiles, got 32 for resnet18\S* and 28 for vit_"):
+    with pytest.raises(ValueError, match=r"must have one overlap of tiles, got 96 for resnet18\S* and 84 for vit_"):
         build_space({"rd4ad": tiled}, asked_for)
     space = build_space({"rd4ad": tiled.with_values({"overlap": 0})}, asked_for)
     assert {base.data.input_size for base in space.bases.values()} == {(224, 224)}

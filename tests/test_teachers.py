@@ -22,7 +22,7 @@ from dskd.device import WorkerRank
 from dskd.export import as_inputs, build_model, compare, generated_images, generated_inputs, network_inputs
 from dskd.model import Teacher, TeacherUnavailableError, build_students, build_teacher, normalize
 from dskd.model import teacher as module
-from dskd.model.teacher import IMAGENET, LITE0_SHA256, lite0_file, negative_levels
+from dskd.model.teacher import IMAGENET, LITE0_SHA256, lite0_file, negative_levels, weights_fingerprint
 from dskd.presets import PRESETS, read_config, with_backbone
 from dskd.training.inputs import prepare
 from dskd.training.run import TrainingRun
@@ -95,6 +95,34 @@ def test_lite0_fixes_its_backbone_and_any_other_is_refused(tmp_path: Path, capsy
         assert "lite0 are the weights of backbone tf_efficientnet_lite0.in1k, got resnet" in said
     with pytest.raises(ValueError, match=r"lite0 are the weights of backbone tf_efficientnet_lite0\.in1k, got resn"):
         build_teacher("resnet18.tv_in1k", (1, 2, 3), "lite0")
+
+
+def test_each_backbone_may_have_weights_of_its_own(tmp_path: Path) -> None:
+    own = build_teacher("test_resnet", (1, 2), "random")
+    with torch.no_grad():
+        for weight in own.features.parameters():
+            weight += 1
+    safetensors.torch.save_file(dict(own.features.state_dict()), tmp_path / "own.safetensors")
+    source = TeacherSource(f"test_resnet={tmp_path / 'own.safetensors'}, {LITE0_BACKBONE}=lite0")
+    assert source.backbone == "test_resnet" and not source.is_file and not source.is_untrained
+    assert source.name == f"test_resnet=own.safetensors,{LITE0_BACKBONE}=lite0"
+    assert source.of("test_resnet").is_file and source.of(LITE0_BACKBONE) == TeacherSource("lite0")
+    source.check_exists()
+    both = source.absolute().weights
+    assert weights_fingerprint(build_teacher("test_resnet", (1, 2), both)) == weights_fingerprint(own)
+    lite0 = weights_fingerprint(build_teacher(LITE0_BACKBONE, (1, 2), "lite0"))
+    assert weights_fingerprint(build_teacher(LITE0_BACKBONE, (1, 2), both)) == lite0
+    assert TeacherSource("test_resnet=random,test_vit=hub").is_untrained
+    for backbone, weights, message in (
+        ("test_vit", both, "got none for test_vit; add test_vit=FILE"),
+        ("test_resnet", "test_resnet=lite0", "lite0 are the weights of backbone tf_efficientnet_lite0"),
+        ("test_resnet", "test_resnet=hub,lite0", "must give all weights by backbone"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build_teacher(backbone, (1, 2), weights)
+    with pytest.raises(ValueError, match=r"an existing file, got 'gone\.pth'"):
+        TeacherSource("test_resnet=gone.pth,test_vit=hub").check_exists()
+    assert TeacherSource(str(tmp_path / "x=1.pth")).is_file
 
 
 def test_lite0_from_another_file_than_the_known_one_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -235,10 +263,11 @@ def test_a_transformer_inspects_images_of_every_shape(
 
 def test_trials_of_one_search_train_with_the_teacher_that_they_chose(mvtec_root: Path, tmp_path: Path) -> None:
     asked = ["test_resnet", "test_convnext", "test_vit", "test_efficientnet"]
+    weights = ",".join(f"{backbone}=random" for backbone in asked)
     (tmp_path / "space.toml").write_text(f"backbone = {asked}\n")
     settings = SearchSettings(
         data=str(mvtec_root), storage=str(tmp_path / "results"), preset="rd4ad", space=tmp_path / "space.toml",
-        teacher_weights="random", levels=(1, 2), image_size=64, epochs=1, batch_size=4, trials=4, categories="tile",
+        teacher_weights=weights, levels=(1, 2), image_size=64, epochs=1, batch_size=4, trials=4, categories="tile",
     )  # fmt: skip
     plan = plan_search(settings, resolve_addresses(settings), mvtec_root)
     space = plan.spaces["tile"]
@@ -246,13 +275,14 @@ def test_trials_of_one_search_train_with_the_teacher_that_they_chose(mvtec_root:
         plan.config, data=plan.data, category="tile", teacher=plan.teacher, textures="", selection="val", cache_gb=1.0,
         workers=Workers(1, 1.0, 0.0), min_workers=None, workers_uri="", revision="",
     )  # fmt: skip
+    assert spec.tracked_values()["teacher_weights"] == "random"
     backbones = []
     for point in space.starting_points()[:4]:
         config = space.configuration(point)
         for report in train(spec.with_config(config), WorkerRank(), torch.device("cpu"), None):
             assert report.checkpoint is not None and report.metrics[OBJECTIVE] > 0
             detector = Detector.load(report.checkpoint / DETECTOR_FOLDER)
-            assert detector.record.config.model == config.model
+            assert detector.record.config.model == config.model and detector.record.is_untrained_teacher
             backbones.append(detector.record.config.model.backbone)
     assert backbones == asked
 

@@ -5,6 +5,7 @@ import itertools
 import json
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,28 @@ def test_a_map_that_has_no_borders_is_stitched_to_the_map_of_the_whole(
     whole = canvas[..., 0].reshape(height // 4, 4, width // 4, 4).mean(axis=(1, 3))
     np.testing.assert_allclose(found[inside], whole[inside], rtol=1e-4)
     assert not found[~inside].any() and max(sizes) <= batch_size
+
+
+def test_what_tiles_see_at_their_borders_counts_only_at_the_border_of_the_image() -> None:
+    """Also where the last two tiles begin close to each other."""
+    geometry = Geometry.of(DataConfig(tile=192, overlap=96))
+
+    def score_tiles(tiles: np.ndarray) -> np.ndarray:
+        maps = np.ones((len(tiles), 48, 48), np.float32)
+        maps[:, 4:-4, 4:-4] = 0
+        return maps
+
+    found = stitched_map(np.zeros((224, 192, 3), np.uint8), np.ones((56, 48), np.bool_), geometry, 0.0, score_tiles, 4)
+    assert found[:4].min() == found[:, :4].min() == found[-4:].min() == 1 and found[4:-4, 4:-4].max() < 1e-4
+
+
+def test_tiles_share_enough_unless_asked_otherwise() -> None:
+    """As much as leaves no seams, or half of a small tile; whole patches for a transformer."""
+    shared = {tile: RunConfig().with_values({"tile": tile}).data.shared(32) for tile in (32, 64, 128, 192, 512)}
+    assert shared == {32: 0, 64: 32, 128: 64, 192: 96, 512: 96}
+    dinov2 = RunConfig().with_values({"backbone": "vit_small_patch14_dinov2", "image_size": 252, "tile": 252})
+    assert dinov2.data.shared(dinov2.model.tile_alignment) == 84
+    assert RunConfig.from_dict({"data": {"tile": 256, "overlap": 32}}).data.shared(32) == 32, "as older records say"
 
 
 def test_a_tile_without_anything_to_score_costs_nothing() -> None:
@@ -434,28 +457,42 @@ def test_presets_train_on_tiles_of_a_region(preset: str, surface: Path, tmp_path
 # ------------------------------------------------------------------------------------------- memory
 
 
-def test_memory_is_that_of_the_image_and_one_batch_of_tiles(folder: Path, tiled: Detector, tmp_path: Path) -> None:
-    """Reading the image and inspecting one batch of tiles sets the peak; the whole inspection adds next to nothing."""
-    side = 3584
-    assert tiled.geometry.tile == 64
-    Image.fromarray(np.zeros((side, side, 3), np.uint8)).save(tmp_path / "large.png", compress_level=1)
+def test_the_pixels_of_an_image_are_copied_once() -> None:
+    picture = Image.effect_noise((2500, 1500), 50).convert("RGB")
+    geometry = Geometry.of(DataConfig(tile=64))
+    frame = geometry.frame(*picture.size)
+    tracemalloc.start()
+    found = geometry.pixels(picture, frame)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    np.testing.assert_array_equal(found, np.asarray(picture))
+    assert found.nbytes < peak < 1.7 * found.nbytes
+
+
+@pytest.mark.cluster  # it starts no Ray, but takes half a minute
+def test_memory_at_100_megapixels_is_that_of_the_image_and_one_batch_of_tiles(surface: Path, tmp_path: Path) -> None:
+    """While it is read, the image is in memory in Pillow's four bytes a pixel and in the array's three."""
+    side, tile = 9984, 256
+    values = TINY | {"tile": tile, "overlap": 0, "epochs": 1, "batch_size": 4}
+    trained(PRESETS["stfpm"].with_values(values), surface, tmp_path / "strip")
+    square = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(np.tile(square, (side // 64, side // 64, 1))).save(tmp_path / "large.png", compress_level=1)
     body = (
         "import resource, sys, pathlib, numpy as np, torch\n"
         "from dskd import evaluate\n"
         "from dskd.detector import Detector\n"
         "torch.set_num_threads(1)\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
-        "detector = Detector.load(pathlib.Path(sys.argv[1]))\n"
-        "detector.score_images(np.zeros((evaluate._BATCH, 64, 64, 3), np.uint8))\n"
-        "image = pathlib.Path(sys.argv[2])\n"
-        "detector.load_image(image)\n"
+        "folder, image, side, tile = *map(pathlib.Path, sys.argv[1:3]), *map(int, sys.argv[3:])\n"
+        "detector = Detector.load(folder)\n"
+        "detector.score_images(np.zeros((evaluate._BATCH, tile, tile, 3), np.uint8))\n"
         "before = peak()\n"
         "(seen,) = detector.predict([image], 0.1)\n"
-        "assert (seen.width, seen.height) == (3584, 3584)\n"
+        "assert (seen.width, seen.height) == (side, side)\n"
         "print(peak() - before)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", body, str(folder), str(tmp_path / "large.png")],
-        cwd=ROOT, capture_output=True, text=True, timeout=300, check=True,
+        [sys.executable, "-c", body, str(tmp_path / "strip"), str(tmp_path / "large.png"), str(side), str(tile)],
+        cwd=ROOT, capture_output=True, text=True, timeout=500, check=True,
     )  # fmt: skip
-    assert int(done.stdout) < 0.25 * side * side * 3
+    assert int(done.stdout) < (4 + 3 + 0.7) * side * side

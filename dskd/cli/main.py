@@ -176,7 +176,7 @@ def train(
     if checkpoint_seconds < 0:
         raise ValueError(f"--checkpoint-seconds must not be negative, got {checkpoint_seconds:g}.")
     category = category or only_category(data, settings)
-    teacher = TeacherSource(teacher_weights)
+    teacher = TeacherSource(teacher_weights).of(settings.model.backbone)
     record, history = train_into(
         out,
         settings,

@@ -21,6 +21,8 @@ NEUTRAL = (124, 116, 104)
 """ImageNet's mean colour: zero after ImageNet's normalisation."""
 ALIGNMENT = 32
 """Tiles start at multiples of this: the stride of a ResNet's deepest level."""
+_STRIP = 1 << 20
+"""Pixels of an image that become an array at a time."""
 _MAX_MASK_SIDE = 2048
 """Of the mask that a detector keeps: a finer one is reduced."""
 
@@ -234,7 +236,7 @@ class Geometry:
             height=height,
             letterbox=config.resize == "letterbox",
             tile=config.tile,
-            overlap=config.overlap if config.tile else 0,
+            overlap=config.shared(alignment),
             alignment=alignment if config.tile else ALIGNMENT,
             region=region,
         )
@@ -309,17 +311,20 @@ class Geometry:
     def pixels(self, image: Image.Image, frame: Frame) -> npt.NDArray[np.uint8]:
         """The canvas (h, w, 3) of an upright RGB image, resized bilinearly with antialiasing."""
         left, top, right, bottom = frame.place
-        size = (right - left, bottom - top)
-        part = image if frame.box == (0, 0, *image.size) else image.crop(frame.box)
-        if part.size != size:
-            part = part.resize(size, Image.Resampling.BILINEAR)
-        if size == frame.canvas:
-            found = np.asarray(part)
-        else:
-            found = np.full((frame.canvas[1], frame.canvas[0], 3), NEUTRAL, np.uint8)
-            found[top:bottom, left:right] = np.asarray(part)
+        size, box = (right - left, bottom - top), frame.box
+        if (box[2] - box[0], box[3] - box[1]) != size:
+            part = image if box == (0, 0, *image.size) else image.crop(box)
+            image, box = part.resize(size, Image.Resampling.BILINEAR), (0, 0, *size)
+        found = np.empty((frame.canvas[1], frame.canvas[0], 3), np.uint8)
+        if size != frame.canvas:
+            found[:] = NEUTRAL
+        # In strips, since Pillow would make two more copies of the whole.
+        rows = max(1, _STRIP // size[0])
+        for start in range(0, size[1], rows):
+            end = min(start + rows, size[1])
+            strip = image.crop((box[0], box[1] + start, box[2], box[1] + end))
+            found[top + start : top + end, left:right] = np.asarray(strip)
         if self.region is not None and not self.region.is_box:
-            found = np.array(found)
             found[~self.inside(frame)] = NEUTRAL
         return found
 

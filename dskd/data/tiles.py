@@ -201,8 +201,7 @@ def stitched_map(
     tops, lefts = (tile_starts(length, tile, overlap, geometry.alignment) for length in canvas.shape[:2])
     sums = np.zeros(((tops[-1] + tile) // MAP_STRIDE, (lefts[-1] + tile) // MAP_STRIDE), np.float32)
     weights = np.zeros_like(sums)
-    ramp = _ramp(side, overlap // MAP_STRIDE)
-    weight = ramp[:, None] * ramp
+    down, across = (_weights(side, overlap // MAP_STRIDE, starts) for starts in (tops, lefts))
     scored = np.zeros(sums.shape, np.bool_)
     scored[: inside.shape[0], : inside.shape[1]] = inside
 
@@ -214,7 +213,7 @@ def stitched_map(
         batch = places[start : start + batch_size]
         maps = score_tiles(np.stack([cut(canvas, top, left, tile) for top, left in batch]))
         for (top, left), heat in zip(batch, maps, strict=True):
-            where = on_the_map(top), on_the_map(left)
+            where, weight = (on_the_map(top), on_the_map(left)), down[top][:, None] * across[left]
             sums[where] += weight * heat
             weights[where] += weight
     np.divide(sums, weights, out=sums, where=weights > 0)
@@ -224,14 +223,19 @@ def stitched_map(
     return np.where(inside, found, np.float32(0))
 
 
-def _ramp(side: int, overlap: int) -> npt.NDArray[np.float32]:
-    """Weights (side,) along a tile: next to nothing in the outer 3/8 of the overlap, then rising to 1 within 1/4 of it.
+def _weights(side: int, overlap: int, starts: Sequence[int]) -> dict[int, npt.NDArray[np.float32]]:
+    """Weights (side,) along the tile of each start: next to nothing in the outer 3/8 of the overlap, then rising to 1
+    within 1/4 of it.
 
-    The features near a tile's border are made of the zeros beyond it. Of several widths this left the weakest seams.
+    The features near a tile's border are made of the zeros beyond it. Of several windows none left weaker seams. Where
+    the tile's border is the image's there is nothing better, and the weight is 1.
     """
-    from_border = np.minimum(np.arange(side), np.arange(side)[::-1]) + 0.5
-    rise = (from_border - overlap * 3 / 8) / max(overlap / 4, 1)
-    return np.clip(rise, 1e-6, 1).astype(np.float32)
+    ramp = np.clip((np.arange(side) + 0.5 - overlap * 3 / 8) / max(overlap / 4, 1), 1e-6, 1).astype(np.float32)
+    ones = np.ones_like(ramp)
+    return {
+        start: (ones if start == starts[0] else ramp) * (ones if start == starts[-1] else ramp[::-1])
+        for start in starts
+    }
 
 
 def tiled_score(heat: npt.NDArray[np.float32], geometry: Geometry, top_fraction: float) -> float:

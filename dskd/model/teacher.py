@@ -107,13 +107,14 @@ def build_teacher(backbone: str, levels: tuple[int, ...], weights: str) -> Teach
 
     `weights` is "hub" (timm's pretrained weights, from the local cache if they are there), "lite0" (the file of an
     installed package, of one backbone), "random" (seeded and untrained: only for checking that the code runs), or a
-    .safetensors or .pth state dict. A state dict may hold more than the pyramid needs, such as a classifier.
+    .safetensors or .pth state dict, or one of these for each backbone as in `TeacherSource`. A state dict may hold more
+    than the pyramid needs, such as a classifier.
 
     Raises TeacherUnavailableError if the hub cannot be reached or the package is not installed; ValueError on an
     unknown backbone or level and on a file that is missing, unreadable or does not fit.
     """
-    source = TeacherSource(weights)
-    source.check_fits(backbone)
+    TeacherSource(weights).check_fits(backbone)
+    source = TeacherSource(weights).of(backbone)
     if source.weights == "hub":
         path = _hub_file(backbone)
         # Loaded by timm itself, since it translates older parameter names of each architecture.
@@ -126,7 +127,7 @@ def build_teacher(backbone: str, levels: tuple[int, ...], weights: str) -> Teach
     if source.weights == "lite0":
         _load_weights(features, _lite0_state_dict(backbone), "lite0")
     elif source.is_file:
-        _load_weights(features, _read_state_dict(Path(weights)), weights)
+        _load_weights(features, _read_state_dict(Path(source.weights)), source.weights)
     return Teacher(features, image_statistics(backbone))
 
 

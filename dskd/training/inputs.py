@@ -162,7 +162,7 @@ def prepare(
     return TrainingData(
         category=category,
         teacher=teacher,
-        teacher_source=spec.teacher.name,
+        teacher_source=spec.teacher.of(config.model.backbone).name,
         teacher_sha256=teacher_sha256,
         train_images=training.images,
         train_features=features(training.images, "training images"),

@@ -1,13 +1,14 @@
 """The whole demonstration: draw, search, pull, inspect, and print the next steps."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 from dskd.checkpoint import read_record
 from dskd.config import TeacherSource
 from dskd.demo.dataset import CATEGORIES, draw_dataset
 from dskd.detector import Detector
 from dskd.model.teacher import TeacherUnavailableError, build_teacher
-from dskd.predict import OVERLAYS_FOLDER, describe_prediction, find_images, predict_images
+from dskd.predict import OVERLAYS_FOLDER, find_images, predict_images
 from dskd.presets import PRESETS
 from tune.jobs.pull import pull
 from tune.jobs.search import search
@@ -17,6 +18,8 @@ from tune.settings.plan import resolve_addresses
 from tune.settings.pull import PullSettings
 from tune.storage.shown import command
 from tune.tracking.client import tracking_ui_command
+
+FALSE_ALARM_RATE = 0.05
 
 
 def demo(settings: DemoSettings) -> int:
@@ -31,27 +34,44 @@ def demo(settings: DemoSettings) -> int:
         return code
     detectors = settings.out / "detectors"
     pull(PullSettings(categories=("all",), out=detectors, name=asked.name, storage=asked.storage))
-    category = max(CATEGORIES, key=lambda name: read_record(detectors / name).metrics["val/objective"])
     verdicts = next_free(settings.out / "verdicts")
-    images = find_images([settings.data / category / "test"]).images
-    found = predict_images(
-        Detector.load(detectors / category),
-        images,
-        verdicts,
-        false_alarm_rate=0.05,
-        on_prediction=lambda prediction: print(describe_prediction(prediction)),  # noqa: T201
-    )
-    say(f"{found.describe()}; overlays in {verdicts / OVERLAYS_FOLDER}")
-    highest = max(found.predictions, key=lambda prediction: float(prediction["score"]))
+    inspected = [inspect_test(settings.data / name / "test", detectors / name, verdicts / name) for name in CATEGORIES]
+    say(f"All products: {Inspected(*map(sum, zip(*inspected, strict=True))).describe()}; overlays in {verdicts}")
+    category = max(CATEGORIES, key=lambda name: read_record(detectors / name).metrics["val/objective"])
     runs = tracking_ui_command(resolve_addresses(asked).tracking)
     predict = command(["dskd", "predict", str(detectors / category), "IMAGES", "--out", "verdicts"])
     say(
-        f"\nLook at          {verdicts / highest['overlay']}\n"
+        f"\nLook at          {verdicts / category / OVERLAYS_FOLDER}\n"
         f"Compare runs     {runs if runs.startswith('open ') else f'.venv/bin/{runs}'}\n"
         f"Your own images  .venv/bin/python tune/search.py --data DIR   (DIR/<category>/train/good/*.png)\n"
         f"                 .venv/bin/{predict}"
     )
     return 0
+
+
+class Inspected(NamedTuple):
+    """What a detector said of labelled images."""
+
+    found: int
+    """Defective images that were called anomalous."""
+    defective: int
+    flagged: int
+    """Good images that were called anomalous."""
+    good: int
+
+    def describe(self) -> str:
+        return f"{self.found} of {self.defective} defects found, {self.flagged} of {self.good} good images flagged"
+
+
+def inspect_test(images: Path, folder: Path, out: Path) -> Inspected:
+    """Inspect a folder of test images with a detector, say how many it tells right, and write verdicts to `out`."""
+    seen = predict_images(Detector.load(folder), find_images([images]).images, out, false_alarm_rate=FALSE_ALARM_RATE)
+    is_good = [Path(each["image"]).parent.name == "good" for each in seen.predictions]
+    alarms = [each["verdict"] == "anomalous" for each in seen.predictions]
+    flagged = sum(alarm for alarm, good in zip(alarms, is_good, strict=True) if good)
+    counts = Inspected(sum(alarms) - flagged, len(is_good) - sum(is_good), flagged, sum(is_good))
+    say(f"{images.parent.name:8}  {counts.describe()}; {seen.note}")
+    return counts
 
 
 def chosen_weights(asked: str | None) -> str:

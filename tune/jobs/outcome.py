@@ -7,7 +7,7 @@ from dskd.show.times import duration
 from tune.jobs.tables import print_command, print_line, print_rows, stderr_console
 from tune.settings.plan import SearchPlan
 from tune.settings.search import SearchSettings
-from tune.settings.space import describe_changes
+from tune.settings.space import BACKBONE, describe_changes
 from tune.storage.champions import Champion
 from tune.storage.files import Storage, StorageError
 from tune.storage.shown import shown
@@ -111,6 +111,8 @@ def changes_of(champion: Champion, plan: SearchPlan) -> str:
         return "its record is missing in the storage"
     found = DetectorRecord.from_document(record)
     changes = describe_changes(found.config, plan.configs)
+    if len(plan.teachers) > 1 and f"{BACKBONE} " not in changes:
+        changes += f", {BACKBONE} {found.config.model.backbone}"
     limit = found.threshold(TABLE_RATE)
     kind = "expected, not proven" if found.is_approximate else "proven"
     return f"{changes}; threshold {limit.value:.4g} for at most {limit.false_alarm_rate:.1%} false alarms ({kind})"

@@ -76,8 +76,7 @@ class SearchSettings:
     """Side in pixels of the tiles that images are cut into at their own size, instead of being resized; 0: none; by
     default that of --config, else 0."""
     overlap: int | None = None
-    """Pixels that neighbouring tiles share; by default that of --config, else 32, or 28 for a teacher with patches of
-    14."""
+    """Pixels that neighbouring tiles share; by default that of --config, else 96, or half of a smaller tile."""
     group_by: str | None = None
     """Regular expression that finds a part's name in an image's path, for parts with several images; by default that
     of --config, else none."""
@@ -126,7 +125,7 @@ class SearchSettings:
     """Folder of texture images, such as DTD, for the synthetic defects; at the same path on every node."""
     teacher_weights: str = "hub"
     """hub, lite0 (EfficientNet-Lite0 from an installed package), a .safetensors or .pth file at the same path on every
-    node, or random (wiring tests)."""
+    node, or random (wiring tests); for several backbones BACKBONE=WEIGHTS,BACKBONE=WEIGHTS."""
     batch_size: int | None = None
     """Images per optimiser step over all workers; by default that of --config, else of the preset."""
     score_candidates: int | None = None

@@ -485,7 +485,7 @@ def _variants(
                 own = base if backbone == base.model.backbone else with_teacher(base, preset, backbone)
             except ValueError as error:
                 raise ValueError(f"{BACKBONE} = {backbone!r} with preset {preset}: {error}") from None
-            sizes.setdefault((own.data.input_size, own.data.overlap if own.data.tile else 0), backbone)
+            sizes.setdefault((own.data.input_size, own.data.shared(own.model.tile_alignment)), backbone)
             if len(sizes) > 1:
                 raise ValueError(_two_sizes(sizes))
             yield name, own, dict(mine)

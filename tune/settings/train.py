@@ -72,7 +72,7 @@ class TrainingSettings:
 
     @property
     def teacher(self) -> TeacherSource:
-        return TeacherSource(self.teacher_weights or "hub")
+        return TeacherSource(self.teacher_weights or "hub").of(self.config.model.backbone)
 
 
 def training_settings(

@@ -102,8 +102,14 @@ def pack(detector: Path, folder: Path) -> None:
     from mlflow.models import ModelSignature
     from mlflow.types.schema import Array, ColSpec, Object, ParamSchema, ParamSpec, Property, Schema
 
+    from dskd.checkpoint import read_record
+
     sides = [Property(side, "long") for side in ("left", "top", "right", "bottom")]
     region = Object([*sides, Property("peak", "double"), Property("contour", Array(Array("long")))])
+    parts = []
+    if read_record(detector).part_thresholds:
+        kinds = {"part": "string", "part_verdict": "string", "part_score": "double", "part_threshold": "double"}
+        parts = [ColSpec(kind, name, required=False) for name, kind in kinds.items()]
     with TemporaryDirectory(prefix="dskd-") as temporary:
         # MLflow keeps the folder's own name, and refuses a link.
         named = shutil.copytree(detector, Path(temporary) / _DETECTOR)
@@ -113,7 +119,7 @@ def pack(detector: Path, folder: Path) -> None:
             artifacts={_DETECTOR: str(named)},
             code_paths=[str(Path(dskd.__file__).parent)],
             signature=ModelSignature(
-                inputs=Schema([ColSpec("string", "image")]),
+                inputs=Schema([ColSpec("string", "image"), ColSpec("string", "name", required=False)]),
                 outputs=Schema(
                     [
                         ColSpec("string", "image"),
@@ -130,6 +136,7 @@ def pack(detector: Path, folder: Path) -> None:
                         ColSpec("string", "detector_version"),
                         ColSpec("string", "teacher"),
                         ColSpec("string", "error", required=False),
+                        *parts,
                     ]
                 ),
                 params=ParamSchema([ParamSpec("false_alarm_rate", "double", 0.01)]),

@@ -16,9 +16,10 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
+from dskd.data.parts import part_name
 from dskd.detector import Detector, unreadable_to_dict
 
-IMAGE = "image"
+IMAGE, NAME = "image", "name"
 FALSE_ALARM_RATE = "false_alarm_rate"
 _URL_SAFE = str.maketrans("-_", "+/")
 
@@ -45,6 +46,10 @@ def decoded(text: object) -> bytes:
         raise ValueError(f"is not base64 text: {error}") from None
 
 
+PART_COLUMNS = ("part", "part_verdict", "part_score", "part_threshold")
+"""What is said of the part that an image shows: equal in all rows of one part, of which the worst decides."""
+
+
 class ServedDetector(PythonModel):
     """A detector behind MLflow's `predict` and `/invocations`."""
 
@@ -58,12 +63,15 @@ class ServedDetector(PythonModel):
     ) -> pd.DataFrame:
         """A row per image of the column `image`, each the base64 text of a PNG, JPEG or other image file.
 
-        The columns are those of `Prediction.to_dict`, with "row 0" and so on for the name of the image. The
-        parameter `false_alarm_rate` chooses among the stored thresholds. An image that cannot be read has the verdict
-        "unreadable", and `error` says why. A request without any readable image is refused (400), naming each.
+        The columns are those of `Prediction.to_dict`; the image is called as in the column `name`, where that is
+        missing "row 0" and so on. The parameter `false_alarm_rate` chooses among the stored thresholds. An image that
+        cannot be read has the verdict "unreadable", and `error` says why. A request without any readable image is
+        refused (400), naming each. Detectors that know parts answer `PART_COLUMNS` too.
         """
         origin = self._detector.record.origin
-        threshold = self._detector.threshold(float((params or {}).get(FALSE_ALARM_RATE, 0.01))).value
+        rate = float((params or {}).get(FALSE_ALARM_RATE, 0.01))
+        threshold = self._detector.threshold(rate).value
+        names = _names(model_input)
         rows: list[dict[str, Any]] = []
         with TemporaryDirectory(prefix="dskd-") as temporary:
             paths, errors = [], {}
@@ -85,8 +93,31 @@ class ServedDetector(PythonModel):
                 rows.append(row)
         if rows and all(row["error"] for row in rows):
             raise MlflowException.invalid_parameter_value("; ".join(row["error"] for row in rows))
+        for number, name in enumerate(names):
+            rows[number]["image"] = name or rows[number]["image"]
+        if self._detector.record.part_thresholds:
+            rows = self._with_parts(rows, names, rate)
         # Objects, or pandas would turn a missing score into NaN, which is no JSON.
         return pd.DataFrame(rows, dtype=object)
+
+    def _with_parts(self, rows: list[dict[str, Any]], names: list[str | None], rate: float) -> list[dict[str, Any]]:
+        """The rows, each with the verdict on the part that its name tells; None for all of it without a name."""
+        pattern = self._detector.record.config.data.group_by
+        named = [(name, row["score"]) for name, row in zip(names, rows, strict=True) if name]
+        verdicts = {verdict.part: verdict for verdict in self._detector.judge_parts(named, rate)}
+        found = []
+        for name, row in zip(names, rows, strict=True):
+            of_part = verdicts[part_name(name, pattern)] if name else None
+            values = (of_part.part, of_part.verdict, of_part.score, of_part.threshold) if of_part else (None,) * 4
+            found.append(row | dict(zip(PART_COLUMNS, values, strict=True)))
+        return found
+
+
+def _names(model_input: pd.DataFrame) -> list[str | None]:
+    """The name of each row's image; None where there is none."""
+    if NAME not in model_input:
+        return [None] * len(model_input)
+    return [name if isinstance(name, str) and name else None for name in model_input[NAME]]
 
 
 set_model(ServedDetector())

@@ -72,7 +72,7 @@ class TrialSpec:
         """Values that MLflow records in addition to the configuration; `runs.tracked_run` reads them back."""
         return {
             "textures": Path(self.textures).name or "drawn",
-            "teacher_weights": TeacherSource(self.teacher_weights).name,
+            "teacher_weights": TeacherSource(self.teacher_weights).of(self.config["model"]["backbone"]).name,
             "num_workers": self.num_workers,
         }
 

@@ -290,8 +290,8 @@ class Detector:
         limit = self.part_threshold(false_alarm_rate).value if threshold is None else threshold
         return judge_parts(images, group_by or self.record.config.data.group_by, limit)
 
-    @overload  # type: ignore[overload-overlap]  # a path as text is an iterable of texts, too
-    def predict(
+    @overload
+    def predict(  # type: ignore[overload-overlap]  # a path as text is an iterable of texts, too
         self, images: ImageLike, threshold: float | None = None, *, false_alarm_rate: float = 0.01
     ) -> Prediction: ...
 

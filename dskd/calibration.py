@@ -91,8 +91,9 @@ def discovery_threshold(
     if not rejected.any():
         return highest, 0
     most = int(above[rejected].max())  # normal scores at or above the weakest of them: the next one lies below it
-    limit = float(ordered[len(ordered) - most - 1]) if most < len(ordered) else -math.inf
-    return limit, int(rejected.sum())
+    if most == len(ordered):
+        return math.nextafter(min(scores), -math.inf), int(rejected.sum())
+    return float(ordered[len(ordered) - most - 1]), int(rejected.sum())
 
 
 def calibrate(normal_scores: Sequence[float], rates: Iterable[float] = FALSE_ALARM_RATES) -> tuple[Threshold, ...]:

@@ -17,7 +17,7 @@ from PIL import Image
 from scipy import ndimage
 from torch import nn
 
-from dskd.calibration import Threshold
+from dskd.calibration import Threshold, p_value
 from dskd.checkpoint import BrokenDetectorError, DetectorRecord, Origin, read_detector
 from dskd.config import TeacherSource
 from dskd.data.files import UnreadableImageError
@@ -91,6 +91,8 @@ class Prediction(NamedTuple):
     """Pixels of the canvas per value of `heat`, along one side."""
     origin: Origin = Origin()
     """Which detector says so."""
+    p_value: float | None = None
+    """How rare such a score is among good images, in (0, 1]; None of detectors that keep no scores of theirs."""
 
     @property
     def width(self) -> int:
@@ -157,6 +159,8 @@ class Prediction(NamedTuple):
         """
         return _prediction_fields(self.origin, str(self.path), self.threshold, self.verdict) | {
             "score": self.score,
+            "relative_score": self.score / self.threshold if self.threshold > 0 else None,
+            "p_value": self.p_value,
             "is_anomalous": self.is_anomalous,
             "regions": [region.to_dict() for region in self.regions] if self.is_anomalous else [],
             "width": self.width,
@@ -197,6 +201,8 @@ def _prediction_fields(origin: Origin, image: str, threshold: float, verdict: Ve
         "verdict": verdict,
         "score": None,
         "threshold": threshold,
+        "relative_score": None,
+        "p_value": None,
         "is_anomalous": None,
         "regions": None,
         "width": None,
@@ -373,7 +379,15 @@ class Detector:
         self, paths: Sequence[Path], images: Sequence[Framed], threshold: float
     ) -> Iterator[Prediction | Unreadable]:
         """Verdicts on images that `load_image` read from `paths`; one whose score or map is not finite has none."""
-        return predictions(paths, images, *self.score_framed(images), threshold, self.geometry, self.record.origin)
+        return predictions(
+            paths,
+            images,
+            *self.score_framed(images),
+            threshold,
+            self.geometry,
+            self.record.origin,
+            self.record.normal_scores,
+        )
 
     def score_framed(self, images: Sequence[Framed]) -> tuple[Sequence[npt.NDArray[np.float32]], Sequence[float]]:
         """Maps and scores of whole images, by tiles if the detector has tiles."""
@@ -466,8 +480,12 @@ def predictions(
     threshold: float,
     geometry: Geometry,
     origin: Origin,
+    normal_scores: Sequence[float] = (),
 ) -> Iterator[Prediction | Unreadable]:
-    """The verdicts that maps and scores of images give; an image whose score or map is not finite has none."""
+    """The verdicts that maps and scores of images give; an image whose score or map is not finite has none.
+
+    `normal_scores` are those of good images, which give the p-values.
+    """
     stride = MAP_STRIDE if geometry.tile else 1
     for path, image, heat, score in zip(paths, images, maps, scores, strict=True):
         if not (math.isfinite(score) and np.isfinite(heat).all()):
@@ -486,6 +504,7 @@ def predictions(
             image.frame,
             stride,
             origin,
+            p_value=p_value(normal_scores, score) if normal_scores else None,
         )
 
 
@@ -549,6 +568,7 @@ def in_image(region: Region, frame: Frame, stride: int) -> Region:
 
 UNTRAINED_TEACHER = "UNTRAINED TEACHER: fit to see the machinery, not for inspection"
 APPROXIMATE = "approximate: the images behind it also selected the model"
+OUT_OF_FOLD = "expected, not proven: each image behind it was scored by a detector that did not see it"
 
 
 def chosen_limit(detector: "Detector", false_alarm_rate: float, threshold: float | None) -> tuple[float, str]:
@@ -565,12 +585,29 @@ def chosen_limit(detector: "Detector", false_alarm_rate: float, threshold: float
     note = f"threshold {found.value:.4g} for at most {found.false_alarm_rate:.1%} false alarms"
     if found.false_alarm_rate > false_alarm_rate:
         note += (
-            f" ({found.num_normals} held-out normals cannot guarantee {false_alarm_rate:.1%}: "
+            f" ({found.num_normals} normal images cannot vouch for {false_alarm_rate:.1%}: "
             f"it takes {round(1 / false_alarm_rate) - 1})"
         )
-    if detector.record.is_approximate:
-        note += f" ({APPROXIMATE})"
-    return found.value, note
+    return found.value, note + basis_of(detector.record)
+
+
+def basis_of(record: DetectorRecord) -> str:
+    """In brackets why a rate of this detector is not proven; empty if it is."""
+    if record.calibration_folds:
+        return f" ({OUT_OF_FOLD})"
+    return f" ({APPROXIMATE})" if record.is_approximate else ""
+
+
+def rates_of(record: DetectorRecord, false_alarm_rate: float, threshold: float | None) -> dict[str, float | None]:
+    """What was asked for, what is to be expected and what is proven; None where a `threshold` was given instead."""
+    if threshold is not None:
+        return {"requested_rate": None, "expected_rate": None, "guaranteed_rate": None}
+    found = record.threshold(false_alarm_rate)
+    return {
+        "requested_rate": false_alarm_rate,
+        "expected_rate": found.false_alarm_rate,
+        "guaranteed_rate": record.guaranteed_rate(found),
+    }
 
 
 def check_threshold(threshold: float) -> None:

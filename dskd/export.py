@@ -121,6 +121,7 @@ class OnnxDetector:
         values = {name: json.loads(known[_PREFIX + name]) for name in ("config", "region", "scale")}
         self._origin = Origin(*(known.get(_PREFIX + name, "") for name in Origin._fields))
         self._config = RunConfig.from_dict(values["config"])
+        self._normal_scores: list[float] = json.loads(known.get(f"{_PREFIX}normal_scores", "[]"))
         region = msgspec.convert(values["region"], RegionOfInterest | None)
         self.geometry = Geometry.of(self._config.data, region, self._config.model.tile_alignment)
         self.scale = msgspec.convert(values["scale"], PixelScale | None)
@@ -129,7 +130,8 @@ class OnnxDetector:
         """Verdicts as `Detector.predict`; errors too."""
         for path in paths:
             framed = [load_framed(path, self.geometry, self.scale)]
-            yield from predictions([path], framed, *self.score_framed(framed), threshold, self.geometry, self._origin)
+            seen = self.score_framed(framed)
+            yield from predictions([path], framed, *seen, threshold, self.geometry, self._origin, self._normal_scores)
 
     def score_framed(
         self, images: Sequence[Framed], batch_size: int = 1
@@ -327,6 +329,7 @@ def _metadata(detector: Detector) -> dict[str, str]:
         "width": detector.geometry.width,
         "height": detector.geometry.height,
         "thresholds": [threshold._asdict() for threshold in record.thresholds],
+        "normal_scores": record.normal_scores,
         "input": _input_in_words(detector.geometry),
         "region": dataclasses.asdict(record.region) if record.region else None,
         "scale": dataclasses.asdict(record.scale) if record.scale else None,

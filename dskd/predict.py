@@ -2,19 +2,26 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from dskd.atomic import check_can_be_made
+from dskd.calibration import discovery_threshold
+from dskd.checkpoint import DetectorRecord
 from dskd.config import DataConfig
 from dskd.data.files import IMAGE_SUFFIXES, Walk, count_unread, walk
-from dskd.detector import Detector, Prediction, Unreadable, chosen_limit
+from dskd.data.parts import worst_scores
+from dskd.detector import Detector, Prediction, Unreadable, basis_of, chosen_limit, rates_of
 
 PREDICTIONS_FILE = "predictions.jsonl"
 OVERLAYS_FOLDER = "overlays"
 PARTS_FILE = "parts.jsonl"
 SUMMARY_FILE = "summary.json"
+_HIGHEST = float(np.finfo(np.float32).max)
+"""A threshold that no score exceeds."""
 _MAX_NAME_BYTES = 200
 """Of an overlay's name: file systems allow 255, and an image's own name may take them all."""
 
@@ -32,6 +39,9 @@ class PredictionSummary(NamedTuple):
     """The lines of `predictions.jsonl`, in the order of the images."""
     parts: Sequence[dict[str, Any]] = ()
     """The lines of `parts.jsonl`, if the detector knows parts that several images show."""
+    rates: Mapping[str, float | None] = {}
+    """`requested_rate`, `expected_rate` and `guaranteed_rate` of false alarms, and `false_discovery_rate`; None where
+    another was asked for, or none is proven."""
 
     def describe(self) -> str:
         found = f"{self.num_anomalous} of {len(self.predictions)} anomalous"
@@ -51,6 +61,7 @@ def predict_images(
     *,
     false_alarm_rate: float = 0.01,
     threshold: float | None = None,
+    false_discovery_rate: float | None = None,
     group_by: str = "",
     on_prediction: Callable[[Prediction | Unreadable], object] = lambda prediction: None,
 ) -> PredictionSummary:
@@ -60,15 +71,32 @@ def predict_images(
     summary.json, which comes last, tells that all images were seen. The threshold is the detector's for
     `false_alarm_rate` in (0, 1), unless `threshold` is given. A detector that was trained with `group_by` also says
     something of each part, in parts.jsonl; `group_by` here finds parts in these images' paths in another way than in
-    training. `on_prediction` is called after every image. Raises
-    ValueError where `out` exists, also when another inspection makes it at the same time, and on an impossible rate
-    or threshold.
+    training. With `false_discovery_rate` the threshold is that of all these images together, which are inspected twice:
+    of those called anomalous at most that share is good in expectation. `on_prediction` is called after every image.
+    Raises ValueError where `out` exists, also when another inspection makes it at the same time, and on an impossible
+    rate or threshold.
     """
+    record = detector.record
+    check_discovery_rate(record, false_discovery_rate, threshold)
     limit, note = chosen_limit(detector, false_alarm_rate, threshold)
+    rates = rates_of(record, false_alarm_rate, threshold)
     if group_by:
         DataConfig(group_by=group_by)  # refuses what is no regular expression
         detector.part_threshold(false_alarm_rate)
     make_out(out)
+    if false_discovery_rate is not None:
+        seen_once = detector.inspect(paths, _HIGHEST)
+        scores = [(str(each.path), each.score) for each in seen_once if isinstance(each, Prediction)]
+        found = [score for _, score in scores]
+        limit, num_found = discovery_threshold(record.normal_scores, found, false_discovery_rate)
+        note = f"threshold {limit:.4g} for at most {false_discovery_rate:.1%} good images among the anomalous"
+        note += basis_of(record) if num_found else ": none is rare enough to be called so"
+        rates = {"requested_rate": None, "expected_rate": None, "guaranteed_rate": None}
+        if record.normal_part_scores:
+            pattern = group_by or record.config.data.group_by
+            worst = worst_scores([Path(path) for path, _ in scores], found, pattern)
+            threshold = discovery_threshold(record.normal_part_scores, worst, false_discovery_rate)[0]
+    rates = {**rates, "false_discovery_rate": false_discovery_rate}
     (out / OVERLAYS_FOLDER).mkdir()
     lines: list[dict[str, Any]] = []
     num_clipped = 0
@@ -98,8 +126,10 @@ def predict_images(
         note,
         lines,
         parts,
+        rates,
     )
     document = {"schema": 1, "num_images": len(lines), **summary._asdict(), "threshold": limit}
+    document |= document.pop("rates")
     document.pop("predictions")
     if document.pop("parts"):
         document |= {
@@ -109,6 +139,18 @@ def predict_images(
         }
     (out / SUMMARY_FILE).write_text(json.dumps(document, indent=2, allow_nan=False) + "\n")
     return summary
+
+
+def check_discovery_rate(record: DetectorRecord, false_discovery_rate: float | None, threshold: float | None) -> None:
+    """Raise ValueError on an impossible rate, beside a threshold, and of detectors without scores of good images."""
+    if false_discovery_rate is None:
+        return
+    if not 0 < false_discovery_rate < 1:
+        raise ValueError(f"--fdr must lie in (0, 1), got {false_discovery_rate}.")
+    if threshold is not None:
+        raise ValueError(f"--fdr finds its own threshold; leave --threshold {threshold:g} out.")
+    if not record.normal_scores:
+        raise ValueError("--fdr needs the scores of good images, which this older detector lacks; train it again.")
 
 
 def _overlay_name(index: int, path: Path) -> str:

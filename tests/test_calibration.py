@@ -7,7 +7,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dskd.calibration import FALSE_ALARM_RATES, Threshold, calibrate, conformal_threshold
+from dskd.calibration import (
+    FALSE_ALARM_RATES,
+    Threshold,
+    calibrate,
+    conformal_threshold,
+    discovery_threshold,
+    p_value,
+)
 from dskd.checkpoint import threshold_for
 from dskd.data.datasets import split_calibration
 from dskd.data.samples import Sample
@@ -104,3 +111,48 @@ def test_the_stored_threshold_is_never_stricter_than_asked() -> None:
 def test_scores_that_are_not_finite_give_no_threshold(value: float) -> None:
     with pytest.raises(ValueError, match="not finite"):
         calibrate([0.1, value, 0.2])
+
+
+def test_a_p_value_is_the_rate_of_the_strictest_threshold_that_the_score_passes() -> None:
+    rng = np.random.default_rng(0)
+    normal = rng.random(39).round(2).tolist()  # with ties
+    for score in (-1.0, *normal, 0.333, 2.0):
+        found = p_value(normal, score)
+        assert 1 / 40 <= found <= 1
+        for rate in (0.025, 0.05, 0.1, 0.33, 0.9):
+            limit = conformal_threshold(normal, rate)
+            assert limit is not None and (score > limit.value) == (found <= rate + 1e-12)
+
+
+def test_p_values_of_good_images_are_as_rare_as_they_say() -> None:
+    rng = np.random.default_rng(1)
+    found = [p_value(rng.random(19).tolist(), rng.random()) for _ in range(4000)]
+    for rate in (0.05, 0.2, 0.5):
+        assert np.mean(np.array(found) <= rate) == pytest.approx(rate, abs=0.03)
+
+
+def test_among_discoveries_at_most_the_asked_share_is_good() -> None:
+    rng = np.random.default_rng(2)
+    shares, hits = [], []
+    for _ in range(300):
+        good, bad = rng.normal(0, 1, 40), rng.normal(4, 1, 10)
+        scores = np.concatenate([good, bad])
+        limit, count = discovery_threshold(rng.normal(0, 1, 200).tolist(), scores.tolist(), 0.1)
+        assert count == (scores > limit).sum()
+        shares.append((good > limit).sum() / max(count, 1))
+        hits.append((bad > limit).mean())
+    assert np.mean(shares) <= 0.1 and np.mean(hits) > 0.7
+
+
+def test_where_nothing_is_rare_enough_nothing_is_discovered() -> None:
+    limit, count = discovery_threshold([0.1, 0.2, 0.3], [0.25, 9.0], 0.05)
+    assert count == 0 and limit == 9.0, "three images vouch for no p-value below 1/4"
+    assert discovery_threshold([0.1, 0.2], [], 0.05) == (0.2, 0)
+    with pytest.raises(ValueError, match=r"false_discovery_rate must lie in \(0, 1\), got 1"):
+        discovery_threshold([0.1], [0.2], 1)
+
+
+def test_everything_may_be_a_discovery() -> None:
+    scores = [5.0] * 30
+    limit, count = discovery_threshold(list(range(5)), scores, 0.9)
+    assert count == 30 and limit < 5.0 and math.isfinite(limit)

@@ -59,7 +59,8 @@ def test_train_writes_a_detector_with_a_preview(trained: tuple[Path, CommandResu
     assert document["category"] == record.category == "wood"
     assert document["teacher"] == "random"
     assert {name: document[name] for name in record.metrics} == record.metrics
-    assert document["false_alarm_rates"] == "guaranteed" and document["step"] == record.step == 2
+    assert document["requested_rate"] == 0.01 and document["expected_rate"] == document["guaranteed_rate"] == 1 / 3
+    assert document["step"] == record.step == 2
     assert record.config.model.levels == (1, 2) and record.config.train.epochs == 1
     with Image.open(folder / "preview.png") as preview:
         assert preview.size[0] > 0
@@ -163,17 +164,21 @@ def test_a_rate_that_the_images_cannot_vouch_for_is_said(
 ) -> None:
     images = mvtec_root / "wood/test/good"
     outcome = dskd("predict", trained[0], images, "--out", tmp_path / "out", "--false-alarm-rate", "0.01")
-    assert "2 held-out normals cannot guarantee 1.0%: it takes 99" in outcome.err[-1]
+    assert "2 normal images cannot vouch for 1.0%: it takes 99" in outcome.err[-1]
 
 
 def test_rates_are_said_to_be_approximate_where_the_same_images_selected(mvtec_root: Path, tmp_path: Path) -> None:
     words = ["train", "--data", mvtec_root, "--category", "tile", "--out", tmp_path / "tile", *TINY, "--json"]
     outcome = dskd(*words, "--calibration-fraction", "0")
     note = "(approximate: the images behind it also selected the model)"
-    assert json.loads(outcome.out)["false_alarm_rates"] == "approximate" and outcome.err[-1].endswith(note)
+    assert json.loads(outcome.out)["guaranteed_rate"] is None and outcome.err[-1].endswith(note)
     image = mvtec_root / "tile/test/good/000.png"
     seen = dskd("predict", tmp_path / "tile", image, "--out", tmp_path / "seen", "--json")
-    assert json.loads(seen.out)["false_alarm_rates"] == "approximate" and note in seen.err[-1]
+    assert (
+        json.loads(seen.out)["guaranteed_rate"] is None
+        and json.loads(seen.out)["expected_rate"] > 0
+        and note in seen.err[-1]
+    )
     given = dskd("predict", tmp_path / "tile", image, "--out", tmp_path / "given", "--threshold", "1")
     assert "approximate" not in given.err[-1]
 

@@ -5,14 +5,17 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
+import torch
 from PIL import Image
 
 from dskd import detector as detector_module
+from dskd.calibration import p_value
 from dskd.detector import Detector, Unreadable
 from dskd.evaluate import AnomalyScores
 from dskd.predict import OVERLAYS_FOLDER, PREDICTIONS_FILE, SUMMARY_FILE, find_images, predict_images
@@ -21,6 +24,11 @@ from dskd.predict import OVERLAYS_FOLDER, PREDICTIONS_FILE, SUMMARY_FILE, find_i
 @pytest.fixture(scope="module")
 def detector(detector_folder: Path) -> Detector:
     return Detector.load(detector_folder)
+
+
+@pytest.fixture(scope="module")
+def photos(mvtec_root: Path) -> list[Path]:
+    return sorted((mvtec_root / "tile/test").rglob("*.png"))
 
 
 def rows(out: Path) -> list[dict[str, object]]:
@@ -251,3 +259,49 @@ def test_names_of_any_length_get_an_overlay(detector: Detector, mvtec_root: Path
     summary = predict_images(detector, paths, tmp_path / "out")
     assert len({row["overlay"] for row in summary.predictions}) == 2
     assert all((tmp_path / "out" / row["overlay"]).is_file() for row in summary.predictions)
+
+
+def test_each_verdict_has_its_p_value_and_the_summary_the_rates(
+    detector: Detector, photos: list[Path], tmp_path: Path
+) -> None:
+    record = detector.record
+    found = predict_images(detector, photos, tmp_path / "out", false_alarm_rate=0.01)
+    for line in found.predictions:
+        assert line["p_value"] == p_value(record.normal_scores, line["score"])
+        assert line["relative_score"] == line["score"] / line["threshold"]
+    told = json.loads((tmp_path / "out" / SUMMARY_FILE).read_text())
+    lowest = 1 / (len(record.normal_scores) + 1)
+    assert (told["requested_rate"], told["expected_rate"], told["guaranteed_rate"]) == (0.01, lowest, lowest)
+    given = predict_images(detector, photos, tmp_path / "given", threshold=1.0)
+    assert given.rates["expected_rate"] is given.rates["guaranteed_rate"] is None
+
+
+def test_a_false_discovery_rate_takes_its_threshold_from_all_images_together(
+    detector: Detector, photos: list[Path], tmp_path: Path
+) -> None:
+    scores = [seen.score for seen in detector.predict(photos)]
+    lenient = replace(detector.record, normal_scores=tuple([min(scores) / 2] * 99))
+    detector = Detector(lenient, detector.teacher, detector.students, torch.device("cpu"))
+    found = predict_images(detector, photos, tmp_path / "out", false_discovery_rate=0.05)
+    assert found.num_anomalous == len(photos) and "at most 5.0% good images among the anomalous" in found.note
+    assert found.rates["false_discovery_rate"] == 0.05 and found.rates["expected_rate"] is None
+    assert found.predictions[0]["threshold"] == pytest.approx(min(scores) / 2)
+    few = replace(lenient, normal_scores=(0.1, 0.2))
+    strict = Detector(few, detector.teacher, detector.students, torch.device("cpu"))
+    none = predict_images(strict, photos, tmp_path / "none", false_discovery_rate=0.05)
+    assert none.num_anomalous == 0 and "none is rare enough" in none.note
+
+
+def test_an_impossible_discovery_rate_is_refused_before_anything_is_written(
+    detector: Detector, photos: list[Path], tmp_path: Path
+) -> None:
+    bare = replace(detector.record, normal_scores=())
+    older = Detector(bare, detector.teacher, detector.students, torch.device("cpu"))
+    for each, given, reason in (
+        (detector, {"false_discovery_rate": 1.0}, r"--fdr must lie in \(0, 1\)"),
+        (detector, {"false_discovery_rate": 0.1, "threshold": 2.0}, "leave --threshold 2 out"),
+        (older, {"false_discovery_rate": 0.1}, "lacks; train it again"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            predict_images(each, photos, tmp_path / "out", **given)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()

@@ -171,6 +171,7 @@ def train(
         print(to_toml(settings), end="")
         return
     from dskd.data.cache import ArrayCache, default_folder
+    from dskd.detector import rates_of
     from dskd.jobs.train import only_category, train_into
 
     if checkpoint_seconds < 0:
@@ -195,7 +196,7 @@ def train(
                 "category": category,
                 "teacher": record.teacher,
                 "step": record.step,
-                "false_alarm_rates": record.guarantee,
+                **rates_of(record, 0.01, None),
                 **record.metrics,
                 "history": [interval_document(progress) for progress in history],
             }
@@ -253,6 +254,7 @@ def predict(
     out: Path,
     false_alarm_rate: float = 0.01,
     threshold: float | None = None,
+    fdr: float | None = None,
     group_by: str = "",
     device: str = "auto",
     max_megapixels: float | None = None,
@@ -268,6 +270,8 @@ def predict(
         out: Folder for predictions.jsonl, written as the verdicts come, and an overlay per image.
         false_alarm_rate: Share of good images that may be called anomalous, in (0, 1).
         threshold: Score above which an image is anomalous, instead of the calibrated one.
+        fdr: Instead of a false-alarm rate: of the images that are called anomalous, the share that may be good, in
+            (0, 1). The threshold then depends on all images together, which are inspected twice.
         group_by: Regular expression that finds a part's name in a path, if another than in training; for parts with
             several images, whose verdicts go to parts.jsonl.
         device: auto, cpu, cuda or cuda:N.
@@ -275,13 +279,14 @@ def predict(
         json: Print one JSON document.
     """
     from dskd.detector import Unreadable, chosen_limit
-    from dskd.predict import check_out, describe_prediction, find_images, predict_images
+    from dskd.predict import check_discovery_rate, check_out, describe_prediction, find_images, predict_images
 
     _allow_megapixels(max_megapixels)
     check_out(out)
     loaded = _load(detector, device)
     found = find_images(images)
     chosen_limit(loaded, false_alarm_rate, threshold)  # what is wrong with it is said before anything else
+    check_discovery_rate(loaded.record, fdr, threshold)
     say(f"{len(found.images)} images" + (f"; not read: {found.describe()}" if found.describe() else ""))
 
     def tell(seen: "Prediction | Unreadable") -> None:
@@ -296,6 +301,7 @@ def predict(
         out,
         false_alarm_rate=false_alarm_rate,
         threshold=threshold,
+        false_discovery_rate=fdr,
         group_by=group_by,
         on_prediction=tell,
     )
@@ -308,7 +314,7 @@ def predict(
                 "num_unreadable": summary.num_unreadable,
                 "num_clipped": summary.num_clipped,
                 "not_read": {"others": dict(found.others), "left_out": dict(found.left_out)},
-                "false_alarm_rates": loaded.record.guarantee,
+                **summary.rates,
                 "predictions": summary.predictions,
                 **({"parts": summary.parts} if summary.parts else {}),
             }

@@ -32,10 +32,10 @@ def interval_document(progress: "IntervalResult") -> dict[str, float | None]:
 
 
 def describe_thresholds(record: "DetectorRecord") -> str:
-    from dskd.detector import APPROXIMATE
+    from dskd.detector import basis_of
 
     said = ", ".join(f"threshold {t.value:.4g} at {t.false_alarm_rate:.1%} false alarms" for t in record.thresholds)
-    return f"{said} ({APPROXIMATE})" if record.is_approximate else said
+    return said + basis_of(record)
 
 
 def training_document(report: "Report", config: "RunConfig", seconds_per_step: float | None) -> dict[str, Any]:

@@ -27,7 +27,15 @@ from dskd.data.depth import PixelScale
 from dskd.data.files import IMAGE_SUFFIXES, Walk, is_image_name, is_left_out, walk
 from dskd.data.geometry import Geometry
 from dskd.data.images import Framed, load_framed
-from dskd.detector import UNTRAINED_TEACHER, Detector, Prediction, Unreadable, chosen_limit, unreadable_to_dict
+from dskd.detector import (
+    UNTRAINED_TEACHER,
+    Detector,
+    Prediction,
+    Unreadable,
+    chosen_limit,
+    rates_of,
+    unreadable_to_dict,
+)
 from dskd.device import computing_device
 from tune.runtime.cluster import connect, count_workers, resolve_gpus
 from tune.settings.entry import say
@@ -53,6 +61,8 @@ SCHEMA = pa.schema(
         ("verdict", pa.string()),
         ("score", pa.float64()),
         ("threshold", pa.float64()),
+        ("relative_score", pa.float64()),  # in units of the threshold
+        ("p_value", pa.float64()),
         ("is_anomalous", pa.bool_()),
         ("regions", pa.list_(_REGION)),
         ("width", pa.int32()),
@@ -142,8 +152,7 @@ def _scored(settings: ScoringSettings) -> dict[str, Any]:
         "weights_sha256": weights_sha256,
         "teacher": detector.record.teacher,
         "threshold": limit,
-        "false_alarm_rate": settings.false_alarm_rate,
-        "false_alarm_rates": detector.record.guarantee,
+        **rates_of(detector.record, settings.false_alarm_rate, None),
         "note": note,
     }
     out.write_json(SUMMARY, summary)

@@ -126,6 +126,8 @@ def pack(detector: Path, folder: Path) -> None:
                         ColSpec("string", "verdict"),
                         ColSpec("double", "score"),
                         ColSpec("double", "threshold"),
+                        ColSpec("double", "relative_score", required=False),
+                        ColSpec("double", "p_value", required=False),
                         ColSpec("boolean", "is_anomalous"),
                         ColSpec(Array(region), "regions"),
                         ColSpec("long", "width"),

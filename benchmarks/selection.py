@@ -324,7 +324,8 @@ def scored(found: Any, score: ScoreConfig, truth: LabelledImages) -> AnomalyScor
 def part(truth: LabelledImages, indices: np.ndarray | None) -> LabelledImages:
     if indices is None:
         return truth
-    return LabelledImages(*(value[indices] for value in truth[:5]), None)
+    images, masks, labels, has_mask, sources = (value[indices] for value in truth[:5])
+    return LabelledImages(images, masks, labels, has_mask, sources)
 
 
 def part_of_scores(seen: AnomalyScores, indices: np.ndarray | None) -> AnomalyScores:
@@ -458,8 +459,8 @@ def cross_alarms(folds: Sequence[Mapping[str, Any]]) -> Alarms:
     fold."""
 
     def p_values(kind: str) -> np.ndarray:
-        above = sum((np.array(each["held"])[None] >= np.array(each[kind])[:, None]).sum(axis=1) for each in folds)
-        return (1 + above) / (1 + sum(len(each["held"]) for each in folds))
+        above = [(np.array(each["held"])[None] >= np.array(each[kind])[:, None]).sum(axis=1) for each in folds]
+        return np.asarray((1 + np.sum(above, axis=0)) / (1 + sum(len(each["held"]) for each in folds)))
 
     good, bad = p_values("test_good"), p_values("test_bad")
     lowest = 1 / (1 + sum(len(each["held"]) for each in folds))
@@ -559,9 +560,9 @@ def candidates_table(options: Options, bank: Bank) -> str:
         "|---|---|---|---|---|---|",
     ]
     for by, found in regrets.items():
-        gains, losses, randoms, ranks = zip(*found, strict=True)
+        gains, losses, randoms, correlations = zip(*found, strict=True)
         lines.append(
-            f"| {by} | {interval(gains, rng)} | {mean(losses):+.3f} | {mean(randoms):+.3f} | {mean(ranks):.2f} "
+            f"| {by} | {interval(gains, rng)} | {mean(losses):+.3f} | {mean(randoms):+.3f} | {mean(correlations):.2f} "
             f"| {len(found)} |"
         )
     return "\n".join(lines)

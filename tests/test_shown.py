@@ -5,6 +5,7 @@ import logging
 import shlex
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -15,7 +16,7 @@ from tune.settings.search import SearchSettings
 from tune.storage.shown import HIDDEN, command, printable, shown, shown_url, without_secrets
 from tune.study.progress import SearchProgress
 from tune.tracking.client import check_server, first_line, tracking_ui_command
-from tune.tracking.events import CategoryEnded, Remarked, TrialEnded, TrialStarted
+from tune.tracking.events import CategoryEnded, Event, Remarked, TrialEnded, TrialStarted
 from tune.tracking.registry import check_category
 from tune.tracking.tracker import Tracker
 
@@ -101,7 +102,7 @@ def test_no_command_repeats_credentials(
         "demo": ["--out", str(tmp_path / "out"), "--trials", "0"],
     }[name]
     monkeypatch.chdir(tmp_path)  # what takes a form for a folder's name
-    turn = PROGRAMS.index(program) + FLAGS.index(flag)
+    turn = PROGRAMS.index(cast(Any, program)) + FLAGS.index(flag)
     for form in FORMS[turn % len(FLAGS) :: len(FLAGS)]:
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *required, f"{flag}={form}"])
         with pytest.raises(SystemExit) as end:
@@ -164,7 +165,7 @@ def test_neither_tags_nor_the_journal_hold_credentials(tmp_path: Path) -> None:
 
     unsent, uri = tmp_path / "unsent.jsonl", f"sqlite:///{tmp_path}/mlflow.db"
     all_forms = "\n".join(FORMS)
-    events = [
+    events: list[Event] = [
         TrialStarted("bolt", "one", {"learning_rate": 0.1}),
         Remarked("bolt", "one", all_forms),
         TrialEnded("bolt", "one", "failed", all_forms),
@@ -223,7 +224,8 @@ def test_one_rule_for_names(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="takes a name of letters") as raised:
         check_name(name, "--name")
     assert str(raised.value).isprintable()
-    for values in ({"name": name}, {"start_from": name}):
+    cases: list[dict[str, Any]] = [{"name": name}, {"start_from": name}]
+    for values in cases:
         if name.strip() or "name" in values:
             with pytest.raises(ValueError, match="takes a name of letters"):
                 SearchSettings(data=str(tmp_path), **values)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import platform
+import statistics
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -136,6 +137,17 @@ class DetectorRecord:
     def guaranteed_rate(self, threshold: Threshold) -> float | None:
         """The rate that is proven for a threshold of this detector; None if it is approximate."""
         return None if self.is_approximate else threshold.false_alarm_rate
+
+    def suspects(self, count: int = 10) -> list[tuple[str, float]]:
+        """The good images that look least like the others, each with its score as a multiple of their median.
+
+        Only images that the scoring detector did not see are compared; none in older records.
+        """
+        if not self.normal_scores:
+            return []
+        middle = statistics.median(self.normal_scores) or 1.0
+        ranked = sorted(zip(self.normal_scores, self.calibration_files, strict=True), reverse=True)
+        return [(name, score / middle) for score, name in ranked[:count]]
 
     def p_value(self, score: float) -> float | None:
         """How rare such a score is among good images, in (0, 1]; None in older records."""

@@ -621,6 +621,8 @@ class DataSpec:
     teacher: TeacherSource
     textures: Path | None = None
     """Folder of images that feed the synthetic defects; None: textures are drawn."""
+    exclude: tuple[str, ...] = ()
+    """Good images that are left out, by file name or by the end of their path."""
     region: str = ""
     """The region of interest: LEFT,TOP,RIGHT,BOTTOM, three or more points "X,Y X,Y X,Y", or a mask image; empty: what
     region.png or region.txt in the category's folder says, else the whole image."""

@@ -128,6 +128,7 @@ def train(
     preset: Preset = "dskd",
     print_config: bool = False,
     textures: Path | None = None,
+    exclude: Path | None = None,
     region: str = "",
     teacher_weights: str = "hub",
     device: str = "auto",
@@ -151,6 +152,7 @@ def train(
         preset: Method to start from; the file and the other flags change it.
         print_config: Print the configuration as TOML, and train nothing.
         textures: Folder of images, such as DTD, that feed the synthetic defects; else textures are drawn.
+        exclude: Text file with the names of good images to leave out, one per line: file names, or ends of paths.
         region: Region of interest in pixels of the original images: LEFT,TOP,RIGHT,BOTTOM, or "X,Y X,Y X,Y …", or a
             mask image, white inside; else region.png or region.txt in the category's folder. Outside nothing counts.
         teacher_weights: hub, lite0 (EfficientNet-Lite0 from an installed package), a .safetensors or .pth file, or
@@ -181,7 +183,14 @@ def train(
     record, history = train_into(
         out,
         settings,
-        DataSpec(data=data, category=category, teacher=teacher, textures=textures, region=region),
+        DataSpec(
+            data=data,
+            category=category,
+            teacher=teacher,
+            textures=textures,
+            region=region,
+            exclude=_exclusions(exclude, data, category, settings),
+        ),
         device=device,
         cache=ArrayCache(cache_dir or default_folder(), int(cache_gb * 1e9)) if cache_gb > 0 else None,
         say=say,
@@ -244,6 +253,18 @@ def evaluate(
         )
     else:
         print_evaluation(found, limit, note)
+
+
+def _exclusions(file: Path | None, data: Path, category: str, settings: "RunConfig") -> tuple[str, ...]:
+    """The names in the file of --exclude, each checked to be one of the category's good images."""
+    if file is None:
+        return ()
+    from dskd.data.datasets import read_category
+    from dskd.data.exclusions import check_exclusions, read_exclusions
+
+    names = read_exclusions(file)
+    check_exclusions(names, [read_category(data, category, settings.data.layout)])
+    return names
 
 
 def predict(

@@ -22,6 +22,7 @@ from dskd.data.datasets import (
 )
 from dskd.data.defects import choose_textures, load_textures
 from dskd.data.depth import PixelScale
+from dskd.data.exclusions import without_excluded
 from dskd.data.folds import num_folds, split_images
 from dskd.data.geometry import Geometry, RegionOfInterest
 from dskd.data.images import find_scale
@@ -100,11 +101,14 @@ def prepare(
     teacher_sha256 = weights_fingerprint(teacher)
     texture_files = choose_textures(spec.textures) if spec.textures is not None else []
     texture_images = load_textures(texture_files, max(data.input_size)) if texture_files else None
-    samples = read_category(spec.data, category, data.layout)
+    listed = read_category(spec.data, category, data.layout)
+    samples = without_excluded(listed, spec.exclude)
     region = find_region(spec.region, samples.folder, samples.train[0].path)
     geometry = Geometry.of(data, region, config.model.tile_alignment)
     check_input(teacher, backbone, geometry, device)
     notes = [samples.describe()]
+    if num_excluded := len(listed.train) + len(listed.validation) - len(samples.train) - len(samples.validation):
+        notes.append(f"{num_excluded} good images are left out by --exclude.")
     scale = find_scale([sample.path for sample in samples.train])
     train, selecting, calibrating, names = split_images(samples, data)
     defects = [sample for sample in samples.validation if sample.is_defective]

@@ -16,6 +16,8 @@ from tune.study.progress import TimeShare
 from tune.tracking.client import tracking_ui_command
 from tune.trial.evaluation import TABLE_RATE
 
+_NUM_SUSPECTS = 3
+"""Good images that are named at the end; MLflow's note has ten."""
 _COLUMNS = (
     "category",
     "trials",
@@ -60,6 +62,8 @@ def show_outcome(
             print_line(console, f"{result.category}: {changes_of(result.champion, plan)}")
             if result.decision:
                 print_line(console, f"  {result.decision}")
+            if worst := _suspects(result.champion, plan):
+                print_line(console, f"  good images that look worst (--exclude leaves out those that are bad): {worst}")
             print_line(console, f"  in {plan.addresses.home}/{result.champion.folder}")
     if share is not None:
         print_line(console, share.sentence)
@@ -99,6 +103,16 @@ def _gain(metrics: Mapping[str, float]) -> str:
 
 def _share(metrics: Mapping[str, float], part: str, whole: str) -> str:
     return f"{metrics[part]:.0f} of {metrics[whole]:.0f}" if part in metrics and whole in metrics else "–"
+
+
+def _suspects(champion: Champion, plan: SearchPlan) -> str:
+    """The good images with the highest scores, each by a detector that did not see it, as multiples of the median."""
+    try:
+        document = Storage(plan.addresses.home).read_json(f"{champion.folder}/{RECORD_FILE}")
+    except StorageError:  # said by `changes_of`
+        return ""
+    found = DetectorRecord.from_document(document).suspects(_NUM_SUSPECTS) if document else []
+    return ", ".join(f"{name} ({times:.1f} × the median)" for name, times in found)
 
 
 def changes_of(champion: Champion, plan: SearchPlan) -> str:

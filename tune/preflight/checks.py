@@ -15,6 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from dskd.config import RunConfig
 from dskd.data.datasets import Category, read_category, read_test_split
+from dskd.data.exclusions import check_exclusions, without_excluded
 from dskd.data.geometry import Geometry
 from dskd.data.images import check_header
 from tune.preflight.draft import Draft, with_user_address
@@ -105,7 +106,8 @@ def read_categories(plan: SearchPlan, root: Path) -> dict[str, Category]:
     Images at an address are not read, since trials copy them first. Raises PreflightError naming the categories
     and files with errors.
     """
-    categories, errors = {}, []
+    categories: dict[str, Category] = {}
+    errors: list[str] = []
     layout = plan.config.data.layout
     for name in plan.categories:
         try:
@@ -115,7 +117,13 @@ def read_categories(plan: SearchPlan, root: Path) -> dict[str, Category]:
                 read_test_split(root, name, layout)
         except (ValueError, OSError) as error:
             errors.append(f"{name}: {error}")
+    if len(categories) == len(plan.categories):
+        errors += collect_errors(lambda: check_exclusions(plan.exclude, categories.values()))
     for name, category in categories.items():
+        try:
+            categories[name] = without_excluded(category, plan.exclude)
+        except ValueError as error:
+            errors.append(str(error))
         masked = layout == "classes" or any(sample.mask is not None for sample in category.test)
         if plan.selection == "oracle" and (not masked or all(sample.is_defective for sample in category.test)):
             errors.append(

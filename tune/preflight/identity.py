@@ -23,6 +23,7 @@ def identity(plan: SearchPlan, category: str) -> dict[str, Any]:
         "data": plan.data,
         "teacher_weights": plan.teacher.name,
         "textures": plan.textures,
+        "exclude": list(plan.exclude) or None,
         "selection": plan.selection,
         "sampler": plan.sampler,
         "seed": plan.seed,

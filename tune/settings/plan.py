@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dskd.config import RunConfig, Selection, TeacherSource
 from dskd.data.datasets import find_categories
+from dskd.data.exclusions import read_exclusions
 from tune.settings.search import Promote, SamplerName, SearchSettings, split_words
 from tune.settings.space import Space, build_space
 from tune.settings.space_file import read_space
@@ -32,6 +33,8 @@ class SearchPlan:
     teacher: TeacherSource
     textures: str
     """Absolute folder of texture images for the synthetic defects; empty: textures are drawn."""
+    exclude: tuple[str, ...]
+    """Good images that are left out, by file name or by the end of their path."""
     selection: Selection
     sampler: SamplerName
     seed: int
@@ -109,6 +112,7 @@ def plan_search(settings: SearchSettings, addresses: Addresses, root: Path) -> S
         ray_address=settings.address,
         teacher=TeacherSource(settings.teacher_weights).absolute(),
         textures=str(settings.textures.absolute()) if settings.textures else "",
+        exclude=read_exclusions(settings.exclude) if settings.exclude else (),
         selection=settings.selection,
         sampler=settings.sampler,
         seed=settings.seed,

@@ -121,6 +121,9 @@ class SearchSettings:
     selection: Selection = "val"
     """What selects steps and trials: val, images without test labels; or oracle, the labelled test images, to
     reproduce papers. An oracle result is marked in every output and never becomes champion in MLflow."""
+    exclude: Path | None = None
+    """Text file with the names of good images to leave out, one per line: file names, or ends of paths such as
+    flange/train/good/007.png. Each search names those that look worst."""
     textures: Path | None = None
     """Folder of texture images, such as DTD, for the synthetic defects; at the same path on every node."""
     teacher_weights: str = "hub"

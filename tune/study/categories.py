@@ -363,12 +363,20 @@ def _register(
         pull=pull_command(plan, category),
         remarks=[
             *_log_study(search, category, pictures.result()),
+            *([result.decision] if result.decision else []),
+            *_suspects(record),
             *([] if figures else ["validation: no pictures, an earlier version trained this trial"]),
             *(["The teacher is untrained: these figures have no meaning."] if record.is_untrained_teacher else []),
         ],
     )
     model = f"{registered.model}/{registered.version}"
     return champion, {"dskd.champion_model": model, "mlflow.note.content": note}
+
+
+def _suspects(record: DetectorRecord) -> list[str]:
+    """A remark on the good images that look least like the others; empty if nothing is known of them."""
+    named = ", ".join(f"{name} ({times:.1f} × the median)" for name, times in record.suspects())
+    return [f"good images that look worst, to be checked for mislabelled ones: {named}"] if named else []
 
 
 def pull_command(plan: SearchPlan, category: str) -> str:

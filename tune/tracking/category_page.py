@@ -71,6 +71,8 @@ def _save(plot: Callable[[optuna.Study], Any], study: optuna.Study, num_trials: 
 
 _FIGURES = {
     "validation objective": "val/objective",
+    "gain over the untuned preset": "gain/objective",
+    "error of the gain": "gain/error",
     "test image AUROC": "test/image_auroc",
     "test pixel AUROC": "test/pixel_auroc",
     "test AUPRO": "test/aupro",

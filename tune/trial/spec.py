@@ -56,6 +56,8 @@ class TrialSpec:
     """Git commit of the code; empty if unknown."""
     textures: str = ""
     """Folder of texture images for the synthetic defects; empty: textures are drawn."""
+    exclude: tuple[str, ...] = ()
+    """Good images that are left out, by file name or by the end of their path."""
     selection: Selection = "val"
     min_workers: int | None = None
     """Smallest number of DDP workers that the trial may run with; None: always `num_workers`."""
@@ -84,6 +86,7 @@ def build_spec(
     category: str,
     teacher: TeacherSource,
     textures: str,
+    exclude: tuple[str, ...] = (),
     selection: Selection,
     cache_gb: float,
     workers: Workers,
@@ -104,6 +107,7 @@ def build_spec(
         workers_uri=workers_uri,
         revision=revision,
         textures=absolute(textures) if textures else "",
+        exclude=exclude,
         selection=selection,
         min_workers=min_workers,
     )
@@ -117,6 +121,7 @@ def spec_of(plan: "SearchPlan", category: str, workers: Workers, revision: str) 
         category=category,
         teacher=plan.teacher,
         textures=plan.textures,
+        exclude=plan.exclude,
         selection=plan.selection,
         cache_gb=plan.cache_gb,
         workers=workers,

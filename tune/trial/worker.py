@@ -184,6 +184,7 @@ def data_of(spec: TrialSpec) -> DataSpec:
         category=spec.category,
         teacher=TeacherSource(spec.teacher_weights),
         textures=Path(spec.textures) if spec.textures else None,
+        exclude=spec.exclude,
         selection=spec.selection,
     )
 

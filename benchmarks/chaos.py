@@ -527,7 +527,7 @@ def run(options: Options, folder: Path) -> bool:
         made = stack.enter_context(cluster(folder, env, options.nodes, options.cpus_per_node))
         words = [
             "--data", str(data), "--categories", category, "--address", made.address, "--storage", env["DSKD_STORAGE"],
-            "--teacher-weights", "random", "--image-size", str(options.image_size), "--batch-size", "4",
+            "--teacher-weights", "random", "--folds", "0", "--image-size", str(options.image_size), "--batch-size", "4",
             "--epochs", str(options.epochs), "--trials", str(options.trials), "--json",
             "--workers-per-trial", str(options.workers_per_trial), "--preset", options.preset,
             "--max-concurrent", str(options.max_concurrent),

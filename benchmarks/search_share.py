@@ -155,7 +155,7 @@ def run_search(options: Options, workers: int, folder: Path, env: dict[str, str]
     words = [
         "tune/search.py", "--data", str(options.data), "--categories", options.category, "--name", "share",
         "--trials", str(options.trials), "--epochs", str(options.epochs), "--image-size", str(options.image_size),
-        "--batch-size", str(options.batch_size), "--teacher-weights", options.teacher_weights,
+        "--batch-size", str(options.batch_size), "--teacher-weights", options.teacher_weights, "--folds", "0",
         "--preset", options.preset, "--score-candidates", str(options.score_candidates),
         "--storage", str(folder / "results"), "--workers-per-trial", str(workers),
         "--max-concurrent", "1",

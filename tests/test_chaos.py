@@ -26,7 +26,8 @@ from tune.storage.files import Storage
 from tune.storage.uris import Addresses
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = ["--teacher-weights", "random", "--image-size", "32", "--batch-size", "4", "--preset", "stfpm"]
+TINY = ["--teacher-weights", "random", "--image-size", "32", "--batch-size", "4", "--preset", "stfpm",
+        "--folds", "0"]  # fmt: skip
 
 
 @pytest.mark.cluster

@@ -58,6 +58,7 @@ def test_trials_of_two_workers_make_a_cluster_grow_from_zero_nodes_and_leave_it_
             "--data", str(mvtec_root), "--categories", "tile", "--address", made.address, "--trials", "3",
             "--epochs", "2", "--max-concurrent", "2", "--workers-per-trial", "2", "--storage", env["DSKD_STORAGE"],
             "--teacher-weights", "random", "--image-size", "32", "--batch-size", "4", "--preset", "stfpm", "--json",
+            "--folds", "0",
         ]  # fmt: skip
         search = chaos.Search("grows", words, env, cluster_folder).start()
         nodes, computed_on, waited_on = set(), set(), set()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,14 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from dskd.checkpoint import read_record
+from dskd.checkpoint import DetectorRecord, read_record
 from tune.storage.files import Storage
 from tune.tracking.events import EpochDone, TrialEnded, TrialStarted
 from tune.tracking.tracker import Tracker
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = ["--image-size", "32", "--batch-size", "4", "--teacher-weights", "random"]
+TINY = ["--image-size", "32", "--batch-size", "4", "--teacher-weights", "random", "--folds", "0"]
+"""Without folds, as finalists would take most of the time; one test here has them."""
 
 
 def environment(tmp: Path, **more: str) -> dict[str, str]:
@@ -224,6 +226,52 @@ def test_killed_search_goes_on_without_losing_or_doubling_a_trial(
     }
     record = read_record(storage / "try" / outcome["champion"]["folder"])
     assert f"rd4ad with backbone {record.config.model.backbone}" in resumed.stderr.replace("\n", " ")
+
+
+@pytest.mark.cluster
+def test_a_search_killed_while_it_compares_finalists_ends_with_the_same_champion(
+    mvtec_root: Path, tmp_path: Path, token_file: Path
+) -> None:
+    env = environment(tmp_path, DSKD_CHECKPOINT_SECONDS="0")
+    words = ("--trials", "3", "--epochs", "4", "--categories", "tile", "--preset", "stfpm", "--max-concurrent", "1",
+             "--folds", "3", "--finalists", "1", "--min-gain-errors", "0", "--json")  # fmt: skip
+
+    def champion(storage: Path, told: str) -> tuple[dict[str, Any], DetectorRecord]:
+        (outcome,) = json.loads(told)["categories"]
+        return outcome, read_record(storage / "try" / outcome["champion"]["folder"])
+
+    calm, killed = tmp_path / "calm", tmp_path / "killed"
+    first = run(*search(mvtec_root, calm, *words), env=env)
+    assert first.returncode == 0, first.stderr
+    expected, expected_record = champion(calm, first.stdout)
+
+    log = (tmp_path / "log").open("w+")
+    command = [str(word) for word in search(mvtec_root, killed, *words)]
+    process = subprocess.Popen(command, env=env, cwd=ROOT, stderr=log, stdout=log, start_new_session=True)
+    deadline = time.monotonic() + 240
+    while "trainings on other folds ended" not in (said := (tmp_path / "log").read_text()):
+        assert time.monotonic() < deadline and process.poll() is None, said
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    resumed = run(*search(mvtec_root, killed, *words), env=env)
+    assert resumed.returncode == 0, resumed.stderr
+    found, record = champion(killed, resumed.stdout)
+    assert (found["num_trials"], found["decision"]) == (3, expected["decision"])
+    assert "gained" in found["decision"] or "untuned preset stays" in found["decision"]
+    assert record.normal_scores == expected_record.normal_scores, "the same detectors scored the same images"
+    assert record.metrics == expected_record.metrics
+    assert record.calibration_folds == 3 and len({*record.calibration_files}) == len(record.calibration_files) == 12
+
+    _, children = tracked(f"sqlite:///{killed}/mlflow.db", "try")
+    roles = Counter(each.data.tags["dskd.role"] for each in children)
+    assert roles["trial"] == 3 and roles["finalist"] in (2, 3, 4, 5) and roles.keys() == {"trial", "finalist"}
+    ids = [each.data.tags["dskd.trial"] for each in children]
+    assert len({*ids}) == len(ids), "none is there twice"
+    assert {each.info.status for each in children} <= {"FINISHED", "KILLED"}
+    assert len(studied(f"sqlite:///{killed}/optuna.db", "try/tile")) == 3, "a fold is no trial of the study"
+    again = run(*search(mvtec_root, killed, *words), env=env)
+    assert again.returncode == 0 and "is the champion already" in again.stderr, again.stderr
 
 
 @pytest.mark.cluster

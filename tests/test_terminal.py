@@ -69,7 +69,8 @@ def test_search_and_pull_break_no_word(mvtec_root: Path, cluster_folder: Path) -
     data.mkdir()
     (data / category).symlink_to(mvtec_root / "tile")
     tiny = ("--steps", "4", "--image-size", "32", "--batch-size", "4", "--score-candidates", "4", "--backbone",
-            "test_resnet", "--levels", "1", "2", "--teacher-weights", "random", "--storage", "results")  # fmt: skip
+            "test_resnet", "--levels", "1", "2", "--teacher-weights", "random", "--storage", "results",
+            "--folds", "0")  # fmt: skip
     search = (sys.executable, ROOT / "tune/search.py", "--data", "data", "--name", "parts", *tiny)
     first = on_terminal(*search, "--trials", "2", folder=cluster_folder)
     again = on_terminal(*search, "--trials", "3", folder=cluster_folder)

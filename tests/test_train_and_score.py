@@ -138,7 +138,7 @@ def test_data_images_and_verdicts_live_in_s3(
         bucket, results = f"s3://{server.bucket}", tmp_path / "results"
         Storage(bucket).upload(mvtec_root, "sets")
         found = run("tune/search.py", "--data", f"{bucket}/sets", "--categories", "wood", "--name", "far",
-                    "--trials", "1", *TINY, "--storage", results, "--json", env=env)  # fmt: skip
+                    "--folds", "0", "--trials", "1", *TINY, "--storage", results, "--json", env=env)  # fmt: skip
         assert found.returncode == 0, found.stderr
         champion = json.loads(found.stdout)["categories"][0]["champion"]
         assert "test/aupro" in champion["metrics"]

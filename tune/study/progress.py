@@ -166,9 +166,11 @@ class SearchProgress:
                 self._beats = None
 
     def begin(self, phase: str) -> None:
-        """Say what is being done from now on, until categories are watched."""
+        """What is being done from now on, until categories are watched: told where nothing else is said for long.
+
+        Not at once, so that bad input ends with one line.
+        """
         self._phase = phase
-        self.say(phase)
 
     def beat(self) -> None:
         """Say what is being done if nothing was said for `QUIET_SECONDS`; a live table needs no such line."""

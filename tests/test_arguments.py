@@ -20,7 +20,7 @@ from tune.settings.search import SearchSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 BAD = {
-    "": "dskd: error: no command given; there are: demo-data, check-data, train, evaluate, predict, export",
+    "": "dskd: error: no command given; there are: demo-data, check-data, train, evaluate, predict, compare, export",
     "trian": "dskd: error: unknown command trian, did you mean train?; there are: ",
     "--nonsense": "dskd: error: unknown flag --nonsense; see dskd --help",
     "--verison": "dskd: error: unknown flag --verison, did you mean --version?; see dskd --help",

@@ -12,8 +12,8 @@ from tune.jobs.tables import print_command, print_line, print_rows, stderr_conso
 from tune.settings.pull import PullSettings
 from tune.storage.champions import champion_categories, download_detector, download_detector_files, find_best
 from tune.storage.files import open_search
-from tune.tracking.client import check_server, registry_client, run_link, without_password
-from tune.tracking.registry import fetch, find_registered, registered_categories
+from tune.tracking.client import check_server, embedded_tracking, registry_client, run_link, without_password
+from tune.tracking.registry import fetch, find_registered, find_version, registered_categories
 from tune.trial.evaluation import TABLE_RATE
 
 _COLUMNS = ("category", "validation", "image AUROC", "pixel AUROC", "AUPRO", "threshold", "folder", "run")
@@ -53,7 +53,7 @@ def pull(settings: PullSettings) -> int:
 
     Raises ValueError or OSError, in one line, if one cannot be downloaded.
     """
-    pulled = list(_from_storage(settings) if settings.alias is None else _from_registry(settings))
+    pulled = list(_from_registry(settings) if settings.is_registered else _from_storage(settings))
     _show(pulled, settings)
     if settings.json:
         detectors = [detector.to_dict() for detector in pulled]
@@ -79,28 +79,27 @@ def _from_storage(settings: PullSettings) -> Iterator[PulledDetector]:
 
 
 def _from_registry(settings: PullSettings) -> Iterator[PulledDetector]:
-    tracking, alias = settings.tracking_uri or _embedded_tracking(settings.storage), settings.alias
-    assert alias is not None
+    tracking = settings.tracking_uri or embedded_tracking(settings.storage, "--alias and --version")
     check_server(tracking)
     client = registry_client(tracking)
-    wanted = settings.wanted or registered_categories(client, alias)
-    if not wanted:
-        raise ValueError(f"no model of {without_password(tracking)} has the alias {alias!r}; check it and the address.")
-    for detector in [find_registered(client, category, alias) for category in wanted]:
+    if settings.version is not None:
+        (category,) = settings.wanted
+        found = [find_version(client, category, settings.version)]
+    else:
+        alias = settings.alias
+        assert alias is not None
+        wanted = settings.wanted or registered_categories(client, alias)
+        if not wanted:
+            where = without_password(tracking)
+            raise ValueError(f"no model of {where} has the alias {alias!r}; check it and the address.")
+        found = [find_registered(client, category, alias) for category in wanted]
+    for detector in found:
         folder = settings.out / detector.category
         record = download_detector_files(partial(fetch, client, detector), detector.files, folder)
         link = run_link(tracking, detector.run_id)
         yield PulledDetector(
             detector.category, folder, record, detector.trial_id, detector.run_id, link, detector.version, True
         )
-
-
-def _embedded_tracking(storage: str) -> str:
-    """URI of the MLflow file that a local search writes in its storage folder."""
-    file = Path(storage).absolute() / "mlflow.db"
-    if "://" in storage or not file.is_file():
-        raise ValueError(f"--alias needs --tracking-uri or $MLFLOW_TRACKING_URI: there is no {file}.")
-    return f"sqlite:///{file}"
 
 
 def _show(pulled: list[PulledDetector], settings: PullSettings) -> None:
@@ -123,7 +122,10 @@ def _show(pulled: list[PulledDetector], settings: PullSettings) -> None:
             )
         )
     console = stderr_console()
-    named = f"Registered models with the alias {settings.alias}"
-    print_rows(console, named if settings.alias else f"Champions of {settings.name}", _COLUMNS, rows)
+    named = f"Champions of {settings.name}"
+    if settings.is_registered:
+        which = f"the alias {settings.alias}" if settings.alias else f"the version {settings.version}"
+        named = f"Registered models with {which}"
+    print_rows(console, named, _COLUMNS, rows)
     print_line(console, "inspect images:")
     print_command(console, f"dskd predict {shlex.quote(str(pulled[0].folder))} IMAGES --out verdicts")

@@ -2,8 +2,10 @@
 
 import dataclasses
 import logging
+import math
 import shlex
 import traceback
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,7 +30,8 @@ from tune.tracking.client import without_passwords
 from tune.tracking.events import CategoryContinued, CategoryEnded, Event, TrialEnded
 from tune.tracking.outbox import TrackingRefusedError, TrackingUnavailableError
 from tune.tracking.tracker import Tracker
-from tune.trial.evaluation import save_evaluated_champion
+from tune.trial.evaluation import evaluated, save_evaluated_champion
+from tune.trial.follower import AssignmentFailedError
 from tune.trial.groups import Groups
 from tune.trial.spec import TrialSpec, spec_of
 from tune.trial.trainable import driver_resources
@@ -58,6 +61,10 @@ class CategoryResult(NamedTuple):
     """Why there is no champion; empty if there is one."""
     num_interrupted: int = 0
     """Trials interrupted by the time budget; the same command continues them."""
+    earlier_search: str = ""
+    """The first search of --start-from with a champion of this category; empty: none."""
+    earlier_figures: Mapping[str, float] = {}
+    """`test/…` figures of that champion on the test images of today."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for --json."""
@@ -130,6 +137,8 @@ def search_one(search: SharedSearch, category: str, budget: TimeBudget, shares: 
         finally:
             shares.end_category.remote()  # the steps below use no trial's slot
         result, tags = _conclude(search, spec, study)
+        if result.champion:
+            result = with_earlier(search, spec, result)
     except BudgetSpentError as error:
         known = find_champion(search.storage, category)
         result = CategoryResult(category, champion=known, error="" if known else str(error))
@@ -142,7 +151,8 @@ def search_one(search: SharedSearch, category: str, budget: TimeBudget, shares: 
     if result.champion is None:
         tags = {"dskd.error": result.error}
     # In the same queue as the trials' events, so that it comes after them.
-    events.put(CategoryEnded(category, "finished" if result.champion else "failed", {}, tags))
+    before = {f"earlier/{name}": value for name, value in result.earlier_figures.items()}
+    events.put(CategoryEnded(category, "finished" if result.champion else "failed", before, tags))
     return result
 
 
@@ -175,6 +185,30 @@ def with_winners(plan: SearchPlan, category: str, progress: SearchProgress) -> S
         except (ValueError, KeyError, TypeError) as error:
             progress.say(f"{category}: the champion of {name} is not tried: {error}")
     return dataclasses.replace(space, winners=tuple(winners))
+
+
+def with_earlier(search: SharedSearch, spec: TrialSpec, result: CategoryResult) -> CategoryResult:
+    """The result with the figures of the earlier search's champion on today's test images, for a fair comparison.
+
+    Unchanged if no search of --start-from has one, or if it cannot be evaluated, which is said.
+    """
+    category, plan = spec.category, search.plan
+    for name in plan.earlier_searches:
+        storage = open_search(plan.addresses.storage, name)
+        if (champion := find_champion(storage, category)) is None:
+            continue
+        try:
+            figures, remark = evaluated(
+                spec, f"{name}-{champion.trial_id}", f"{storage.uri}/{champion.folder}", search.groups
+            )
+        except (ValueError, OSError, AssignmentFailedError) as error:  # the new champion is there all the same
+            figures, remark = {}, str(error)
+        if remark:
+            search.progress.say(f"{category}: the champion of {name} is not compared: {remark}")
+            return result
+        known = {figure: value for figure, value in figures.items() if math.isfinite(value)}
+        return result._replace(earlier_search=name, earlier_figures=known)
+    return result
 
 
 def _note_best(search: SharedSearch, event: TrialEnded) -> None:

@@ -28,6 +28,16 @@ def save_evaluated_champion(
     The detector is also written to the folder `local`. Returns the champion, its record, and a remark for the user,
     empty unless there are no test figures.
     """
+    figures, remark = evaluated(spec, trial_id, detector_uri, groups)
+    champion, record = save_champion(storage, spec.category, trial_id, detector_uri, figures, local)
+    return champion, record, remark
+
+
+def evaluated(spec: TrialSpec, trial_id: str, detector_uri: str, groups: "Groups") -> tuple[dict[str, Any], str]:
+    """`test/…` figures of a stored detector on the category's test images, by a worker group.
+
+    And a remark, empty unless there are no figures.
+    """
     assignment = Evaluation(
         trial_id=trial_id,
         detector_uri=detector_uri,
@@ -39,8 +49,7 @@ def save_evaluated_champion(
     (found,) = groups.follow(assignment)
     groups.forget(assignment)
     figures = {name: value for name, value in found.items() if name != REMARK}
-    champion, record = save_champion(storage, spec.category, trial_id, detector_uri, figures, local)
-    return champion, record, str(found.get(REMARK, ""))
+    return figures, str(found.get(REMARK, ""))
 
 
 def evaluate_on_test(assignment: Evaluation, device: "torch.device") -> dict[str, Any]:

@@ -378,5 +378,5 @@ def test_a_champion_whose_score_was_found_outside_of_the_space_is_tried_with_the
     won = PRESETS["dskd"].with_values({"score_level_weights": (0.01, 1.0, 1.5), "learning_rate": 0.004})
     tried = space.configuration(space.point_of(won))
     assert tried.score.score_level_weights == (0.1, 1.0, 1.5) and tried.train.learning_rate == 0.004
-    with pytest.raises(ValueError, match="learning_rate 9.0 lies outside"):
+    with pytest.raises(ValueError, match=r"learning_rate 9\.0 lies outside"):
         space.point_of(PRESETS["dskd"].with_values({"learning_rate": 9}))

@@ -27,7 +27,8 @@ def uri(detector_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
             address, search, artifact_location=f"file://{home}/artifacts", tags={"dskd.search": search},
             unsent=home / "unsent.jsonl",
         )  # fmt: skip
-        tracker.register_champion("tile", f"of-{search}", detector_folder, {"val/objective": objective}, "images", 60)
+        tracker.register_champion("tile", f"of-{search}", detector_folder, {"val/objective": objective}, "images", 60,
+                                  detector_version=f"v-of-{search}")  # fmt: skip
         tracker.close(60)
     return address
 
@@ -41,6 +42,7 @@ def test_an_alias_goes_back_with_a_reason_that_is_kept(
 ) -> None:
     newer, older = detector_versions(client_of(uri), "tile")
     assert (newer.version, newer.is_champion, newer.search, newer.objective) == (2, True, "parts-2", 0.75)
+    assert newer.detector_version == "v-of-parts-2"
     assert newer.reason == "validation 0.7500, version 1 had 0.5000 on the same images" and newer.until == ""
     assert (older.version, older.is_champion, older.search, older.trial_id) == (1, False, "parts", "of-parts")
     assert older.reason == "the first of its category"

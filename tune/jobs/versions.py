@@ -7,7 +7,7 @@ from tune.settings.versions import VersionsSettings
 from tune.tracking.client import check_server, embedded_tracking, registry_client
 from tune.tracking.versions import DetectorVersion, detector_versions, set_champion
 
-_COLUMNS = ("version", "champion", "validation", "images", "search", "trial", "registered", "why")
+_COLUMNS = ("version", "champion", "validation", "images", "detector", "search", "trial", "registered", "why")
 
 
 def versions(settings: VersionsSettings) -> int:
@@ -39,6 +39,7 @@ def _row(version: DetectorVersion) -> tuple[str, ...]:
         time if version.since or not version.is_champion else "yes",
         "–" if version.objective is None else f"{version.objective:.4f}",
         version.data_sha256[:8] or "–",
+        version.detector_version or "–",
         version.search or "–",
         version.trial_id or "–",
         version.registered,

@@ -281,6 +281,7 @@ def _register(
             _TRACKING_PATIENCE,
             figures=figures,
             promote=plan.promote,
+            detector_version=record.detector_version,
         )
     except (TrackingUnavailableError, TrackingRefusedError) as error:
         progress.say(f"{category}: {error}; the champion is in the storage, the same command registers it")

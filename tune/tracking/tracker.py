@@ -70,13 +70,14 @@ class Tracker:
         *,
         figures: Path | None = None,
         promote: bool = True,
+        detector_version: str = "",
     ) -> Registration:
         """Log a detector, packed for serving, with its metrics to the trial's run; register it as `dskd-<category>`.
 
         With `promote` it gets the alias `champion` (`oracle` if the search selects on the test set) unless the
         current one, selected on the same images, has a higher validation objective. `figures` is a folder of
-        pictures. Raises TrackingUnavailableError if the server is away for `patience` seconds,
-        TrackingRefusedError if it refuses.
+        pictures; `detector_version` is what the detector's verdicts call it. Raises TrackingUnavailableError if the
+        server is away for `patience` seconds, TrackingRefusedError if it refuses.
         """
         tags = {
             **self._tags,
@@ -84,6 +85,7 @@ class Tracker:
             "dskd.data_sha256": data_sha256,
             "dskd.category": category,
             "dskd.trial": trial_id,
+            "dskd.detector_version": detector_version,
         }
 
         def write(insist: Any) -> Registration:

@@ -32,6 +32,8 @@ class DetectorVersion(NamedTuple):
     objective: float | None
     """Validation objective; comparable only between versions of the same `data_sha256`."""
     data_sha256: str
+    detector_version: str
+    """As in the verdicts of that detector."""
     since: str
     """When it last became champion."""
     until: str
@@ -74,6 +76,7 @@ def _described(category: str, version: ModelVersion, champion: str) -> DetectorV
         trial_id=tags.get("dskd.trial", ""),
         objective=None if objective is None else float(objective),
         data_sha256=tags.get("dskd.data_sha256", ""),
+        detector_version=tags.get("dskd.detector_version", ""),
         since=tags.get(SINCE, ""),
         until=tags.get(UNTIL, ""),
         reason=tags.get(REASON, ""),

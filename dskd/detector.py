@@ -297,7 +297,7 @@ class Detector:
         return judge_parts(images, group_by or self.record.config.data.group_by, limit)
 
     @overload
-    def predict(  # type: ignore[overload-overlap]  # a path as text is an iterable of texts, too
+    def predict(  # type: ignore[overload-overlap]  # to a checker a path as text is text in a row, too
         self, images: ImageLike, threshold: float | None = None, *, false_alarm_rate: float = 0.01
     ) -> Prediction: ...
 

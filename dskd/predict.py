@@ -105,7 +105,7 @@ def predict_images(
             if isinstance(seen, Unreadable):
                 line = seen.to_dict()
             else:
-                picture = f"{OVERLAYS_FOLDER}/{_overlay_name(index, seen.path)}"
+                picture = f"{OVERLAYS_FOLDER}/{overlay_name(index, seen.path)}"
                 seen.plot().save(out / picture)
                 line = seen.to_dict(overlay=picture)
                 num_clipped += seen.num_clipped > 0
@@ -153,7 +153,8 @@ def check_discovery_rate(record: DetectorRecord, false_discovery_rate: float | N
         raise ValueError("--fdr needs the scores of good images, which this older detector lacks; train it again.")
 
 
-def _overlay_name(index: int, path: Path) -> str:
+def overlay_name(index: int, path: Path) -> str:
+    """File name of an image's picture: its number, folder and name."""
     name = os.fsencode(f"{index:05d}_{path.parent.name}_{path.stem}")[:_MAX_NAME_BYTES]
     return f"{name.decode('utf-8', 'ignore')}.png"
 

@@ -12,15 +12,16 @@ from dskd.arguments import parse, parse_into
 from dskd.cli import main as commands
 from dskd.cli.examples import EXAMPLES
 from dskd.cli.main import main
-from tune import demo, pull, score, search
+from tune import demo, pull, score, search, versions
 from tune.settings.demo import DemoSettings
 from tune.settings.pull import PullSettings
 from tune.settings.score import ScoringSettings
 from tune.settings.search import SearchSettings
+from tune.settings.versions import VersionsSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 BAD = {
-    "": "dskd: error: no command given; there are: demo-data, check-data, train, evaluate, predict, export",
+    "": "dskd: error: no command given; there are: demo-data, check-data, train, evaluate, predict, compare, export",
     "trian": "dskd: error: unknown command trian, did you mean train?; there are: ",
     "--nonsense": "dskd: error: unknown flag --nonsense; see dskd --help",
     "--verison": "dskd: error: unknown flag --verison, did you mean --version?; see dskd --help",
@@ -126,6 +127,7 @@ ENTRIES: dict[str, tuple[Any, Any]] = {
     "pull": (pull, PullSettings),
     "score": (score, ScoringSettings),
     "demo": (demo, DemoSettings),
+    "versions": (versions, VersionsSettings),
 }
 
 

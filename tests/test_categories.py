@@ -19,8 +19,16 @@ from tune.storage.champions import Champion, find_champion, save_champion
 from tune.storage.files import Storage
 from tune.study import categories
 from tune.study.budget import BudgetSpentError, TimeBudget
-from tune.study.categories import SharedSearch, conclude_one, study_one, with_winners
+from tune.study.categories import (
+    CategoryResult,
+    SharedSearch,
+    conclude_one,
+    study_one,
+    with_earlier,
+    with_winners,
+)
 from tune.study.progress import SearchProgress
+from tune.trial.spec import REMARK, spec_of
 
 
 def test_categories_that_wait_keep_their_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,3 +134,34 @@ def test_an_unexpected_error_ends_its_category_alone_and_leaves_its_traceback_in
     (record,) = caplog.records
     assert "Traceback" in record.getMessage() and "in fail" in record.getMessage()
     assert record.getMessage().startswith("bolt: ") and "secret" not in record.getMessage()
+
+
+def test_the_earlier_champion_is_measured_on_the_test_images_of_today(
+    earlier: Storage, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("tile", "wood"):
+        (tmp_path / "outline" / name / "train" / "good").mkdir(parents=True)
+    asked = SearchSettings(
+        data="data", storage=str(tmp_path / "results"), start_from="spring", teacher_weights="random"
+    )
+    plan = plan_search(asked, resolve_addresses(asked), tmp_path / "outline")
+    taken: list[Any] = []
+    answers: list[dict[str, Any]] = [{"test/image_auroc": 0.5, "test/aupro": float("nan")}, {REMARK: "no test figures"}]
+
+    def follow(assignment: Any) -> list[dict[str, Any]]:
+        taken.append(assignment)
+        return [answers.pop(0)]
+
+    workers = Workers(1, 1.0, 0.0)
+    groups = cast(Any, SimpleNamespace(follow=follow, forget=lambda assignment: None))
+    search = SharedSearch(plan, groups, workers, "", cast(Any, None), SearchProgress(1))
+
+    def compared(category: str) -> CategoryResult:
+        return with_earlier(search, spec_of(plan, category, workers, ""), CategoryResult(category))
+
+    found = compared("tile")
+    assert (found.earlier_search, found.earlier_figures) == ("spring", {"test/image_auroc": 0.5})
+    assert taken[0].detector_uri == f"{earlier.uri}/champions/tile/one" and taken[0].data == plan.data
+    assert compared("tile").earlier_search == ""
+    assert "tile: the champion of spring is not compared: no test figures" in capsys.readouterr().err
+    assert compared("wood").earlier_search == "" and len(taken) == 2, "a category that is new has none"

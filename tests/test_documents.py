@@ -23,6 +23,8 @@ from markdown_it.token import Token
 from sybil import Document, Example
 from sybil.parsers.markdown import CodeBlockParser, SkipParser
 
+from dskd.cli.examples import EXAMPLES
+
 ROOT = Path(__file__).resolve().parents[1]
 README = "README.md"
 MAX_LINES = 150
@@ -45,7 +47,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "Data",
         "Validation and thresholds",
         "ONNX",
-        "From Python",
+        "Python",
         "Limits",
         "Design notes",
     ),
@@ -423,3 +425,21 @@ def test_blocks_run(name: str, desk: tuple[Path, dict[str, str]]) -> None:
             reasons.append(f"{name}:{example.line} not run: {skip}")
     if not ran:
         pytest.skip("; ".join(reasons))
+
+
+@pytest.mark.cluster
+def test_examples_of_the_help_run(desk: tuple[Path, dict[str, str]]) -> None:
+    """Those of the library as its help prints them, in one folder, in the order of the commands."""
+    folder, env = desk
+    shutil.copytree(folder / "detectors" / "flange", folder / "detectors" / "fabric")
+    for command in EXAMPLES:
+        help_words = ["dskd", command, "--help"]
+        shown = subprocess.run(help_words, env=env, cwd=folder, capture_output=True, text=True, check=True)
+        examples = [line.strip() for line in shown.stdout.partition("examples:\n")[2].splitlines()]
+        assert examples == list(EXAMPLES[command])
+        for example in examples:
+            done = subprocess.run(
+                ["bash", "-euo", "pipefail", "-c", example], cwd=folder, env=env, capture_output=True, text=True,
+                timeout=600, check=False,
+            )  # fmt: skip
+            assert done.returncode == 0, f"{example}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"

@@ -9,7 +9,7 @@ import pytest
 
 from dskd.checkpoint import RECORD_FILE
 from dskd.config import RunConfig
-from tune.jobs.outcome import changes_of, show_outcome
+from tune.jobs.outcome import changes_of, compared_with_earlier, show_outcome
 from tune.storage.champions import Champion
 from tune.study.categories import CategoryResult
 
@@ -76,3 +76,14 @@ def test_a_champion_is_told_by_its_changes_and_its_threshold(
     )
     other = RunConfig.from_dict(document["config"]).with_values({"learning_rate": 0.5})
     assert changes_of(champion, plan_of(tmp_path, other)).startswith("dskd with learning_rate 0.00")
+
+
+def test_what_got_better_and_worse_since_the_earlier_search(champion: Champion) -> None:
+    before = METRICS | {"test/image_auroc": 0.7, "test/num_missed": 5.0, "test/num_false_alarms": 0.0}
+    result = CategoryResult("tile", 6, champion=champion, earlier_search="parts", earlier_figures=before)
+    assert compared_with_earlier(result) == (
+        "tile, against the champion of parts: better: image AUROC 0.7000 → 0.7500, missed 5 → 3; worse: false alarms "
+        "0 → 1"
+    )
+    same = result._replace(earlier_figures=METRICS)
+    assert compared_with_earlier(same) == "tile, against the champion of parts: no change"

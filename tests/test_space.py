@@ -370,3 +370,13 @@ def test_whatever_a_file_may_narrow_every_point_stays_a_valid_run() -> None:
         for point in [*space.starting_points(), *asked(space, 0, 3)]:
             assert space.point_of(space.configuration(point)) == point
     assert 0 < num_refused < 20
+
+
+def test_a_champion_whose_score_was_found_outside_of_the_space_is_tried_with_the_nearest() -> None:
+    """Free trials look for score parameters after training, in wider ranges than the space's."""
+    space = build_space({"dskd": PRESETS["dskd"]})
+    won = PRESETS["dskd"].with_values({"score_level_weights": (0.01, 1.0, 1.5), "learning_rate": 0.004})
+    tried = space.configuration(space.point_of(won))
+    assert tried.score.score_level_weights == (0.1, 1.0, 1.5) and tried.train.learning_rate == 0.004
+    with pytest.raises(ValueError, match=r"learning_rate 9\.0 lies outside"):
+        space.point_of(PRESETS["dskd"].with_values({"learning_rate": 9}))

@@ -9,6 +9,7 @@ from tune.settings.pull import PullSettings
 EXAMPLES = (
     "python tune/pull.py all --name parts --out champions",
     "python tune/pull.py flange --alias champion --out registered",
+    "python tune/pull.py flange --version 1 --out older",
 )
 
 

@@ -17,5 +17,6 @@ EXAMPLES: Mapping[str, Sequence[str]] = {
         "dskd predict detectors/flange my-images/flange/test --out verdicts",
         "dskd predict detectors/flange part.png --false-alarm-rate 0.05 --out verdict",
     ),
+    "compare": ("dskd compare detectors/flange detectors/fabric my-images/flange/test --out compared",),
     "export": ("dskd export detectors/flange --onnx flange.onnx --images my-images/flange/test",),
 }

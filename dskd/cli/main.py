@@ -1,4 +1,4 @@
-"""The command line: `dskd demo-data | check-data | train | evaluate | predict | export`.
+"""The command line: `dskd demo-data | check-data | train | evaluate | predict | compare | export`.
 
 What people read goes to stderr; stdout carries results, with --json one JSON document and nothing
 else. torch is imported only by the commands that compute, so that help comes at once.
@@ -344,6 +344,54 @@ def predict(
         sys.exit(1)
 
 
+def compare(
+    a: Positional[Annotated[Path, arg(metavar="A")]],
+    b: Positional[Annotated[Path, arg(metavar="B")]],
+    images: Positional[Annotated[tuple[Path, ...], arg(metavar="IMAGES…", help_behavior_hint="(at least one)")]],
+    /,
+    *,
+    out: Path,
+    false_alarm_rate: float = 0.01,
+    device: str = "auto",
+    max_megapixels: float | None = None,
+    json: bool = False,
+) -> None:
+    """Compare two detectors on the same images, each at its own threshold.
+
+    Args:
+        a: Detector folder, such as the one in use.
+        b: Detector folder, such as a newer one.
+        images: Image files, or folders that are searched for them.
+        out: Folder for comparison.jsonl, and a picture of both verdicts per image on which they differ.
+        false_alarm_rate: Share of good images that may be called anomalous, in (0, 1).
+        device: auto, cpu, cuda or cuda:N.
+        max_megapixels: Larger images are refused as decompression bombs; 512, or $DSKD_MAX_MEGAPIXELS, unless given.
+        json: Print one JSON document.
+    """
+    from dskd.jobs.compare import compare_images, describe, describe_image
+    from dskd.predict import check_out, find_images
+
+    _allow_megapixels(max_megapixels)
+    check_out(out)
+    found = find_images(images)
+    first, second = _load(a, device), _load(b, device)
+    if first.record.category != second.record.category:
+        say(f"A is a detector of {first.record.category}, B of {second.record.category}")
+    comparison = compare_images(
+        first,
+        second,
+        found.images,
+        out,
+        false_alarm_rate=false_alarm_rate,
+        on_image=lambda image: None if json else show(describe_image(image)),
+    )
+    say(f"{describe(comparison)}; pictures of those that differ in {out / 'overlays'}")
+    if json:
+        print_json({"out": str(out), **comparison._asdict()})
+    if comparison.num_unreadable:
+        sys.exit(1)
+
+
 def export(
     detector: Positional[Annotated[Path, arg(metavar="DETECTOR")]],
     /,
@@ -421,6 +469,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "train": _train_command(given[1:]) if given[:1] == ["train"] else train,
             "evaluate": evaluate,
             "predict": predict,
+            "compare": compare,
             "export": export,
         }
         what = "Visual anomaly detection by knowledge distillation."

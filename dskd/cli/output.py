@@ -115,8 +115,11 @@ def print_evaluation(found: "Evaluation", threshold: float, note: str) -> None:
     for name, (good, anomalous) in rows.items():
         show(f"{name:14} {good:>11}  {anomalous:>16}")
     show("\nfound of each kind of defect")
-    for name, recall in found.recall(threshold).items():
-        show(f"{name:14} {recall.num_found} of {recall.num_images} ({recall.num_found / recall.num_images:.0%})")
+    kinds = found.recall(threshold)
+    width = max((len(name) for name in kinds), default=0)
+    for name, recall in kinds.items():
+        share = recall.num_found / recall.num_images
+        show(f"{name:{max(width, 14)}} {recall.num_found} of {recall.num_images} ({share:.0%})")
 
 
 def evaluation_document(found: "Evaluation", threshold: float) -> dict[str, Any]:

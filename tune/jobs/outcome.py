@@ -56,6 +56,9 @@ def show_outcome(
     if plan.teacher.is_untrained:
         print_line(console, "untrained teacher: these figures have no meaning for inspection", "bold red")
     for result in results:
+        if result.champion and result.earlier_search:
+            print_line(console, compared_with_earlier(result))
+    for result in results:
         if result.error:
             print_line(console, shown(f"{result.category}: no champion: {result.error}"))
         if result.champion:
@@ -99,6 +102,26 @@ def _gain(metrics: Mapping[str, float]) -> str:
     if "gain/objective" not in metrics:
         return "–"
     return f"{metrics['gain/objective']:+.3f} ± {metrics['gain/error']:.3f}"
+
+
+_HIGHER_IS_BETTER = {"image AUROC": "test/image_auroc", "pixel AUROC": "test/pixel_auroc", "AUPRO": "test/aupro"}
+_LOWER_IS_BETTER = {"missed": "test/num_missed", "false alarms": "test/num_false_alarms"}
+
+
+def compared_with_earlier(result: CategoryResult) -> str:
+    """What got better and what got worse since the champion of the earlier search, on the same test images."""
+    assert result.champion is not None
+    now, before = result.champion.metrics, result.earlier_figures
+    said: dict[str, list[str]] = {"better": [], "worse": []}
+    for better, names in (("better", _HIGHER_IS_BETTER), ("worse", _LOWER_IS_BETTER)):
+        other = "worse" if better == "better" else "better"
+        for label, name in names.items():
+            if name in now and name in before and now[name] != before[name]:
+                digits = ".4f" if better == "better" else ".0f"
+                change = f"{label} {before[name]:{digits}} → {now[name]:{digits}}"
+                said[better if now[name] > before[name] else other].append(change)
+    parts = [f"{word}: {', '.join(changes)}" for word, changes in said.items() if changes]
+    return f"{result.category}, against the champion of {result.earlier_search}: {'; '.join(parts) or 'no change'}"
 
 
 def _share(metrics: Mapping[str, float], part: str, whole: str) -> str:

@@ -13,8 +13,8 @@ from tune.settings.pull import PullSettings
 from tune.storage.champions import champion_categories, download_detector, download_detector_files, find_best
 from tune.storage.files import StorageError, open_search
 from tune.storage.shown import command, shown, shown_url
-from tune.tracking.client import check_server, registry_client, run_link
-from tune.tracking.registry import fetch, find_registered, registered_categories
+from tune.tracking.client import check_server, embedded_tracking, registry_client, run_link
+from tune.tracking.registry import fetch, find_registered, find_version, registered_categories
 from tune.trial.evaluation import TABLE_RATE
 
 _COLUMNS = ("category", "validation", "image AUROC", "pixel AUROC", "AUPRO", "threshold", "folder", "run")
@@ -55,7 +55,7 @@ def pull(settings: PullSettings) -> int:
     Raises ValueError or OSError, in one line, if there is nothing to download.
     """
     pulled, faults = list[PulledDetector](), dict[str, str]()
-    for category, fetched in _from_storage(settings) if settings.alias is None else _from_registry(settings):
+    for category, fetched in _from_registry(settings) if settings.is_registered else _from_storage(settings):
         try:
             pulled.append(fetched())
         except (ValueError, OSError) as error:
@@ -95,16 +95,19 @@ def _from_storage(settings: PullSettings) -> Iterator[tuple[str, _Fetched]]:
 
 
 def _from_registry(settings: PullSettings) -> Iterator[tuple[str, _Fetched]]:
-    tracking, alias = settings.tracking_uri or _embedded_tracking(settings.storage), settings.alias
-    assert alias is not None
+    tracking = settings.tracking_uri or embedded_tracking(settings.storage, "--alias and --version")
     check_server(tracking)
     client = registry_client(tracking)
-    wanted = settings.wanted or registered_categories(client, alias)
+    version, alias = settings.version, settings.alias
+    wanted = settings.wanted if version is not None else settings.wanted or registered_categories(client, alias or "")
     if not wanted:
         raise ValueError(f"no model of {shown_url(tracking)} has the alias {alias!r}; check it and the address.")
 
     def fetched(category: str) -> PulledDetector:
-        detector = find_registered(client, category, alias)
+        if version is not None:
+            detector = find_version(client, category, version)
+        else:
+            detector = find_registered(client, category, alias or "")
         folder = settings.out / category
         record = download_detector_files(partial(fetch, client, detector), detector.files, folder)
         link = run_link(tracking, detector.run_id)
@@ -114,14 +117,6 @@ def _from_registry(settings: PullSettings) -> Iterator[tuple[str, _Fetched]]:
 
     for category in wanted:
         yield category, partial(fetched, category)
-
-
-def _embedded_tracking(storage: str) -> str:
-    """URI of the MLflow file that a local search writes in its storage folder."""
-    file = Path(storage).absolute() / "mlflow.db"
-    if "://" in storage or not file.is_file():
-        raise ValueError(f"--alias needs --tracking-uri or $MLFLOW_TRACKING_URI: there is no {file}.")
-    return f"sqlite:///{file}"
 
 
 def _show(pulled: list[PulledDetector], settings: PullSettings) -> None:
@@ -144,7 +139,10 @@ def _show(pulled: list[PulledDetector], settings: PullSettings) -> None:
             )
         )
     console = stderr_console()
-    named = f"Registered models with the alias {settings.alias}"
-    print_rows(console, named if settings.alias else f"Champions of {settings.name}", _COLUMNS, rows)
+    named = f"Champions of {settings.name}"
+    if settings.is_registered:
+        which = f"the alias {settings.alias}" if settings.alias else f"the version {settings.version}"
+        named = f"Registered models with {which}"
+    print_rows(console, named, _COLUMNS, rows)
     print_line(console, "inspect images:")
     print_command(console, command(["dskd", "predict", str(pulled[0].folder), "IMAGES", "--out", "verdicts"]))

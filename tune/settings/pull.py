@@ -29,6 +29,8 @@ class PullSettings:
     alias: str | None = None
     """Download the versions of MLflow's registered models with this alias, such as champion, instead of the best
     detectors of a search."""
+    version: int | None = None
+    """Download this version of one category's registered model, such as the champion of last week."""
     storage: str = LOCAL_RESULTS
     """Folder or s3://bucket/path given to the search as --storage."""
     tracking_uri: str | None = field(default=None, repr=False)
@@ -44,6 +46,14 @@ class PullSettings:
         check_storage_address(self.storage, "--storage")
         if self.alias is not None:
             check_name(self.alias, "--alias")
+
+        if self.version is not None and (self.alias is not None or len(self.wanted) != 1):
+            raise ValueError("--version takes one category, and no --alias: each category counts its own versions.")
+
+    @property
+    def is_registered(self) -> bool:
+        """Whether the detectors come from MLflow's registry."""
+        return self.alias is not None or self.version is not None
 
     @property
     def wanted(self) -> tuple[str, ...]:

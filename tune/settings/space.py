@@ -10,10 +10,10 @@ import math
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Protocol
 
-from dskd.config import RunConfig
+from dskd.config import RunConfig, ScoreConfig
 from dskd.presets import with_backbone
 
 PRESET = "preset"
@@ -300,7 +300,8 @@ class Space:
     def point_of(self, config: RunConfig) -> dict[str, Any]:
         """The point with the configuration `config`; length, image size and batch size are ignored.
 
-        Raises ValueError with the reason if it lies outside this space.
+        Parameters of the score outside of the space are replaced by the nearest inside. Raises ValueError with the
+        reason if another lies outside this space.
         """
         obstacles = {preset: list(self._obstacles(preset, config)) for preset in self.bases}
         preset = min(obstacles, key=lambda name: len(obstacles[name]))
@@ -370,7 +371,8 @@ class Space:
         values = _values(config)
         for name, dimension in self.dimensions[preset].items():
             value = values[name]
-            point[self._full_name(preset, name)] = dimension.nearest(value) if move else value
+            is_moved = move or _is_of_score(name)
+            point[self._full_name(preset, name)] = dimension.nearest(value) if is_moved else value
         return point
 
     def _obstacles(self, preset: str, config: RunConfig) -> Iterator[str]:
@@ -384,7 +386,7 @@ class Space:
         for name, here in _values(base).items():
             there = values[name]
             if name in dimensions:
-                if not dimensions[name].holds(there):
+                if not (dimensions[name].holds(there) or _is_of_score(name)):
                     yield f"{name} {there!r} lies outside {dimensions[name]}"
             elif name not in ignored and here != there and has_effect(name, able):
                 yield f"{name} is {there!r} there and {here!r} here"
@@ -399,6 +401,15 @@ def _values(config: RunConfig) -> dict[str, Any]:
         else:
             values[field] = value
     return values
+
+
+def _is_of_score(dimension: str) -> bool:
+    """Whether a dimension affects scores and not the students: free trials look for it after training, in wider ranges.
+
+    A champion often has such a value outside of the space; the nearest inside trains the same students.
+    """
+    known = {field.name for field in fields(ScoreConfig)}
+    return dimension in known or re.sub(r"_\d+$", "", dimension) in known
 
 
 def describe_changes(config: RunConfig, presets: Mapping[str, RunConfig], most: int | None = None) -> str:

@@ -2,8 +2,9 @@
 
 import dataclasses
 import logging
+import math
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,7 +33,8 @@ from tune.tracking.events import CategoryContinued, CategoryEnded, Event, Status
 from tune.tracking.outbox import TrackingRefusedError, TrackingUnavailableError
 from tune.tracking.registry import evaluation_key
 from tune.tracking.tracker import Tracker
-from tune.trial.evaluation import save_evaluated_champion
+from tune.trial.evaluation import evaluated, save_evaluated_champion
+from tune.trial.follower import AssignmentFailedError
 from tune.trial.groups import Groups
 from tune.trial.spec import TrialSpec, spec_of
 from tune.trial.trainable import driver_resources
@@ -64,6 +66,10 @@ class CategoryResult(NamedTuple):
     """Trials interrupted by the time budget; the same command continues them."""
     decision: str = ""
     """Why this champion, in one sentence."""
+    earlier_search: str = ""
+    """The first search of --start-from with a champion of this category; empty: none."""
+    earlier_figures: Mapping[str, float] = {}
+    """`test/…` figures of that champion on the test images of today."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for --json."""
@@ -169,6 +175,8 @@ def conclude_one(
     else:
         try:
             result, tags = _conclude(search, studied, common, budget, events)
+            if result.champion and studied.spec:
+                result = with_earlier(search, studied.spec, result)
         except Exception as error:  # the other categories continue after any error
             result = CategoryResult(category, error=_reason(category, error))
     if result.champion is None:
@@ -176,7 +184,8 @@ def conclude_one(
     # In the same queue as the trials' events, so that it comes after them.
     goes_on = studied.is_unstarted or result.num_interrupted > 0
     status: Status = "finished" if result.champion else "interrupted" if goes_on else "failed"
-    events.put(CategoryEnded(category, status, {}, tags))
+    before = {f"earlier/{name}": value for name, value in result.earlier_figures.items()}
+    events.put(CategoryEnded(category, status, before, tags))
     return result
 
 
@@ -231,6 +240,30 @@ def with_winners(plan: SearchPlan, category: str, progress: SearchProgress) -> S
         except (ValueError, KeyError, TypeError) as error:
             progress.say(f"{category}: the champion of {name} is not tried: {error}")
     return dataclasses.replace(space, winners=tuple(winners))
+
+
+def with_earlier(search: SharedSearch, spec: TrialSpec, result: CategoryResult) -> CategoryResult:
+    """The result with the figures of the earlier search's champion on today's test images, for a fair comparison.
+
+    Unchanged if no search of --start-from has one, or if it cannot be evaluated, which is said.
+    """
+    category, plan = spec.category, search.plan
+    for name in plan.earlier_searches:
+        storage = open_search(plan.addresses.storage, name)
+        if (champion := find_champion(storage, category)) is None:
+            continue
+        try:
+            figures, remark = evaluated(
+                spec, f"{name}-{champion.trial_id}", f"{storage.uri}/{champion.folder}", search.groups
+            )
+        except (ValueError, OSError, AssignmentFailedError) as error:  # the new champion is there all the same
+            figures, remark = {}, str(error)
+        if remark:
+            search.progress.say(f"{category}: the champion of {name} is not compared: {remark}")
+            return result
+        known = {figure: value for figure, value in figures.items() if math.isfinite(value)}
+        return result._replace(earlier_search=name, earlier_figures=known)
+    return result
 
 
 def _note_best(search: SharedSearch, event: TrialEnded) -> None:
@@ -344,6 +377,7 @@ def _register(
             figures=figures,
             promote=plan.promote,
             evaluation_sha256=evaluation_key(record),
+            detector_version=record.detector_version,
         )
     except (TrackingUnavailableError, TrackingRefusedError) as error:
         progress.say(f"{category}: {error}; the champion is in the storage, the same command registers it")

@@ -155,7 +155,8 @@ class SearchProgress:
                 self.beat()
 
         # A copy of stderr: joining a cluster holds back what is written to the process's own meanwhile.
-        with os.fdopen(os.dup(2), "w", errors="backslashreplace") as self._beats:
+        with os.fdopen(os.dup(2), "w", errors="backslashreplace") as stderr:
+            self._beats = stderr
             beats = threading.Thread(target=beat, name="heartbeat", daemon=True)
             beats.start()
             try:
@@ -220,10 +221,11 @@ class SearchProgress:
             text = fitted(stamp + line, live.console.width, len(stamp))
             live.console.print(text, markup=False, highlight=False, soft_wrap=True)
             return
-        stream = stream or (self._console.file if self._console else sys.stderr)
+        usual: Any = self._console.file if self._console else sys.stderr
+        place: IO[str] = stream or usual
         # as one string, so that lines of two threads do not mix
-        stream.write(fitted(stamp + line, line_width(stream), len(stamp)) + "\n")
-        stream.flush()
+        place.write(fitted(stamp + line, line_width(place), len(stamp)) + "\n")
+        place.flush()
 
     def show(self, event: Event | CategoryContinued) -> None:
         """Count an event; prints a line for remarks and for ended trials, none for trials that had ended before."""

@@ -55,6 +55,17 @@ def _check_database(uri: str) -> None:
         engine.dispose()
 
 
+def embedded_tracking(storage: str, wanted_for: str) -> str:
+    """URI of the MLflow file that a local search writes in its storage folder.
+
+    Raises ValueError, which names what it is `wanted_for`, if there is none.
+    """
+    file = Path(storage).absolute() / "mlflow.db"
+    if "://" in storage or not file.is_file():
+        raise ValueError(f"{wanted_for} needs --tracking-uri or $MLFLOW_TRACKING_URI: there is no {file}.")
+    return f"sqlite:///{file}"
+
+
 def registry_client(uri: str) -> MlflowClient:
     """A client for the registered models of the tracking server."""
     prepare_client()

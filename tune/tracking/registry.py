@@ -1,6 +1,7 @@
 """Detectors as registered models of MLflow: packed for serving, promoted if better, fetched by alias."""
 
 import base64
+import datetime
 import hashlib
 import importlib.metadata
 import io
@@ -28,6 +29,8 @@ MODEL_FOLDER = "model"
 """Artifact folder of a packed detector."""
 CHAMPION, CANDIDATE, ORACLE = "champion", "candidate", "oracle"
 EVALUATION = "dskd.evaluation_sha256"
+SINCE, UNTIL, REASON = "dskd.champion_since", "dskd.champion_until", "dskd.champion_reason"
+"""Tags of a version: when and why it became champion, and until when it was. MLflow keeps no history of an alias."""
 _DETECTOR = "detector"
 _PREFIX = "dskd-"
 SERVING = (
@@ -182,6 +185,9 @@ def register(
     given, reason = _alias_of(tags, alias, holder, promote)
     if given:
         client.set_registered_model_alias(model, given, version.version)
+        if given == CHAMPION and (holder is None or holder.version != version.version):
+            before = "" if holder is None else str(holder.version)
+            note_champion(client, category, str(version.version), before, _why(holder, tags, promote))
     return Registration(run_id, model, str(version.version), given, reason)
 
 
@@ -212,6 +218,39 @@ def _are_comparable(tags: Mapping[str, str], others: Mapping[str, str]) -> bool:
     """Whether two objectives were measured on the same evaluation data; older versions say only by which images."""
     known = EVALUATION if EVALUATION in tags and EVALUATION in others else "dskd.data_sha256"
     return tags.get(known) == others.get(known)
+
+
+def _why(holder: ModelVersion | None, tags: Mapping[str, str], promote: Promote) -> str:
+    """Why a version with these tags takes the alias from `holder`."""
+    if holder is None:
+        return "the first of its category"
+    if holder.tags.get(TEACHER) == UNTRAINED:
+        return f"the teacher of version {holder.version} is untrained"
+    if not _are_comparable(tags, holder.tags):
+        return f"by --promote {promote}: version {holder.version} was evaluated on other data"
+    return (
+        f"validation {float(tags['dskd.objective']):.4f}, version {holder.version} had "
+        f"{float(holder.tags.get('dskd.objective', '0')):.4f} on the same data"
+    )
+
+
+def note_champion(client: MlflowClient, category: str, version: str, before: str, reason: str) -> None:
+    """Tag a version that became champion with time and reason, and the one `before`, if any, with its end."""
+    name, now = model_name(category), time_text(datetime.datetime.now(datetime.UTC))
+    client.set_model_version_tag(name, version, SINCE, now)
+    client.set_model_version_tag(name, version, REASON, reason)
+    client.set_model_version_tag(name, version, UNTIL, "")
+    if before and before != version:
+        client.set_model_version_tag(name, before, UNTIL, now)
+
+
+def time_text(time: datetime.datetime) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S")
+
+
+def model_name(category: str) -> str:
+    """Name of a category's registered model."""
+    return f"{_PREFIX}{category}"
 
 
 def _aliases(client: MlflowClient, model: str) -> dict[str, str]:
@@ -254,6 +293,23 @@ def find_registered(client: MlflowClient, category: str, alias: str) -> Register
         raise ValueError(
             f"no model {_PREFIX}{category} with the alias {alias!r}; with it there are: {known}."
         ) from None
+    return _detector_of(client, category, version)
+
+
+def find_version(client: MlflowClient, category: str, version: int) -> RegisteredDetector:
+    """A version by its number; raises ValueError if there is none or if it holds no detector."""
+    try:
+        found: ModelVersion = client.get_model_version(f"{_PREFIX}{category}", str(version))
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        known = client.search_model_versions(f"name = {quoted(model_name(category))}")
+        numbers = ", ".join(sorted((str(each.version) for each in known), key=int)) or "none"
+        raise ValueError(f"no version {version} of the model {_PREFIX}{category}; there are: {numbers}.") from None
+    return _detector_of(client, category, found)
+
+
+def _detector_of(client: MlflowClient, category: str, version: ModelVersion) -> RegisteredDetector:
     run_id = str(version.run_id)
     root = str(client.get_run(run_id).info.artifact_uri).rstrip("/")
     folder = str(version.source).removeprefix(f"{root}/")

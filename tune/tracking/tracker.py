@@ -73,12 +73,13 @@ class Tracker:
         figures: Path | None = None,
         promote: Promote = "auto",
         evaluation_sha256: str = "",
+        detector_version: str = "",
     ) -> Registration:
         """Log a detector, packed for serving, with its metrics to the trial's run; register it as `dskd-<category>`.
 
         `promote` and `evaluation_sha256` (`registry.evaluation_key`) decide on its alias, as in `registry.register`.
-        `figures` is a folder of pictures. Raises TrackingUnavailableError if the server is away for `patience` seconds,
-        TrackingRefusedError if it refuses.
+        `figures` is a folder of pictures; `detector_version` is what the detector's verdicts call it. Raises
+        TrackingUnavailableError if the server is away for `patience` seconds, TrackingRefusedError if it refuses.
         """
         tags = {
             **self._tags,
@@ -87,6 +88,7 @@ class Tracker:
             "dskd.category": category,
             "dskd.trial": trial_id,
             **({EVALUATION: evaluation_sha256} if evaluation_sha256 else {}),
+            "dskd.detector_version": detector_version,
         }
 
         def write(insist: Any) -> Registration:

@@ -39,6 +39,25 @@ def save_evaluated_champion(
     to the folder `local`. Returns the champion, its record, and a remark for the user, empty unless there are no test
     figures.
     """
+    figures, remark = evaluated(spec, trial_id, detector_uri, groups, change)
+    champion, record = save_champion(
+        storage, spec.category, trial_id, detector_uri, figures, local, change=change, decision=decision, beats=beats
+    )
+    return champion, record, remark
+
+
+def evaluated(
+    spec: TrialSpec,
+    trial_id: str,
+    detector_uri: str,
+    groups: "Groups",
+    change: Callable[[DetectorRecord], DetectorRecord] = lambda record: record,
+) -> tuple[dict[str, Any], str]:
+    """`test/…` figures of a stored detector on the category's test images, by a worker group.
+
+    Right and wrong verdicts are counted at the threshold of the record that `change` gives. And a remark, empty unless
+    there are no figures.
+    """
     document = Storage(detector_uri).read_json(RECORD_FILE)
     if document is None:
         raise StorageError(f"{detector_uri} has no {RECORD_FILE}: its trial must be trained again.")
@@ -54,10 +73,7 @@ def save_evaluated_champion(
     (found,) = groups.follow(assignment)
     groups.forget(assignment)
     figures = {name: value for name, value in found.items() if name != REMARK}
-    champion, record = save_champion(
-        storage, spec.category, trial_id, detector_uri, figures, local, change=change, decision=decision, beats=beats
-    )
-    return champion, record, str(found.get(REMARK, ""))
+    return figures, str(found.get(REMARK, ""))
 
 
 def evaluate_on_test(assignment: Evaluation, device: "torch.device") -> dict[str, Any]:

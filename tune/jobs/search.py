@@ -88,7 +88,7 @@ def _search(settings: SearchSettings, held: ExitStack) -> list["CategoryResult"]
     with progress.watching(plan.categories):
         results = run_search(plan, groups, workers, revision, tracker, progress)
     if num_unsent := tracker.close(_TRACKING_PATIENCE):
-        progress.say(f"MLflow does not answer: {num_unsent} events are in {unsent}; the same command writes them")
+        progress.say(f"MLflow {tracker.trouble}: {num_unsent} events are in {unsent}; the same command writes them")
     show_outcome(results, plan, settings, progress.time_share())
     return results
 

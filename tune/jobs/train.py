@@ -137,7 +137,7 @@ def _trained(settings: TrainingSettings, repeated: TrackedRun | None) -> Trained
             return _conclude(settings, storage, key, spec, tracker, groups, repeated)
     finally:
         if num_unsent := tracker.close(_TRACKING_PATIENCE):
-            say(f"MLflow does not answer: {num_unsent} events are in {unsent}; the same command writes them")
+            say(f"MLflow {tracker.trouble}: {num_unsent} events are in {unsent}; the same command writes them")
 
 
 def _conclude(

@@ -4,9 +4,10 @@ import fcntl
 import json
 import os
 import shutil
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,6 +21,8 @@ _T = TypeVar("_T")
 RETRY_PAUSE = 0.5
 """Seconds between the first attempt and the second; each pause is twice the one before, up to 30 s."""
 RETRY_ATTEMPTS = 8
+_SQLITE_SECONDS = 5.0
+"""Seconds to wait for another process's transaction."""
 
 
 class StorageError(OSError):
@@ -273,6 +276,21 @@ def created_by_one(url: str) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def check_unlocked(url: str, flag: str) -> None:
+    """Raise ConnectionError, in one line, if an existing SQLite file cannot be written to; other URLs pass."""
+    scheme, _, path = url.partition(":///")
+    if not scheme.startswith("sqlite") or not Path(path).is_file():
+        return
+    try:
+        with closing(sqlite3.connect(path, timeout=_SQLITE_SECONDS, isolation_level=None)) as file:
+            file.execute("BEGIN IMMEDIATE")
+            file.execute("ROLLBACK")
+    except sqlite3.Error as error:
+        raise ConnectionError(
+            f"{flag} {shown_url(url)} cannot be written to: {error}; end what holds it, or name another file."
+        ) from None
 
 
 def open_search(storage: str, name: str) -> Storage:

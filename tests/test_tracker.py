@@ -488,7 +488,7 @@ def test_a_deleted_experiment_is_found_before_the_search_and_its_events_are_kept
     check_may_write(uri, "gone", ["dskd-gone"])
     client.delete_experiment(experiment)
     with pytest.raises(
-        ConnectionError, match="was deleted; restore it .mlflow experiments restore .* or give"
+        ConnectionError, match=r"was deleted; restore it .mlflow experiments restore .* or give"
     ) as found:
         check_may_write(uri, "gone", [])
     assert "\n" not in str(found.value)

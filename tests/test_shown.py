@@ -5,6 +5,8 @@ import logging
 import shlex
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -15,7 +17,7 @@ from tune.settings.search import SearchSettings
 from tune.storage.shown import HIDDEN, command, printable, shown, shown_url, without_secrets
 from tune.study.progress import SearchProgress
 from tune.tracking.client import check_server, first_line, tracking_ui_command
-from tune.tracking.events import CategoryEnded, Remarked, TrialEnded, TrialStarted
+from tune.tracking.events import CategoryEnded, Event, Remarked, TrialEnded, TrialStarted
 from tune.tracking.registry import check_category
 from tune.tracking.tracker import Tracker
 
@@ -89,7 +91,7 @@ PROGRAMS = [search, train, pull, score, demo]
 @pytest.mark.parametrize("flag", FLAGS)
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_no_command_repeats_credentials(
-    program: object, flag: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    program: ModuleType, flag: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each command gets every form in one of its flags, and each flag every form; some commands know no such flag."""
     name = str(getattr(program, "__name__", "")).rpartition(".")[2]
@@ -105,7 +107,7 @@ def test_no_command_repeats_credentials(
     for form in FORMS[turn % len(FLAGS) :: len(FLAGS)]:
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *required, f"{flag}={form}"])
         with pytest.raises(SystemExit) as end:
-            program.main()  # type: ignore[attr-defined]
+            program.main()
         said = capfd.readouterr()
         assert end.value.code == 2 and CANARY not in said.out + said.err, (form, said.err)
 
@@ -164,7 +166,7 @@ def test_neither_tags_nor_the_journal_hold_credentials(tmp_path: Path) -> None:
 
     unsent, uri = tmp_path / "unsent.jsonl", f"sqlite:///{tmp_path}/mlflow.db"
     all_forms = "\n".join(FORMS)
-    events = [
+    events: list[Event] = [
         TrialStarted("bolt", "one", {"learning_rate": 0.1}),
         Remarked("bolt", "one", all_forms),
         TrialEnded("bolt", "one", "failed", all_forms),
@@ -223,7 +225,8 @@ def test_one_rule_for_names(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="takes a name of letters") as raised:
         check_name(name, "--name")
     assert str(raised.value).isprintable()
-    for values in ({"name": name}, {"start_from": name}):
+    refused: list[dict[str, Any]] = [{"name": name}, {"start_from": name}]
+    for values in refused:
         if name.strip() or "name" in values:
             with pytest.raises(ValueError, match="takes a name of letters"):
                 SearchSettings(data=str(tmp_path), **values)

@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,26 @@ def test_a_mistake_in_the_workflow_is_found(mistake: dict[str, Any]) -> None:
 def test_the_workflow_calls_every_check_on_both_ends_of_the_supported_pythons() -> None:
     job = workflow()["jobs"]["everything"]
     assert job["strategy"]["matrix"]["python"] == ["3.11", "3.13"] and job["steps"][-1]["run"] == ".ci/run"
+
+
+def test_the_oldest_and_the_newest_versions_are_tested_and_a_newer_ray_may_fail() -> None:
+    jobs = workflow()["jobs"]
+    assert jobs["versions"]["strategy"]["matrix"]["resolution"] == ["lowest-direct", "highest"]
+    assert "continue-on-error" not in jobs["versions"] and jobs["next-ray"]["continue-on-error"] is True
+    commands = [step["run"] for name in ("versions", "next-ray") for step in jobs[name]["steps"] if "run" in step]
+    tests = [word for command in commands for word in command.split() if word.startswith("tests/")]
+    assert len(tests) == 2 and all((ROOT / test).is_file() for test in tests)
+    bounds = {
+        name: line for line in _cluster_packages() for name in ("mlflow", "optuna", "ray") if line.startswith(name)
+    }
+    assert bounds.keys() == {"mlflow", "optuna", "ray"} and "~=" in bounds["ray"]
+    assert all("<" not in bounds[name] for name in ("mlflow", "optuna")), "the newest is tested, so none is shut out"
+
+
+def _cluster_packages() -> list[str]:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        found: list[str] = tomllib.load(file)["project"]["optional-dependencies"]["cluster"]
+    return found
 
 
 def test_the_commands_for_other_systems_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from tune import search
 from tune.preflight import dry_run
 from tune.preflight.checks import check_inputs, read_categories
 from tune.preflight.draft import drafted
-from tune.preflight.room import PreflightError, check_cluster
+from tune.preflight.room import Cluster, PreflightError, check_cluster, wait_for_room
 from tune.runtime.cluster import count_trials, resolve_gpus
 from tune.settings.plan import SearchPlan, plan_search, resolve_addresses
 from tune.settings.search import SearchSettings
@@ -246,3 +246,56 @@ def test_slots_count_whole_workers_on_whole_nodes() -> None:
     assert count_trials(nodes, Workers(2, cpus=1.0, gpus=0.5)) == 2
     assert count_trials([], Workers(1, cpus=1.0, gpus=0.0)) == 1, "a cluster may grow once something waits"
     assert resolve_gpus(0.5, nodes) == 0.5 and resolve_gpus(None, [{"CPU": 3.0}]) == 0.0
+
+
+class Growing:
+    """A cluster whose nodes come at given seconds, and whose time passes while one waits."""
+
+    def __init__(self, nodes: Mapping[float, list[dict[str, float]]], can_help: Mapping[float, bool | None]) -> None:
+        self._nodes, self._can_help, self._now = nodes, can_help, 0.0
+        self.asked = Cluster(self.nodes, self.can_help, lambda: self._now, self.sleep)
+
+    def sleep(self, seconds: float) -> None:
+        self._now += seconds
+        assert self._now < 4000, "it waits for ever"
+
+    def nodes(self) -> list[dict[str, float]]:
+        return self._nodes[max(begin for begin in self._nodes if begin <= self._now)]
+
+    def can_help(self) -> bool | None:
+        return self._can_help[max(begin for begin in self._can_help if begin <= self._now)]
+
+
+ONE, TWO = [{"CPU": 1.0}], [{"CPU": 1.0}] * 2
+
+
+@pytest.mark.parametrize(
+    ("nodes", "can_help", "ends_after"),
+    [
+        ({0: TWO}, {0: None}, 0),  # there is room
+        ({0: ONE}, {0: None}, -600),  # no autoscaler: nothing will ever come
+        ({0: []}, {0: False}, -600),  # beyond the limits of the autoscaler
+        ({0: ONE, 300: TWO}, {0: None}, 300),  # somebody joins a node by hand
+        ({0: [], 500: ONE, 1000: TWO}, {0: None}, 1000),  # a node that came is hope
+        ({0: ONE, 2000: TWO}, {0: True}, 2000),  # spot nodes that take their time
+        ({0: ONE}, {0: True, 1000: False}, -1599),  # somebody lowers the limits
+    ],
+)
+def test_a_demand_that_no_node_will_meet_ends_and_others_wait(
+    nodes: Mapping[float, list[dict[str, float]]], can_help: Mapping[float, bool | None], ends_after: float
+) -> None:
+    cluster, said = Growing(nodes, can_help), list[str]()
+    workers = Workers(2, cpus=1.0, gpus=0.0)
+    if ends_after < 0:
+        with pytest.raises(
+            PreflightError, match=r"a trial asks for 2 CPUs .*no node came within 600 s; lower"
+        ) as raised:
+            wait_for_room(workers, 600.0, said.append, cluster.asked)
+        assert "\n" not in str(raised.value)
+    else:
+        wait_for_room(workers, 600.0, said.append, cluster.asked)
+    assert cluster.asked.clock() == abs(ends_after)
+    lines = [line for line in said if "waiting for the cluster to grow" in line]
+    assert len(lines) == (abs(ends_after) + 29) // 30, "at once, then every 30 s"
+    assert all("asks for 2 CPUs (2 workers), the cluster has" in line for line in lines)
+    assert len(said) == len(lines) + (ends_after > 0)

@@ -326,14 +326,14 @@ def test_every_number_of_the_cluster_s_flags_has_a_range() -> None:
 
 @pytest.mark.parametrize(("kind", "name", "value"), NUMBERS)
 def test_a_number_out_of_range_is_refused_before_anything_starts(kind: Any, name: str, value: float) -> None:
-    given: Any = {
+    required: dict[Any, dict[str, Any]] = {
         SearchSettings: {"data": "data"},
         TrainingSettings: {"data": "data", "out": Path("out"), "config": RunConfig()},
         ScoringSettings: {"detector": "d", "images": "i", "out": "o"},
-    }[kind]
+    }
     flag = f"--{name.replace('_', '-')}"
     with pytest.raises(ValueError, match=f"^{flag} must be (at least|above) .* and at most .*, got {value}") as raised:
-        kind(**given | {name: value})
+        kind(**required[kind] | {name: value})
     assert "\n" not in str(raised.value)
 
 

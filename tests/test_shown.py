@@ -5,7 +5,8 @@ import logging
 import shlex
 import sys
 from pathlib import Path
-from typing import Any, cast
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -90,7 +91,7 @@ PROGRAMS = [search, train, pull, score, demo]
 @pytest.mark.parametrize("flag", FLAGS)
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_no_command_repeats_credentials(
-    program: object, flag: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    program: ModuleType, flag: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each command gets every form in one of its flags, and each flag every form; some commands know no such flag."""
     name = str(getattr(program, "__name__", "")).rpartition(".")[2]
@@ -102,11 +103,11 @@ def test_no_command_repeats_credentials(
         "demo": ["--out", str(tmp_path / "out"), "--trials", "0"],
     }[name]
     monkeypatch.chdir(tmp_path)  # what takes a form for a folder's name
-    turn = PROGRAMS.index(cast(Any, program)) + FLAGS.index(flag)
+    turn = PROGRAMS.index(program) + FLAGS.index(flag)
     for form in FORMS[turn % len(FLAGS) :: len(FLAGS)]:
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *required, f"{flag}={form}"])
         with pytest.raises(SystemExit) as end:
-            program.main()  # type: ignore[attr-defined]
+            program.main()
         said = capfd.readouterr()
         assert end.value.code == 2 and CANARY not in said.out + said.err, (form, said.err)
 
@@ -224,8 +225,8 @@ def test_one_rule_for_names(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="takes a name of letters") as raised:
         check_name(name, "--name")
     assert str(raised.value).isprintable()
-    cases: list[dict[str, Any]] = [{"name": name}, {"start_from": name}]
-    for values in cases:
+    refused: list[dict[str, Any]] = [{"name": name}, {"start_from": name}]
+    for values in refused:
         if name.strip() or "name" in values:
             with pytest.raises(ValueError, match="takes a name of letters"):
                 SearchSettings(data=str(tmp_path), **values)

@@ -4,11 +4,14 @@ import os
 import pickle
 import shutil
 import struct
+import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pyarrow.fs
 import pytest
+import services
 
 from dskd.checkpoint import PREVIEW_FILE, RECORD_FILE, WEIGHTS_FILE, BrokenDetectorError, read_record, rewrite_record
 from tune.jobs.pull import pull
@@ -397,3 +400,75 @@ def test_strays_and_broken_records_stop_no_pull_of_what_is_whole(
         assert reason in document["faults"][Path(name).stem], name
         assert sum(line.startswith(f"{Path(name).stem}: not pulled: ") for line in said.err.splitlines()) == 1
     assert "Traceback" not in said.err
+
+
+@pytest.mark.parametrize("given", ["AWS_CA_BUNDLE", "SSL_CERT_FILE"])
+def test_one_variable_for_an_own_authority_holds_for_every_client(
+    given: str, store: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = {"AWS_CA_BUNDLE": "SSL_CERT_FILE", "SSL_CERT_FILE": "AWS_CA_BUNDLE"}[given]
+    monkeypatch.setenv(other, "")
+    monkeypatch.setenv(given, "/etc/own.pem")
+    Storage(store.uri)
+    assert os.environ[other] == os.environ[given] == "/etc/own.pem"
+    monkeypatch.setenv(other, "/etc/other.pem")
+    Storage(store.uri)
+    assert (os.environ[given], os.environ[other]) == ("/etc/own.pem", "/etc/other.pem"), "what is set stays"
+
+
+def rights(bucket: str, user: str, *, condition: object = None, listing: bool = True) -> str:
+    """The policy of cluster/s3-policy.json, given to one user of a bucket, or less."""
+    document = json.loads((Path(__file__).parents[1] / "cluster/s3-policy.json").read_text())
+    statements = document["Statement"] if listing else document["Statement"][1:]
+    for statement in statements:
+        statement["Principal"] = {"AWS": [f"arn:aws:iam:::user/{user}"]}
+        if condition and statement["Sid"] == "ListTheBucket":
+            statement["Condition"] = condition
+    return json.dumps(document | {"Statement": statements}).replace("DSKD_BUCKET", bucket)
+
+
+@pytest.mark.services
+def test_the_least_policy_is_enough_and_the_probe_finds_what_is_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user of Ceph's who has the rights of cluster/s3-policy.json alone."""
+    if reason := services.s3_unavailable():
+        pytest.skip(reason)
+    import boto3
+
+    with tempfile.TemporaryDirectory(prefix="s3-") as short, services.s3(Path(short)) as server:
+        for name, value in server.env.items():
+            monkeypatch.setenv(name, value)
+        owner = boto3.client("s3")
+        words = ["user", "create", "--uid=least", "--display-name=least"]
+        made = subprocess.run(
+            ["radosgw-admin", "-c", f"{short}/s3/ceph.conf", "-n", "client.admin", *words],
+            capture_output=True, check=True, text=True,
+        )  # fmt: skip
+        (key,) = json.loads(made.stdout)["keys"]
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", key["access_key"])
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", key["secret_key"])
+        home = f"s3://{server.bucket}/searches/parts"
+
+        owner.put_bucket_policy(Bucket=server.bucket, Policy=rights(server.bucket, "least"))
+        storage = Storage(home)
+        storage.probe()
+        (tmp_path / "deep").mkdir()
+        (tmp_path / "deep/a").write_text("a")
+        storage.upload(tmp_path, "workers/one")
+        assert storage.names("workers/one") == ["deep"] and storage.read_json("none.json") is None
+        storage.remove("workers/one")
+        storage.remove("workers/none")
+        assert storage.files("workers") == []
+
+        prefixed = {"StringLike": {"s3:prefix": ["searches/*", "data/*"]}}
+        for less in (rights(server.bucket, "least", condition=prefixed), rights(server.bucket, "least", listing=False)):
+            owner.put_bucket_policy(Bucket=server.bucket, Policy=less)
+            with pytest.raises(StorageError, match=r"is not usable: .*ACCESS_DENIED.*s3-policy\.json") as refused:
+                Storage(home).probe()
+            assert "\n" not in str(refused.value)
+        owner.put_bucket_policy(Bucket=server.bucket, Policy=rights(server.bucket, "least", condition=prefixed))
+        assert Storage(home).read_json("none.json") is None, "forbidden means missing where one may not look"
+        with pytest.raises(StorageError, match="is not usable"):
+            Storage("s3://no-such-bucket/searches").probe()
+        assert [bucket["Name"] for bucket in owner.list_buckets()["Buckets"]] == [server.bucket]

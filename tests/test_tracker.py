@@ -3,8 +3,13 @@ import json
 import logging
 import shutil
 import socket
+import sqlite3
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import mlflow.data
@@ -15,11 +20,12 @@ from mlflow.tracking import MlflowClient
 
 from dskd.checkpoint import read_record
 from tune.settings.search import Promote
+from tune.storage.files import check_unlocked, created_by_one
 from tune.storage.uris import Addresses
 from tune.study.progress import SearchProgress
 from tune.tracking import outbox
 from tune.tracking import tracker as tracker_module
-from tune.tracking.client import check_server, run_link, tracking_ui_command
+from tune.tracking.client import check_may_write, check_server, run_link, tracking_ui_command
 from tune.tracking.events import CategoryEnded, DataUsed, EpochDone, Event, TrialEnded, TrialStarted
 from tune.tracking.journal import Journal
 from tune.tracking.outbox import TrackingRefusedError, TrackingUnavailableError
@@ -471,3 +477,94 @@ def test_progress_counts_the_trials_of_each_category(capsys: pytest.CaptureFixtu
         "wood: trial 1 of 4 (b) failed after 1 of ? validations: ValueError: too hot",
         "tile: trial 2 of 4 (c) pruned after 0 of ? validations",
     ]
+
+
+def test_a_deleted_experiment_is_found_before_the_search_and_its_events_are_kept_later(
+    uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox, "FIRST_PAUSE", 0.01)
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.create_experiment("gone", f"file://{tmp_path}/artifacts")
+    check_may_write(uri, "gone", ["dskd-gone"])
+    client.delete_experiment(experiment)
+    with pytest.raises(
+        ConnectionError, match=r"was deleted; restore it .mlflow experiments restore .* or give"
+    ) as found:
+        check_may_write(uri, "gone", [])
+    assert "\n" not in str(found.value)
+
+    writer = tracker(uri, "gone", tmp_path)
+    with caplog.at_level(logging.WARNING, "tune.tracking.outbox"):
+        for event in one_trial("tile", "a", 0.5, 0.7):
+            writer.put(event)
+        with pytest.raises(TrackingRefusedError, match="active"):
+            writer.register_champion("tile", "a", tmp_path, {"val/objective": 0.5}, "images", 600)
+        assert writer.close(600) == 3, "nobody waits for ten minutes for what only a person can change"
+    assert "active" in writer.trouble
+    said = [record.getMessage() for record in caplog.records if record.name == "tune.tracking.outbox"]
+    assert len(said) == 1 and "kept" in said[0] and "\n" not in said[0]
+    client.restore_experiment(experiment)
+    again = tracker(uri, "gone", tmp_path)
+    assert again.close(60) == 0 and not (tmp_path / "unsent.jsonl").exists()
+    assert runs(uri, "gone")["tile-a"].data.metrics["val/best_objective"] == 0.7
+
+
+@pytest.mark.parametrize("flag", ["--tracking-uri", "--study-storage"])
+def test_a_locked_or_unwritable_database_file_is_found_before_the_search(flag: str, tmp_path: Path) -> None:
+    file = tmp_path / "held.db"
+    with closing(sqlite3.connect(file, isolation_level=None)) as holder:
+        holder.execute("CREATE TABLE held (x)")
+        check_unlocked(f"sqlite:///{file}", flag)
+        holder.execute("BEGIN EXCLUSIVE")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("tune.storage.files._SQLITE_SECONDS", 0.05)
+            with pytest.raises(
+                ConnectionError, match=f"{flag} sqlite:.*held.db cannot be written to: database is locked"
+            ):
+                check_unlocked(f"sqlite:///{file}", flag)
+        holder.execute("ROLLBACK")
+    file.write_bytes(b"no database at all" * 100)
+    with pytest.raises(ConnectionError, match="not a database"):
+        check_unlocked(f"sqlite:///{file}", flag)
+
+
+def test_one_at_a_time_opens_a_database_file_first(tmp_path: Path) -> None:
+    inside, most = [0], [0]
+
+    def enter() -> None:
+        with created_by_one(f"sqlite:///{tmp_path}/a.db"):
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+            time.sleep(0.02)
+            inside[0] -= 1
+
+    threads = [threading.Thread(target=enter) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] and list(tmp_path.iterdir()) == []
+    with created_by_one("postgresql+psycopg2://db/x"), created_by_one("postgresql+psycopg2://db/x"):
+        pass
+
+
+@pytest.mark.services
+def test_two_processes_that_make_one_database_at_once_both_succeed(tmp_path: Path) -> None:
+    """Each imports first and then waits for the other, so that both reach the file within milliseconds."""
+    script = (
+        "import sys, time, pathlib, optuna\n"
+        "from tune.tracking.client import check_server, prepare_client\n"
+        "from tune.preflight.checks import _check_studies\n"
+        "home = pathlib.Path(sys.argv[1]); (home / sys.argv[2]).touch()\n"
+        "while len(list(home.glob('ready-*'))) < 2: time.sleep(0.001)\n"
+        "_check_studies(f'sqlite:///{home}/both.db'); check_server(f'sqlite:///{home}/mlflow.db')\n"
+    )
+    root = Path(__file__).resolve().parents[1]
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, tmp_path, f"ready-{name}"], cwd=root, stderr=subprocess.PIPE, text=True
+        )
+        for name in "ab"
+    ]
+    ends = [(each.communicate()[1], each.returncode) for each in both]
+    assert [code for _, code in ends] == [0, 0], ends

@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import ray
 
 from tune.preflight.draft import Draft, drafted
-from tune.preflight.room import PreflightError, check_cluster
+from tune.preflight.reach import check_place, check_reach
+from tune.preflight.room import PreflightError, check_cluster, wait_for_room
 from tune.runtime.cluster import cluster_nodes, connect, resolve_gpus
 from tune.settings.plan import SearchPlan
 from tune.settings.search import SearchSettings
 from tune.settings.workers import Workers
 from tune.storage.files import Storage
 from tune.storage.lease import only_search
+from tune.storage.uris import absolute
 from tune.study.progress import SearchProgress
 from tune.trial.groups import Groups, worker_groups
 from tune.trial.spec import spec_of
@@ -92,7 +94,7 @@ def _search(settings: SearchSettings, held: ExitStack) -> list["CategoryResult"]
         results = run_search(plan, groups, workers, revision, tracker, progress)
     progress.begin("finishing: the last events to MLflow")
     if num_unsent := tracker.close(_TRACKING_PATIENCE):
-        progress.say(f"MLflow does not answer: {num_unsent} events are in {unsent}; the same command writes them")
+        progress.say(f"MLflow {tracker.trouble}: {num_unsent} events are in {unsent}; the same command writes them")
     seconds = {category: progress.seconds_of(category) for category in plan.categories}
     show_outcome(results, plan, settings, progress.time_share(), seconds)
     return results
@@ -103,6 +105,7 @@ def _begin(settings: SearchSettings, progress: SearchProgress, held: ExitStack) 
 
     Raises PreflightError with all errors.
     """
+    check_place(absolute(settings.storage))
     lease = held.enter_context(ExitStack())  # entered first, so given back last
     with drafted(settings) as draft, ThreadPoolExecutor(2, thread_name_prefix="preflight") as beside:
         leasing = beside.submit(_take_lease, draft, lease, partial(_end, progress))
@@ -112,7 +115,7 @@ def _begin(settings: SearchSettings, progress: SearchProgress, held: ExitStack) 
             try:
                 connect(settings.address)
                 if plan is not None and not leasing.result():
-                    begun = _first_group(plan, held)
+                    begun = _first_group(plan, held, progress.say)
             except (ValueError, OSError) as error:
                 of_cluster = str(error).splitlines()
         categories, errors = checking.result()
@@ -145,10 +148,11 @@ def _check(draft: Draft) -> tuple[list[str], list[str]]:
     return [category.describe() for category in categories.values()], errors
 
 
-def _first_group(plan: SearchPlan, held: ExitStack) -> _Begun:
+def _first_group(plan: SearchPlan, held: ExitStack, say: Callable[[str], object]) -> _Begun:
     """Start the worker groups; raises ValueError if the cluster cannot hold a trial."""
     nodes = cluster_nodes()
-    check_cluster(plan, nodes)
+    if plan.ray_address is None:
+        check_cluster(plan, nodes)
     workers = Workers(plan.num_workers, plan.cpus_per_worker, resolve_gpus(plan.gpus_per_worker, nodes))
     groups = worker_groups(
         workers,
@@ -157,7 +161,13 @@ def _first_group(plan: SearchPlan, held: ExitStack) -> _Begun:
         max_groups=plan.max_concurrent,
         first=spec_of(plan, plan.categories[0], workers, revision=""),
     )
-    return _Begun(plan, workers, held.enter_context(groups))
+    begun = _Begun(plan, workers, held.enter_context(groups))
+    if plan.ray_address is not None:  # what waits makes a cluster grow, so only now
+        wait_for_room(workers._replace(number=plan.min_workers or plan.num_workers), plan.wait_seconds, say)
+        weights = str(plan.teacher) if plan.teacher.is_file else ""
+        inputs = {"--data": plan.data, "--textures": plan.textures, "--teacher-weights": weights}
+        check_reach(plan.addresses.home, inputs)
+    return begun
 
 
 def _end(progress: SearchProgress, reason: str) -> None:

@@ -16,6 +16,7 @@ from dskd.data.datasets import find_categories, fingerprint, read_category
 from dskd.data.defects import choose_textures
 from dskd.detector import UNTRAINED_TEACHER
 from dskd.model.teacher import build_teacher
+from tune.preflight.reach import check_place, check_reach
 from tune.runtime.cluster import cluster_nodes, connect, describe_shortage, resolve_gpus
 from tune.settings.entry import say
 from tune.settings.train import TrainingSettings
@@ -23,7 +24,7 @@ from tune.settings.workers import Workers
 from tune.storage.champions import download_detector, find_champion, note_run
 from tune.storage.files import Storage
 from tune.storage.staging import listing_key, outline
-from tune.storage.uris import DETECTOR_FOLDER
+from tune.storage.uris import DETECTOR_FOLDER, absolute
 from tune.tracking.client import check_server, run_link
 from tune.tracking.events import EpochDone, Remarked, TrialEnded, TrialStarted
 from tune.tracking.outbox import TrackingRefusedError, TrackingUnavailableError
@@ -100,6 +101,7 @@ def _trained(settings: TrainingSettings, repeated: TrackedRun | None) -> Trained
     category, key = _checked(settings)
     name = f"{category}-{key}"
     addresses = settings.addresses
+    check_place(addresses.storage)
     storage = Storage(f"{addresses.home}/{name}")
     storage.probe()
     check_server(addresses.tracking)
@@ -109,6 +111,11 @@ def _trained(settings: TrainingSettings, repeated: TrackedRun | None) -> Trained
     if settings.teacher.is_untrained:
         say(UNTRAINED_TEACHER)
     connect(settings.address)
+    if settings.address is not None:
+        weights = str(settings.teacher.absolute()) if settings.teacher.is_file else ""
+        textures = absolute(str(settings.textures)) if settings.textures else ""
+        inputs = {"--data": absolute(settings.data), "--textures": textures, "--teacher-weights": weights}
+        check_reach(storage.uri, inputs)
     spec = build_spec(
         settings.config,
         data=settings.data,
@@ -137,7 +144,7 @@ def _trained(settings: TrainingSettings, repeated: TrackedRun | None) -> Trained
             return _conclude(settings, storage, key, spec, tracker, groups, repeated)
     finally:
         if num_unsent := tracker.close(_TRACKING_PATIENCE):
-            say(f"MLflow does not answer: {num_unsent} events are in {unsent}; the same command writes them")
+            say(f"MLflow {tracker.trouble}: {num_unsent} events are in {unsent}; the same command writes them")
 
 
 def _conclude(

@@ -23,11 +23,11 @@ from tune.preflight.identity import check_continues
 from tune.preflight.room import PreflightError
 from tune.settings.plan import SearchPlan, resolve_studies
 from tune.settings.search import SearchSettings
-from tune.storage.files import Storage, created_by_one, open_search
+from tune.storage.files import Storage, check_unlocked, created_by_one, open_search
 from tune.storage.shown import shown, shown_url
 from tune.storage.uris import Addresses, is_address
-from tune.tracking.client import check_server
-from tune.tracking.registry import check_category
+from tune.tracking.client import check_may_write, check_server
+from tune.tracking.registry import check_category, model_name
 
 _MAX_FILES_LISTED = 3
 _MAX_THREADS = 16
@@ -71,7 +71,7 @@ def check_inputs(draft: Draft, *, leave_no_trace: bool = False) -> Inputs:
             check_textures,
             lambda: _try_storage(settings, addresses),
             check_earlier,
-            lambda: _try_tracking(addresses.tracking),
+            lambda: _try_tracking(addresses, plan),
             lambda: _try_studies(studies),
         )
         return Inputs(categories, [*draft.errors, *errors])
@@ -80,7 +80,7 @@ def check_inputs(draft: Draft, *, leave_no_trace: bool = False) -> Inputs:
     errors = [*collect_all_errors(read, check_textures, lambda: _check_teachers(settings, plan)), *storage]
     if not storage:
         errors += collect_errors(check_earlier)
-        errors += collect_all_errors(lambda: check_server(addresses.tracking))
+        errors += collect_all_errors(lambda: _check_tracking(addresses, plan))
         errors += collect_all_errors(lambda: _check_studies(studies))
     return Inputs(categories, [*draft.errors, *errors])
 
@@ -174,6 +174,7 @@ def _check_teacher(settings: SearchSettings, config: RunConfig) -> None:
 
 
 def _check_studies(url: str) -> None:
+    check_unlocked(url, "--study-storage")
     try:
         with created_by_one(url):
             optuna.storages.RDBStorage(url).get_all_studies()
@@ -192,11 +193,17 @@ def _try_storage(settings: SearchSettings, addresses: Addresses) -> None:
     Storage(str(there)).probe()
 
 
-def _try_tracking(uri: str) -> None:
-    if uri.startswith("sqlite:"):
-        _try_sqlite(uri, "--tracking-uri")
+def _check_tracking(addresses: Addresses, plan: SearchPlan | None) -> None:
+    check_server(addresses.tracking)
+    models = [model_name(category) for category in plan.categories] if plan else []
+    check_may_write(addresses.tracking, addresses.name, models)
+
+
+def _try_tracking(addresses: Addresses, plan: SearchPlan | None) -> None:
+    if addresses.tracking.startswith("sqlite:"):
+        _try_sqlite(addresses.tracking, "--tracking-uri")
     else:
-        check_server(uri)
+        _check_tracking(addresses, plan)
 
 
 def _try_studies(url: str) -> None:
@@ -224,6 +231,7 @@ def _try_sqlite(url: str, flag: str) -> None:
             file.execute("PRAGMA schema_version").fetchone()
     except sqlite3.Error as error:
         raise ValueError(f"{flag} {shown_url(url)} is not usable: {error}; name another file.") from None
+    check_unlocked(url, flag)
 
 
 def _unusable_studies(url: str, error: Exception) -> ConnectionError:

@@ -12,6 +12,7 @@ import ray
 import ray.exceptions
 
 from tune.settings.workers import Workers
+from tune.storage.files import trust_one_authority
 from tune.storage.shown import shown, shown_url
 
 _CONNECT_SECONDS = 5.0
@@ -26,6 +27,7 @@ def connect(address: str | None) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # It advises to switch authentication off, each time that Ray starts with it.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    trust_one_authority()  # the processes of a cluster that starts here inherit it
     if address is not None:
         _check_address(address)
     with _caught_stderr() as captured:

@@ -80,6 +80,27 @@ def node_is_leaving() -> bool:
     return ray.get_runtime_context().get_node_id() in ray._private.state.state.get_draining_nodes()
 
 
+def autoscaler_can_help() -> bool | None:
+    """Whether Ray's autoscaler brings nodes for all that waits now; None if it says nothing (the first one never does).
+
+    Ray has no public function for it. Demands beyond the limits of all node groups are what it calls infeasible.
+    """
+    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
+
+    worker: Any = ray._private.worker.global_worker
+    if not getattr(worker, "connected", False):  # not through ray://
+        return None
+    try:
+        found = GetClusterStatusReply.FromString(worker.gcs_client.get_cluster_status(timeout_s=10)).autoscaling_state
+    except (RuntimeError, ray.exceptions.RayError):  # no answer now
+        return None
+    if found.autoscaler_state_version == 0:
+        return None
+    return bool(found.pending_instances or found.pending_instance_requests) or not (
+        found.infeasible_resource_requests or found.infeasible_gang_resource_requests
+    )
+
+
 def cpus_of_this_machine() -> float:
     """CPUs of this machine as counted by Ray, which respects a container's limit."""
     from ray._private.utils import get_num_cpus

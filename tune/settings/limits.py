@@ -48,8 +48,6 @@ Cpus = Annotated[float, Range(0, 1_024, may_be_low=False)]
 Gpus = Annotated[float, Range(0, 64)]
 Gigabytes = Annotated[float, Range(0, 1_000_000)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]
-Share = Annotated[float, Range(0, 1)]
-Seconds = Annotated[float, Range(1, 365 * 24 * 3600)]
 
 
 def check_ranges(settings: Any) -> None:

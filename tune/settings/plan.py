@@ -40,6 +40,8 @@ class SearchPlan:
     seed: int
     trials: int
     budget_seconds: float | None
+    wait_seconds: float
+    """Seconds to wait for nodes that nothing promises."""
     earlier_searches: tuple[str, ...]
     num_workers: int
     min_workers: int | None
@@ -118,6 +120,7 @@ def plan_search(settings: SearchSettings, addresses: Addresses, root: Path) -> S
         seed=settings.seed,
         trials=settings.trials,
         budget_seconds=settings.budget_seconds(),
+        wait_seconds=settings.wait_seconds(),
         earlier_searches=split_words(settings.start_from),
         num_workers=settings.workers_per_trial,
         min_workers=settings.min_workers_per_trial,

@@ -38,7 +38,7 @@ FIXED = (
     "layout",
 )  # fmt: skip
 """Flags that set the configuration's field of the same name for all trials."""
-_LONGEST_BUDGET = 10_000 * 3600
+_LONGEST_TIME = 10_000 * 3600
 """In seconds."""
 
 
@@ -145,6 +145,9 @@ class SearchSettings:
     """CPUs of a worker."""
     max_concurrent: Together | None = None
     """Trials that run at once over all categories; by default as many as the cluster can hold at that time."""
+    wait_for_resources: str = "10m"
+    """Time such as 10m or 2h to wait for nodes that neither the cluster nor its autoscaler's limits promise; where the
+    autoscaler brings nodes, the search waits as long as they take."""
     storage: str = LOCAL_RESULTS
     """Folder or s3://bucket/path for trial state and champions; reachable from every node."""
     tracking_uri: str | None = field(default=None, repr=False)
@@ -208,6 +211,7 @@ class SearchSettings:
         if self.name in split_words(self.start_from):
             raise ValueError(f"--start-from names this search itself, {self.name!r}; it continues by its own name.")
         self.budget_seconds()
+        self.wait_seconds()
 
     @property
     def num_reports(self) -> int:
@@ -264,17 +268,23 @@ class SearchSettings:
 
         Raises ValueError if the text is not a valid time.
         """
-        if self.time_budget is None:
-            return None
-        parts = re.fullmatch(r"(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s)?", self.time_budget)
-        hours, minutes, seconds = (int(part or 0) for part in parts.groups()) if parts else (0, 0, 0)
-        total = 3600 * hours + 60 * minutes + seconds
-        if not 0 < total <= _LONGEST_BUDGET:
-            raise ValueError(
-                f"--time-budget must be a time such as 2h, 1h30m or 90s, at most {_LONGEST_BUDGET // 3600}h, got "
-                f"{self.time_budget!r}."
-            )
-        return float(total)
+        return None if self.time_budget is None else read_time(self.time_budget, "--time-budget")
+
+    def wait_seconds(self) -> float:
+        """Seconds to wait for nodes that nothing promises; raises ValueError if the text is not a valid time."""
+        return read_time(self.wait_for_resources, "--wait-for-resources")
+
+
+def read_time(text: str, flag: str) -> float:
+    """Seconds of a time such as 2h, 1h30m or 90s; raises ValueError, naming the flag, on anything else."""
+    parts = re.fullmatch(r"(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s)?", text)
+    hours, minutes, seconds = (int(part or 0) for part in parts.groups()) if parts else (0, 0, 0)
+    total = 3600 * hours + 60 * minutes + seconds
+    if not 0 < total <= _LONGEST_TIME:
+        raise ValueError(
+            f"{flag} must be a time such as 2h, 1h30m or 90s, at most {_LONGEST_TIME // 3600}h, got {text[:40]!r}."
+        )
+    return float(total)
 
 
 def split_words(text: str) -> tuple[str, ...]:

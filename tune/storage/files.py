@@ -1,12 +1,15 @@
 """Files below a folder or an s3:// address, read and written with pyarrow as Ray does."""
 
+import copy
 import fcntl
 import json
 import os
 import shutil
+import sqlite3
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,6 +23,8 @@ _T = TypeVar("_T")
 RETRY_PAUSE = 0.5
 """Seconds between the first attempt and the second; each pause is twice the one before, up to 30 s."""
 RETRY_ATTEMPTS = 8
+_SQLITE_SECONDS = 5.0
+"""Seconds to wait for another process's transaction."""
 
 
 class StorageError(OSError):
@@ -44,6 +49,9 @@ class Storage:
 
     def __init__(self, uri: str, flag: str = "--storage") -> None:
         self.uri = uri.rstrip("/")
+        self._attempts = 0
+        """How often an operation is tried; 0: `RETRY_ATTEMPTS`."""
+        trust_one_authority()
         # pyarrow adds checksums in trailers that many S3-compatible servers refuse with HTTP 411.
         os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
         os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
@@ -58,7 +66,7 @@ class Storage:
         """The JSON document `name`; None if it does not exist. Raises StorageError if it is none."""
 
         def read() -> dict[str, Any] | None:
-            kind = self._files.get_file_info(self._path(name)).type
+            kind = self._kind(name)
             if kind == pyarrow.fs.FileType.NotFound:
                 return None
             if kind == pyarrow.fs.FileType.Directory:
@@ -188,8 +196,17 @@ class Storage:
         """Remove a folder and all files below it; nothing happens if there is none."""
 
         def remove() -> None:
-            if self._files.get_file_info(self._path(folder)).type != pyarrow.fs.FileType.NotFound:
+            if self._kind(folder) == pyarrow.fs.FileType.NotFound:
+                return
+            try:
                 self._files.delete_dir(self._path(folder))
+            except OSError as error:
+                if not _is_denied(error):
+                    raise
+                # Some servers ask for a right on the bucket to delete several objects in one request.
+                for info in self._files.get_file_info(pyarrow.fs.FileSelector(self._path(folder), recursive=True)):
+                    if info.is_file:
+                        self._files.delete_file(info.path)
 
         self._with_retries(remove, f"removing {folder}")
 
@@ -198,21 +215,44 @@ class Storage:
         return self._files, self._root
 
     def probe(self) -> None:
-        """Write, read and delete a small object.
+        """Make, read, list and remove a small folder by the same requests as a search, each tried once.
 
-        Raises StorageError if one of them fails.
+        Ray makes a folder by asking for its bucket, and reads what is missing. Nothing is made but objects. Raises
+        StorageError if a request fails.
         """
         name = f".probe-{os.getpid()}-{time.time_ns()}"
+        if isinstance(self._files, pyarrow.fs.LocalFileSystem) and not Path(self._root).is_dir():
+            raise StorageError(f"--storage {self.uri} is not usable: it is no folder any more.")
+        once = copy.copy(self)
+        once._attempts = 1
+        with tempfile.TemporaryDirectory(prefix="dskd-") as temporary:
+            (Path(temporary) / "probe.json").write_text('{"probe": true}')
+            try:
+                missing = once.read_json(f"{name}/missing.json")
+                self._files.create_dir(self._path(f"{name}/folder"))
+                once.upload(Path(temporary), f"{name}/folder")
+                once.write_json(f"{name}/probe.json", {"probe": True})
+                found = (once.read_json(f"{name}/probe.json"), once.read_json(f"{name}/folder/probe.json"))
+                listed = once.names(f"{name}/folder")
+                once.remove(name)
+                left = once.files(name)
+            except (OSError, pyarrow.ArrowException) as error:
+                rights = "; cluster/s3-policy.json has the rights that a search needs" if _is_denied(error) else ""
+                raise StorageError(f"--storage {self.uri} is not usable: {_first_line(error)}{rights}") from None
+        if (missing, found, listed, left) != (None, ({"probe": True},) * 2, ["probe.json"], []):
+            raise StorageError(f"--storage {self.uri} gave back something else than was written.")
+
+    def _kind(self, name: str) -> pyarrow.fs.FileType:
+        """What is called `name`; a server that may not say that it is missing says that it is forbidden."""
+        path = self._path(name)
         try:
-            with self._files.open_output_stream(self._path(name)) as file:
-                file.write(b"probe")
-            with self._files.open_input_stream(self._path(name)) as file:
-                content = file.read()
-            self._files.delete_file(self._path(name))
-        except (OSError, pyarrow.ArrowException) as error:
-            raise StorageError(f"--storage {self.uri} is not usable: {_first_line(error)}") from None
-        if content != b"probe":
-            raise StorageError(f"--storage {self.uri} gave back other bytes than were written.")
+            return self._files.get_file_info(path).type
+        except OSError as error:
+            if not _is_denied(error):
+                raise
+            beside = pyarrow.fs.FileSelector(str(PurePosixPath(path).parent), allow_not_found=True)
+            found = [info.type for info in self._files.get_file_info(beside) if info.path == path]
+            return found[0] if found else pyarrow.fs.FileType.NotFound
 
     def _relative(self, path: str, folder: str) -> PurePosixPath:
         """A listed path relative to the folder; raises StorageError if it points outside."""
@@ -230,25 +270,41 @@ class Storage:
         return f"{self._root}/{name}" if name else self._root
 
     def _with_retries(self, act: Callable[[], _T], what: str) -> _T:
-        return with_retries(act, f"{what} at {self.uri}")
+        return with_retries(act, f"{what} at {self.uri}", self._attempts)
 
 
-def with_retries(act: Callable[[], _T], what: str) -> _T:
+def trust_one_authority() -> None:
+    """Let pyarrow and boto3 trust the same certificates: each reads a variable of its own, and one is enough."""
+    own, everywhere = os.environ.get("AWS_CA_BUNDLE"), os.environ.get("SSL_CERT_FILE")
+    if own and not everywhere:
+        os.environ["SSL_CERT_FILE"] = own
+    elif everywhere and not own:
+        os.environ["AWS_CA_BUNDLE"] = everywhere
+
+
+def _is_denied(error: Exception) -> bool:
+    return "ACCESS_DENIED" in str(error)
+
+
+def with_retries(act: Callable[[], _T], what: str, attempts: int = 0) -> _T:
     """Call `act` and return its result; storage errors are retried with growing pauses for about a minute.
+
+    `attempts`: at most so many; 0: `RETRY_ATTEMPTS`.
 
     Raises StorageError, naming `what`, if every attempt failed.
     """
+    attempts = attempts or RETRY_ATTEMPTS
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(_is_retryable),
         wait=tenacity.wait_exponential(multiplier=RETRY_PAUSE, max=30.0),
-        stop=tenacity.stop_after_attempt(RETRY_ATTEMPTS),
+        stop=tenacity.stop_after_attempt(attempts),
     )
     try:
         return retrying(act)
     except tenacity.RetryError as error:
         last = error.last_attempt.exception()
         assert isinstance(last, Exception)
-        raise StorageError(f"{what} failed {RETRY_ATTEMPTS} times: {_first_line(last)}") from None
+        raise StorageError(f"{what} failed {attempts} times: {_first_line(last)}") from None
 
 
 def _is_retryable(error: BaseException) -> bool:
@@ -273,6 +329,21 @@ def created_by_one(url: str) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def check_unlocked(url: str, flag: str) -> None:
+    """Raise ConnectionError, in one line, if an existing SQLite file cannot be written to; other URLs pass."""
+    scheme, _, path = url.partition(":///")
+    if not scheme.startswith("sqlite") or not Path(path).is_file():
+        return
+    try:
+        with closing(sqlite3.connect(path, timeout=_SQLITE_SECONDS, isolation_level=None)) as file:
+            file.execute("BEGIN IMMEDIATE")
+            file.execute("ROLLBACK")
+    except sqlite3.Error as error:
+        raise ConnectionError(
+            f"{flag} {shown_url(url)} cannot be written to: {error}; end what holds it, or name another file."
+        ) from None
 
 
 def open_search(storage: str, name: str) -> Storage:

@@ -128,7 +128,15 @@ def make_sampler(name: SamplerName, seed: int, category: str, num_presets: int) 
     """Optuna's sampler of that name; the same `seed` gives each category different suggestions."""
     seed = zlib.crc32(f"{seed}/{category}".encode())
     if name == "tpe":
-        return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=num_presets > 1)
+        # All that Optuna's versions have different defaults for; `dskd.optuna` in MLflow says which version it was.
+        return optuna.samplers.TPESampler(
+            seed=seed,
+            multivariate=True,
+            group=num_presets > 1,
+            n_startup_trials=10,
+            n_ei_candidates=24,
+            constant_liar=True,
+        )
     if name == "gp":
         return optuna.samplers.GPSampler(seed=seed)
     if name == "cmaes":

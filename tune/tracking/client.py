@@ -2,16 +2,21 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import mlflow.artifacts
 import sqlalchemy
+from mlflow.entities.lifecycle_stage import LifecycleStage
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
-from tune.storage.files import created_by_one
+from tune.storage.files import check_unlocked, created_by_one
 from tune.storage.shown import command, shown, shown_url
+
+EXPERIMENT_KIND, CUSTOM = "mlflow.experimentKind", "custom_model_development"
+"""A tag of experiments; without it MLflow opens their page on traces and prompts."""
 
 
 def prepare_client() -> None:
@@ -40,6 +45,42 @@ def check_server(uri: str) -> None:
             MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
     except (MlflowException, SQLAlchemyError, ImportError) as error:
         raise ConnectionError(f"MLflow at {shown_url(uri)} does not answer: {first_line(error)}") from None
+
+
+def check_may_write(uri: str, experiment: str, models: Sequence[str]) -> None:
+    """Check that an experiment and registered models that exist can be written to, by writing what they hold already.
+
+    Raises ConnectionError, in one line, if not: another user's, a deleted experiment, a locked database.
+    """
+    prepare_client()
+    where = f"MLflow at {shown_url(uri)}"
+    client = registry_client(uri)
+    try:
+        check_unlocked(uri, "--tracking-uri")
+        if (known := client.get_experiment_by_name(experiment)) is not None:
+            if known.lifecycle_stage != LifecycleStage.ACTIVE:
+                restore = command(["mlflow", "experiments", "restore", "--experiment-id", str(known.experiment_id)])
+                raise ConnectionError(
+                    f"the experiment {experiment!r} of {where} was deleted; restore it ({restore}), or give another "
+                    "--name."
+                )
+            kind = known.tags.get(EXPERIMENT_KIND, CUSTOM)
+            client.set_experiment_tag(known.experiment_id, EXPERIMENT_KIND, kind)
+        for model in models:
+            if (description := _description(client, model)) is not None:
+                client.update_registered_model(model, description)
+    except MlflowException as error:
+        raise ConnectionError(f"{where} does not let this search write: {first_line(error)}") from None
+
+
+def _description(client: MlflowClient, model: str) -> str | None:
+    """The description of a registered model; None if there is none of that name."""
+    try:
+        return str(client.get_registered_model(model).description or "")
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
 
 
 def is_database(uri: str) -> bool:

@@ -29,6 +29,8 @@ Insist = Callable[[Callable[[], Result]], Result]
 FIRST_PAUSE = 0.5
 """Seconds between the first and second attempt; each pause is twice the previous one."""
 LONGEST_PAUSE = 15.0
+_LOOK_SECONDS = 0.5
+"""Seconds between two looks at whether MLflow refuses, while waiting for it."""
 _WARNING_PAUSE = 2.0
 """Pause in seconds from which an outage is reported."""
 
@@ -54,6 +56,10 @@ class Outbox:
         self._is_closing = False
         self._changed = threading.Condition()
         """Guards the three attributes above."""
+        self._refusal = ""
+        """Why MLflow takes nothing, until somebody changes its rights or restores what was deleted."""
+        self._has_warned = False
+        """Whether the current outage has been reported."""
         self._writing = threading.Lock()
         self._give_up = threading.Event()
         self._writer = threading.Thread(target=self._deliver, name="mlflow writer", daemon=True)
@@ -73,7 +79,9 @@ class Outbox:
         with self._changed:
             self._is_closing = True
             self._changed.notify()
-        self._writer.join(patience)
+        deadline = time.monotonic() + patience
+        while self._writer.is_alive() and not self._refusal and (left := deadline - time.monotonic()) > 0:
+            self._writer.join(min(left, _LOOK_SECONDS))
         if self._writer.is_alive():
             self._give_up.set()
             self._writer.join(60)
@@ -87,8 +95,11 @@ class Outbox:
         refuses.
         """
         deadline = time.monotonic() + patience
-        if not self._writing.acquire(timeout=patience):
-            raise TrackingUnavailableError(f"MLflow did not answer for {patience:.0f} s")
+        while not self._writing.acquire(timeout=min(patience, _LOOK_SECONDS)):
+            if self._refusal:
+                raise TrackingRefusedError(f"MLflow refused: {self._refusal}")
+            if time.monotonic() >= deadline:
+                raise TrackingUnavailableError(f"MLflow did not answer for {patience:.0f} s")
         try:
             return write(lambda act: self._retried(act, max(0.0, deadline - time.monotonic())))
         except (MlflowException, RequestException) as error:
@@ -107,6 +118,7 @@ class Outbox:
                     # One line: a traceback may repeat the server's address with a password in it.
                     what = f"{type(event).__name__} of {event.category}"
                     logger.error("could not track %s: %s: %s", what, type(error).__name__, first_line(error))
+            self._refusal, self._has_warned = "", False
             with self._changed:
                 self._events.popleft()
                 if self._is_journaled and not self._events:
@@ -122,13 +134,14 @@ class Outbox:
     def _retried(self, act: Callable[[], Result], patience: float | None) -> Result:
         """Call `act`, retried during an outage for `patience` seconds (None: until `close` gives up); its result."""
         stop = tenacity.stop_when_event_set(self._give_up)
+        is_worth_it = _is_outage if patience is not None else lambda error: _is_outage(error) or _is_closed(error)
         retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception(_is_outage),
+            retry=tenacity.retry_if_exception(is_worth_it),
             wait=tenacity.wait_exponential(multiplier=FIRST_PAUSE, max=LONGEST_PAUSE),
             stop=stop if patience is None else tenacity.stop_any(stop, tenacity.stop_before_delay(patience)),
             sleep=tenacity.sleep_using_event(self._give_up),
             after=lambda state: self._keep_on_disk(),
-            before_sleep=_warn,
+            before_sleep=self._warn,
         )
         try:
             return retrying(act)
@@ -141,11 +154,35 @@ class Outbox:
                 self._journal.add(self._events)
                 self._is_journaled = True
 
+    @property
+    def refusal(self) -> str:
+        """Why MLflow takes no event, although it answers; empty if it does."""
+        return self._refusal
 
-def _warn(state: tenacity.RetryCallState) -> None:
-    error = state.outcome.exception() if state.outcome else None
-    if state.upcoming_sleep >= _WARNING_PAUSE and isinstance(error, Exception):
-        logger.warning("the MLflow server does not answer, trying again: %s", first_line(error))
+    def _warn(self, state: tenacity.RetryCallState) -> None:
+        """Report an outage or a refusal, once."""
+        error = state.outcome.exception() if state.outcome else None
+        if not isinstance(error, Exception) or self._has_warned:
+            return
+        if _is_closed(error):
+            self._refusal = first_line(error)
+            logger.warning("MLflow takes no events, which are kept; trying again: %s", self._refusal)
+            self._has_warned = True
+        elif state.upcoming_sleep >= _WARNING_PAUSE:
+            logger.warning("the MLflow server does not answer, trying again: %s", first_line(error))
+            self._has_warned = True
+
+
+def _is_closed(error: BaseException) -> bool:
+    """Whether everything is refused until a person changes something: no right to write, a deleted experiment.
+
+    Such events must be kept, unlike one that MLflow cannot take because of its content.
+    """
+    if not isinstance(error, MlflowException):
+        return False
+    text = str(error)
+    is_deleted = "experiment" in text.partition("must be in the 'active' state")[0][-60:] and "'active' state" in text
+    return error.get_http_status_code() in (401, 403) or is_deleted or "readonly database" in text
 
 
 def _is_outage(error: BaseException) -> bool:
@@ -156,7 +193,7 @@ def _is_outage(error: BaseException) -> bool:
     from botocore.exceptions import BotoCoreError
 
     if isinstance(error, MlflowException):
-        return error.get_http_status_code() >= 500 or "Max retries exceeded" in str(error)
+        return error.get_http_status_code() in (429, *range(500, 600)) or "Max retries exceeded" in str(error)
     if isinstance(error, RequestException):
         return error.response is None or error.response.status_code >= 500
     return isinstance(error, BotoCoreError | ConnectionError | TimeoutError)

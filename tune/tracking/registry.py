@@ -92,6 +92,11 @@ def check_category(category: str) -> None:
         )
 
 
+def model_name(category: str) -> str:
+    """Name of a category's registered model."""
+    return f"{_PREFIX}{category}"
+
+
 def quoted(text: str) -> str:
     """A string literal of MLflow's filter language, which has two kinds of quotes and no escapes."""
     return f'"{text}"' if "'" in text else f"'{text}'"
@@ -171,7 +176,7 @@ def register(
 
     The alias (`oracle` if `dskd.selection` is oracle, else `champion`) moves to it by `_alias_of`.
     """
-    model = f"{_PREFIX}{category}"
+    model = model_name(category)
     held = _aliases(client, model)
     versions = client.search_model_versions(f"name = {quoted(model)}")
     mine = [version for version in versions if version.run_id == run_id]

@@ -1,6 +1,7 @@
 """Reads a run back from MLflow, with everything that is needed to repeat it."""
 
 import ast
+import importlib.metadata
 import os
 import subprocess
 from collections.abc import Mapping
@@ -40,6 +41,7 @@ def run_tags(entry: str, name: str, selection: Selection, teacher: TeacherSource
         "dskd.search": name,
         "dskd.selection": selection,
         TEACHER: UNTRAINED if teacher.is_untrained else "pretrained",
+        "dskd.optuna": importlib.metadata.version("optuna"),
         "mlflow.source.name": entry,
         "mlflow.source.git.commit": revision,
     }

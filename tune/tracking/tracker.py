@@ -11,7 +11,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.tracking import MlflowClient
 
 from tune.settings.search import Promote
-from tune.tracking.client import prepare_client
+from tune.tracking.client import CUSTOM, EXPERIMENT_KIND, prepare_client
 from tune.tracking.events import CategoryEnded, DataUsed, EpochDone, Event, Remarked, TrialStarted
 from tune.tracking.outbox import Outbox
 from tune.tracking.registry import EVALUATION, MODEL_FOLDER, Registration, pack, quoted, register
@@ -60,6 +60,11 @@ class Tracker:
     def close(self, patience: float) -> int:
         """Write the remaining events for at most `patience` seconds; returns how many stay in the file."""
         return self._outbox.close(patience)
+
+    @property
+    def trouble(self) -> str:
+        """Why events stay in the file, to follow "MLflow"."""
+        return f"refuses them ({self._outbox.refusal})" if self._outbox.refusal else "does not answer"
 
     def register_champion(
         self,
@@ -225,8 +230,7 @@ class Tracker:
                 else self._client.create_experiment(
                     self._search,
                     artifact_location=self._artifact_location,
-                    # Otherwise MLflow opens its page on traces and prompts.
-                    tags={"mlflow.experimentKind": "custom_model_development"},
+                    tags={EXPERIMENT_KIND: CUSTOM},
                 )
             )
         return self._experiment

@@ -44,7 +44,9 @@ def ended(line: str, monkeypatch: pytest.MonkeyPatch) -> int:
 def test_flags_reach_the_search_and_default_to_the_demo_of_the_readme() -> None:
     usual = DemoSettings().search("hub")
     assert (usual.data, usual.storage, usual.name) == ("dskd-demo/data", "dskd-demo/results", "demo-hub")
-    assert (usual.trials, usual.steps, usual.epochs, usual.image_size, usual.batch_size) == (4, 120, None, 128, 8)
+    assert (usual.trials, usual.steps, usual.epochs, usual.image_size, usual.batch_size) == (3, 120, None, 128, 8)
+    small = DemoSettings().search("lite0")
+    assert (small.preset, small.steps, small.image_size, small.name) == ("rd4ad", 240, 256, "demo-lite0")
     asked = DemoSettings(
         out=Path("d"), trials=2, epochs=3, image_size=64, batch_size=4, name="mine", address="auto"
     ).search("weights.pth")
@@ -87,7 +89,7 @@ def test_without_a_hub_the_teacher_of_a_package_stands_in_and_says_so(
     assert UNAVAILABLE in said and "Continuing with EfficientNet-Lite0" in said and "untrained" not in said
     usual = DemoSettings().search("lite0")
     assert usual.name == "demo-lite0"
-    assert usual.run_configs()["dskd"].model.backbone == "tf_efficientnet_lite0.in1k"
+    assert usual.run_configs()["rd4ad"].model.backbone == "tf_efficientnet_lite0.in1k"
 
 
 @pytest.mark.usefixtures("no_hub")

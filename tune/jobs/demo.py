@@ -12,7 +12,7 @@ from dskd.predict import OVERLAYS_FOLDER, find_images, predict_images
 from dskd.presets import PRESETS
 from tune.jobs.pull import pull
 from tune.jobs.search import search
-from tune.settings.demo import DemoSettings
+from tune.settings.demo import NUM_TRAIN, DemoSettings
 from tune.settings.entry import say
 from tune.settings.plan import resolve_addresses
 from tune.settings.pull import PullSettings
@@ -29,7 +29,7 @@ def demo(settings: DemoSettings) -> int:
     """
     asked = settings.search(chosen_weights(settings.teacher_weights))
     say(f"Drawing {', '.join(CATEGORIES)} in {settings.data} …")
-    draw_dataset(settings.data)
+    draw_dataset(settings.data, num_train=NUM_TRAIN)
     if code := search(asked):
         return code
     detectors = settings.out / "detectors"

@@ -2,12 +2,26 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from dskd.config import TeacherSource
+from dskd.presets import Preset
 from tune.settings.search import SearchSettings
 
-_STEPS = 120
-"""Enough for good verdicts on the drawn products (benchmarks/README.md)."""
+
+class _Usual(NamedTuple):
+    """What the demonstration takes with a teacher unless asked otherwise: all it does in eight minutes on two cores."""
+
+    preset: Preset
+    image_size: int
+    steps: int
+
+
+_WITH_RESNET18 = _Usual("dskd", 128, 120)
+_WITH_LITE0 = _Usual("rd4ad", 256, 240)
+"""The smaller network sees the board's small parts at the size that they were drawn in, in no more time."""
+NUM_TRAIN = 120
+"""Drawn good images of each product: as many as a threshold needs that flags few good ones."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,14 +33,16 @@ class DemoSettings:
     teacher_weights: str | None = None
     """hub, lite0 (EfficientNet-Lite0 from an installed package), a .safetensors or .pth file, or random (untrained). By
     default hub; if it cannot be reached, lite0."""
-    trials: int = 4
+    trials: int = 3
     """Trials per category."""
+    preset: Preset | None = None
+    """Method; by default rd4ad with lite0, else dskd."""
     steps: int | None = None
-    """Optimiser steps of a trial that is not pruned; 120 unless --epochs is given."""
+    """Optimiser steps of a trial that is not pruned; unless --epochs is given 240 with lite0, else 120."""
     epochs: int | None = None
     """Length in passes over the training images instead of steps."""
-    image_size: int = 128
-    """Side in pixels that images are resized to; a multiple of 32."""
+    image_size: int | None = None
+    """Side in pixels that images are resized to, a multiple of 32; by default 256 with lite0, else 128."""
     batch_size: int = 8
     """Images of one optimiser step."""
     name: str | None = None
@@ -48,13 +64,15 @@ class DemoSettings:
         """
         source = TeacherSource(weights)
         label = "file" if source.is_file else source.name
+        usual = _WITH_LITE0 if source == TeacherSource("lite0") else _WITH_RESNET18
         return SearchSettings(
             data=str(self.data),
             name=self.name or f"demo-{label}",
             trials=self.trials,
-            steps=_STEPS if self.steps is None and self.epochs is None else self.steps,
+            preset=self.preset or usual.preset,
+            steps=usual.steps if self.steps is None and self.epochs is None else self.steps,
             epochs=self.epochs,
-            image_size=self.image_size,
+            image_size=usual.image_size if self.image_size is None else self.image_size,
             batch_size=self.batch_size,
             teacher_weights=weights,
             storage=str(self.out / "results"),

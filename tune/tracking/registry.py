@@ -253,11 +253,6 @@ def time_text(time: datetime.datetime) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S")
 
 
-def model_name(category: str) -> str:
-    """Name of a category's registered model."""
-    return f"{_PREFIX}{category}"
-
-
 def _aliases(client: MlflowClient, model: str) -> dict[str, str]:
     """Version by alias; creates the model if it does not exist."""
     try:

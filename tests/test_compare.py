@@ -24,7 +24,8 @@ def test_compare_tells_where_two_detectors_differ(
         for threshold in document["thresholds"]:
             threshold["value"] = limit
         (folders[-1] / RECORD_FILE).write_text(json.dumps(document))
-    compare(*folders, (images,), out=tmp_path / "out", json=True)
+    first, second = folders
+    compare(first, second, (images,), out=tmp_path / "out", json=True)
     told = json.loads(capsys.readouterr().out)
     assert (told["num_images"], told["num_anomalous"], told["num_only_first"], told["num_only_second"]) == (
         8, [5, 3], 2, 0
@@ -41,12 +42,12 @@ def test_compare_tells_where_two_detectors_differ(
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert summary["a"]["threshold"] < summary["b"]["threshold"] and summary["a"]["category"] == "tile"
 
-    compare(*folders, (images,), out=tmp_path / "spoken")
+    compare(first, second, (images,), out=tmp_path / "spoken")
     said = capsys.readouterr()
     assert sum(line.startswith("≠ anomalous") for line in said.out.splitlines()) == 2
     assert "2 of 8 verdicts differ: 2 anomalous for A alone, 0 for B alone" in said.err
     with pytest.raises(ValueError, match="choose another --out"):
-        compare(*folders, (images,), out=tmp_path / "out")
+        compare(first, second, (images,), out=tmp_path / "out")
 
 
 def test_an_image_that_cannot_be_read_has_no_verdict_of_either(

@@ -38,7 +38,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 @pytest.mark.parametrize("case", WRONG)
 def test_a_wrong_argument_gets_a_sentence(case: str, mvtec_root: Path, tmp_path: Path) -> None:
     named, kind, message = WRONG[case]
-    given = {"data": mvtec_root, "teacher_weights": "random"} | named
+    given: dict[str, Any] = {"data": mvtec_root, "teacher_weights": "random"} | named
     with pytest.raises(kind, match=message) as error:
         dskd.train(out=tmp_path / "out", **given)
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()

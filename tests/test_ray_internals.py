@@ -12,7 +12,7 @@ import ray.util
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from tune.runtime.ray_internals import Reservation, free_abandoned
+from tune.runtime.ray_internals import Reservation, autoscaler_can_help, free_abandoned
 
 
 @pytest.fixture
@@ -86,3 +86,12 @@ def test_workers_that_are_lost_as_they_begin_to_train_hold_no_place_afterwards(c
     with pytest.raises(ray.train.ControllerError, match="a worker is gone"):
         trainer.fit()
     assert {group["state"] for group in ray.util.placement_group_table().values()} == {"REMOVED"}
+
+
+@pytest.mark.cluster
+def test_a_cluster_without_the_second_autoscaler_says_nothing_about_its_growth() -> None:
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        assert autoscaler_can_help() is None
+    finally:
+        ray.shutdown()

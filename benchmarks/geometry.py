@@ -357,8 +357,7 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
         groups.setdefault((record["category"], record["mode"]), []).append(record)
     for (category, mode), runs in groups.items():
         seams, controls = (
-            [found for record in runs if (found := record.get(name)) is not None]
-            for name in ("seam", "seam_without_tiles")
+            [record[name] for record in runs if record.get(name) is not None] for name in ("seam", "seam_without_tiles")
         )
         cells = [
             category,

@@ -101,7 +101,7 @@ def test_each_backbone_may_have_weights_of_its_own(tmp_path: Path) -> None:
     own = build_teacher("test_resnet", (1, 2), "random")
     with torch.no_grad():
         for weight in own.features.parameters():
-            weight += 1
+            weight.add_(1)
     safetensors.torch.save_file(dict(own.features.state_dict()), tmp_path / "own.safetensors")
     source = TeacherSource(f"test_resnet={tmp_path / 'own.safetensors'}, {LITE0_BACKBONE}=lite0")
     assert source.backbone == "test_resnet" and not source.is_file and not source.is_untrained

@@ -79,7 +79,7 @@ class Options:
     batch_size: int = 8
     score_candidates: int = 200
     """Score configurations that a trained candidate may take without retraining."""
-    min_gain_errors: float = 1.0
+    min_gain_errors: float = 1.5
     """By how many errors a finalist must be ahead of the preset."""
     set: dict[str, str] = field(default_factory=dict)
     """Other configuration fields of every training; values are JSON or plain words."""

@@ -187,15 +187,14 @@ def test_a_served_detector_tells_parts_of_images_that_are_named(folder: Path, pa
     names = [*map(str, paths), "part12_cam2.png", None]
     found = served.predict(pd.DataFrame({"image": texts, "name": names}), params={"false_alarm_rate": 0.3})
     detector = Detector.load(folder)
-    scores = [*(seen.score for seen in detector.predict(paths, 1.0)), None]
-    parts = {part.part: part for part in detector.judge_parts(zip(map(str, names[:5]), scores, strict=True), 0.3)}
+    scores = [seen.score for seen in detector.predict(paths, 1.0)]
+    named = zip(map(str, names[:5]), [*scores, None], strict=True)
+    parts = {part.part: part for part in detector.judge_parts(named, 0.3)}
     assert found["image"].tolist() == [*names[:5], "row 5"]
     assert found["part"].tolist() == ["12", "12", "13", "13", "12", None]
     for name, expected in (("part_verdict", "verdict"), ("part_score", "score"), ("part_threshold", "threshold")):
         assert found[name].tolist() == [getattr(parts.get(part), expected, None) for part in found["part"]]
-    assert parts["12"].num_unreadable == 1 and parts["13"].score == max(
-        score for score in scores[:4] if score is not None
-    )
+    assert parts["12"].num_unreadable == 1 and parts["13"].score == max(scores)
     assert served.metadata.signature.outputs.input_names() == list(found.columns)
     without = served.predict(pd.DataFrame({"image": texts[:2]}))
     assert without["image"].tolist() == ["row 0", "row 1"] and not without["part_verdict"].notna().any()

@@ -43,7 +43,7 @@ def test_an_alias_goes_back_with_a_reason_that_is_kept(
     newer, older = detector_versions(client_of(uri), "tile")
     assert (newer.version, newer.is_champion, newer.search, newer.objective) == (2, True, "parts-2", 0.75)
     assert newer.detector_version == "v-of-parts-2"
-    assert newer.reason == "validation 0.7500, version 1 had 0.5000 on the same images" and newer.until == ""
+    assert newer.reason == "validation 0.7500, version 1 had 0.5000 on the same data" and newer.until == ""
     assert (older.version, older.is_champion, older.search, older.trial_id) == (1, False, "parts", "of-parts")
     assert older.reason == "the first of its category"
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", newer.since) and older.until == newer.since

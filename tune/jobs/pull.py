@@ -103,11 +103,10 @@ def _from_registry(settings: PullSettings) -> Iterator[tuple[str, _Fetched]]:
     if not wanted:
         raise ValueError(f"no model of {shown_url(tracking)} has the alias {alias!r}; check it and the address.")
 
+    named = None if version is None else find_version(client, wanted[0], version)
+
     def fetched(category: str) -> PulledDetector:
-        if version is not None:
-            detector = find_version(client, category, version)
-        else:
-            detector = find_registered(client, category, alias or "")
+        detector = named or find_registered(client, category, alias or "")
         folder = settings.out / category
         record = download_detector_files(partial(fetch, client, detector), detector.files, folder)
         link = run_link(tracking, detector.run_id)

@@ -103,7 +103,7 @@ class SearchSettings:
     finalists: Finalists = 3
     """Best trials of a category that are trained on the other folds too, and compared with the untuned preset there;
     0: the first fold chooses alone."""
-    min_gain_errors: Errors = 1.0
+    min_gain_errors: Errors = 1.5
     """A finalist becomes champion if it is ahead of the untuned preset by more than so many standard errors; else the
     preset stays."""
     split_seed: int | None = None

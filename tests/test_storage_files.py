@@ -434,7 +434,7 @@ def test_the_least_policy_is_enough_and_the_probe_finds_what_is_less(
     """A user of Ceph's who has the rights of cluster/s3-policy.json alone."""
     if reason := services.s3_unavailable():
         pytest.skip(reason)
-    import boto3  # type: ignore[import-untyped]
+    import boto3
 
     with tempfile.TemporaryDirectory(prefix="s3-") as short, services.s3(Path(short)) as server:
         for name, value in server.env.items():

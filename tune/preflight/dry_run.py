@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 _NUM_IMAGES = 2
 _WANTED_RATE = 0.01
 """The false-alarm rate that inspectors want."""
+_GAIN_ERROR = 0.07
+"""Standard error of a gain × √(images in the folds that decide), about the same on the two categories where it was
+measured (benchmarks/README.md, choosing with few images)."""
 _SLOT_SECONDS = 60.0
 """Seconds to wait for a free worker slot on a busy cluster."""
 
@@ -325,6 +328,9 @@ def _choice_line(found: _DryRun) -> str:
     )
     if found.slowest:
         text += f" ({found.slowest.forecast.fold_trainings} more trainings, in the forecast)"
+    fewest = min(each.num_normal * (each.num_folds - 1) / each.num_folds for each in folded)
+    least = plan.min_gain_errors * _GAIN_ERROR / fewest**0.5
+    text += f"; with {fewest:.0f} images in those, a gain below about {least:.3f} cannot be told from none"
     if rest := [each.category for each in found.categories if not each.num_folds]:
         text += f"; {', '.join(rest)}: the held-out images alone"
     return text

@@ -74,7 +74,8 @@ class DemoSettings:
             epochs=self.epochs,
             image_size=usual.image_size if self.image_size is None else self.image_size,
             batch_size=self.batch_size,
-            folds=0,  # finalists would take three times as long as the trials
+            folds=3,
+            finalists=1,
             teacher_weights=weights,
             storage=str(self.out / "results"),
             address=self.address,

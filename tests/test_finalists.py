@@ -68,11 +68,12 @@ def test_without_a_gain_or_an_untuned_preset_there_is_no_common_winner() -> None
 def test_a_gain_counts_beyond_its_error_alone() -> None:
     gains = [Gain("a", 0.03, 0.04), Gain("b", 0.02, 0.01)]
     assert winning(gains, 1.0) == gains[1] and winning(gains, 0.5) == gains[0] and winning(gains, 3.0) is None
-    assert "gained +0.0200 ± 0.0100" in explain(gains, gains[1], 5) and "4 folds that did not choose" in explain(
-        gains, gains[1], 5
-    )
-    assert "untuned preset stays: the best finalist is at +0.0300 ± 0.0400" in explain(gains, None, 5)
-    assert "gained nothing here" in explain([], None, 5)
+    said = explain(gains, gains[1], 5, 1.0)
+    assert "gained +0.0200 ± 0.0100" in said and "4 folds that did not choose" in said
+    stays = explain(gains, None, 2, 1.5)
+    assert "untuned preset stays: the best finalist is at +0.0300 ± 0.0400" in stays
+    assert "on the other fold" in stays and "no more than 1.5 × the error" in stays
+    assert "gained nothing here" in explain([], None, 5, 1.0)
 
 
 class Trainings:

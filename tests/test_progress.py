@@ -256,6 +256,27 @@ def test_in_a_pipe_nothing_is_silent_for_half_a_minute(clock: Clock) -> None:
     assert QUIET_SECONDS < 30
 
 
+def test_finalists_on_other_folds_are_no_trials_and_told_apart(clock: Clock) -> None:
+    console = silent()
+    progress = SearchProgress(1, 10, console=console, clock=clock)
+    with progress.watching(["tile"]):
+        progress.show(TrialStarted("tile", "a", {}, 1))
+        progress.show(epoch("tile", "a", 10, 0.5))
+        clock.now += 30
+        progress.show(TrialEnded("tile", "a", "finished", ""))
+        for name in ("a-fold-1", "a-untuned-fold-1"):
+            progress.show(TrialStarted("tile", name, {}, role="finalist"))
+            progress.show(epoch("tile", name, 10, 0.9))
+        compares = "tile: 1 of 1 trials ended, comparing finalists: 0 of 2 trainings on other folds ended, best 0.5000"
+        assert progress.status() == compares, "nobody knows how long they take"
+        progress.show(TrialEnded("tile", "a-fold-1", "finished", "", 0.75))
+        progress.show(TrialEnded("tile", "a-untuned-fold-1", "failed", "too hot"))
+        assert "testing and storing the champion" in progress.status()
+    said = written(console)
+    assert "tile: a-fold-1 finished at 0.7500; 1 of 2 trainings on other folds ended" in said
+    assert "tile: a-untuned-fold-1 failed: too hot; 2 of 2 trainings" in said and "trial 2" not in said
+
+
 def test_a_live_table_needs_no_such_lines(clock: Clock) -> None:
     progress = SearchProgress(3, 10, console=(console := screen()), clock=clock)
     with progress.watching(["tile"]):

@@ -103,7 +103,7 @@ def winning(gains: Sequence[Gain], min_errors: float) -> Gain | None:
     return next((gain for gain in gains if gain.mean > min_errors * gain.error), None)
 
 
-def explain(gains: Sequence[Gain], winner: Gain | None, num_folds: int) -> str:
+def explain(gains: Sequence[Gain], winner: Gain | None, num_folds: int, min_errors: float) -> str:
     """The decision in one sentence."""
     folds = f"the {num_folds - 1} folds that did not choose it" if num_folds > 2 else "the other fold"
     if winner is not None:
@@ -113,7 +113,7 @@ def explain(gains: Sequence[Gain], winner: Gain | None, num_folds: int) -> str:
     best = gains[0]
     return (
         f"the untuned preset stays: the best finalist is at {best.mean:+.4f} ± {best.error:.4f} to it, on {folds}, "
-        "which is no more than the error"
+        f"which is no more than {min_errors:g} × the error"
     )
 
 

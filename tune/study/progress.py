@@ -372,7 +372,9 @@ class SearchProgress:
         return None if work is None else work / min(category.most_running, max(1, self._trials - category.num_ended))
 
     def _work(self, category: _Category) -> float | None:
-        """Remaining seconds of a category's trials, summed over the trials."""
+        """Remaining seconds of a category's trials, summed over the trials; None while it compares finalists."""
+        if not all(category.finalists.values()):
+            return None
         known = category.durations or [each for other in self._categories.values() for each in other.durations]
         now = self._clock()
         whole = [

@@ -166,7 +166,7 @@ def select_champion(
         return alone(_PRESET_FAILED)
     gains = measure_gains(evidence, of_preset)
     winner = winning(gains, min_errors)
-    sentence = explain(gains, winner, num_folds)
+    sentence = explain(gains, winner, num_folds, min_errors)
     if winner is not None:
         trial = finalists[winner.trial_id]
         config = configuration(trial.suggested)

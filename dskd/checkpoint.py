@@ -138,6 +138,15 @@ class DetectorRecord:
         """The rate that is proven for a threshold of this detector; None if it is approximate."""
         return None if self.is_approximate else threshold.false_alarm_rate
 
+    def rates(self, false_alarm_rate: float) -> dict[str, float | None]:
+        """What was asked for, what is to be expected and what is proven (None: nothing), for any document."""
+        found = self.threshold(false_alarm_rate)
+        return {
+            "requested_rate": false_alarm_rate,
+            "expected_rate": found.false_alarm_rate,
+            "guaranteed_rate": self.guaranteed_rate(found),
+        }
+
     def suspects(self, count: int = 10) -> list[tuple[str, float]]:
         """The good images that look least like the others, each with its score as a multiple of their median.
 

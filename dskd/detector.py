@@ -602,12 +602,7 @@ def rates_of(record: DetectorRecord, false_alarm_rate: float, threshold: float |
     """What was asked for, what is to be expected and what is proven; None where a `threshold` was given instead."""
     if threshold is not None:
         return {"requested_rate": None, "expected_rate": None, "guaranteed_rate": None}
-    found = record.threshold(false_alarm_rate)
-    return {
-        "requested_rate": false_alarm_rate,
-        "expected_rate": found.false_alarm_rate,
-        "guaranteed_rate": record.guaranteed_rate(found),
-    }
+    return record.rates(false_alarm_rate)
 
 
 def check_threshold(threshold: float) -> None:

@@ -15,7 +15,8 @@ from PIL import Image
 
 from dskd.checkpoint import RECORD_FILE, WEIGHTS_FILE, read_record
 from dskd.cli.main import main
-from dskd.config import RunConfig
+from dskd.cli.output import vouched_rates
+from dskd.config import DataConfig, RunConfig
 from dskd.data.datasets import fingerprint
 from dskd.data.files import IMAGE_SUFFIXES
 from dskd.detector import UNTRAINED_TEACHER
@@ -269,12 +270,22 @@ def test_check_data_says_how_long_a_training_is_and_takes(mvtec_root: Path, monk
     told = dskd("check-data", mvtec_root, *words, "--steps", "90", "--json")
     document = json.loads(told.out)["training"]
     assert (document["batch_size"], document["seconds_per_step"]) == (5, 2.0)
+    alarms = document["categories"]["tile"].pop("false_alarms")
+    assert alarms == {
+        "training_rate": 1 / 2, "training_images_for_1_percent": 990, "search_rate": 1 / 13,
+        "search_images_for_1_percent": 99,
+    }  # fmt: skip
     assert document["categories"]["tile"] == {
         "images": 10, "steps": 90, "times_each_image_is_seen": 45.0, "seconds": 180.0,
     }  # fmt: skip
     assert measured == [PRESETS["stfpm"].with_values({"batch_size": 5, "image_size": 64, "steps": 90})]
     told = dskd("check-data", mvtec_root, *words, "--epochs", "45")
     line = "  training    90 steps, each of 10 images seen 45 times; 3 min on this machine"
+    assert told.out.splitlines().count(line) == 2
+    line = (
+        "  alarms      one training vouches for 50.0% at best (1% takes 990 good images); a search can be asked for "
+        "7.7%, not proven (1% takes 99)"
+    )
     assert told.out.splitlines().count(line) == 2
     told = dskd("check-data", mvtec_root, "--batch-size", "20", "--steps", "60")
     assert "each of 10 images seen 60 times; 1 min on" in told.out, "a batch of all images, half as large as measured"
@@ -288,6 +299,13 @@ def test_check_data_says_how_long_a_training_is_and_takes(mvtec_root: Path, monk
     assert "  training    90 steps, each of 10 images seen 90 times\n" in told.out
     told = dskd("check-data", mvtec_root, "--steps", "90", "--epochs", "45")
     assert told.code == 2 and told.err[0].startswith("dskd: error: --steps and --epochs exclude each other")
+
+
+def test_good_validation_images_of_ones_own_vouch_for_both_alike() -> None:
+    own = vouched_rates(50, 40, DataConfig())
+    assert own["training_rate"] == own["search_rate"] == 1 / 21
+    assert own["training_images_for_1_percent"] == own["search_images_for_1_percent"] == 198
+    assert vouched_rates(50, 0, DataConfig(calibration_fraction=0.0))["training_rate"] == 1 / 11
 
 
 def test_names_that_are_no_text_are_checked_trained_on_and_written_so(mvtec_root: Path, tmp_path: Path) -> None:

@@ -237,7 +237,7 @@ def evaluate(
         json: Print one JSON document.
     """
     _allow_megapixels(max_megapixels)
-    from dskd.detector import chosen_limit
+    from dskd.detector import chosen_limit, rates_of
 
     loaded = _load(detector, device)
     limit, note = chosen_limit(loaded, false_alarm_rate, threshold)
@@ -248,6 +248,7 @@ def evaluate(
                 "category": category or loaded.record.category,
                 "detector_version": loaded.record.detector_version,
                 "teacher": loaded.record.teacher,
+                **rates_of(loaded.record, false_alarm_rate, threshold),
                 **evaluation_document(found, limit),
             }
         )

@@ -7,16 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dskd.data.datasets import num_held_out
 from dskd.show.lines import fitted, line_width
 from dskd.show.times import duration
 
 if TYPE_CHECKING:
     from dskd.checkpoint import DetectorRecord
-    from dskd.config import RunConfig
+    from dskd.config import DataConfig, RunConfig
     from dskd.data.check import Report
     from dskd.evaluate import Evaluation
     from dskd.training.run import IntervalResult
 
+_IMAGES_FOR_1_PERCENT = 99
 _MANY_NOTES = 5  # of one kind in one folder; more are only counted
 
 
@@ -51,8 +53,44 @@ def training_document(report: "Report", config: "RunConfig", seconds_per_step: f
                 "steps": steps,
                 "times_each_image_is_seen": steps * batch / num_images,
                 "seconds": seconds,
+                "false_alarms": vouched_rates(
+                    category.counts["train"].get("good", 0), category.counts["validation"].get("good", 0), config.data
+                ),
             }
     return found
+
+
+def vouched_rates(num_good: int, num_validation: int, data: "DataConfig") -> dict[str, Any]:
+    """The lowest false-alarm rates that so many good images can vouch for, and how many 1 % would take.
+
+    Of one training, whose threshold rests on a part of the held-out images; and of a search, where all good images
+    serve, and the rate is expected and not proven. `num_validation` are good validation images of the user's own.
+    """
+    held = num_validation or num_held_out(num_good, data.validation_fraction)
+    calibrating = num_held_out(held, data.calibration_fraction) if held > 1 and data.calibration_fraction else held
+    share = (1.0 if num_validation else data.validation_fraction) * (data.calibration_fraction or 1.0)
+    of_search = calibrating if num_validation else num_good
+    return {
+        "training_rate": 1 / (calibrating + 1),
+        "training_images_for_1_percent": math.ceil(_IMAGES_FOR_1_PERCENT / share),
+        "search_rate": 1 / (of_search + 1),
+        "search_images_for_1_percent": math.ceil(_IMAGES_FOR_1_PERCENT / share)
+        if num_validation
+        else _IMAGES_FOR_1_PERCENT,
+    }
+
+
+def _rates_line(rates: Mapping[str, Any]) -> str:
+    said = (
+        f"one training vouches for {rates['training_rate']:.1%} at best (1% takes "
+        f"{rates['training_images_for_1_percent']} good images)"
+    )
+    if rates["search_rate"] == rates["training_rate"]:
+        return said
+    return (
+        f"{said}; a search can be asked for {rates['search_rate']:.1%}, not proven (1% takes "
+        f"{rates['search_images_for_1_percent']})"
+    )
 
 
 def print_report(report: "Report", training: Mapping[str, Any]) -> None:
@@ -66,6 +104,7 @@ def print_report(report: "Report", training: Mapping[str, Any]) -> None:
                 f"{length['times_each_image_is_seen']:.0f} times"
                 + ("" if length["seconds"] is None else f"; {duration(length['seconds'])} on this machine")
             )
+            show(f"  {'alarms':11} {_rates_line(length['false_alarms'])}")
         if category.extent:
             show(f"  {'size':11} {_span(category.extent.width)} x {_span(category.extent.height)} pixels")
         depths = ", ".join(f"{count} of {name}" for name, count in category.depths.items())

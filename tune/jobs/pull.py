@@ -46,6 +46,7 @@ class PulledDetector(NamedTuple):
             "teacher": self.record.teacher,
             "metrics": dict(self.record.metrics),
             "thresholds": [threshold._asdict() for threshold in self.record.thresholds],
+            **self.record.rates(TABLE_RATE),
         }
 
 

@@ -32,7 +32,7 @@ from tune.tracking.registry import check_category
 from tune.tracking.runs import TrackedRun, code_revision, run_tags, tracked_run
 from tune.tracking.tracker import Tracker
 from tune.trial.assignment import Metrics, Training
-from tune.trial.evaluation import save_evaluated_champion
+from tune.trial.evaluation import TABLE_RATE, save_evaluated_champion
 from tune.trial.follower import AssignmentFailedError
 from tune.trial.groups import Groups, worker_groups
 from tune.trial.spec import CHECKPOINT, EPOCH, ERROR, REMARK, TrialSpec, build_spec, tracked_figures
@@ -66,6 +66,7 @@ class Trained(NamedTuple):
             "data_sha256": self.record.data_sha256,
             "metrics": dict(self.record.metrics),
             "thresholds": [threshold._asdict() for threshold in self.record.thresholds],
+            **self.record.rates(TABLE_RATE),
         }
 
 

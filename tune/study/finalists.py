@@ -112,7 +112,8 @@ def explain(gains: Sequence[Gain], winner: Gain | None, num_folds: int, min_erro
         return "tuning gained nothing here: no finalist could be compared with the untuned preset"
     best = gains[0]
     return (
-        f"the untuned preset stays: the best finalist is at {best.mean:+.4f} ± {best.error:.4f} to it, on {folds}, "
+        "tuning gained nothing here, the untuned preset stays: the best finalist is at "
+        f"{best.mean:+.4f} ± {best.error:.4f} to it, on {folds}, "
         f"which is no more than {min_errors:g} × the error"
     )
 

@@ -79,6 +79,16 @@ def test_a_folder_in_the_code_of_a_job_is_refused() -> None:
     check_place("s3://bucket/working_dir_files/x")
 
 
+def test_a_node_that_does_not_answer_is_told_and_stops_nothing(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    def ask(proof: Proof) -> dict[str, tuple[str, list[str] | str]]:
+        return {"n1": ("10.0.0.1", "no answer within 60 s"), "n2": ("10.0.0.2", prove(proof, "n2"))}
+
+    check_reach(str(tmp_path / "home"), {}, ask, said.append)
+    assert said == ["node 10.0.0.1 could not be checked: no answer within 60 s"]
+
+
 @pytest.mark.cluster
 def test_real_nodes_prove_it(tmp_path: Path) -> None:
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)

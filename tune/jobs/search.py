@@ -166,7 +166,7 @@ def _first_group(plan: SearchPlan, held: ExitStack, say: Callable[[str], object]
         wait_for_room(workers._replace(number=plan.min_workers or plan.num_workers), plan.wait_seconds, say)
         weights = str(plan.teacher) if plan.teacher.is_file else ""
         inputs = {"--data": plan.data, "--textures": plan.textures, "--teacher-weights": weights}
-        check_reach(plan.addresses.home, inputs)
+        check_reach(plan.addresses.home, inputs, say=say)
     return begun
 
 

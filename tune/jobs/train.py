@@ -116,7 +116,7 @@ def _trained(settings: TrainingSettings, repeated: TrackedRun | None) -> Trained
         weights = str(settings.teacher.absolute()) if settings.teacher.is_file else ""
         textures = absolute(str(settings.textures)) if settings.textures else ""
         inputs = {"--data": absolute(settings.data), "--textures": textures, "--teacher-weights": weights}
-        check_reach(storage.uri, inputs)
+        check_reach(storage.uri, inputs, say=say)
     spec = build_spec(
         settings.config,
         data=settings.data,

@@ -18,8 +18,8 @@ from tune.storage.files import Storage
 from tune.storage.shown import shown
 from tune.storage.uris import is_address
 
-_NODE_SECONDS = 120.0
-"""Seconds in which a node must answer; it starts a process for it."""
+_NODE_SECONDS = 60.0
+"""Seconds to wait for a node's answer; it starts a process for it."""
 _OF_A_JOB = "working_dir_files"
 """Folder of Ray below which a submitted job's code lies, as long as the job runs."""
 
@@ -60,8 +60,12 @@ def prove(proof: Proof, node: str) -> list[str]:
     return lines
 
 
-def on_every_node(proof: Proof) -> dict[str, tuple[str, list[str]]]:
-    """Node's id to its address and the lines of `prove` there."""
+Answers = Mapping[str, tuple[str, list[str] | str]]
+"""Node's id to its address and the lines of `prove` there, or in one text why it does not answer."""
+
+
+def on_every_node(proof: Proof) -> Answers:
+    """The answers of all nodes that live now."""
     task = ray.remote(num_cpus=0, max_retries=3)(prove)  # by reference: no decorator
     nodes = {node["NodeID"]: str(node["NodeManagerAddress"]) for node in ray.nodes() if node["Alive"]}
     running = {
@@ -69,27 +73,28 @@ def on_every_node(proof: Proof) -> dict[str, tuple[str, list[str]]]:
         for node in nodes
     }
     ray.wait(list(running.values()), num_returns=len(running), timeout=_NODE_SECONDS)
-    found = {}
+    found: dict[str, tuple[str, list[str] | str]] = {}
     for node, result in running.items():
         try:
-            lines = ray.get(result, timeout=0)
+            found[node] = nodes[node], ray.get(result, timeout=0)
         except ray.exceptions.GetTimeoutError:
             ray.cancel(result, force=True)
-            lines = [f"no answer within {_NODE_SECONDS:.0f} s"]
+            found[node] = nodes[node], f"no answer within {_NODE_SECONDS:.0f} s"
         except ray.exceptions.RayError as error:
-            lines = [shown((str(error).strip().splitlines() or [type(error).__name__])[-1])]
-        found[node] = (nodes[node], lines)
+            found[node] = nodes[node], shown((str(error).strip().splitlines() or [type(error).__name__])[-1])
     return found
 
 
 def check_reach(
     home: str,
     inputs: Mapping[str, str],
-    ask: Callable[[Proof], Mapping[str, tuple[str, list[str]]]] = on_every_node,
+    ask: Callable[[Proof], Answers] = on_every_node,
+    say: Callable[[str], object] = lambda line: None,
 ) -> None:
     """Check that every node of the cluster uses the driver's storage, and has the local `inputs` (path by flag).
 
-    Raises PreflightError with a line for each node that does not.
+    Raises PreflightError with a line for each node that does not. One that does not answer, as it is full or about to
+    go, proves nothing, which `say` tells; what trials find there is theirs to tell.
     """
     storage, token = Storage(home), f".reach-{secrets.token_hex(8)}"
     local = [(flag, path) for flag, path in inputs.items() if path and not is_address(path)]
@@ -101,6 +106,9 @@ def check_reach(
         storage.remove(token)
     faults = []
     for node, (address, lines) in found.items():
+        if isinstance(lines, str):
+            say(f"node {address} could not be checked: {lines}")
+            continue
         unseen = [] if lines or f"{node}.json" in answered else [f"what it writes to {home} does not arrive"]
         faults += [f"node {address}: {line}" for line in [*lines, *unseen]]
     if faults:

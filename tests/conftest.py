@@ -180,3 +180,22 @@ def cluster_folder() -> Iterator[Path]:
     """Short, for the paths of Ray's sockets."""
     with tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as short:
         yield Path(short)
+
+
+@pytest.fixture
+def local_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Ray of three CPUs in this process, without a dashboard that Ray's own cleaner could ask.
+
+    All tests share one token: a process keeps that of its first Ray.
+    """
+    import ray
+
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    (tmp_path / "token").write_text("0" * 32)
+    (tmp_path / "token").chmod(0o600)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()

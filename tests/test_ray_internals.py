@@ -1,6 +1,5 @@
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +14,6 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from tune.runtime.ray_internals import Reservation, autoscaler_can_help, free_abandoned
 
 
-@pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Three CPUs, and no dashboard that Ray's own cleaner could ask."""
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
-    (tmp_path / "token").write_text("0" * 32)
-    (tmp_path / "token").chmod(0o600)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
 def wait_until_free(cpus: float, pids: list[int]) -> None:
     deadline = time.monotonic() + 60
     while ray.available_resources().get("CPU", 0) < cpus or any(Path(f"/proc/{pid}").exists() for pid in pids):
@@ -37,7 +22,7 @@ def wait_until_free(cpus: float, pids: list[int]) -> None:
 
 
 @pytest.mark.cluster
-def test_what_a_killed_controller_reserved_is_freed(cluster: None) -> None:
+def test_what_a_killed_controller_reserved_is_freed(local_ray: None) -> None:
     class Worker:  # in here, or Ray's processes would look for this file by its name
         def pid(self) -> int:
             return os.getpid()
@@ -70,7 +55,7 @@ def test_what_a_killed_controller_reserved_is_freed(cluster: None) -> None:
 
 
 @pytest.mark.cluster
-def test_workers_that_are_lost_as_they_begin_to_train_hold_no_place_afterwards(cluster: None, tmp_path: Path) -> None:
+def test_workers_that_are_lost_as_they_begin_to_train_hold_no_place_afterwards(local_ray: None, tmp_path: Path) -> None:
     class Lost(WorkerGroupCallback):  # a kill at this moment cannot be timed
         def after_worker_group_training_start(self, worker_group: Any) -> None:
             raise RuntimeError("a worker is gone")
@@ -89,9 +74,5 @@ def test_workers_that_are_lost_as_they_begin_to_train_hold_no_place_afterwards(c
 
 
 @pytest.mark.cluster
-def test_a_cluster_without_the_second_autoscaler_says_nothing_about_its_growth() -> None:
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
-    try:
-        assert autoscaler_can_help() is None
-    finally:
-        ray.shutdown()
+def test_a_cluster_without_the_second_autoscaler_says_nothing_about_its_growth(local_ray: None) -> None:
+    assert autoscaler_can_help() is None

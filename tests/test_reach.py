@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import ray
 
 from tune.preflight.reach import Proof, check_place, check_reach, on_every_node, prove
 from tune.preflight.room import PreflightError
@@ -90,11 +89,7 @@ def test_a_node_that_does_not_answer_is_told_and_stops_nothing(tmp_path: Path) -
 
 
 @pytest.mark.cluster
-def test_real_nodes_prove_it(tmp_path: Path) -> None:
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
-    try:
-        check_reach(str(tmp_path / "home"), {"--data": str(tmp_path)}, on_every_node)
-        with pytest.raises(PreflightError, match=r"node .*: --data .*/none does not exist"):
-            check_reach(str(tmp_path / "home"), {"--data": str(tmp_path / "none")})
-    finally:
-        ray.shutdown()
+def test_real_nodes_prove_it(local_ray: None, tmp_path: Path) -> None:
+    check_reach(str(tmp_path / "home"), {"--data": str(tmp_path)}, on_every_node)
+    with pytest.raises(PreflightError, match=r"node .*: --data .*/none does not exist"):
+        check_reach(str(tmp_path / "home"), {"--data": str(tmp_path / "none")})

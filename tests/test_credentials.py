@@ -34,7 +34,7 @@ def test_a_server_that_is_away_is_named_without_its_password(mvtec_root: Path, t
 
 @pytest.mark.services
 def test_a_tracking_server_with_users_takes_a_search_that_says_who_it_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    detector_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reason = services.mlflow_unavailable()
     if reason is None and importlib.util.find_spec("flask_wtf") is None:
@@ -60,8 +60,5 @@ def test_a_tracking_server_with_users_takes_a_search_that_says_who_it_is(
         tracker.put(TrialStarted("bolt", "one", {"learning_rate": 0.1}))
         tracker.put(EpochDone("bolt", "one", 1, {"val/best_objective": 0.5}, 1))
         tracker.put(TrialEnded("bolt", "one", "finished", ""))
-        folder = tmp_path / "detector"
-        folder.mkdir()
-        (folder / "detector.json").write_text("{}")
-        done = tracker.register_champion("bolt", "one", folder, {"val/objective": 0.5}, "data", patience=60)
+        done = tracker.register_champion("bolt", "one", detector_folder, {"val/objective": 0.5}, "data", patience=60)
         assert tracker.close(60) == 0 and done.is_champion

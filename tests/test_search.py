@@ -310,7 +310,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
 
 @pytest.mark.services
 def test_storage_studies_and_runs_live_on_real_servers(
-    served: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    served: dict[str, str], detector_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in served.items():
         monkeypatch.setenv(name, value)
@@ -337,7 +337,7 @@ def test_storage_studies_and_runs_live_on_real_servers(
     tracker.put(TrialStarted("bolt", "one", {"learning_rate": 0.1}))
     tracker.put(EpochDone("bolt", "one", 1, {"val/best_objective": 0.5}, 1))
     tracker.put(TrialEnded("bolt", "one", "finished", ""))
-    done = tracker.register_champion("bolt", "one", folder, {"val/objective": 0.5}, "data", patience=60)
+    done = tracker.register_champion("bolt", "one", detector_folder, {"val/objective": 0.5}, "data", patience=60)
     assert tracker.close(60) == 0 and done.is_champion
     parents, children = tracked(uri, "parts")
     assert len(parents) == len(children) == 1 and children[0].data.metrics["val/best_objective"] == 0.5

@@ -14,7 +14,9 @@ Test labels are read by this benchmark alone, to say how good the choices were. 
 and the tables are made of what the results file holds.
 """
 
+import hashlib
 import itertools
+import json
 import math
 import random
 import shlex
@@ -33,6 +35,7 @@ import tyro
 from runs import Run, add_run, field_values, finished_runs, print_commands
 
 from dskd.anomaly import anomaly_maps, image_scores
+from dskd.calibration import nearest_threshold
 from dskd.config import DataSpec, RunConfig, ScoreConfig, TeacherSource
 from dskd.data.cache import ArrayCache, default_folder
 from dskd.data.datasets import find_categories, read_category, split_calibration
@@ -42,12 +45,13 @@ from dskd.evaluate import AnomalyScores, LabelledImages, compute_metrics, disagr
 from dskd.model.features import FeatureTable, feature_table
 from dskd.model.network import build_students
 from dskd.presets import PRESETS
-from dskd.training.evidence import resampled_objectives
+from dskd.training.evidence import Evidence, resampled_objectives
 from dskd.training.inputs import TrainingData, prepare
 from dskd.training.loop import Interval, NonFiniteLossError, build_optimizer, fit
 from dskd.training.run import objective
 from dskd.training.score_search import CoarseImages, draw_scores, search_scores
 from tune.settings.space import Choice, Range, default_dimensions, with_suggestions
+from tune.study.finalists import measure_gains, winning
 
 ALL = -1
 """The fold of a training that sees every good image."""
@@ -138,7 +142,8 @@ class Bank:
 
     def get(self, root: Path, cell: Cell, number: int, config: RunConfig, fold: int) -> Run | None:
         """The record of one candidate, trained without one fold (`ALL`: on everything); None if it is missing."""
-        key = f"{cell.category}/{cell.num_good}/{cell.seed}/{number}/{fold}/{config_digest(config)}"
+        digest = config_digest(config, PRESETS[self._options.preset])
+        key = f"{self._options.preset}/{cell.category}/{cell.num_good}/{cell.seed}/{number}/{fold}/{digest}"
         if key not in self._known and not self._options.only_table:
             record = {"key": key, **cell._asdict(), "candidate": number, "fold": fold}
             record |= self._trained(root, cell, config, fold) | {"command": shlex.join(sys.argv)}
@@ -177,11 +182,11 @@ class Bank:
         return self._tests[key]
 
 
-def config_digest(config: RunConfig) -> str:
-    import hashlib
-    import json
-
-    return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
+def config_digest(config: RunConfig, preset: RunConfig) -> str:
+    """Digest of the fields that differ from the preset, so that a bank outlives fields that are new to all."""
+    usual = preset.flat()
+    changed = {name: value for name, value in config.flat().items() if value != usual[name]}
+    return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def cut(root: Path, cell: Cell, folder: Path) -> None:
@@ -384,11 +389,10 @@ def choose(options: Options, bank: Bank, root: Path, cell: Cell) -> Result | Non
             others[number] = [run["students"] for run in runs if run is not None]
     if -1 not in others:
         return None
-    winner, best_gain = -1, 0.0
-    for number in (number for number in others if number >= 0):
-        gain, error = paired_gain(others[number][:-1], others[-1][:-1])
-        if gain > options.min_gain_errors * error and gain > best_gain:
-            winner, best_gain = number, gain
+    of_preset, *of_finalists = (evidence_of(others[number][:-1]) for number in (-1, *sorted(others.keys() - {-1})))
+    gains = measure_gains(dict(zip(map(str, sorted(others.keys() - {-1})), of_finalists, strict=True)), of_preset)
+    won = winning(gains, options.min_gain_errors)
+    winner = -1 if won is None else int(won.trial_id)
     kept = usable[max(winner, 0)]["whole"]["given" if winner < 0 else "delivered"]
     folds = [kept, *(each["whole"]["given"] for each in others[winner][:-1])]
     whole = others[winner][-1]
@@ -419,12 +423,10 @@ def test_figure(entry: Mapping[str, Any]) -> float:
     return float(entry["test"]["image_auroc"] + entry["test"]["aupro"]) / 2
 
 
-def paired_gain(finalist: Sequence[Any], preset: Sequence[Any]) -> tuple[float, float]:
-    """Mean difference of the objective over folds, and its standard error by the paired bootstrap within each."""
-    pairs = [(one["whole"]["given"], other["whole"]["given"]) for one, other in zip(finalist, preset, strict=True)]
-    gain = mean(one["objective"] - other["objective"] for one, other in pairs)
-    variances = [np.var(np.subtract(one["replicates"], other["replicates"]), ddof=1) for one, other in pairs]
-    return gain, math.sqrt(sum(variances)) / len(pairs)
+def evidence_of(folds: Sequence[Mapping[str, Any]]) -> list[Evidence]:
+    """The records of one candidate on several folds, as the search has them."""
+    entries = [each["whole"]["given"] for each in folds]
+    return [Evidence(each["objective"], tuple(each["replicates"]), (), tuple(each["held"])) for each in entries]
 
 
 Alarms = dict[float, tuple[float, float, float]]
@@ -445,12 +447,11 @@ def single_alarms(folds: Sequence[Mapping[str, Any]], delivered: Mapping[str, An
 
 
 def _alarms(normals: np.ndarray, good: np.ndarray, bad: np.ndarray) -> Alarms:
-    ordered, count = np.sort(normals), len(normals)
     found = {}
     for rate in RATES:
-        rank = min(math.ceil((count + 1) * (1 - rate) - 1e-9), count)
-        limit = ordered[rank - 1]
-        found[rate] = (float((good > limit).mean()), float((bad > limit).mean()), max(rate, 1 / (count + 1)))
+        limit = nearest_threshold(normals.tolist(), rate)
+        alarms, hits = float((good > limit.value).mean()), float((bad > limit.value).mean())
+        found[rate] = alarms, hits, limit.false_alarm_rate
     return found
 
 

@@ -47,13 +47,31 @@ def conformal_threshold(normal_scores: Sequence[float], false_alarm_rate: float)
     return Threshold(false_alarm_rate, float(sorted(normal_scores)[rank - 1]), count)
 
 
+def lowest_rate(num_normals: int) -> float:
+    """The lowest false-alarm rate, in (0, 1], that so many normal images can vouch for.
+
+    >>> lowest_rate(19)
+    0.05
+    """
+    return 1 / (num_normals + 1)
+
+
+def images_for(false_alarm_rate: float) -> int:
+    """How many normal images it takes to vouch for that rate.
+
+    >>> images_for(0.05), images_for(0.01)
+    (19, 99)
+    """
+    return math.ceil(1 / false_alarm_rate - 1e-9) - 1
+
+
 def nearest_threshold(normal_scores: Sequence[float], false_alarm_rate: float) -> Threshold:
     """The threshold for that rate, or for the lowest that so many images can vouch for, 1/(n + 1).
 
     >>> nearest_threshold([0.1, 0.4, 0.2, 0.3], 0.01)
     Threshold(false_alarm_rate=0.2, value=0.4, num_normals=4)
     """
-    found = conformal_threshold(normal_scores, max(false_alarm_rate, 1 / (len(normal_scores) + 1)))
+    found = conformal_threshold(normal_scores, max(false_alarm_rate, lowest_rate(len(normal_scores))))
     assert found is not None
     return found
 

@@ -17,7 +17,7 @@ from PIL import Image
 from scipy import ndimage
 from torch import nn
 
-from dskd.calibration import Threshold, p_value
+from dskd.calibration import Threshold, images_for, p_value
 from dskd.checkpoint import BrokenDetectorError, DetectorRecord, Origin, read_detector
 from dskd.config import TeacherSource
 from dskd.data.files import UnreadableImageError
@@ -586,7 +586,7 @@ def chosen_limit(detector: "Detector", false_alarm_rate: float, threshold: float
     if found.false_alarm_rate > false_alarm_rate:
         note += (
             f" ({found.num_normals} normal images cannot vouch for {false_alarm_rate:.1%}: "
-            f"it takes {round(1 / false_alarm_rate) - 1})"
+            f"it takes {images_for(false_alarm_rate)})"
         )
     return found.value, note + basis_of(detector.record)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dskd.calibration import images_for, lowest_rate
 from dskd.data.datasets import num_held_out
 from dskd.show.lines import fitted, line_width
 from dskd.show.times import duration
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from dskd.evaluate import Evaluation
     from dskd.training.run import IntervalResult
 
-_IMAGES_FOR_1_PERCENT = 99
 _MANY_NOTES = 5  # of one kind in one folder; more are only counted
 
 
@@ -71,12 +71,10 @@ def vouched_rates(num_good: int, num_validation: int, data: "DataConfig") -> dic
     share = (1.0 if num_validation else data.validation_fraction) * (data.calibration_fraction or 1.0)
     of_search = calibrating if num_validation else num_good
     return {
-        "training_rate": 1 / (calibrating + 1),
-        "training_images_for_1_percent": math.ceil(_IMAGES_FOR_1_PERCENT / share),
-        "search_rate": 1 / (of_search + 1),
-        "search_images_for_1_percent": math.ceil(_IMAGES_FOR_1_PERCENT / share)
-        if num_validation
-        else _IMAGES_FOR_1_PERCENT,
+        "training_rate": lowest_rate(calibrating),
+        "training_images_for_1_percent": math.ceil(images_for(0.01) / share),
+        "search_rate": lowest_rate(of_search),
+        "search_images_for_1_percent": math.ceil(images_for(0.01) / (share if num_validation else 1)),
     }
 
 

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dskd.calibration import images_for, lowest_rate
 from dskd.config import RunConfig, TeacherSource
 from dskd.data.datasets import read_category
 from dskd.show.times import duration
@@ -341,10 +342,10 @@ def vouched_rates(categories: Sequence[CategoryPlan]) -> list[str]:
     lines: dict[str, list[str]] = {}
     for each in categories:
         count = each.num_normal if each.num_folds else each.num_calibration
-        rate, kind = 1 / (count + 1), "expected, not proven" if each.num_folds else "proven"
+        rate, kind = lowest_rate(count), "expected, not proven" if each.num_folds else "proven"
         text = f"no lower rate than {rate:.1%} can be asked for ({kind})"
         if rate > _WANTED_RATE:
-            wanted = round(1 / _WANTED_RATE) - 1
+            wanted = images_for(_WANTED_RATE)
             text += f", {_WANTED_RATE:.0%} takes {wanted} good images" + ("" if each.num_folds else " to calibrate on")
         lines.setdefault(text, []).append(each.category)
     return [f"{', '.join(names)}: {text}" for text, names in lines.items()]

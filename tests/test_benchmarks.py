@@ -225,3 +225,30 @@ def test_figures_against_steps_are_those_of_cut_categories_and_a_killed_benchmar
     assert len(trained) == 1, "only the missing run is made"
     with pytest.raises(SystemExit, match="tile has 12 good images, fewer than the 20 of --images"):
         steps.main([str(word) for word in words] + ["--images", "20"])
+
+
+def test_a_bank_of_candidates_goes_on_and_chooses_by_the_rule_of_the_search(
+    nearest: ModuleType, mvtec_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    selection, bank = benchmark("selection"), tmp_path / "bank.jsonl"
+    words = [
+        "--data", mvtec_root, "--results", bank, "--categories", "tile", "--images", "0", "--seeds", "0",
+        "--candidates", "2", "--finalists", "1", "--folds", "2", "--steps", "4", "--image-size", "32",
+        "--batch-size", "4", "--score-candidates", "4", "--set", "backbone", "test_resnet", "--teacher-weights", "random",
+        "--cache-dir", tmp_path / "cache", "--min-gain-errors", "0",
+    ]  # fmt: skip
+    selection.main([str(word) for word in words])
+    first = capsys.readouterr().out
+    runs = [json.loads(line) for line in bank.read_text().splitlines()]
+    folds = [run["fold"] for run in runs]
+    assert folds[:2] == [0, 0] and sorted(folds[2:]) in ([-1, 1], [-1, -1, 1, 1]), (
+        "the preset, and a finalist if another"
+    )
+    assert all(0 <= run["students"][name]["given"]["test"]["aupro"] <= 1 for run in runs for name in run["students"])
+    assert "| tile | all |" in first and "| tile | all | d: the first fold's |" in first
+    kept = bank.read_text().splitlines()[:-1]
+    bank.write_text("\n".join(kept) + '\n{"key": "cut')  # killed in the last
+    selection.main([str(word) for word in words])
+    assert capsys.readouterr().out == first and len(bank.read_text().splitlines()) == len(runs)
+    selection.main([str(word) for word in [*words, "--only-table", "--images", "6"]])
+    assert "| tile |" not in capsys.readouterr().out and len(bank.read_text().splitlines()) == len(runs)

@@ -10,8 +10,6 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 FALSE_ALARM_RATES = (0.05, 0.01, 0.001)
 
 
@@ -96,7 +94,8 @@ def discovery_threshold(
     2023, theorem 1, for images that are independent of the normal ones). If none can be called anomalous, the
     threshold is the highest score that there is.
     """
-    from scipy.stats import false_discovery_control  # a slow import
+    import numpy as np  # slow imports, which the command line's help does without
+    from scipy.stats import false_discovery_control
 
     if not 0 < false_discovery_rate < 1:
         raise ValueError(f"false_discovery_rate must lie in (0, 1), got {false_discovery_rate}.")

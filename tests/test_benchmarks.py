@@ -234,8 +234,8 @@ def test_a_bank_of_candidates_goes_on_and_chooses_by_the_rule_of_the_search(
     words = [
         "--data", mvtec_root, "--results", bank, "--categories", "tile", "--images", "0", "--seeds", "0",
         "--candidates", "2", "--finalists", "1", "--folds", "2", "--steps", "4", "--image-size", "32",
-        "--batch-size", "4", "--score-candidates", "4", "--set", "backbone", "test_resnet", "--teacher-weights", "random",
-        "--cache-dir", tmp_path / "cache", "--min-gain-errors", "0",
+        "--batch-size", "4", "--score-candidates", "4", "--set", "backbone", "test_resnet",
+        "--teacher-weights", "random", "--cache-dir", tmp_path / "cache", "--min-gain-errors", "0",
     ]  # fmt: skip
     selection.main([str(word) for word in words])
     first = capsys.readouterr().out

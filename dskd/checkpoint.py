@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from dskd.atomic import check_can_be_made, file_in_making, folder_in_making
-from dskd.calibration import Threshold, calibrate, nearest_threshold, p_value
+from dskd.calibration import Threshold, calibrate, nearest_threshold
 from dskd.config import VERSION, RunConfig, Selection, TeacherSource
 from dskd.data.depth import PixelScale
 from dskd.data.geometry import RegionOfInterest
@@ -150,17 +150,14 @@ class DetectorRecord:
     def suspects(self, count: int = 10) -> list[tuple[str, float]]:
         """The good images that look least like the others, each with its score as a multiple of their median.
 
-        Only images that the scoring detector did not see are compared; none in older records.
+        Only images that the scoring detector did not see are compared; none in older records. Scores of several folds'
+        detectors are ranked together, although their scales differ a little.
         """
         if not self.normal_scores:
             return []
         middle = statistics.median(self.normal_scores) or 1.0
         ranked = sorted(zip(self.normal_scores, self.calibration_files, strict=True), reverse=True)
         return [(name, score / middle) for score, name in ranked[:count]]
-
-    def p_value(self, score: float) -> float | None:
-        """How rare such a score is among good images, in (0, 1]; None in older records."""
-        return p_value(self.normal_scores, score) if self.normal_scores else None
 
     def with_normal_scores(
         self, files: Sequence[str], scores: Sequence[float], part_scores: Sequence[float], num_folds: int
@@ -239,6 +236,8 @@ class DetectorRecord:
 def _version_of(document: Mapping[str, Any]) -> str:
     """`DetectorRecord.detector_version` of a `detector.json`: test figures, added later, do not change it."""
     decisive = {name: document.get(name) for name in ("config", "thresholds", "part_thresholds", "scale", "region")}
+    # The scores give the thresholds of all rates, not of the stored ones alone; older documents have none.
+    decisive |= {name: known for name in ("normal_scores", "normal_part_scores") if (known := document.get(name))}
     decisive["weights"] = document["weights"]["sha256"]
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
 

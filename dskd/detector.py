@@ -344,10 +344,9 @@ class Detector:
         return self._inspected(given_images(images), limit)
 
     def _limit(self, false_alarm_rate: object) -> float:
-        is_number = isinstance(false_alarm_rate, int | float) and not isinstance(false_alarm_rate, bool)
-        if not (is_number and 0 < float(str(false_alarm_rate)) < 1):
+        if not isinstance(false_alarm_rate, int | float) or not 0 < false_alarm_rate < 1:  # neither True nor False is
             raise ValueError(f"false_alarm_rate must lie in (0, 1), got {false_alarm_rate!r}; 0.05 is one in twenty.")
-        return self.threshold(float(str(false_alarm_rate))).value
+        return self.threshold(false_alarm_rate).value
 
     def _inspected(self, images: Iterator[GivenImage], threshold: float) -> Iterator[Prediction | Unreadable]:
         # Of tiled images one is large enough to be alone in memory.

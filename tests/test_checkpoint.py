@@ -439,5 +439,9 @@ def test_the_version_names_what_decides_the_verdicts(copied: Path, detector_fold
     assert read_record(copied).detector_version == before.detector_version, "a figure changes no verdict"
     edit(copied, lambda document: document.pop("detector_version"))
     assert read_record(copied).detector_version == before.detector_version, "older records have one too"
+    scores = json.loads((copied / RECORD_FILE).read_text())["normal_scores"]
+    edit(copied, lambda document: document.update(normal_scores=[score / 2 for score in scores]))
+    assert read_record(copied).detector_version != before.detector_version, "they give the thresholds of other rates"
+    edit(copied, lambda document: document.update(normal_scores=scores))
     edit(copied, lambda document: document["thresholds"][0].update(value=before.thresholds[0].value + 1))
     assert read_record(copied).detector_version != before.detector_version

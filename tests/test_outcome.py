@@ -9,7 +9,7 @@ import pytest
 
 from dskd.checkpoint import RECORD_FILE
 from dskd.config import RunConfig
-from tune.jobs.outcome import changes_of, compared_with_earlier, show_outcome
+from tune.jobs.outcome import compared_with_earlier, describe_champion, show_outcome
 from tune.storage.champions import Champion
 from tune.study.categories import CategoryResult
 
@@ -69,13 +69,14 @@ def test_a_champion_is_told_by_its_changes_and_its_threshold(
 ) -> None:
     document = json.loads((tmp_path / "champions/tile/a" / RECORD_FILE).read_text())
     limit = document["thresholds"][-1]
-    found = changes_of(champion, plan_of(tmp_path, RunConfig.from_dict(document["config"])))
+    found, worst = describe_champion(champion, plan_of(tmp_path, RunConfig.from_dict(document["config"])))
+    assert worst.startswith("good images that look worst") and "1.0 × the median" in worst
     assert found == (
         f"dskd untuned; threshold {limit['value']:.4g} for at most {limit['false_alarm_rate']:.1%} false alarms "
         "(proven)"
     )
     other = RunConfig.from_dict(document["config"]).with_values({"learning_rate": 0.5})
-    assert changes_of(champion, plan_of(tmp_path, other)).startswith("dskd with learning_rate 0.00")
+    assert describe_champion(champion, plan_of(tmp_path, other))[0].startswith("dskd with learning_rate 0.00")
 
 
 def test_what_got_better_and_worse_since_the_earlier_search(champion: Champion) -> None:

@@ -62,11 +62,10 @@ def show_outcome(
         if result.error:
             print_line(console, shown(f"{result.category}: no champion: {result.error}"))
         if result.champion:
-            print_line(console, f"{result.category}: {changes_of(result.champion, plan)}")
-            if result.decision:
-                print_line(console, f"  {result.decision}")
-            if worst := _suspects(result.champion, plan):
-                print_line(console, f"  good images that look worst (--exclude leaves out those that are bad): {worst}")
+            first, *more = describe_champion(result.champion, plan)
+            print_line(console, f"{result.category}: {first}")
+            for line in [*([result.decision] if result.decision else []), *more]:
+                print_line(console, f"  {line}")
             print_line(console, f"  in {plan.addresses.home}/{result.champion.folder}")
     if share is not None:
         print_line(console, share.sentence)
@@ -128,28 +127,21 @@ def _share(metrics: Mapping[str, float], part: str, whole: str) -> str:
     return f"{metrics[part]:.0f} of {metrics[whole]:.0f}" if part in metrics and whole in metrics else "–"
 
 
-def _suspects(champion: Champion, plan: SearchPlan) -> str:
-    """The good images with the highest scores, each by a detector that did not see it, as multiples of the median."""
+def describe_champion(champion: Champion, plan: SearchPlan) -> list[str]:
+    """How its configuration differs from the closest preset, with its threshold; then the images that look worst."""
     try:
         document = Storage(plan.addresses.home).read_json(f"{champion.folder}/{RECORD_FILE}")
-    except StorageError:  # said by `changes_of`
-        return ""
-    found = DetectorRecord.from_document(document).suspects(_NUM_SUSPECTS) if document else []
-    return ", ".join(f"{name} ({times:.1f} × the median)" for name, times in found)
-
-
-def changes_of(champion: Champion, plan: SearchPlan) -> str:
-    """How a champion's configuration differs from the closest preset of the search, and its threshold."""
-    try:
-        record = Storage(plan.addresses.home).read_json(f"{champion.folder}/{RECORD_FILE}")
     except StorageError as error:  # the search itself has succeeded
-        return str(error)
-    if record is None:
-        return "its record is missing in the storage"
-    found = DetectorRecord.from_document(record)
-    changes = describe_changes(found.config, plan.configs)
+        return [str(error)]
+    if document is None:
+        return ["its record is missing in the storage"]
+    record = DetectorRecord.from_document(document)
+    changes = describe_changes(record.config, plan.configs)
     if len(plan.teachers) > 1 and f"{BACKBONE} " not in changes:
-        changes += f", {BACKBONE} {found.config.model.backbone}"
-    limit = found.threshold(TABLE_RATE)
-    kind = "expected, not proven" if found.is_approximate else "proven"
-    return f"{changes}; threshold {limit.value:.4g} for at most {limit.false_alarm_rate:.1%} false alarms ({kind})"
+        changes += f", {BACKBONE} {record.config.model.backbone}"
+    limit = record.threshold(TABLE_RATE)
+    kind = "expected, not proven" if record.is_approximate else "proven"
+    lines = [f"{changes}; threshold {limit.value:.4g} for at most {limit.false_alarm_rate:.1%} false alarms ({kind})"]
+    if worst := ", ".join(f"{name} ({times:.1f} × the median)" for name, times in record.suspects(_NUM_SUSPECTS)):
+        lines.append(f"good images that look worst (--exclude leaves out those that are bad): {worst}")
+    return lines

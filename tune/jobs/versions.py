@@ -4,6 +4,7 @@ import json
 
 from tune.jobs.tables import print_command, print_line, print_rows, stderr_console
 from tune.settings.versions import VersionsSettings
+from tune.storage.shown import command
 from tune.tracking.client import check_server, embedded_tracking, registry_client
 from tune.tracking.versions import DetectorVersion, detector_versions, set_champion
 
@@ -25,7 +26,8 @@ def versions(settings: VersionsSettings) -> int:
     print_rows(console, f"Detectors of {settings.category}", _COLUMNS, [_row(each) for each in found])
     print_line(console, "validation figures compare only versions of the same images")
     print_line(console, "pull one of them:")
-    print_command(console, f"python tune/pull.py {settings.category} --version {found[0].version} --out detectors")
+    words = ["python", "tune/pull.py", settings.category, "--version", str(found[0].version), "--out", "detectors"]
+    print_command(console, command(words))
     if settings.json:
         document = {"category": settings.category, "versions": [each._asdict() for each in found]}
         print(json.dumps(document, indent=2))  # noqa: T201

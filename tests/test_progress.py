@@ -287,14 +287,15 @@ def test_a_live_table_needs_no_such_lines(clock: Clock) -> None:
 
 def test_beats_come_from_a_thread_and_end_with_it(capfd: pytest.CaptureFixture[str], clock: Clock) -> None:
     progress = SearchProgress(1, 1, clock=clock)
-    threads = threading.active_count()
+    before = set(threading.enumerate())
     with progress.beating():
+        (thread,) = set(threading.enumerate()) - before
         progress.begin("preparing")
         clock.now += QUIET_SECONDS
         while "still preparing" not in (said := capfd.readouterr().err):
             assert not said, "bad input ends with one line"
             time.sleep(0.05)
-    assert threading.active_count() == threads
+    assert not thread.is_alive()
 
 
 def test_on_a_terminal_lines_break_between_words(clock: Clock) -> None:

@@ -15,6 +15,7 @@ from dskd.config import DataConfig
 from dskd.data.files import IMAGE_SUFFIXES, Walk, count_unread, walk
 from dskd.data.parts import worst_scores
 from dskd.detector import Detector, Prediction, Unreadable, basis_of, chosen_limit, rates_of
+from dskd.drift import Drift, drift_of
 
 PREDICTIONS_FILE = "predictions.jsonl"
 OVERLAYS_FOLDER = "overlays"
@@ -42,6 +43,8 @@ class PredictionSummary(NamedTuple):
     rates: Mapping[str, float | None] = {}
     """`requested_rate`, `expected_rate` and `guaranteed_rate` of false alarms, and `false_discovery_rate`; None where
     another was asked for, or none is proven."""
+    drift: Drift | None = None
+    """Whether the images called good still look like those behind the thresholds; None where there are too few."""
 
     def describe(self) -> str:
         found = f"{self.num_anomalous} of {len(self.predictions)} anomalous"
@@ -127,9 +130,11 @@ def predict_images(
         lines,
         parts,
         rates,
+        drift_of(record.normal_scores, [line["score"] for line in lines if line["score"] is not None], limit),
     )
     document = {"schema": 1, "num_images": len(lines), **summary._asdict(), "threshold": limit}
     document |= document.pop("rates")
+    document["drift"] = summary.drift.to_dict() if summary.drift else None
     document.pop("predictions")
     if document.pop("parts"):
         document |= {

@@ -48,6 +48,19 @@ class Entry(NamedTuple):
     """page or files."""
 
 
+def judged_note(content: bytes, judged: Judged, name: str, detector_version: str) -> dict[str, Any]:
+    """What is noted beside a judged image, `file`."""
+    sha256 = hashlib.sha256(content).hexdigest()
+    return {
+        "sha256": sha256,
+        "judged": judged,
+        "name": name,
+        "file": f"{sha256[:16]}{_suffix(content)}",
+        "detector_version": detector_version,
+        "time": _now(),
+    }
+
+
 class Quarantine(NamedTuple):
     """Judged images that nobody has approved yet: for each its bytes, and a note beside them."""
 
@@ -62,15 +75,7 @@ class Quarantine(NamedTuple):
 
         Raises QuarantineFullError.
         """
-        sha256 = hashlib.sha256(content).hexdigest()
-        note = {
-            "sha256": sha256,
-            "judged": judged,
-            "name": name,
-            "file": f"{sha256[:16]}{_suffix(content)}",
-            "detector_version": detector_version,
-            "time": _now(),
-        }
+        note = judged_note(content, judged, name, detector_version)
         path = self.folder / str(note["file"])
         if not path.exists():
             sizes = [each.stat().st_size for each in self.folder.glob("*")] if self.folder.is_dir() else []

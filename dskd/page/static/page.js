@@ -129,7 +129,7 @@ function add(files) {
     if (!file.type.startsWith("image/") && !SUFFIXES.test(file.name)) { others += 1; continue; }
     const isTooLarge = file.size > state.limits.image_bytes;
     state.results.push({
-      key: state.number++, file, name: file.name || "photo", url: URL.createObjectURL(file), isWaiting: !isTooLarge, isTooLarge, judged: "", grey: null,
+      key: state.number++, file, name: file.webkitRelativePath || file.name || "photo", url: URL.createObjectURL(file), isWaiting: !isTooLarge, isTooLarge, judged: "", grey: null,
       answer: isTooLarge ? { verdict: "unreadable", score: null, error: `${file.name} has more than ${state.limits.image_bytes / 2 ** 20} MiB.` } : null,
     });
   }
@@ -329,9 +329,11 @@ async function drawMap(result) {
 // The histogram's own units, of its viewBox.
 const PLOT = { left: 8, right: 312, top: 6, bottom: 112, ticks: 128, text: 146 };
 
+/** Where the axis of scores ends: one glaring defect must not press the good images into a corner. */
 function scoreRange() {
   const scores = state.results.map((result) => result.answer?.score ?? 0);
-  return Math.max(...scores, ...state.category.normal_scores, state.category.threshold.value, state.threshold, 1e-9) * 1.08;
+  const usual = Math.max(...state.category.normal_scores, state.category.threshold.value, 1e-9);
+  return 1.08 * Math.max(Math.min(Math.max(...scores, usual), 3 * usual), state.threshold);
 }
 
 function renderScores() {
@@ -364,7 +366,7 @@ function drawHistogram(top, chosen) {
     node.textContent = text;
     return node;
   };
-  const x = (score) => PLOT.left + ((PLOT.right - PLOT.left) * score) / top;
+  const x = (score) => PLOT.left + ((PLOT.right - PLOT.left) * Math.min(score, top)) / top;
   const normals = state.category.normal_scores;
   const bins = new Array(40).fill(0);
   for (const each of normals) bins[Math.min(bins.length - 1, Math.floor((bins.length * each) / top))] += 1;
@@ -381,6 +383,8 @@ function drawHistogram(top, chosen) {
     const kind = score > state.threshold ? "bad" : "good";
     nodes.push(make("line", { class: `tick ${kind}${score === chosen ? " chosen" : ""}`, x1: x(score), x2: x(score), y1: PLOT.bottom + 1, y2: PLOT.ticks }));
   }
+  const numBeyond = state.results.filter((result) => (result.answer?.score ?? 0) > top).length;
+  if (numBeyond) nodes.push(make("text", { x: PLOT.right, y: PLOT.bottom - 6, "text-anchor": "end" }, `${numBeyond} beyond →`));
   nodes.push(make("line", { class: "limit", x1: x(state.threshold), x2: x(state.threshold), y1: 0, y2: PLOT.ticks }));
   nodes.push(make("text", { x: PLOT.left, y: PLOT.text }, "0"), make("text", { x: PLOT.right, y: PLOT.text, "text-anchor": "end" }, short(top)));
   svg.replaceChildren(...nodes);

@@ -59,6 +59,16 @@ def test_a_shadow_falls_on_no_other_side_of_the_picture() -> None:
     assert shadow[:20].max() < 0.01 and shadow[60:, 20:50].min() > 0.5
 
 
+def test_the_whole_board_is_in_every_picture(tmp_path: Path) -> None:
+    """One that the picture cut looked worse than the bad ones."""
+    draw_dataset(tmp_path, categories=("board",), num_train=40, num_test=2, image_size=64)
+    for path in sorted(tmp_path.glob("board/train/good/*.png")):
+        red, green, _ = np.moveaxis(np.asarray(Image.open(path).convert("RGB"), np.int16), 2, 0)
+        is_board = green - red > 12
+        assert is_board.mean() > 0.5
+        assert not any(edge.any() for edge in (is_board[0], is_board[-1], is_board[:, 0], is_board[:, -1])), path.name
+
+
 def test_good_pictures_vary_more_than_by_noise(drawn: Path) -> None:
     for name in CATEGORIES:
         paths = [sample.path for sample in read_category(drawn, name).train]

@@ -32,7 +32,9 @@ from tune.trial.spec import spec_of
 
 if TYPE_CHECKING:  # a slow import, see above
     from tune.study.categories import CategoryResult
+    from tune.tracking.tracker import Tracker
 
+_PAGE_PATIENCE = 20.0
 _TRACKING_PATIENCE = 600.0
 """Seconds to wait for an absent tracking server after the search has finished."""
 
@@ -75,6 +77,7 @@ def _search(settings: SearchSettings, held: ExitStack) -> list["CategoryResult"]
     from tune.preflight import identity
     from tune.study.categories import run_search
     from tune.tracking.runs import code_revision, run_tags
+    from tune.tracking.runs_page import experiment_note
     from tune.tracking.tracker import Tracker
 
     if plan.teacher.is_untrained:
@@ -88,7 +91,10 @@ def _search(settings: SearchSettings, held: ExitStack) -> list["CategoryResult"]
         artifact_location=addresses.artifacts,
         tags=run_tags("tune/search.py", plan.name, plan.selection, plan.teacher, revision),
         unsent=unsent,
+        about=experiment_note(plan.name, plan.data, plan.selection, is_untrained=plan.teacher.is_untrained),
     )
+    page = _page(tracker, addresses.tracking)
+    progress.say(f"its runs in MLflow: {page}")
     progress.say(f"searching {', '.join(plan.categories)}: {plan.trials} trials each, state in {addresses.home}")
     with progress.watching(plan.categories):
         results = run_search(plan, groups, workers, revision, tracker, progress)
@@ -96,8 +102,19 @@ def _search(settings: SearchSettings, held: ExitStack) -> list["CategoryResult"]
     if num_unsent := tracker.close(_TRACKING_PATIENCE):
         progress.say(f"MLflow {tracker.trouble}: {num_unsent} events are in {unsent}; the same command writes them")
     seconds = {category: progress.seconds_of(category) for category in plan.categories}
-    show_outcome(results, plan, settings, progress.time_share(), seconds)
+    show_outcome(results, plan, settings, progress.time_share(), seconds, page)
     return results
+
+
+def _page(tracker: "Tracker", uri: str) -> str:
+    """How to see the search's runs; MLflow's first page if it does not answer now."""
+    from tune.tracking.client import tracking_ui_command
+    from tune.tracking.outbox import TrackingRefusedError, TrackingUnavailableError
+
+    try:
+        return tracker.page(_PAGE_PATIENCE)
+    except (TrackingUnavailableError, TrackingRefusedError):
+        return tracking_ui_command(uri)
 
 
 def _begin(settings: SearchSettings, progress: SearchProgress, held: ExitStack) -> _Begun:

@@ -33,7 +33,7 @@ RECORD_FILE = "detector.json"
 WEIGHTS_FILE = "model.safetensors"
 PREVIEW_FILE = "preview.png"
 FEEDBACK_FOLDER = "feedback"
-"""Images judged after the training (`dskd.feedback`); a new training into the same folder keeps them."""
+"""Images judged after the training (`dskd.jobs.feedback`); a new training into the same folder keeps them."""
 _LIBRARIES = ("torch", "timm", "numpy", "pillow")
 
 

@@ -9,13 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dskd.atomic import check_can_be_made
-from dskd.calibration import discovery_threshold
+from dskd.calibration import Drift, discovery_threshold, drift_of
 from dskd.checkpoint import DetectorRecord
 from dskd.config import DataConfig
 from dskd.data.files import IMAGE_SUFFIXES, Walk, count_unread, walk
 from dskd.data.parts import worst_scores
 from dskd.detector import Detector, Prediction, Unreadable, basis_of, chosen_limit, rates_of
-from dskd.drift import Drift, drift_of
 
 PREDICTIONS_FILE = "predictions.jsonl"
 OVERLAYS_FOLDER = "overlays"

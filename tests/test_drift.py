@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dskd.calibration import nearest_threshold
+from dskd.calibration import DRIFT_LEVEL, Drift, drift_of, nearest_threshold
 from dskd.checkpoint import read_record, rewrite_record
 from dskd.cli.main import main
-from dskd.drift import LEVEL, MIN_IMAGES, Drift, drift_of
 
 
 def batch(rng: np.random.Generator, count: int, shift: float = 0.0) -> list[float]:
@@ -30,7 +29,7 @@ def test_a_shifted_batch_has_drifted_and_20_fair_ones_have_not() -> None:
     normals = batch(rng, 60)
     assert not any(drift(normals, batch(rng, 40)).is_found for _ in range(20))
     shifted = drift(normals, batch(rng, 40, shift=0.25))
-    assert shifted.is_found and shifted.p_value <= LEVEL and not shifted.mostly_anomalous
+    assert shifted.is_found and shifted.p_value <= DRIFT_LEVEL and not shifted.mostly_anomalous
     assert drift(normals, batch(rng, 40, shift=-0.25)).is_found, "darker images score lower, and have drifted too"
 
 
@@ -39,7 +38,7 @@ def test_fair_batches_drift_no_oftener_than_the_level_says() -> None:
     count = 1500
     found = sum(drift(batch(rng, 30), batch(rng, 30)).is_found for _ in range(count))
     # Three standard errors above the level; the threshold comes from the very scores that are compared.
-    assert found <= count * LEVEL + 3 * (count * LEVEL) ** 0.5
+    assert found <= count * DRIFT_LEVEL + 3 * (count * DRIFT_LEVEL) ** 0.5
 
 
 def test_defects_are_no_drift_and_a_shift_beside_them_is() -> None:
@@ -57,7 +56,9 @@ def test_a_batch_that_is_mostly_anomalous_is_told_by_that() -> None:
     assert found.is_found and found.mostly_anomalous and "more than half" in found.describe()
 
 
-@pytest.mark.parametrize(("num_normals", "num_seen"), [(MIN_IMAGES - 1, 100), (100, MIN_IMAGES - 1), (0, 0)])
+@pytest.mark.parametrize(
+    ("num_normals", "num_seen"), [(MIN_DRIFT_IMAGES - 1, 100), (100, MIN_DRIFT_IMAGES - 1), (0, 0)]
+)
 def test_few_images_tell_no_drift(num_normals: int, num_seen: int) -> None:
     assert drift_of([1.0] * num_normals, [9.0] * num_seen, 2.0) is None
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from dskd import feedback as feedback_module
 from dskd.checkpoint import read_record, write_detector
 from dskd.cli.main import main
 from dskd.data.datasets import read_category
 from dskd.detector import Detector, basis_of
-from dskd.feedback import Quarantine, QuarantineFullError, accept, accepted_images, entries_of
+from dskd.jobs import feedback as feedback_module
+from dskd.jobs.feedback import Quarantine, QuarantineFullError, accept, accepted_images, entries_of
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from starlette.testclient import TestClient
 from dskd.calibration import Threshold
 from dskd.detector import Detector
 from dskd.draw.verdict import heat_colours
-from dskd.feedback import Quarantine, accept
+from dskd.jobs.feedback import Quarantine, accept
 from dskd.page import bench as bench_module
 from dskd.page.app import FILES, make_app, shown_name
 from dskd.page.bench import Bench, answer_each

@@ -18,7 +18,7 @@ import pytest
 
 from dskd.checkpoint import read_record
 from dskd.detector import Detector
-from dskd.feedback import Quarantine
+from dskd.jobs.feedback import Quarantine
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = [

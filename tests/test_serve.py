@@ -18,7 +18,7 @@ from services import free_port
 
 from dskd.checkpoint import read_record
 from dskd.detector import Detector
-from dskd.feedback import Quarantine, accept, entries_of
+from dskd.jobs.feedback import Quarantine, accept, entries_of
 from tune.settings.serve import ServeSettings
 from tune.storage.champions import store_champion
 from tune.storage.files import Storage

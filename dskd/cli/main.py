@@ -431,7 +431,7 @@ def feedback(
         max_megapixels: Larger images are refused as decompression bombs; 512, or $DSKD_MAX_MEGAPIXELS, unless given.
         json: Print one JSON document.
     """
-    from dskd.feedback import Quarantine, accept, clear, copy_into_data, entries_of
+    from dskd.jobs.feedback import Quarantine, accept, clear, copy_into_data, entries_of
     from dskd.predict import find_images
 
     if approve and refuse:

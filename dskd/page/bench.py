@@ -12,7 +12,7 @@ from typing import Any
 
 from dskd.checkpoint import RECORD_FILE, BrokenDetectorError
 from dskd.detector import PREDICT_CHUNK, Detector
-from dskd.feedback import Quarantine, QuarantineFullError
+from dskd.jobs.feedback import Quarantine, QuarantineFullError
 from dskd.page.inspector import Category, Judged, Photo, Question, Refusal, unknown_category
 from dskd.page.judging import check_photo, describe_category, judge_photos
 

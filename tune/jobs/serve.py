@@ -24,7 +24,7 @@ from ray.serve.handle import DeploymentHandle
 
 from dskd.data.images import MAX_MEGAPIXELS
 from dskd.detector import Detector
-from dskd.feedback import MAX_ENTRIES, judged_note
+from dskd.jobs.feedback import MAX_ENTRIES, judged_note
 from dskd.page.app import make_app
 from dskd.page.bench import answer_each
 from dskd.page.inspector import Category, Judged, Photo, Question, Refusal, unknown_category

@@ -7,7 +7,10 @@ import json
 import pickle
 import re
 import shutil
+import socket
 import struct
+import threading
+import time
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import uvicorn
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -30,7 +34,7 @@ from dskd.page.guard import Guard, Limits
 from dskd.page.inspector import Category, Photo, Question, Refusal
 from dskd.page.metrics import Metrics
 from dskd.page.panel import map_picture, palette
-from dskd.page.server import MEGAPIXELS, TOKEN, page_token
+from dskd.page.server import MEGAPIXELS, TOKEN, page_token, serve_page
 
 SECRET = "0123456789abcdef0123"
 HOST = "http://127.0.0.1:8700"
@@ -395,6 +399,42 @@ def test_a_judged_photo_lies_in_quarantine_until_it_is_approved(
         assert (
             row["threshold"] == changed["threshold"]["value"] and row["detector_version"] == changed["detector_version"]
         )
+
+
+def test_the_real_server_answers_what_is_cut_off_lied_about_and_no_http_at_all(
+    served: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(TOKEN, SECRET)
+    said: list[str] = []
+    running: list[uvicorn.Server] = []
+    server = threading.Thread(
+        target=serve_page,
+        args=([served],),
+        kwargs={"port": 0, "device": "cpu", "say": said.append, "on_start": running.append},
+    )
+    server.start()
+    try:
+        while not (running and running[0].started):
+            assert server.is_alive()
+            time.sleep(0.01)
+        assert SECRET not in said[0], "a token of one's own is never printed"
+        port = int(said[0].partition("127.0.0.1:")[2].partition("/")[0])
+
+        def answer(text: str, *, is_cut_off: bool = False) -> str:
+            with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+                connection.sendall(text.encode())
+                return "" if is_cut_off else connection.recv(65536).decode()
+
+        head = f"POST /inspect/tile HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nAuthorization: Bearer {SECRET}\r\n"
+        assert " 413 " in answer(f"{head}Content-Length: 999999999\r\n\r\n")
+        assert " 400 " in answer("nonsense\r\n\r\n")
+        assert answer(f"{head}Content-Type: {FORM}; boundary=x\r\nContent-Length: 99\r\n\r\n--x", is_cut_off=True) == ""
+        assert " 200 OK" in answer(f"GET /health HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n")
+        assert "server:" not in answer(f"GET / HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n").lower()
+    finally:
+        for each in running:
+            each.should_exit = True
+        server.join()
 
 
 def test_two_detectors_of_one_category_are_not_served_together(served: Path) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -98,6 +99,13 @@ def client(local_ray: None, registry: tuple[str, MlflowClient], tmp_path: Path) 
         serve.shutdown()
 
 
+def said_to(address: tuple[str, int], request: str, *, is_cut_off: bool = False) -> str:
+    """The first line that the server answers to these very bytes; nothing is waited for if the request is cut off."""
+    with socket.create_connection(address, timeout=60) as connection:
+        connection.sendall(request.encode())
+        return "" if is_cut_off else connection.recv(4096).decode().splitlines()[0]
+
+
 def form(*files: tuple[str, bytes]) -> list[tuple[str, tuple[str, bytes]]]:
     return [("images", each) for each in files]
 
@@ -139,11 +147,16 @@ def test_champions_are_served_and_a_new_one_takes_over_without_losing_a_request(
         (client.get("/categories", headers={"Authorization": "Bearer no"}), 401, "token"),
         (client.get("/categories", headers={"Host": "evil.example"}), 400, "not served here"),
         (client.post("/inspect/tile", headers={"Origin": "http://evil.example"}, files=form(("a", b""))), 403, "site"),
-        (client.post("/inspect/tile", content=b"x" * 10, headers={"Content-Length": "999999999"}), 413, "MiB"),
         (client.get("/nowhere"), 404, "no such page"),
     ]
     for answer, status, words in refusals:
         assert answer.status_code == status and words in answer.json()["error"]["message"], answer.text
+
+    head = f"POST /inspect/tile HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {SECRET}\r\n"
+    address = client.base_url.host, int(client.base_url.port or 80)
+    assert " 413 " in said_to(address, f"{head}Content-Length: 999999999\r\n\r\n")
+    assert said_to(address, f"{head}Content-Length: 999\r\n\r\n--x", is_cut_off=True) == ""
+    assert client.get("/health").status_code == 200, "one that was cut off harms nobody"
 
     # what an inspector says lies in quarantine, in the form that `dskd feedback --quarantine` reads
     kept = client.post("/feedback/tile?judged=defect", files=form(("../a.png", contents[-1])))

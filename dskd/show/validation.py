@@ -7,9 +7,8 @@ import numpy as np
 from PIL import Image
 
 from dskd.checkpoint import DetectorRecord
-from dskd.detector import Prediction, find_regions
 from dskd.evaluate import AnomalyScores, LabelledImages, score_images
-from dskd.show.overlays import contact_sheet
+from dskd.show.overlays import contact_sheet, pictures_of
 from dskd.show.plots import draw_curves
 from dskd.training.run import TrainingRun
 
@@ -55,15 +54,14 @@ def extremes(seen: AnomalyScores, truth: LabelledImages) -> tuple[list[int], lis
 def _overlays(
     seen: AnomalyScores, truth: LabelledImages, chosen: Sequence[int], record: DetectorRecord
 ) -> list[Image.Image]:
-    threshold = record.threshold(0.01).value
-    note = "untrained teacher" if record.is_untrained_teacher else ""
-    pictures = []
-    for index in chosen:
-        # Normals and defects are numbered separately, as in preview.png: normals come first, then the defects.
-        number = int((truth.labels[: index + 1] == truth.labels[index]).sum())
-        heat, score = seen.maps[index], float(seen.scores[index])
-        name = Path("validation", f"{'defect' if truth.labels[index] else 'normal'} {number}")
-        regions = find_regions(heat, threshold)
-        seen_as = Prediction(name, score, threshold, score > threshold, regions, truth.images[index], heat)
-        pictures.append(seen_as.plot(note))
-    return pictures
+    # Normals and defects are numbered separately, as in preview.png: normals come first, then the defects.
+    numbers = [int((truth.labels[: index + 1] == truth.labels[index]).sum()) for index in chosen]
+    kinds = ["defect" if truth.labels[index] else "normal" for index in chosen]
+    order = list(chosen)
+    return pictures_of(
+        AnomalyScores(seen.maps[order], seen.scores[order]),
+        truth,
+        order,
+        record,
+        [f"{kind} {number}" for kind, number in zip(kinds, numbers, strict=True)],
+    )

@@ -16,6 +16,7 @@ from PIL import Image
 from scipy import ndimage
 from torch import nn
 
+from dskd import metrics
 from dskd.calibration import Threshold, images_for, normal_floor, p_value
 from dskd.checkpoint import BrokenDetectorError, DetectorRecord, Origin, read_detector
 from dskd.config import TeacherSource
@@ -30,9 +31,9 @@ from dskd.evaluate import (
     AnomalyScores,
     Evaluation,
     SeenImage,
-    compute_metrics,
     evaluate_tiled,
     labelled,
+    metric_state,
     score_canvas,
     score_images,
     test_samples,
@@ -476,7 +477,8 @@ class Detector:
         seen = self.score_images(truth.images, truth.inside)
         found = zip(samples, truth.labels.tolist(), seen.scores.tolist(), strict=True)
         images = (SeenImage(each.path, each.defect, is_defective, score) for each, is_defective, score in found)
-        return Evaluation(compute_metrics(seen, truth), tuple(images))
+        state = metric_state(seen, truth)
+        return Evaluation(metrics.compute(state), tuple(images), state)
 
 
 def inside_of(images: Sequence[Framed], geometry: Geometry) -> npt.NDArray[np.bool_] | None:

@@ -89,7 +89,7 @@ def check_content(uri: str, parents: list[Any], children: list[Any], chosen: Any
     pictures = {file.path for file in client.list_artifacts(parent.info.run_id, "study")}
     assert "study/history.png" in pictures
     shown = {file.path for file in client.list_artifacts(chosen.info.run_id, "validation")}
-    assert shown == {"validation/curves.png", "validation/best.jpg", "validation/worst.jpg"}
+    assert shown == {f"validation/{name}" for name in ("curves.png", "best.jpg", "worst.jpg", "scores.json")}
     digests = {
         used.dataset.digest
         for each in (parent, *children)

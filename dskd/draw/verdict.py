@@ -82,11 +82,11 @@ def times_threshold(score: float, threshold: float) -> str:
     """The score in the unit that all pictures share.
 
     >>> times_threshold(3.7, 2.0)
-    '1.85 × threshold'
+    '1.85 x threshold'
     """
     if threshold <= 0:
         return f"score {score:.4g}, threshold {threshold:.4g}"
-    return f"{score / threshold:.2f} × threshold"
+    return f"{score / threshold:.2f} x threshold"
 
 
 def draw_panel(panel: Panel, longest: int = LONGEST) -> Image.Image:
@@ -195,7 +195,7 @@ def _draw_bar(canvas: Image.Image, place: tuple[int, int], width: int) -> None:
     for tick in _TICKS:
         x = left + round((width - 1) * tick / TOP)
         draw.line((x, top, x, top + 12), _INK)
-        text = "threshold" if tick == 1 else f"{tick} ×"
+        text = "threshold" if tick == 1 else f"{tick} x"
         draw.text((x, top + 13), text, _INK, font, anchor="ma")
     draw.text((left, top + 13), "0", _INK, font)
 
@@ -204,6 +204,6 @@ def _shortened(text: str, draw: ImageDraw.ImageDraw, font: object, width: float)
     """The end of the text, which names the file, as far as it fits into `width` pixels."""
     if draw.textlength(text, font) <= width:  # type: ignore[arg-type]
         return text
-    while len(text) > 1 and draw.textlength("…" + text, font) > width:  # type: ignore[arg-type]
+    while len(text) > 1 and draw.textlength("..." + text, font) > width:  # type: ignore[arg-type]
         text = text[1:]
-    return "…" + text
+    return "..." + text

@@ -22,8 +22,10 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from sybil import Document, Example
 from sybil.parsers.markdown import CodeBlockParser, SkipParser
+from test_report import report_of
 
 from dskd.cli.examples import EXAMPLES
+from dskd.report.document import to_json
 
 ROOT = Path(__file__).resolve().parents[1]
 README = "README.md"
@@ -432,6 +434,8 @@ def test_examples_of_the_help_run(desk: tuple[Path, dict[str, str]]) -> None:
     """Those of the library as its help prints them, in one folder, in the order of the commands."""
     folder, env = desk
     shutil.copytree(folder / "detectors" / "flange", folder / "detectors" / "fabric")
+    (folder / "dskd-results" / "parts").mkdir(parents=True)
+    (folder / "dskd-results" / "parts" / "report.json").write_bytes(to_json(report_of(2)))
     for command in EXAMPLES:
         help_words = ["dskd", command, "--help"]
         shown = subprocess.run(help_words, env=env, cwd=folder, capture_output=True, text=True, check=True)

@@ -12,7 +12,7 @@ from dskd.data.geometry import Geometry
 from dskd.data.images import place_on_canvas
 from dskd.detector import Prediction, predictions
 from dskd.draw import verdict
-from dskd.draw.verdict import LONGEST, TOP, Panel, colours_of, draw_panel, draw_verdict, to_webp
+from dskd.draw.verdict import LONGEST, TOP, Panel, draw_panel, draw_verdict, heat_colours, to_webp
 
 
 def lightness(colours: np.ndarray) -> np.ndarray:
@@ -33,11 +33,11 @@ def panel(heat: np.ndarray, threshold: float, grey: int = 90, **more: object) ->
 
 
 def test_lightness_rises_all_along_the_scale_and_ends_with_it() -> None:
-    found = lightness(colours_of(np.linspace(0, TOP, 256)))
+    found = lightness(heat_colours(np.linspace(0, TOP, 256)))
     steps = np.diff(found)
     assert (steps > -0.3).all() and found[-1] - found[0] > 75  # colours are whole numbers, hence the tolerance
-    assert (np.diff(lightness(colours_of(np.linspace(0, TOP, 16)))) > 2).all()
-    assert (colours_of(np.array([TOP, 9.0, 1e9])) == colours_of(np.array([TOP]))).all()
+    assert (np.diff(lightness(heat_colours(np.linspace(0, TOP, 16)))) > 2).all()
+    assert (heat_colours(np.array([TOP, 9.0, 1e9])) == heat_colours(np.array([TOP]))).all()
 
 
 def test_a_multiple_of_the_threshold_has_one_colour_in_every_picture() -> None:
@@ -49,7 +49,7 @@ def test_a_multiple_of_the_threshold_has_one_colour_in_every_picture() -> None:
         picture = np.asarray(draw_panel(panel(heat, threshold, grey)))
         seen.append(tuple(picture[150, 400 + 150]))
         assert tuple(picture[350, 400 + 350]) == (grey, grey, grey)
-    assert seen[0] == seen[1] == tuple(colours_of(np.array([1.5]))[0])
+    assert seen[0] == seen[1] == tuple(heat_colours(np.array([1.5]))[0])
 
 
 def test_nothing_is_drawn_below_what_good_images_reach() -> None:
@@ -58,7 +58,7 @@ def test_nothing_is_drawn_below_what_good_images_reach() -> None:
     picture = np.asarray(draw_panel(panel(heat, 1.0, floor=0.8)))
     assert (picture[:, :400] == 90).all(), "the image itself stays as it is"
     assert (picture[60:, 400:] == 90).all()
-    assert (picture[20, 420] == colours_of(np.array([0.9], np.float32))[0]).all()
+    assert (picture[20, 420] == heat_colours(np.array([0.9], np.float32))[0]).all()
     assert (np.asarray(draw_panel(panel(heat, 1.0))) == 90).all(), "without normal scores the threshold is the floor"
     assert (np.asarray(draw_panel(panel(heat, 0.5, floor=0.8)))[:, 400:] != 90).any(), "never above the threshold"
 
@@ -82,7 +82,7 @@ def test_a_photo_of_16_to_9_has_its_box_where_the_defect_is() -> None:
     scale = width / 1920
     expected = np.array([top, left, bottom, right]) * scale
     assert np.abs(np.concatenate([orange.min(axis=0), orange.max(axis=0)]) - expected).max() <= 3
-    coloured = np.argwhere((views[:, width:] == colours_of(np.array([3.7 / 2]))[0]).all(axis=2))
+    coloured = np.argwhere((views[:, width:] == heat_colours(np.array([3.7 / 2]))[0]).all(axis=2))
     assert np.abs(np.concatenate([coloured.min(axis=0), coloured.max(axis=0) + 1]) - expected).max() <= 1
 
 

@@ -67,15 +67,14 @@ class Panel(NamedTuple):
         return "FALSE ALARM" if self.is_anomalous else "MISS"
 
 
-def colours_of(multiples: npt.NDArray[np.floating]) -> npt.NDArray[np.uint8]:
-    """Colours (..., 3) of multiples (...) of the threshold, from 0 to `TOP`; those outside have the end's colour."""
-    position = (np.asarray(multiples, np.float64) / TOP).clip(0, 1) * (len(_ANCHORS) - 1)
+def heat_colours(heat: npt.NDArray[np.floating], threshold: float = 1.0) -> npt.NDArray[np.uint8]:
+    """Colours (..., 3) of map values (...) by their multiple of the threshold, from 0 to `TOP`; others as the ends."""
+    multiples = np.asarray(heat, np.float64) / max(threshold, 1e-12)
+    position = (multiples / TOP).clip(0, 1) * (len(_ANCHORS) - 1)
     lower = np.minimum(position.astype(int), len(_ANCHORS) - 2)
     share = (position - lower)[..., None]
-    found: npt.NDArray[np.uint8] = (
-        ((1 - share) * _ANCHORS[lower] + share * _ANCHORS[lower + 1]).round().astype(np.uint8)
-    )
-    return found
+    colours = (1 - share) * _ANCHORS[lower] + share * _ANCHORS[lower + 1]
+    return np.asarray(colours.round().astype(np.uint8))
 
 
 def times_threshold(score: float, threshold: float) -> str:
@@ -102,7 +101,7 @@ def draw_panel(panel: Panel, longest: int = LONGEST) -> Image.Image:
     floor = min(unit, unit if panel.floor is None else panel.floor)
     plain, mapped = np.array(image), np.array(image)
     is_drawn = heat > floor
-    mapped[is_drawn] = colours_of(heat[is_drawn] / unit)
+    mapped[is_drawn] = heat_colours(heat[is_drawn], unit)
     for view in (plain, mapped):
         if panel.is_anomalous:
             _draw_edge(view, heat > panel.threshold, _DECIDED)
@@ -189,7 +188,7 @@ def _draw_edge(view: npt.NDArray[np.uint8], region: npt.NDArray[np.bool_], colou
 def _draw_bar(canvas: Image.Image, place: tuple[int, int], width: int) -> None:
     """The colour scale with its ticks, in multiples of the threshold."""
     left, top = place
-    bar = colours_of(np.linspace(0, TOP, width))[None].repeat(10, axis=0)
+    bar = heat_colours(np.linspace(0, TOP, width))[None].repeat(10, axis=0)
     canvas.paste(Image.fromarray(bar), (left, top))
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(11)
     for tick in _TICKS:

@@ -134,6 +134,8 @@ class CategoryReport(msgspec.Struct, frozen=True, kw_only=True):
     limit: Limit | None = None
     figures: dict[str, float] = {}
     """`val/…`, `test/…` and `gain/…` figures as the storage and MLflow have them."""
+    normal_scores: tuple[float, ...] = ()
+    """Of the held-out good images that the threshold rests on, each by a detector that did not see it."""
     seconds: float | None = None
     """Since its first trial began, in the command that wrote this; None if none ran in it."""
     trials: tuple[Trial, ...] = ()

@@ -16,10 +16,10 @@ MIN_AUROC = 0.9
 """Image AUROC from which a detector is worth more good images."""
 
 RULE = (
-    f"ready: at the threshold it misses at most {MAX_MISSED:.0%} of the defective test images and flags at most "
-    f"{MAX_FALSE_ALARMS:.0%} of the good ones, and enough good images vouch for at most {MAX_RATE:.0%} of false "
-    f"alarms. Needs more good images: they do not, and it tells defects apart (image AUROC {MIN_AUROC:g} or more, "
-    "or few mistakes). No: everything else."
+    f"ready: at the threshold it misses at most {MAX_MISSED * 100:.0f} % of the defective test images and flags at "
+    f"most {MAX_FALSE_ALARMS * 100:.0f} % of the good ones, and enough good images vouch for at most "
+    f"{MAX_RATE * 100:.0f} % of false alarms. Needs more good images: they do not, and it tells defects apart (image "
+    f"AUROC {MIN_AUROC:g} or more, or as few mistakes). No: everything else."
 )
 
 
@@ -62,9 +62,9 @@ def judge(
         )
     faults = []
     if missed > MAX_MISSED * defective:
-        faults.append(f"misses more than {MAX_MISSED:.0%} of the defects")
+        faults.append(f"misses more than {MAX_MISSED * 100:.0f} % of the defects")
     if flagged > MAX_FALSE_ALARMS * good:
-        faults.append(f"flags more than {MAX_FALSE_ALARMS:.0%} of the good images")
+        faults.append(f"flags more than {MAX_FALSE_ALARMS * 100:.0f} % of the good images")
     return Judgement("no", sentence, f"It {' and '.join(faults)}.")
 
 

@@ -38,8 +38,12 @@ def show_outcome(
     settings: SearchSettings,
     share: TimeShare | None,
     seconds: Mapping[str, float],
+    report: str = "",
 ) -> None:
-    """Print the results of all categories on stderr; `seconds` is the time of each in this command."""
+    """Print the results of all categories on stderr; `seconds` is the time of each in this command.
+
+    `report` is the address of the search's report, empty if there is none.
+    """
     rows = [_row(result, seconds.get(result.category)) for result in results]
     console = stderr_console()
     print_rows(console, f"Champions of {settings.name}", _COLUMNS, rows)
@@ -69,6 +73,9 @@ def show_outcome(
             print_line(console, f"  in {plan.addresses.home}/{result.champion.folder}")
     if share is not None:
         print_line(console, share.sentence)
+    if report:
+        print_line(console, "the report, for a browser:")
+        print_command(console, report)
     print_line(console, "pull the champions:")
     print_command(console, pull_command(plan, "all"))
     print_line(console, "compare the runs:")

@@ -70,10 +70,14 @@ class CategoryResult(NamedTuple):
     """The first search of --start-from with a champion of this category; empty: none."""
     earlier_figures: Mapping[str, float] = {}
     """`test/…` figures of that champion on the test images of today."""
+    finished: tuple[Mapping[str, Any], ...] = ()
+    """Suggested values of the trials that reached their last report; not known of a category that did not run now."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for --json."""
-        return {**self._asdict(), "champion": self.champion._asdict() if self.champion else None}
+        values = {**self._asdict(), "champion": self.champion._asdict() if self.champion else None}
+        del values["finished"]  # the report has all trials
+        return values
 
 
 def run_search(
@@ -283,7 +287,12 @@ def _conclude(
     assert study is not None and spec is not None and space is not None
     category, progress = spec.category, search.progress
     result = CategoryResult(
-        category, study.num_trials, study.num_pruned, len(study.errors), num_interrupted=study.num_interrupted
+        category,
+        study.num_trials,
+        study.num_pruned,
+        len(study.errors),
+        num_interrupted=study.num_interrupted,
+        finished=tuple(trial.suggested for trial in study.finished),
     )
     if study.num_interrupted:
         progress.say(

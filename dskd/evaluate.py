@@ -17,7 +17,7 @@ from dskd.config import LayoutName, RunConfig
 from dskd.data.datasets import read_test_split
 from dskd.data.defects import add_defects
 from dskd.data.depth import PixelScale
-from dskd.data.geometry import Frame, Geometry
+from dskd.data.geometry import Frame, Geometry, LargeCanvas
 from dskd.data.images import checked_mask, load_framed, load_images, load_inside, load_masks
 from dskd.data.samples import Sample
 from dskd.data.tiles import MAP_STRIDE, TilePlace, on_map, stitched_map, tile_masks, tiled_score, tiles_inside
@@ -289,7 +289,7 @@ def score_images(
 def score_canvas(
     teacher: Teacher,
     students: nn.Module,
-    canvas: npt.NDArray[np.uint8],
+    canvas: npt.NDArray[np.uint8] | LargeCanvas,
     frame: Frame,
     config: RunConfig,
     geometry: Geometry,

@@ -266,7 +266,7 @@ def test_pixels_and_masks_of_an_image_lie_in_the_same_place(resize: str, region:
     image = np.zeros((size[1], size[0], 3), np.uint8)
     image[10:34, 16:48] = 255
     frame = geometry.frame(*size)
-    canvas, mask = geometry.pixels(Image.fromarray(image), frame), geometry.mask(image[..., 0] > 0, frame)
+    canvas, mask = np.asarray(geometry.canvas(Image.fromarray(image), frame)), geometry.mask(image[..., 0] > 0, frame)
     inside = geometry.inside(frame)
     assert mask.any() and not mask[~inside].any()
     assert (canvas[~inside] == NEUTRAL).all()

@@ -60,9 +60,8 @@ def results(plan: Any, detector_folder: Path) -> list[CategoryResult]:
     write_inspected(storage, Inspected(category="tile", trial_id="b", threshold=1.0, test=(seen,)))
     study = optuna.create_study(study_name=plan.study_name("tile"), storage=plan.studies, direction="maximize")
     study.add_trials(trials(plan.spaces["tile"], 4))
-    finished = tuple(trial.params for trial in study.trials if trial.number != 1)
     return [
-        CategoryResult("tile", 4, 1, 0, champion, finished=finished, num_interrupted=2),
+        CategoryResult("tile", 4, 1, 0, champion, num_interrupted=2),
         CategoryResult("wood", 1, 0, 1, error="no trial reached its last epoch"),
     ]
 
@@ -74,7 +73,8 @@ def trials(space: Space, count: int) -> list[optuna.trial.FrozenTrial]:
     for number in range(count):
         trial = study.ask()
         space.ask(trial)
-        study.tell(trial, 0.8 + 0.01 * ((number * 7) % 5))
+        trial.report(0.8 + 0.01 * ((number * 7) % 5), 1)
+        study.tell(trial, *((None, TrialState.PRUNED) if number == 1 else (0.8 + 0.01 * ((number * 7) % 5),)))
     return study.trials
 
 
@@ -144,15 +144,11 @@ def test_importance_is_told_of_enough_finished_trials_alone(tiny: RunConfig) -> 
     study = optuna.create_study(direction="maximize")
     made = trials(space, FEWEST_TO_WEIGH + 1)
     study.add_trials([*made, create_trial(state=TrialState.FAIL), create_trial(state=TrialState.WAITING)])
-    every = [trial.params for trial in made]
-    known = trials_of(study, space, every)
-    assert [trial.state for trial in known] == ["finished"] * len(made) + ["failed"]
-    shares, note = importance_of(study, known)
-    assert (
-        note == ""
-        and sum(shares.values()) == pytest.approx(1)
-        and list(shares.values()) == sorted(shares.values(), reverse=True)
-    )
-    fewer = trials_of(study, space, every[:-2])
-    assert importance_of(study, fewer) == ({}, "too few trials to tell, 7 finished of at least 8")
-    assert [trial.state for trial in trials_of(study, space, None)] == ["finished"] * len(made) + ["failed"]
+    known = [trial.state for trial in trials_of(study, space)]
+    assert known == ["finished", "pruned", *["finished"] * (FEWEST_TO_WEIGH - 1), "failed"]
+    shares, note = importance_of(study)
+    assert note == "" and sum(shares.values()) == pytest.approx(1)
+    assert list(shares.values()) == sorted(shares.values(), reverse=True)
+    fewer = optuna.create_study(direction="maximize")
+    fewer.add_trials(made[:-1])
+    assert importance_of(fewer) == ({}, "too few trials to tell, 7 finished of at least 8 that differ")

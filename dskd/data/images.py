@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from dskd.data.depth import Levels, PixelScale, check_finite, high_byte
 from dskd.data.files import UnreadableImageError, check_regular
-from dskd.data.geometry import Frame, Geometry, is_same_shape
+from dskd.data.geometry import Frame, Geometry, LargeCanvas, is_same_shape
 from dskd.data.samples import Sample
 
 MAX_PIXELS = 512_000_000
@@ -84,7 +84,7 @@ def read_image(path: Path, scale: PixelScale | None = None) -> npt.NDArray[np.ui
 class Framed(NamedTuple):
     """One image as input for a network, with the way back to its own pixels."""
 
-    rgb: npt.NDArray[np.uint8]
+    rgb: npt.NDArray[np.uint8] | LargeCanvas
     """(h, w, 3), the canvas: the network's input, or for tiles the region of interest at its own size."""
     frame: Frame
     picture: npt.NDArray[np.uint8]
@@ -106,7 +106,7 @@ def place_on_canvas(image: Image.Image, geometry: Geometry, num_clipped: int) ->
     share = min(1.0, _PICTURE_SIDE / max(image.size))
     size = (max(1, round(image.width * share)), max(1, round(image.height * share)))
     picture = np.asarray(image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0) if share < 1 else image)
-    return Framed(geometry.pixels(image, frame), frame, picture, num_clipped)
+    return Framed(geometry.canvas(image, frame), frame, picture, num_clipped)
 
 
 def frame_of(path: Path, geometry: Geometry) -> Frame:

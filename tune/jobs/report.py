@@ -118,8 +118,8 @@ def _category(result: CategoryResult, plan: SearchPlan, seconds: float | None) -
     shares: dict[str, float] = {}
     note = "the search has no trials of it"
     if study is not None:
-        trials = trials_of(study, plan.spaces[result.category], result.finished or None)
-        shares, note = importance_of(study, trials)
+        trials = trials_of(study, plan.spaces[result.category])
+        shares, note = importance_of(study)
     champion = result.champion
     record = _record(plan, champion) if champion else None
     if champion is None or record is None:

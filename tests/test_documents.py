@@ -372,6 +372,8 @@ def desk(tmp_path: Path, weights: Path, drawn: Path, detector_folder: Path) -> t
     shutil.copytree(drawn, tmp_path / "my-images")
     shutil.copytree(detector_folder, tmp_path / "detectors" / "flange")
     shutil.copy(drawn / "flange" / "test" / "good" / "000.png", tmp_path / "part.png")
+    (tmp_path / "dskd-results" / "parts").mkdir(parents=True)
+    (tmp_path / "dskd-results" / "parts" / "report.json").write_bytes(to_json(report_of(2)))
     shims = tmp_path / ".venv" / "bin"
     shims.mkdir(parents=True)
     for name in ("dskd", "python"):
@@ -434,8 +436,6 @@ def test_examples_of_the_help_run(desk: tuple[Path, dict[str, str]]) -> None:
     """Those of the library as its help prints them, in one folder, in the order of the commands."""
     folder, env = desk
     shutil.copytree(folder / "detectors" / "flange", folder / "detectors" / "fabric")
-    (folder / "dskd-results" / "parts").mkdir(parents=True)
-    (folder / "dskd-results" / "parts" / "report.json").write_bytes(to_json(report_of(2)))
     for command in EXAMPLES:
         help_words = ["dskd", command, "--help"]
         shown = subprocess.run(help_words, env=env, cwd=folder, capture_output=True, text=True, check=True)

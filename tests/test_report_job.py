@@ -28,6 +28,9 @@ FIGURES = {
 }  # fmt: skip
 
 
+PAGE = "http://mlflow:5000/#/experiments/3/runs?viewStateShareKey=dskd"
+
+
 class FakeTracker:
     """Keeps the page that it is given; or is away."""
 
@@ -80,7 +83,7 @@ def trials(space: Space, count: int) -> list[optuna.trial.FrozenTrial]:
 
 def gathered(results: list[CategoryResult], plan: Any) -> Any:
     arguments = ["--data", "my images", "--tracking-uri", "http://me:secret@mlflow:5000"]
-    return gather(results, plan, seconds={"tile": 90.0}, arguments=arguments, revision="abc")
+    return gather(results, plan, seconds={"tile": 90.0}, arguments=arguments, revision="abc", page=PAGE)
 
 
 def test_figures_are_the_storage_s_and_trials_are_the_study_s(
@@ -95,6 +98,7 @@ def test_figures_are_the_storage_s_and_trials_are_the_study_s(
     assert [trial.is_untuned for trial in tile.trials] == [True, False, False, False]
     assert tile.importance == {} and tile.importance_note.startswith("too few trials to tell")
     assert tile.sentence.endswith("misses 3 of 36 defects, flags 1 of 12 good images.")
+    assert tile.link == "http://mlflow:5000/#/experiments/3/runs/run-1"
     assert (wood.light, wood.reason, wood.trials) == ("no", "no trial reached its last epoch", ())
     assert f"sha256 {record.data_sha256}" in [fact.value for fact in tile.trust]
 
@@ -123,7 +127,7 @@ def test_the_report_lies_in_the_storage_and_in_mlflow_and_is_written_again(
 ) -> None:
     home, tracker = Path(plan.addresses.home), FakeTracker()
     for number in range(2):
-        written = write_report(results, plan, tracker, seconds={}, arguments=[], revision=str(number))  # type: ignore[arg-type]
+        written = write_report(results, plan, tracker, seconds={}, arguments=[], revision=str(number), page="")  # type: ignore[arg-type]
         assert (written.page, written.remark) == (str(home / REPORT_PAGE), "")
         assert f"commit {number}" in [fact.value for fact in read_report((home / REPORT_DOCUMENT).read_bytes()).trust]
     assert tracker.logged == {"tile": (home / REPORT_PAGE).read_bytes()}
@@ -131,11 +135,13 @@ def test_the_report_lies_in_the_storage_and_in_mlflow_and_is_written_again(
 
 def test_no_failure_of_the_report_fails_the_search(results: list[CategoryResult], plan: Any) -> None:
     away: Any = FakeTracker(is_away=True)
-    written = write_report(results, plan, away, seconds={}, arguments=[], revision="")
+    written = write_report(results, plan, away, seconds={}, arguments=[], revision="", page="")
     assert written.page and written.remark == "the report is not in MLflow: MLflow does not answer"
     damaged = Champion("tile", "c", "champions/tile/b", FIGURES, "run-1")
     Storage(plan.addresses.home).write("inspected/tile/c.json", b"{}")
-    written = write_report([results[0]._replace(champion=damaged)], plan, away, seconds={}, arguments=[], revision="")
+    written = write_report(
+        [results[0]._replace(champion=damaged)], plan, away, seconds={}, arguments=[], revision="", page=""
+    )
     assert written.page == "" and written.remark.startswith("no report: ") and "is damaged" in written.remark
 
 

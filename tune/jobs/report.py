@@ -11,7 +11,6 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import optuna
-from mlflow.exceptions import MlflowException
 
 from dskd.checkpoint import RECORD_FILE, DetectorRecord
 from dskd.config import VERSION
@@ -25,7 +24,6 @@ from tune.storage.champions import Champion, find_inspected
 from tune.storage.files import Storage
 from tune.storage.shown import command, shown, shown_url, without_secrets
 from tune.study.categories import CategoryResult, pull_command
-from tune.tracking.client import run_link, tracking_ui_command
 from tune.tracking.outbox import TrackingRefusedError, TrackingUnavailableError
 from tune.tracking.registry import model_name
 from tune.tracking.tracker import Tracker
@@ -58,18 +56,20 @@ def write_report(
     seconds: Mapping[str, float],
     arguments: Sequence[str],
     revision: str,
+    page: str,
 ) -> Written:
     """Write report.json and report.html beside the champions, and the page to MLflow; replaces an earlier report.
 
-    `arguments` are those of the command, `seconds` the time of each category in it. Never raises: the search itself
+    `arguments` are those of the command, `seconds` the time of each category in it, `page` how to see its runs in
+    MLflow. Never raises: the search itself
     has succeeded.
     """
     storage = Storage(plan.addresses.home)
     try:
-        report = gather(results, plan, seconds=seconds, arguments=arguments, revision=revision)
-        page = render(report).encode()
+        report = gather(results, plan, seconds=seconds, arguments=arguments, revision=revision, page=page)
+        drawn = render(report).encode()
         storage.write(REPORT_DOCUMENT, to_json(report))
-        storage.write(REPORT_PAGE, page)
+        storage.write(REPORT_PAGE, drawn)
     except Exception as error:  # nothing of the search depends on it
         logger.error("%s", without_secrets("".join(traceback.format_exception(error))))
         return Written("", f"no report: {shown(str(error).partition(chr(10))[0] or type(error).__name__)}")
@@ -78,7 +78,7 @@ def write_report(
     try:
         with TemporaryDirectory(prefix="dskd-") as temporary:
             file = Path(temporary) / REPORT_PAGE
-            file.write_bytes(page)
+            file.write_bytes(drawn)
             tracker.add_report(categories, file, _TRACKING_PATIENCE)
     except (TrackingUnavailableError, TrackingRefusedError) as error:
         return Written(address, f"the report is not in MLflow: {error}")
@@ -92,9 +92,10 @@ def gather(
     seconds: Mapping[str, float],
     arguments: Sequence[str],
     revision: str,
+    page: str,
 ) -> Report:
     """The document; arguments as for `write_report`. Raises StorageError where the storage is damaged or away."""
-    categories = tuple(_category(result, plan, seconds.get(result.category)) for result in results)
+    categories = tuple(_category(result, plan, seconds.get(result.category), page) for result in results)
     trained = sum(trial.seconds or 0.0 for category in categories for trial in category.trials)
     chooses = "image AUROC" if plan.config.data.layout == "classes" else "mean of image AUROC and AUPRO"
     on = "on the test images" if plan.selection == "oracle" else "on held-out good images and synthetic defects"
@@ -108,11 +109,11 @@ def gather(
         categories=categories,
         settings=tuple(_settings(plan)),
         trust=tuple(_trust(plan, revision)),
-        commands=tuple(_commands(plan, categories, arguments)),
+        commands=tuple(_commands(plan, categories, arguments, page)),
     )
 
 
-def _category(result: CategoryResult, plan: SearchPlan, seconds: float | None) -> CategoryReport:
+def _category(result: CategoryResult, plan: SearchPlan, seconds: float | None, page: str) -> CategoryReport:
     study = _study(plan, result.category)
     trials: tuple[Trial, ...] = ()
     shares: dict[str, float] = {}
@@ -154,7 +155,7 @@ def _category(result: CategoryResult, plan: SearchPlan, seconds: float | None) -
         importance_note=note,
         inspected=inspected,
         trust=tuple(_origin(record, champion)),
-        link=_link(plan, champion),
+        link=_link(page, champion),
     )
 
 
@@ -171,13 +172,10 @@ def _record(plan: SearchPlan, champion: Champion) -> DetectorRecord | None:
     return None if document is None else DetectorRecord.from_document(document)
 
 
-def _link(plan: SearchPlan, champion: Champion) -> str:
-    """Page of the champion's run; empty if MLflow has no page, or does not answer."""
-    try:
-        found = run_link(plan.addresses.tracking, champion.run_id)
-    except (MlflowException, OSError):
-        return ""
-    return found if found.startswith("http") else ""
+def _link(page: str, champion: Champion) -> str:
+    """Address of the champion's run, made from that of the search's runs; empty if MLflow is no server."""
+    experiment, separator, _ = page.partition("/runs?")
+    return f"{experiment}/runs/{champion.run_id}" if separator and champion.run_id else ""
 
 
 def caveats_of(categories: Sequence[CategoryReport], results: Sequence[CategoryResult], plan: SearchPlan) -> list[str]:
@@ -280,12 +278,14 @@ def _origin(record: DetectorRecord, champion: Champion) -> list[Fact]:
     return [Fact(name=name, value=value) for name, value in values.items()]
 
 
-def _commands(plan: SearchPlan, categories: Sequence[CategoryReport], arguments: Sequence[str]) -> list[Command]:
+def _commands(
+    plan: SearchPlan, categories: Sequence[CategoryReport], arguments: Sequence[str], page: str
+) -> list[Command]:
     tracking = shown_url(plan.addresses.tracking)
     found = {
         "Repeat or continue the search": without_secrets(command(["python", "tune/search.py", *arguments])),
         "Pull all champions": pull_command(plan, "all"),
-        "Compare the runs": tracking_ui_command(plan.addresses.tracking),
+        "See its runs in MLflow": page,
         "Draw this page again": command(["dskd", "report", REPORT_DOCUMENT, "--out", REPORT_PAGE]),
     }
     served = next((category.name for category in categories if not category.error), None)

@@ -101,7 +101,7 @@ def _search(settings: SearchSettings, held: ExitStack) -> list["CategoryResult"]
         results = run_search(plan, groups, workers, revision, tracker, progress)
     seconds = {category: progress.seconds_of(category) for category in plan.categories}
     progress.begin("finishing: the report")
-    report = write_report(results, plan, tracker, seconds=seconds, arguments=sys.argv[1:], revision=revision)
+    report = write_report(results, plan, tracker, seconds=seconds, arguments=sys.argv[1:], revision=revision, page=page)
     if report.remark:
         progress.say(report.remark)
     progress.begin("finishing: the last events to MLflow")

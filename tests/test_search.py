@@ -91,7 +91,7 @@ def check_content(uri: str, parents: list[Any], children: list[Any], chosen: Any
     assert "study/history.png" in pictures
     assert chosen.info.run_name.endswith(" ★") and not any(name.startswith("test/") for name in parent.data.metrics)
     shown = {file.path for file in client.list_artifacts(chosen.info.run_id, "validation")}
-    assert shown == {"validation/curves.png", "validation/best.jpg", "validation/worst.jpg"}
+    assert shown == {f"validation/{name}" for name in ("curves.png", "best.jpg", "worst.jpg", "scores.json")}
     digests = {
         used.dataset.digest
         for each in (parent, *children)

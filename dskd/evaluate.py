@@ -90,6 +90,8 @@ class Evaluation(NamedTuple):
 
     scores: Scores
     images: tuple[SeenImage, ...]
+    state: MetricState = MetricState()
+    """Pixels and scores that the metrics come from."""
 
     def confusion(self, threshold: float) -> Confusion:
         """Counts of right and wrong verdicts; a score above `threshold` is anomalous."""
@@ -360,7 +362,7 @@ def evaluate_tiled(
             np.array([is_known]),
             inside[None],
         )
-    return Evaluation(metrics.compute(state), tuple(seen))
+    return Evaluation(metrics.compute(state), tuple(seen), state)
 
 
 @torch.inference_mode()
@@ -395,8 +397,13 @@ def _compared(
 
 def compute_metrics(inspection: AnomalyScores, truth: LabelledImages) -> Scores:
     """All metrics of one inspection of `truth.images`."""
-    return metrics.score_maps(
-        inspection.maps, truth.masks, inspection.scores, truth.labels, truth.has_mask, truth.inside
+    return metrics.compute(metric_state(inspection, truth))
+
+
+def metric_state(inspection: AnomalyScores, truth: LabelledImages) -> MetricState:
+    """What the metrics of one inspection of `truth.images` come from."""
+    return metrics.update(
+        MetricState(), inspection.maps, truth.masks, inspection.scores, truth.labels, truth.has_mask, truth.inside
     )
 
 

@@ -104,7 +104,7 @@ def test_the_preset_is_a_line() -> None:
 
 def test_only_parameters_that_varied_are_drawn_the_most_important_first() -> None:
     study = study_of(*np.linspace(0.1, 0.9, 9).tolist())
-    weights = category_page._importances(study)
+    weights = category_page.importances(study)
     axes = category_page._trials(category_page._seen(study, bool, weights)).axes
     shown = [each.get_xlabel() for each in axes if each.get_visible()]
     assert sorted(shown) == sorted(SPACE) and shown == list(weights), "all varied"

@@ -116,12 +116,13 @@ def test_a_map_is_the_detectors_own_in_grey_and_colours_are_those_of_all_picture
         0
     ]
     prediction = Detector.load(served).predict(photos[-1])
-    assert row["map"].keys() == {"png", "highest"} and row["picture"] is None, "browsers read PNG"
+    assert row["map"].keys() == {"png", "highest", "floor"} and row["picture"] is None, "browsers read PNG"
     assert row["map"]["highest"] == pytest.approx(float(prediction.map.max()), rel=1e-4)
     grey = np.asarray(Image.open(io.BytesIO(base64.b64decode(row["map"]["png"].partition(",")[2]))))
     assert grey.shape == prediction.map.shape == (64, 64)
     assert np.abs(grey / 255 * row["map"]["highest"] - prediction.map).max() <= row["map"]["highest"] / 254
-    assert palette()[255] == heat_colours(np.full((1, 1), 2.0, np.float32), 1.0)[0, 0].tolist()
+    assert row["map"]["floor"] == prediction.floor
+    assert palette()[85] == heat_colours(np.ones(1))[0].tolist(), "of the threshold"
     assert map_picture(prediction)["highest"] == pytest.approx(row["map"]["highest"], rel=1e-4)
 
 

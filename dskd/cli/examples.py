@@ -24,4 +24,5 @@ EXAMPLES: Mapping[str, Sequence[str]] = {
     ),
     "page": ("dskd page detectors/flange detectors/fabric",),
     "export": ("dskd export detectors/flange --onnx flange.onnx --images my-images/flange/test",),
+    "report": ("dskd report dskd-results/parts/report.json --out report.html",),
 }

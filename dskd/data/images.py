@@ -37,7 +37,7 @@ DECODING_BYTES = 1 << 30
 _BYTES_PER_PIXEL = 12
 """Peak memory of decoding and resizing, measured with Pillow on RGB: two buffers of 4 bytes, and a reserve."""
 _MAX_THREADS = 16
-_PICTURE_SIDE = 768
+_PICTURE_SIDE = 1024
 _SOFT_MASK_PEAK = 250
 _FEW_VALUES = 16
 _TURNS = {
@@ -88,7 +88,7 @@ class Framed(NamedTuple):
     """(h, w, 3), the canvas: the network's input, or for tiles the region of interest at its own size."""
     frame: Frame
     picture: npt.NDArray[np.uint8]
-    """(H, W, 3), the whole image, reduced to at most 768 pixels a side: what people are shown."""
+    """(H, W, 3), the whole image, reduced to at most 1024 pixels a side: what people are shown."""
     num_clipped: int = 0
     """Number of values out of the scale's range, in images of more than 8 bits."""
 

@@ -13,10 +13,11 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from dskd.calibration import p_value
+from dskd.draw.verdict import TOP
 from dskd.page.guard import Guard, Limits, refusal_document
 from dskd.page.inspector import DEFAULT_RATE, Category, Inspector, Judged, Photo, Question, Refusal
 from dskd.page.metrics import Metrics
-from dskd.page.panel import PALETTE_TOP, palette
+from dskd.page.panel import palette
 
 FILES = Path(__file__).with_name("static")
 _MAX_NAME = 200
@@ -74,7 +75,7 @@ def make_app(
         return {
             "categories": [_category_document(each) for each in known],
             "palette": palette(),
-            "palette_top": PALETTE_TOP,
+            "palette_top": TOP,
             "limits": {"images": limits.images, "image_bytes": limits.image_bytes},
         }
 

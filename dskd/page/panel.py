@@ -8,31 +8,31 @@ import numpy as np
 from PIL import Image
 
 from dskd.detector import Prediction
-from dskd.draw.verdict import heat_colours
+from dskd.draw.verdict import TOP, heat_colours
 
 _LEVELS = 256
 _SIDE = 512
 """Most pixels of a map's longer side."""
-PALETTE_TOP = 2.0
-"""The palette ends at this multiple of the threshold."""
 
 
 def palette() -> list[list[int]]:
-    """256 colours [red, green, blue] of map values from 0 to `PALETTE_TOP` thresholds, as in all other pictures."""
-    ramp = np.linspace(0, PALETTE_TOP, _LEVELS, dtype=np.float32)[None]
-    colours: list[list[int]] = heat_colours(ramp, 1.0)[0].tolist()
+    """256 colours [red, green, blue] of map values from 0 to `TOP` thresholds, as in all other pictures."""
+    colours: list[list[int]] = heat_colours(np.linspace(0, TOP, _LEVELS)).tolist()
     return colours
 
 
 def map_picture(prediction: Prediction) -> dict[str, Any]:
-    """The map as a grey PNG (data URI) of the whole image, reduced; 255 is the value `highest`, 0 is 0."""
+    """The map as a grey PNG (data URI) of the whole image, reduced; 255 is the value `highest`, 0 is 0.
+
+    Below `floor`, which few good images exceed, there is nothing to be drawn; None: below the threshold.
+    """
     share = min(1.0, _SIDE / max(prediction.width, prediction.height))
     heat = prediction.map_of(
         max(1, round(prediction.width * share)), max(1, round(prediction.height * share))
     )  # (h, w)
     highest = max(float(heat.max()), 1e-12)
     grey = np.rint((heat / highest).clip(0, 1) * (_LEVELS - 1)).astype(np.uint8)
-    return {"png": _data_uri(Image.fromarray(grey), "png"), "highest": highest}
+    return {"png": _data_uri(Image.fromarray(grey), "png"), "highest": highest, "floor": prediction.floor}
 
 
 def shown_picture(prediction: Prediction) -> str:

@@ -38,10 +38,11 @@ def show_outcome(
     share: TimeShare | None,
     seconds: Mapping[str, float],
     page: str,
+    report: str = "",
 ) -> None:
     """Print the results of all categories on stderr; `seconds` is the time of each in this command.
 
-    `page` says how to see their runs in MLflow.
+    `page` says how to see their runs in MLflow; `report` is the address of the search's report, empty without one.
     """
     rows = [_row(result, seconds.get(result.category)) for result in results]
     console = stderr_console()
@@ -72,6 +73,9 @@ def show_outcome(
             print_line(console, f"  in {plan.addresses.home}/{result.champion.folder}")
     if share is not None:
         print_line(console, share.sentence)
+    if report:
+        print_line(console, "the report, for a browser:")
+        print_command(console, report)
     print_line(console, "pull the champions:")
     print_command(console, pull_command(plan, "all"))
     print_line(console, "compare the runs:")

@@ -74,6 +74,7 @@ def _search(settings: SearchSettings, held: ExitStack) -> list["CategoryResult"]
     progress.begin("starting: the first workers, and the run in MLflow")
     from dskd.detector import UNTRAINED_TEACHER
     from tune.jobs.outcome import show_outcome
+    from tune.jobs.report import write_report
     from tune.preflight import identity
     from tune.study.categories import run_search
     from tune.tracking.runs import code_revision, run_tags
@@ -98,11 +99,15 @@ def _search(settings: SearchSettings, held: ExitStack) -> list["CategoryResult"]
     progress.say(f"searching {', '.join(plan.categories)}: {plan.trials} trials each, state in {addresses.home}")
     with progress.watching(plan.categories):
         results = run_search(plan, groups, workers, revision, tracker, progress)
+    seconds = {category: progress.seconds_of(category) for category in plan.categories}
+    progress.begin("finishing: the report")
+    report = write_report(results, plan, tracker, seconds=seconds, arguments=sys.argv[1:], revision=revision, page=page)
+    if report.remark:
+        progress.say(report.remark)
     progress.begin("finishing: the last events to MLflow")
     if num_unsent := tracker.close(_TRACKING_PATIENCE):
         progress.say(f"MLflow {tracker.trouble}: {num_unsent} events are in {unsent}; the same command writes them")
-    seconds = {category: progress.seconds_of(category) for category in plan.categories}
-    show_outcome(results, plan, settings, progress.time_share(), seconds, page)
+    show_outcome(results, plan, settings, progress.time_share(), seconds, page, report.page)
     return results
 
 

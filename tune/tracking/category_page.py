@@ -14,7 +14,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 _FEWEST_TO_COMPARE = 2
-_FEWEST_TO_WEIGH = 8
+FEWEST_TO_WEIGH = 8
 """Minimum number of trials for parameter importance; with fewer it is only noise, with few more still unreliable."""
 _MOST_PARAMETERS = 9
 """Parameters that the picture of trials shows, the most important first."""
@@ -50,13 +50,13 @@ def draw(
 ) -> tuple[str, ...]:
     """`draw_study` of a loaded study."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = _importances(study)
+    weights = importances(study)
     seen = _seen(study, is_untuned, weights)
     differing = {trial.value for trial in seen.finished}
     missing = []
     kinds: tuple[tuple[str, int, Callable[[], Figure]], ...] = (
         ("history", 1, lambda: _history(seen)),
-        ("importance", _FEWEST_TO_WEIGH, lambda: _importance(weights, len(seen.finished))),
+        ("importance", FEWEST_TO_WEIGH, lambda: _importance(weights, len(seen.finished))),
         ("trials", _FEWEST_TO_COMPARE, lambda: _trials(seen)),
     )
     for kind, fewest, plot in kinds:
@@ -72,10 +72,10 @@ def draw(
     return tuple(missing)
 
 
-def _importances(study: optuna.Study) -> dict[str, float]:
+def importances(study: optuna.Study) -> dict[str, float]:
     """Importance of each parameter that varied in all finished trials, the highest first; empty if none can be told."""
     finished = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
-    if len(finished) < _FEWEST_TO_WEIGH or len({trial.value for trial in finished}) < 2:
+    if len(finished) < FEWEST_TO_WEIGH or len({trial.value for trial in finished}) < 2:
         return {}
     everywhere = set.intersection(*(set(trial.params) for trial in finished))
     varied = [name for name in sorted(everywhere) if len({str(trial.params[name]) for trial in finished}) > 1]

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -170,6 +170,16 @@ class Tracker:
         def write(insist: Any) -> None:
             parent = insist(lambda: self._category_run(category))
             insist(lambda: self._client.log_artifacts(parent, str(pictures), "study"))
+
+        self._outbox.write_now(write, patience)
+
+    def add_report(self, categories: Sequence[str], page: Path, patience: float) -> None:
+        """Log the page of the whole search to the run of each category; errors as `register_champion`."""
+
+        def write(insist: Any) -> None:
+            for category in categories:
+                parent = insist(lambda category=category: self._category_run(category))
+                insist(lambda parent=parent: self._client.log_artifact(parent, str(page), "report"))
 
         self._outbox.write_now(write, patience)
 

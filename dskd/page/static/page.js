@@ -4,10 +4,10 @@ const $ = (id) => document.getElementById(id);
 const CHUNK = 4; // photos of one request: the first verdicts come soon, and one request holds few bytes
 const POLL_SECONDS = 10; // between looks at whether the detector was changed
 const SUFFIXES = /\.(png|jpe?g|jfif|bmp|tiff?|webp|jp2|p[bgnp]m)$/i;
-const MAP_STRENGTH = 0.65;
+const MAP_STRENGTH = 0.75;
 
 const state = {
-  token: "", categories: [], palette: [], paletteTop: 2, limits: { images: 64, image_bytes: Infinity },
+  token: "", categories: [], palette: [], paletteTop: 3, limits: { images: 64, image_bytes: Infinity },
   category: null, threshold: 0, isOwnThreshold: false, results: [], current: -1, isSending: false, number: 0,
 };
 
@@ -28,6 +28,7 @@ function say(text) { $("status").textContent = text; }
 async function loadCategories() {
   const found = await ask("categories");
   Object.assign(state, { categories: found.categories, palette: found.palette, paletteTop: found.palette_top, limits: found.limits });
+  drawScale();
   const before = state.category;
   const chosen = found.categories.find((each) => each.name === before?.name) ?? found.categories[0];
   $("category").replaceChildren(...found.categories.map((each) => new Option(each.name, each.name)));
@@ -317,13 +318,24 @@ async function drawMap(result) {
   const { grey } = result;
   const colours = new ImageData(grey.width, grey.height);
   const scale = result.answer.map.highest / 255 / Math.max(state.threshold, 1e-12); // grey level to multiples of the threshold
+  const floor = Math.min(1, (result.answer.map.floor ?? state.threshold) / Math.max(state.threshold, 1e-12));
   for (let at = 0; at < grey.data.length; at += 4) {
     const share = grey.data[at] * scale;
+    if (share <= floor) continue; // few good images exceed it: nothing to be seen
     colours.data.set(state.palette[Math.min(255, Math.round((255 * share) / state.paletteTop))], at);
-    colours.data[at + 3] = 255 * MAP_STRENGTH * Math.min(1, share);
+    colours.data[at + 3] = 255 * MAP_STRENGTH;
   }
   Object.assign(canvas, { width: grey.width, height: grey.height });
   canvas.getContext("2d").putImageData(colours, 0, 0);
+}
+
+/** The colours of the map, from 0 to the palette's end. */
+function drawScale() {
+  const canvas = Object.assign($("scale"), { width: state.palette.length, height: 1 });
+  const colours = new ImageData(canvas.width, 1);
+  state.palette.forEach((colour, index) => colours.data.set([...colour, 255], 4 * index));
+  canvas.getContext("2d").putImageData(colours, 0, 0);
+  $("scale-top").textContent = `${state.paletteTop} ×`;
 }
 
 // The histogram's own units, of its viewBox.

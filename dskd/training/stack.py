@@ -40,13 +40,13 @@ class StudentStack:
         self._trained = [name for name, value in students[0].named_parameters() if value.requires_grad]
         self._base = copy.deepcopy(students[0]).to("meta").train()
         self._stack(students)
-        self._optimizers = [self._optimizer(index) for index in range(len(students))]
+        self.optimizers = [self._optimizer(index) for index in range(len(students))]
 
     def __len__(self) -> int:
         return len(self._configs)
 
     def _stack(self, students: Sequence[Students]) -> None:
-        parameters, buffers = stack_module_state(list(students))  # type: ignore[arg-type]
+        parameters, buffers = stack_module_state(list(students))
         self._weights: dict[str, Tensor] = {
             name: value.detach().requires_grad_(name in self._trained) for name, value in parameters.items()
         }
@@ -93,7 +93,7 @@ class StudentStack:
         ]
         trained = [self._weights[name] for name in self._trained]
         gradients = torch.autograd.grad(torch.stack([each.total for each in terms]).sum(), trained)
-        for index, optimizer in enumerate(self._optimizers):
+        for index, optimizer in enumerate(self.optimizers):
             (group,) = optimizer.param_groups
             if learning_rates is not None:
                 group["lr"] = learning_rates[index]
@@ -106,26 +106,26 @@ class StudentStack:
         """The weights of one student, as its own `state_dict` would give them."""
         return {name: value[index].detach().clone() for name, value in (self._weights | self._buffers).items()}
 
-    def optimizer_state(self, index: int) -> dict[str, Any]:
-        """The state of one student's optimiser."""
-        return self._optimizers[index].state_dict()
-
     def load(self, index: int, weights: dict[str, Tensor], optimizer: dict[str, Any]) -> None:
         """Put a student with the state of its optimiser in the place of another: it goes on where it was."""
-        with torch.no_grad():
-            for name, value in (self._weights | self._buffers).items():
-                value[index].copy_(weights[name])
-        self._optimizers[index].load_state_dict(optimizer)
+        self.set_weights(index, weights)
+        self.optimizers[index].load_state_dict(optimizer)
+
+    @torch.no_grad()
+    def set_weights(self, index: int, weights: dict[str, Tensor]) -> None:
+        """Give one student these weights, in the memory of the stack."""
+        for name, value in (self._weights | self._buffers).items():
+            value[index].copy_(weights[name])
 
     def keep(self, indices: Sequence[int]) -> None:
         """Go on with these students alone, in this order; the others leave, and no longer cost anything."""
-        states = [copy.deepcopy(self.optimizer_state(index)) for index in indices]
+        states = [copy.deepcopy(self.optimizers[index].state_dict()) for index in indices]
         chosen = list(indices)
         self._configs = [self._configs[index] for index in chosen]
         self._weights = {
             name: value.detach()[chosen].requires_grad_(name in self._trained) for name, value in self._weights.items()
         }
         self._buffers = {name: value[chosen] for name, value in self._buffers.items()}
-        self._optimizers = [self._optimizer(index) for index in range(len(chosen))]
-        for optimizer, state in zip(self._optimizers, states, strict=True):
+        self.optimizers = [self._optimizer(index) for index in range(len(chosen))]
+        for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(state)

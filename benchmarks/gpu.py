@@ -726,8 +726,8 @@ PARTS: dict[str, Callable[[Setup], Iterator[Result]]] = {
 
 
 def free(setup: Setup) -> None:
-    gc.collect()
     if setup.on_gpu:
+        gc.collect()
         torch.cuda.empty_cache()
 
 

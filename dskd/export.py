@@ -25,7 +25,7 @@ from dskd.data.geometry import NEUTRAL, Geometry, RegionOfInterest, whole_frame
 from dskd.data.images import Framed, load_framed
 from dskd.data.tiles import MAP_STRIDE, stitched_map, tiled_score
 from dskd.detector import Detector, Prediction, Unreadable, inside_of, predictions
-from dskd.model.teacher import normalize
+from dskd.model.teacher import IMAGENET_MEAN, IMAGENET_STD
 
 if TYPE_CHECKING:
     import onnx
@@ -46,6 +46,8 @@ TOLERANCE = 1e-4
 BATCH_SIZES = (1, 2, 5)
 NUM_GENERATED = 10
 
+_SHORTEST = 1e-8
+"""A shorter vector has no direction, as in torch's cosine_similarity."""
 _PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 _PREFIX = "dskd."
 
@@ -74,6 +76,20 @@ class Parity(NamedTuple):
     verdicts: tuple[Verdicts, ...]
 
 
+def distances_by_products(
+    teacher: Float[Tensor, "b c h w"], student: Float[Tensor, "b c h w"]
+) -> Float[Tensor, "b h w"]:
+    """As `position_distances`: sums over channels as products with ones, which runtimes do many times faster."""
+    ones = torch.ones(1, teacher.shape[1])
+
+    def sums(values: Tensor) -> Tensor:
+        return ones @ values.flatten(2)  # (B, 1, H W)
+
+    lengths = [sums(each * each).sqrt().clamp_min(_SHORTEST) for each in (teacher, student)]
+    cosines = sums(teacher * student) / (lengths[0] * lengths[1])
+    return (1 - cosines).unflatten(2, teacher.shape[2:])[:, 0]
+
+
 class DetectorGraph(nn.Module):
     """The whole computation of a detector as one module; any teacher that maps images to a pyramid can be used.
 
@@ -82,21 +98,27 @@ class DetectorGraph(nn.Module):
     float32 is moved. Resizing stays outside: Pillow's antialiased filter has no exact ONNX operator.
     """
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, detector: Detector) -> None:
         super().__init__()
-        self.teacher = detector.teacher
-        self.students = detector.students
+        self.teacher, self.students = detector.frozen
         self.config = detector.record.config
         self.geometry = detector.geometry
+        mean, std = torch.tensor(IMAGENET_MEAN)[:, None, None], torch.tensor(IMAGENET_STD)[:, None, None]
+        self.register_buffer("scale", 1 / (255 * std))
+        self.register_buffer("shift", -mean / std)
 
     def forward(
         self, images: UInt8[Tensor, "b height width 3"], inside: Bool[Tensor, "b height width"] | None = None
     ) -> tuple[Float[Tensor, "b h w"], Float[Tensor, " b"]] | Float[Tensor, "b h w"]:
         """Anomaly maps and image scores of RGB images of the size as in training; of tiles the maps, not blurred."""
-        pixels = normalize(images)
+        # As `normalize`, in the order in which a runtime has the least to do: bytes are moved, and not floats.
+        pixels = images.permute(0, 3, 1, 2).contiguous().float() * self.scale + self.shift
         targets = self.teacher(pixels)
         outputs = self.students(pixels, targets)
-        found = discrepancies(targets, outputs.encoder, outputs.decoder)
+        found = discrepancies(targets, outputs.encoder, outputs.decoder, distances_by_products)
         score = self.config.score
         if self.geometry.tile:
             sharp = dataclasses.replace(score, blur_sigma=0.0)

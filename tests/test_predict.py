@@ -222,10 +222,10 @@ def test_a_file_that_vanishes_midway_is_a_row_of_its_own(
     for path in paths:
         path.write_bytes((mvtec_root / "tile/test/good/000.png").read_bytes())
     summary = predict_images(
-        detector, paths, tmp_path / "out", on_prediction=lambda seen: paths[1].unlink(missing_ok=True)
+        detector, paths, tmp_path / "out", on_prediction=lambda seen: paths[2].unlink(missing_ok=True)
     )
-    assert [row["verdict"] == "unreadable" for row in summary.predictions] == [False, True, False]
-    assert "does not exist" in summary.predictions[1]["error"]
+    assert [row["verdict"] == "unreadable" for row in summary.predictions] == [False, False, True]
+    assert "does not exist" in summary.predictions[2]["error"]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -15,7 +15,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
@@ -278,6 +278,7 @@ def predict(
     threshold: float | None = None,
     fdr: float | None = None,
     group_by: str = "",
+    overlays: Literal["all", "anomalous", "none"] = "all",
     device: str = "auto",
     max_megapixels: float | None = None,
     json: bool = False,
@@ -296,6 +297,7 @@ def predict(
             (0, 1). The threshold then depends on all images together, which are inspected twice.
         group_by: Regular expression that finds a part's name in a path, if another than in training; for parts with
             several images, whose verdicts go to parts.jsonl.
+        overlays: Of which images a picture is drawn; of many images it takes as long as the inspection.
         device: auto, cpu, cuda or cuda:N.
         max_megapixels: Larger images are refused as decompression bombs; 512, or $DSKD_MAX_MEGAPIXELS, unless given.
         json: Print one JSON document.
@@ -325,9 +327,10 @@ def predict(
         threshold=threshold,
         false_discovery_rate=fdr,
         group_by=group_by,
+        overlays=overlays,
         on_prediction=tell,
     )
-    say(f"{summary.describe()}; overlays in {out / 'overlays'}")
+    say(summary.describe() + ("" if overlays == "none" else f"; overlays in {out / 'overlays'}"))
     if json:
         print_json(
             {

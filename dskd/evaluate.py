@@ -386,7 +386,8 @@ def _compared(
     order: npt.NDArray[np.int64],
     batch_size: int = _BATCH,
 ) -> Iterator[Discrepancies]:
-    students.eval()
+    if students.training:
+        students.eval()
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         pixels = normalize(to_device(device, images, chosen))

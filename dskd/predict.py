@@ -2,7 +2,6 @@
 
 import json
 import os
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +17,7 @@ from dskd.config import DataConfig
 from dskd.data.files import IMAGE_SUFFIXES, Walk, count_unread, walk
 from dskd.data.parts import worst_scores
 from dskd.detector import Detector, Prediction, Unreadable, basis_of, chosen_limit, rates_of
+from dskd.draw.verdict import OVERLAY_SUFFIX, to_webp
 
 PREDICTIONS_FILE = "predictions.jsonl"
 OVERLAYS_FOLDER = "overlays"
@@ -175,8 +175,7 @@ def _drawn(
 
 
 def _save_overlay(seen: Prediction, path: Path) -> None:
-    # Of zlib's strategies the one that is quick: a quarter of the default's time for files that are no larger.
-    seen.plot().save(path, "PNG", compress_type=zlib.Z_RLE)
+    path.write_bytes(to_webp(seen.plot()))
 
 
 def check_discovery_rate(record: DetectorRecord, false_discovery_rate: float | None, threshold: float | None) -> None:
@@ -194,7 +193,7 @@ def check_discovery_rate(record: DetectorRecord, false_discovery_rate: float | N
 def overlay_name(index: int, path: Path) -> str:
     """File name of an image's picture: its number, folder and name."""
     name = os.fsencode(f"{index:05d}_{path.parent.name}_{path.stem}")[:_MAX_NAME_BYTES]
-    return f"{name.decode('utf-8', 'ignore')}.png"
+    return f"{name.decode('utf-8', 'ignore')}{OVERLAY_SUFFIX}"
 
 
 def check_out(out: Path) -> None:

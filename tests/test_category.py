@@ -25,7 +25,7 @@ from tune.study.category import make_sampler, not_yet_asked_for
 from tune.study.context import StudyContext, enter_study, study_context
 from tune.study.hooks import Deadline, Halving, Observe, Searcher, StudyStorage
 from tune.tracking.events import CategoryContinued, EpochDone, Event, TrialEnded, TrialStarted
-from tune.trial.spec import CATEGORY, ERROR, LOST, OBJECTIVE, RUNG, build_spec
+from tune.trial.spec import CATEGORY, EPOCH, ERROR, LOST, OBJECTIVE, RUNG, build_spec
 
 POINTS = [{"depth": 1}, {"depth": 2}]
 
@@ -103,8 +103,17 @@ def test_a_kill_between_two_snapshots_neither_loses_nor_repeats_a_suggestion(
     revived = Searcher.__new__(Searcher)  # Tune unpickles it
     revived.restore(str(tmp_path / "snapshot"))
     assert [revived.suggest("d"), revived.suggest("e")] == lost, "the known point is put back, the other drawn again"
-    revived.on_trial_complete("a", {OBJECTIVE: 0.5})
+    revived.on_trial_complete("a", {OBJECTIVE: 0.5, EPOCH: study_context().plan.num_reports})
     assert states(revived).count("COMPLETE") == 1
+
+
+def test_the_study_is_told_which_trials_were_pruned(searcher: Searcher) -> None:
+    """Three epochs' objective is no result: told as one it would stand in the history and in the importances."""
+    searcher.suggest("a")
+    searcher.on_trial_result("a", {OBJECTIVE: 0.9, "training_iteration": 3})
+    searcher.on_trial_complete("a", {OBJECTIVE: 0.9, EPOCH: 3})
+    first = trials_of(searcher)[0]
+    assert (first.state.name, first.value) == ("PRUNED", 0.9)
 
 
 def test_a_trial_that_its_own_values_spoilt_counts_as_bad_and_one_whose_machines_failed_as_nothing(

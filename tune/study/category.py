@@ -140,7 +140,7 @@ def make_sampler(name: SamplerName, seed: int, category: str, num_presets: int) 
     if name == "gp":
         return optuna.samplers.GPSampler(seed=seed)
     if name == "cmaes":
-        return optuna.samplers.CmaEsSampler(seed=seed)
+        return optuna.samplers.CmaEsSampler(seed=seed, consider_pruned_trials=True)
     if name == "qmc":
         return optuna.samplers.QMCSampler(seed=seed, scramble=True)
     return optuna.samplers.RandomSampler(seed=seed)

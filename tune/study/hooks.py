@@ -106,9 +106,14 @@ class Searcher(OptunaSearch):
             super().on_trial_result(trial_id, result)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tell the study that a trial failed if its machines did; one that its own values spoilt counts as bad."""
+        """Tell the study that a trial failed if its machines did; one that its own values spoilt counts as bad.
+
+        A pruned one is told as pruned: its objective after a few epochs is no result beside those of whole trials.
+        """
         is_lost = error or bool(result and result.get(LOST))
-        super().on_trial_complete(trial_id, None if is_lost else result, is_lost)
+        # Without a result and without an error Ray tells the study that the trial was pruned.
+        is_pruned = not is_lost and result is not None and _status_of(result) == "pruned"
+        super().on_trial_complete(trial_id, None if is_lost or is_pruned else result, is_lost)
 
 
 class Halving(ASHAScheduler):
@@ -206,7 +211,8 @@ class Observe(ray.tune.Callback):
         params |= {"preset": preset}
         context.running.add(trial.trial_id)
         tried = describe_changes(config, {preset: context.space.base_of(trial.config)}, _MOST_CHANGES)
-        context.events.put(TrialStarted(context.category, trial.trial_id, params, number, tried))
+        role = context.space.role_of(trial.config)
+        context.events.put(TrialStarted(context.category, trial.trial_id, params, number, tried, role))
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
@@ -261,8 +267,12 @@ def _continued(trials: list[Trial]) -> CategoryContinued:
 
 def _status(trial: Trial) -> Status:
     """How an ended trial ended."""
-    last = trial.last_result or {}
-    if trial.status == Trial.ERROR or last.get(ERROR):
+    return "failed" if trial.status == Trial.ERROR else _status_of(trial.last_result or {})
+
+
+def _status_of(last: Mapping[str, Any]) -> Status:
+    """How a trial ended whose last report this is."""
+    if last.get(ERROR):
         return "failed"
     return "finished" if last.get(EPOCH, 0) >= study_context().plan.num_reports else "pruned"
 

@@ -86,8 +86,8 @@ def anomaly_maps(
     if not compared:
         raise ValueError("anomaly maps need the discrepancies of at least one student, got none.")
     if sigma > 0 and config.level_fusion == "sum" and (len(compared) == 1 or config.student_fusion == "sum"):
-        weights = [weight for weight, _ in compared] if len(compared) > 1 else [1.0]
-        mixed = [_fuse(level, weights, "sum") for level in zip(*(levels for _, levels in compared), strict=True)]
+        shares = [weight for weight, _ in compared] if len(compared) > 1 else [1.0]
+        mixed = [_fuse(level, shares, "sum") for level in zip(*(levels for _, levels in compared), strict=True)]
         return _summed(mixed, config.score_level_weights, size, sigma)
     students = [
         (weight, _fuse(_resize(levels, size), config.score_level_weights, config.level_fusion))

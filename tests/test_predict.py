@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from dskd import detector as detector_module
+from dskd import predict as predict_module
 from dskd.calibration import p_value
 from dskd.detector import Detector, Unreadable
 from dskd.evaluate import AnomalyScores
@@ -218,6 +219,7 @@ def test_a_file_that_vanishes_midway_is_a_row_of_its_own(
     detector: Detector, mvtec_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(detector_module, "PREDICT_CHUNK", 1)
+    monkeypatch.setattr(predict_module, "_MAX_DRAWING", 0)
     paths = [tmp_path / f"{index}.png" for index in range(3)]
     for path in paths:
         path.write_bytes((mvtec_root / "tile/test/good/000.png").read_bytes())

@@ -24,13 +24,13 @@ def folded(module: Module) -> Module:
             holder, place, layer = parent, name, first
             while isinstance(layer, nn.Sequential) and len(layer):
                 holder, place, layer = layer, str(len(layer) - 1), layer[-1]
-            if not (isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats and not norm._forward_hooks):
+            if not (isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats):
                 continue
             if not isinstance(layer, nn.Conv2d | nn.ConvTranspose2d) or layer.out_channels != norm.num_features:
                 continue
-            if layer._forward_hooks or (isinstance(layer, nn.ConvTranspose2d) and layer.groups > 1):
-                continue
             is_transposed = isinstance(layer, nn.ConvTranspose2d)
+            if is_transposed and layer.groups > 1:
+                continue
             setattr(holder, place, fuse_conv_bn_eval(layer, norm, transpose=is_transposed))
             # timm's BatchNorm may have an activation inside.
             activation = getattr(norm, "act", None)

@@ -32,12 +32,13 @@ ROWS = {
     "epoch": "the same with validation",
     "image": "one image from file, torch, 256 px",
     "onnx": "exported graph in ONNX Runtime, 256 px",
+    "int8": "anomalib's float32 graph and our int8 one in ONNX Runtime, 256 px",
     "openvino": "exported graph in OpenVINO (float32), 256 px",
     "aupro": "exact AUPRO, 83 maps of 256 px",
     "help": "`train --help`",
 }
 SLOW = ("train", "aupro", "help")
-TASKS = ("train", "image", "onnx", "openvino", "aupro", "help")
+TASKS = ("train", "image", "onnx", "int8", "openvino", "aupro", "help")
 Task = Callable[[], "float | dict[str, float] | None"]
 """Work that a side does once; what it gives are seconds of its own, else it is timed as a whole."""
 
@@ -80,9 +81,10 @@ def ours(data: Path, work: Path, threads: int) -> dict[str, Task]:
     from dskd.config import DataSpec, TeacherSource
     from dskd.detector import Detector
     from dskd.device import computing_device
-    from dskd.export import build_model
+    from dskd.export import as_inputs, build_model
     from dskd.metrics import aupro
     from dskd.presets import PRESETS
+    from dskd.quantize import build_int8_model
     from dskd.training.inputs import prepare
     from dskd.training.run import TrainingRun
 
@@ -125,7 +127,9 @@ def ours(data: Path, work: Path, threads: int) -> dict[str, Task]:
     graph = work / "ours.onnx"
     graph.write_bytes(build_model(detector).SerializeToString())
     pixels = np.random.default_rng(0).integers(0, 256, (1, SIDE, SIDE, 3), dtype=np.uint8)
-    runtime, request = session(graph, threads), openvino_request(graph, threads)
+    small = work / "int8.onnx"
+    small.write_bytes(build_int8_model(detector, as_inputs(inputs.train_images[:32])))
+    runtime, int8, request = session(graph, threads), session(small, threads), openvino_request(graph, threads)
     maps, masks = drawn_maps()
 
     def exact() -> dict[str, float]:
@@ -137,6 +141,7 @@ def ours(data: Path, work: Path, threads: int) -> dict[str, Task]:
         "train": train,
         "image": lambda: (detector.predict(image, 1.0), None)[1],
         "onnx": lambda: (runtime.run(None, {"images": pixels}), None)[1],
+        "int8": lambda: (int8.run(None, {"images": pixels}), None)[1],
         "openvino": lambda: (request.infer({0: pixels}), None)[1],
         "aupro": exact,
         "help": lambda: quietly([sys.executable, "-m", "dskd", "train", "--help"]),
@@ -219,6 +224,7 @@ def theirs(data: Path, work: Path, threads: int) -> dict[str, Task]:
         "train": train,
         "image": lambda: (inferencer.predict(image), None)[1],
         "onnx": lambda: (runtime.run(None, {name: pixels}), None)[1],
+        "int8": lambda: (runtime.run(None, {name: pixels}), None)[1],
         "openvino": lambda: (request.infer({0: pixels}), None)[1],
         "aupro": exact,
         "help": lambda: quietly([str(program), "train", "--help"]),

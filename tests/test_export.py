@@ -22,7 +22,17 @@ from dskd.checkpoint import DetectorRecord
 from dskd.cli.main import main
 from dskd.config import RunConfig, ScoreConfig
 from dskd.detector import UNTRAINED_TEACHER, Detector
-from dskd.export import ParityError, as_inputs, build_model, check_exportable, compare, export_onnx, generated_images
+from dskd.export import (
+    OnnxDetector,
+    ParityError,
+    as_inputs,
+    build_model,
+    check_exportable,
+    compare,
+    export_onnx,
+    generated_images,
+    network_inputs,
+)
 from dskd.model.amplification import AmplifiedTeacher, build_amplifier
 from dskd.model.distances import Pyramid
 from dskd.model.network import StudentPyramids, build_students
@@ -244,3 +254,27 @@ def test_the_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ValueError, match=r"needs the package onnxscript: run \.ci/setup onnx or pip install -e '\.\[onnx\]'"
     ):
         check_exportable(tmp_path / "new.onnx", 18)
+
+
+def test_an_8_bit_graph_is_nearly_the_detector_and_tells_by_how_much_it_differs(
+    detector_folder: Path, detector: Detector, mvtec_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, good = tmp_path / "int8.onnx", str(mvtec_root / "tile/train/good")
+    words = ["export", str(detector_folder), "--onnx", str(path), "--int8", "--json"]
+    with pytest.raises(SystemExit) as refused:
+        main(words)
+    assert refused.value.code == 2 and "give some with --images FOLDER" in capsys.readouterr().err
+    main([*words, "--images", good])
+    report = json.loads(capsys.readouterr().out)
+    assert report["precision"] == "int8" and 1e-4 < report["score_error"] < 0.2
+    found = onnx.load(path)
+    kinds = {tensor.name: tensor.data_type for tensor in found.graph.initializer}
+    into = {node.output[0]: node for node in found.graph.node}
+    convolutions = [node for node in found.graph.node if node.op_type == "Conv"]
+    assert convolutions and all(
+        kinds[into[node.input[1]].input[0]] == onnx.TensorProto.INT8 for node in convolutions
+    ), "every convolution's weights are of 8 bits"
+    images = network_inputs(detector, sorted((mvtec_root / "tile/test").rglob("*.png")))
+    maps, _ = detector.score_framed(images)
+    heats, _ = OnnxDetector(path.read_bytes()).score_framed(images)
+    assert np.corrcoef(np.ravel(maps), np.ravel(heats))[0, 1] > 0.9

@@ -150,6 +150,7 @@ def report_of(num_categories: int, picture_bytes: int = 0) -> Report:
         name=f"parts {HOSTILE}",
         written="2026-11-26T23:00:00+00:00",
         data="my-images",
+        seconds=5400.0,
         trial_seconds=7200.0,
         caveats=(f"board: its 5 good images vouch for 16.7 % of false alarms. {HOSTILE}", "fabric has no detector."),
         objective="mean of image AUROC and AUPRO on synthetic defects",

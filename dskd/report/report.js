@@ -121,8 +121,9 @@
 
   function top() {
     const trials = report.categories.reduce((sum, category) => sum + category.trials.length, 0);
-    const line = `${report.written.slice(0, 16).replace("T", " ")} UTC · data ${report.data} · ${trials} trials, ` +
-      `${duration(report.trial_seconds)} of training`;
+    const line = `${report.written.slice(0, 16).replace("T", " ")} UTC · data ${report.data} · ` +
+      `${report.categories.length} categories, ${trials} trials of ${duration(report.trial_seconds)} together · ` +
+      `this command took ${duration(report.seconds)}`;
     return [
       el("h1", {}, `Search ${report.name}`),
       el("p", { class: "soft" }, line),
@@ -334,11 +335,12 @@
       y += height;
     }
     let last = -Infinity;
-    for (const multiple of stored > 0 ? [0.2, 0.5, 1, 1.5, 2, 3, 5, 10, 20, 50] : []) {
+    const multiples = isLog ? [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100] : ticks(low / stored, high / stored, 6);
+    for (const multiple of stored > 0 ? multiples : []) {
       const x = at(multiple * stored);
       if (multiple * stored >= low && x >= left + 14 && x <= right - 14 && x > last + 40) {
         last = x;
-        parts.push(svg("text", { class: "soft", x, y: y + 16, "text-anchor": "middle" }, `${multiple} ×`));
+        parts.push(svg("text", { class: "soft", x, y: y + 16, "text-anchor": "middle" }, `${short(multiple)} ×`));
       }
     }
     parts.push(svg("line", { class: "stored", x1: at(stored), x2: at(stored), y1: 0, y2: y }));
@@ -401,9 +403,12 @@
     const missed = inspected.weakest_defects.filter((each) => !(each.score > threshold));
     const flagged = inspected.strongest_good.filter((each) => each.score > threshold);
     const groups = [
-      [missed.length ? "Worst misses" : "Nothing missed; the weakest finds", inspected.weakest_defects],
-      [flagged.length ? "Worst false alarms" : "No false alarm; the good images that come closest",
-        inspected.strongest_good],
+      missed.length
+        ? ["Worst misses", missed]
+        : ["Nothing missed; the weakest finds", inspected.weakest_defects],
+      flagged.length
+        ? ["Worst false alarms", flagged]
+        : ["No false alarm; the good images that come closest", inspected.strongest_good],
       ["Good images that look least like the others", inspected.suspects,
         "Training images, each scored by a detector that did not see it. Look for bad ones among them: --exclude " +
         "leaves them out. The maps are the champion's own, which has seen most of them."],
@@ -547,7 +552,7 @@
     const said = el("p", { "aria-live": "polite" });
     const box = el("div", { class: "scroll" });
     const gap = 104;
-    const [upper, lower] = [74, 330];
+    const [upper, lower] = [104, 360];
     const width = order.length * gap + 120;
 
     const axes = order.map((name, index) => {

@@ -668,8 +668,9 @@
   function command({ what, command: text }) {
     const copy = navigator.clipboard
       ? el("button", { class: "plain", type: "button", onclick: async (event) => {
-          await navigator.clipboard.writeText(text);
-          event.target.textContent = "Copied";
+          const { target } = event;
+          const done = await navigator.clipboard.writeText(text).then(() => true, () => false);
+          target.textContent = done ? "Copied" : "Not allowed here: select the text";
         } }, "Copy")
       : null;
     return el("div", {}, el("p", {}, what, " ", copy), el("pre", { tabindex: 0 }, text));

@@ -102,7 +102,9 @@ def evaluate_on_test(assignment: Evaluation, device: "torch.device") -> dict[str
         Storage(root).download(name, folder)
         detector = Detector.load(folder, str(device))
         layout = detector.record.config.data.layout
-        data, found, remark = None, None, ""
+        data: Path | None = None
+        found: TestEvaluation | None = None
+        remark = ""
         try:
             data = local_copy(assignment.data, assignment.category, assignment.cache_gb, layout)
             found = detector.evaluation(data, assignment.category)

@@ -57,6 +57,7 @@
   const fixed = (value, digits) => (known(value) ? value.toFixed(digits) : "–");
   const signed = (value, digits) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(digits);
   const short = (value) => (typeof value === "number" ? String(Number(value.toPrecision(3))) : String(value));
+  const cut = (text, length) => (text.length > length ? `${text.slice(0, length - 1)}…` : text);
   const percent = (share) => `${Number((100 * share).toFixed(1))} %`;
   const times = (score, threshold) =>
     threshold > 0 ? `${(score / threshold).toFixed(2)} × threshold` : `score ${short(score)}`;
@@ -325,7 +326,8 @@
       const height = Math.max(24, deepest * radius * 1.6 + 12);
       const middle = y + height / 2;
       parts.push(svg("line", { class: "axis", x1: left, x2: right, y1: middle, y2: middle }));
-      if (left !== 8) parts.push(svg("text", { x: left - 10, y: middle + 4, "text-anchor": "end" }, row.label));
+      if (left !== 8) parts.push(svg("text", { x: left - 10, y: middle + 4, "text-anchor": "end" }, cut(row.label, 20),
+        svg("title", {}, row.label)));
       for (const [item, level] of placed) {
         const lift = Math.ceil((level % 9) / 2) * radius * 1.6 * (level % 2 ? -1 : 1);
         parts.push(svg("circle", { class: row.isBad ? "bad" : "good", cx: at(item.score).toFixed(1),
@@ -595,9 +597,10 @@
           onkeydown: (event) => byKey(event, axis) },
         svg("line", { class: "axis", x1: axis.x, x2: axis.x, y1: upper, y2: lower, style: "stroke:var(--soft)" }),
         brush ? svg("rect", { class: "brush", x: axis.x - 9, y: brush[0], width: 18, height: Math.max(2, brush[1] - brush[0]) }) : null,
-        svg("text", { x: axis.x - 6, y: upper - 22, transform: `rotate(-24 ${axis.x - 6} ${upper - 22})` }, axis.name),
+        svg("text", { x: axis.x - 6, y: upper - 22, transform: `rotate(-24 ${axis.x - 6} ${upper - 22})` }, cut(axis.name, 26),
+          svg("title", {}, axis.name)),
         axis.marks.slice(0, 12).map(([text, y]) => svg("text", { class: "soft", x: axis.x + 6,
-          y: y === upper ? y - 5 : y === lower ? y + 14 : y + 4 }, text)),
+          y: y === upper ? y - 5 : y === lower ? y + 14 : y + 4 }, cut(text, 14))),
         svg("rect", { class: "hit", x: axis.x - 16, y: upper - 8, width: 32, height: lower - upper + 16,
           onpointerdown: (event) => byPointer(event, axis) })));
       }

@@ -1,3 +1,5 @@
+import resource
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -47,3 +49,13 @@ def test_rows_of_a_read_only_file_are_a_copy(tmp_path: Path, recwarn: pytest.War
     to_device(cpu, table, slice(1, 3)).zero_()
     np.testing.assert_array_equal(table, values)
     assert not list(recwarn)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_memory_that_a_large_tensor_frees_is_there_for_the_next_one() -> None:
+    computing_device("cpu")
+    torch.ones(12_000_000)  # 48 MB, more than glibc keeps by itself
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        torch.ones(12_000_000)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 6000, "of 4 x 11,700 pages none is new"

@@ -620,6 +620,7 @@ def in_image(region: Region, frame: Frame, stride: int) -> Region:
 
 UNTRAINED_TEACHER = "UNTRAINED TEACHER: fit to see the machinery, not for inspection"
 APPROXIMATE = "approximate: the images behind it also selected the model"
+JUDGED_LATER = "approximate: people chose some of the images behind it"
 OUT_OF_FOLD = "expected, not proven: each image behind it was scored by a detector that did not see it"
 
 
@@ -645,6 +646,8 @@ def chosen_limit(detector: "Detector", false_alarm_rate: float, threshold: float
 
 def basis_of(record: DetectorRecord) -> str:
     """In brackets why a rate of this detector is not proven; empty if it is."""
+    if record.num_feedback:
+        return f" ({JUDGED_LATER})"
     if record.calibration_folds:
         return f" ({OUT_OF_FOLD})"
     return f" ({APPROXIMATE})" if record.is_approximate else ""

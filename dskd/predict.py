@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from dskd.atomic import check_can_be_made
-from dskd.calibration import discovery_threshold
+from dskd.calibration import Drift, discovery_threshold, drift_of
 from dskd.checkpoint import DetectorRecord
 from dskd.config import DataConfig
 from dskd.data.files import IMAGE_SUFFIXES, Walk, count_unread, walk
@@ -48,6 +48,8 @@ class PredictionSummary(NamedTuple):
     rates: Mapping[str, float | None] = {}
     """`requested_rate`, `expected_rate` and `guaranteed_rate` of false alarms, and `false_discovery_rate`; None where
     another was asked for, or none is proven."""
+    drift: Drift | None = None
+    """Whether the images called good still look like those behind the thresholds; None where there are too few."""
 
     def describe(self) -> str:
         found = f"{self.num_anomalous} of {len(self.predictions)} anomalous"
@@ -131,9 +133,11 @@ def predict_images(
         lines,
         parts,
         rates,
+        drift_of(record.normal_scores, [line["score"] for line in lines if line["score"] is not None], limit),
     )
     document = {"schema": 1, "num_images": len(lines), **summary._asdict(), "threshold": limit}
     document |= document.pop("rates")
+    document["drift"] = summary.drift.to_dict() if summary.drift else None
     document.pop("predictions")
     if document.pop("parts"):
         document |= {

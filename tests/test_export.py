@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx
 import onnxruntime
+import openvino
 import pytest
 import torch
 import torch.nn.functional as F
@@ -77,6 +78,17 @@ def check_agreement(detector: Detector, model: bytes) -> None:
     assert parity.num_images == 10 and max(parity.map_error, parity.score_error) < 1e-5
 
 
+def check_openvino(detector: Detector, model: bytes) -> None:
+    """The same graph in OpenVINO's runtime on the CPU, in full precision: its default may round to 16 bits."""
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(model), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    images = np.random.default_rng(6).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    found = compiled({"images": images})
+    expected = detector.score_images(images)
+    np.testing.assert_allclose(found["maps"], expected.maps, rtol=1e-4, atol=1e-4 * float(expected.maps.max()))
+    np.testing.assert_allclose(found["scores"], expected.scores, rtol=1e-4)
+
+
 @pytest.mark.parametrize(("preset", "opset"), [("stfpm", 18), ("aand", 23)])
 def test_the_graph_of_a_method_says_what_its_detector_says(preset: str, opset: int) -> None:
     config = PRESETS[preset].with_values(NETWORK)
@@ -87,6 +99,7 @@ def test_the_graph_of_a_method_says_what_its_detector_says(preset: str, opset: i
     model = build_model(detector, opset)
     assert [item.version for item in model.opset_import if item.domain == ""] == [opset]
     check_agreement(detector, model.SerializeToString())
+    check_openvino(detector, model.SerializeToString())
 
 
 class _Levels(nn.Module):

@@ -8,6 +8,7 @@ import _thread
 import dataclasses
 import json
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, redirect_stdout
@@ -67,6 +68,7 @@ class _Begun(NamedTuple):
 
 
 def _search(settings: SearchSettings, held: ExitStack) -> list["CategoryResult"]:
+    began = time.monotonic()
     progress = SearchProgress(settings.trials, settings.num_reports)
     held.enter_context(progress.beating())
     progress.begin("preparing: checks of data and servers, start of Ray")
@@ -74,7 +76,7 @@ def _search(settings: SearchSettings, held: ExitStack) -> list["CategoryResult"]
     progress.begin("starting: the first workers, and the run in MLflow")
     from dskd.detector import UNTRAINED_TEACHER
     from tune.jobs.outcome import show_outcome
-    from tune.jobs.report import write_report
+    from tune.jobs.report import Run, write_report
     from tune.preflight import identity
     from tune.study.categories import run_search
     from tune.tracking.runs import code_revision, run_tags
@@ -101,7 +103,7 @@ def _search(settings: SearchSettings, held: ExitStack) -> list["CategoryResult"]
         results = run_search(plan, groups, workers, revision, tracker, progress)
     seconds = {category: progress.seconds_of(category) for category in plan.categories}
     progress.begin("finishing: the report")
-    report = write_report(results, plan, tracker, seconds=seconds, arguments=sys.argv[1:], revision=revision, page=page)
+    report = write_report(results, plan, tracker, Run(began, sys.argv[1:], revision, page), seconds)
     if report.remark:
         progress.say(report.remark)
     progress.begin("finishing: the last events to MLflow")

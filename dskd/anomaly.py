@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -121,7 +120,22 @@ def image_scores(maps: Float[Tensor, "b h w"], top_fraction: float) -> Float[Ten
 
 
 def _resize(levels: Sequence[Tensor], size: tuple[int, int]) -> list[Tensor]:
-    return [F.interpolate(level[:, None], size, mode="bilinear", align_corners=False)[:, 0] for level in levels]
+    return [_between(level, size, 0.0) for level in levels]
+
+
+def _between(level: Tensor, size: tuple[int, int], sigma: float, weight: float = 1.0) -> Tensor:
+    """A level brought to `size` by bilinear interpolation, and blurred, as two products with matrices.
+
+    In float32 where autocast would round; a product is quicker than an interpolation in every runtime.
+    """
+    if sigma == 0 and tuple(level.shape[-2:]) == size:
+        return level if weight == 1 else weight * level
+    rows, columns = (
+        torch.tensor(_resized_rows(small, side, sigma), device=level.device)
+        for small, side in zip(level.shape[-2:], size, strict=True)
+    )
+    with torch.autocast(level.device.type, enabled=False):
+        return (rows if weight == 1 else weight * rows) @ level @ columns.T
 
 
 def _fuse(maps: Sequence[Tensor], weights: Sequence[float], fusion: Fusion) -> Tensor:
@@ -135,17 +149,8 @@ def _fuse(maps: Sequence[Tensor], weights: Sequence[float], fusion: Fusion) -> T
 
 def _summed(levels: Sequence[Tensor], weights: Sequence[float], size: tuple[int, int], sigma: float) -> Tensor:
     """The weighted sum of resized and blurred levels: both are linear, so that one pair of products does both."""
-    total: Tensor | None = None
-    for weight, level in zip(weights, levels, strict=True):
-        rows, columns = (
-            torch.tensor(_blurred_rows(small, side, sigma), device=level.device)
-            for small, side in zip(level.shape[-2:], size, strict=True)
-        )
-        with torch.autocast(level.device.type, enabled=False):
-            found = (rows if weight == 1 else weight * rows) @ level @ columns.T
-        total = found if total is None else total + found
-    assert total is not None
-    return total
+    parts = (_between(level, size, sigma, weight) for weight, level in zip(weights, levels, strict=True))
+    return functools.reduce(torch.add, parts)
 
 
 def _blur(maps: Tensor, sigma: float) -> Tensor:
@@ -159,15 +164,15 @@ def _blur(maps: Tensor, sigma: float) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def _blurred_rows(small: int, side: int, sigma: float) -> npt.NDArray[np.float32]:
-    """Bilinear interpolation of `small` values to `side`, and the blur after it, as one matrix (side, small)."""
+def _resized_rows(small: int, side: int, sigma: float) -> npt.NDArray[np.float32]:
+    """Bilinear interpolation of `small` values to `side`, and a blur after it, as one matrix (side, small)."""
     places = ((np.arange(side) + 0.5) * small / side - 0.5).clip(0, small - 1)
     lower = places.astype(int)
     share = places - lower
     resize = np.zeros((side, small))
     np.add.at(resize, (np.arange(side), lower), 1 - share)
     np.add.at(resize, (np.arange(side), np.minimum(lower + 1, small - 1)), share)
-    return (_blur_matrix(side, sigma).astype(float) @ resize).astype(np.float32)
+    return (_blur_matrix(side, sigma).astype(float) @ resize if sigma else resize).astype(np.float32)
 
 
 @functools.lru_cache(maxsize=16)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt, from its malloc.h."""
-_LARGEST = 1 << 30
+_LARGEST_TENSOR, _MOST_KEPT = 1 << 28, 1 << 29
+"""Bytes. 32 images of 256 px give tensors of 134 MB; larger ones, such as tables of features, go back to the system."""
 
 
 def computing_device(wanted: str) -> torch.device:
@@ -44,8 +45,8 @@ def _keep_freed_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        mallopt(_MMAP_THRESHOLD, _LARGEST)
-        mallopt(_TRIM_THRESHOLD, _LARGEST)
+        mallopt(_MMAP_THRESHOLD, _LARGEST_TENSOR)
+        mallopt(_TRIM_THRESHOLD, _MOST_KEPT)
 
 
 def to_device(device: torch.device, array: npt.NDArray[Any], indices: npt.NDArray[np.int64] | slice) -> Tensor:

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, UInt8
 from scipy import ndimage
 from torch import Tensor, nn
@@ -78,18 +79,12 @@ class Parity(NamedTuple):
     verdicts: tuple[Verdicts, ...]
 
 
-def distances_by_products(
-    teacher: Float[Tensor, "b c h w"], student: Float[Tensor, "b c h w"]
-) -> Float[Tensor, "b h w"]:
-    """As `position_distances`: sums over channels as products with ones, which runtimes do many times faster."""
-    ones = torch.ones(1, teacher.shape[1])
-
-    def sums(values: Tensor) -> Tensor:
-        return torch.matmul(ones, values.flatten(2))  # (B, 1, H W)
-
-    lengths = [sums(each * each).sqrt().clamp_min(_SHORTEST) for each in (teacher, student)]
-    cosines = sums(teacher * student) / (lengths[0] * lengths[1])
-    return (1 - cosines).unflatten(2, teacher.shape[2:])[:, 0]
+def distances_by_sums(teacher: Float[Tensor, "b c h w"], student: Float[Tensor, "b c h w"]) -> Float[Tensor, "b h w"]:
+    """As `position_distances`: sums over channels as convolutions with ones, which runtimes do many times faster."""
+    ones = torch.ones(1, teacher.shape[1], 1, 1)
+    dots, *squares = (F.conv2d(each, ones) for each in (teacher * student, teacher * teacher, student * student))
+    lengths = [each.sqrt().clamp_min(_SHORTEST) for each in squares]
+    return (1 - dots / (lengths[0] * lengths[1]))[:, 0]
 
 
 class DetectorGraph(nn.Module):
@@ -120,7 +115,7 @@ class DetectorGraph(nn.Module):
         pixels = images.permute(0, 3, 1, 2).contiguous().float() * self.scale + self.shift
         targets = self.teacher(pixels)
         outputs = self.students(pixels, targets)
-        found = discrepancies(targets, outputs.encoder, outputs.decoder, distances_by_products)
+        found = discrepancies(targets, outputs.encoder, outputs.decoder, distances_by_sums)
         score = self.config.score
         if self.geometry.tile:
             sharp = dataclasses.replace(score, blur_sigma=0.0)

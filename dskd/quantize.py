@@ -7,7 +7,7 @@ float32. The ranges come from good images, as they are what a detector sees.
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from dskd.data.images import Framed
 from dskd.data.tiles import cut, some_places, tile_places
 from dskd.detector import Detector, inside_of
 from dskd.export import DEFAULT_OPSET, INPUT, INSIDE, Parity, build_model, check_exportable, compare
+
+if TYPE_CHECKING:
+    import onnx
 
 MAX_IMAGES = 64
 """Good images by which the ranges are chosen; more change them little and take time."""
@@ -57,7 +60,7 @@ def build_int8_model(detector: Detector, good_images: Sequence[Framed], opset: i
             str(quantized),
             Images(),
             quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=["Conv"],
+            nodes_to_quantize=_layers(onnx.load(prepared)),
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
@@ -67,6 +70,12 @@ def build_int8_model(detector: Detector, good_images: Sequence[Framed], opset: i
     onnx.helper.set_model_props(model, properties | {"dskd.precision": "int8"})
     content: bytes = model.SerializeToString()
     return content
+
+
+def _layers(model: "onnx.ModelProto") -> list[str]:
+    """Names of the network's convolutions: all but those that sum over channels, where 8 bits would cost too much."""
+    widths = {tensor.name: tensor.dims[0] for tensor in model.graph.initializer if tensor.dims}
+    return [node.name for node in model.graph.node if node.op_type == "Conv" and widths.get(node.input[1], 1) > 1]
 
 
 def _inputs(detector: Detector, images: Sequence[Framed]) -> Iterator[dict[str, Any]]:

@@ -21,6 +21,7 @@ from tune.settings.space import Space
 from tune.settings.workers import Workers
 from tune.storage.champions import Champion, fetch_figures, find_champion, note_best, note_run
 from tune.storage.files import Storage, StorageError, open_search
+from tune.storage.inputs import TrainedOn
 from tune.storage.shown import command, shown, without_secrets
 from tune.study.budget import BudgetSpentError, Share, Shares, TimeBudget
 from tune.study.category import StudyResult, search_category
@@ -253,6 +254,7 @@ def with_earlier(search: SharedSearch, spec: TrialSpec, result: CategoryResult) 
         if (champion := find_champion(storage, category)) is None:
             continue
         try:
+            plan.inputs_of(category).verify()
             figures, remark = evaluated(
                 spec, f"{name}-{champion.trial_id}", f"{storage.uri}/{champion.folder}", search.groups
             )
@@ -296,13 +298,14 @@ def _conclude(
                 f" within the time budget, which interrupted {study.num_interrupted}; the same command continues them"
             )
         return result._replace(error=reason), {}
+    search.plan.inputs_of(category).verify()
     num_finalists = search.plan.finalists
     if num_finalists and budget.is_spent():
         num_finalists = 0
         progress.say(f"{category}: the time budget ended before the finalists were compared; the same command does so")
     chosen = select_champion(
         study.finished,
-        FoldTrainings(spec, search.groups, events.put),
+        FoldTrainings(spec, search.groups, events.put, TrainedOn(search.storage, category)),
         space.configuration,
         num_finalists=num_finalists,
         min_errors=search.plan.min_gain_errors,
@@ -332,6 +335,7 @@ def _conclude(
             detector = train_again(trial, search.groups)
         progress.say(f"{category}: {chosen.sentence}")
         progress.say(f"{category}: trial {trial_id} is chosen, evaluating it once on the test images")
+        search.plan.inputs_of(category).verify()
         local = Path(temporary) / "detector"
         champion, record, remark = save_evaluated_champion(
             search.storage,

@@ -20,6 +20,8 @@ from tune.runtime.ray_internals import keep_aws_keys_out_of_runtime_environments
 from tune.settings.plan import SearchPlan
 from tune.settings.search import SamplerName
 from tune.settings.space import Space
+from tune.storage.files import Storage
+from tune.storage.inputs import TrainedOn
 from tune.study.budget import Share
 from tune.study.context import StudyContext, enter_study
 from tune.study.finalists import FinishedTrial
@@ -71,6 +73,7 @@ def search_category(
         events=events,
         deadline=deadline,
         dispatcher=ray.get_actor(dispatcher),
+        trained_on=TrainedOn(Storage(plan.addresses.home), spec.category),
     )
     enter_study(context)
     space = context.space

@@ -11,6 +11,7 @@ from ray.util.queue import Queue
 
 from tune.settings.plan import SearchPlan
 from tune.settings.space import Space
+from tune.storage.inputs import TrainedOn
 from tune.study.budget import Share
 from tune.trial.spec import TrialSpec
 
@@ -29,6 +30,8 @@ class StudyContext:
     """Seconds since 1970; None: no limit."""
     dispatcher: Any
     """Handle of the actor that gives the trials to worker groups."""
+    trained_on: TrainedOn | None = None
+    """What the category's trials have read; None: not compared."""
     tune: Any = None
     """Tune's controller, as it shows itself to its scheduler; None before the first trial."""
     running: set[str] = field(default_factory=set)

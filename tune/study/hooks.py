@@ -39,6 +39,7 @@ from tune.trial.spec import (
     OBJECTIVE,
     REMARK,
     RUNG,
+    fingerprints,
     tracked_figures,
 )
 
@@ -215,6 +216,8 @@ class Observe(ray.tune.Callback):
         category, epoch = context.category, int(result[EPOCH])
         if (trained := result.get(CATEGORY, category)) != category:
             raise RuntimeError(f"a trial of {category} trained on {trained}: its results must not count.")
+        if context.trained_on is not None:
+            context.trained_on.check(fingerprints(result, context.space.configuration(trial.config)))
         if result.get("training_iteration") == 1 and DATA_SHA256 in result:
             source = f"{context.spec.data}/{category}"
             context.events.put(DataUsed(category, trial.trial_id, source, result[DATA_SHA256]))

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,7 +12,7 @@ from mlflow.tracking import MlflowClient
 
 from tune.settings.search import Promote
 from tune.tracking.client import CUSTOM, EXPERIMENT_KIND, prepare_client
-from tune.tracking.events import CategoryEnded, DataUsed, EpochDone, Event, Remarked, TrialStarted
+from tune.tracking.events import CategoryEnded, DataUsed, EpochDone, Event, Remarked, TrialEnded, TrialStarted
 from tune.tracking.outbox import Outbox
 from tune.tracking.registry import EVALUATION, MODEL_FOLDER, Registration, pack, quoted, register
 
@@ -40,8 +40,12 @@ class Tracker:
         tags: Mapping[str, str],
         unsent: Path,
         has_parents: bool = True,
+        may_write: Callable[[], bool] = lambda: True,
     ) -> None:
-        """Without `has_parents` a trial's run has no parent run, as for a single training."""
+        """Without `has_parents` a trial's run has no parent run, as for a single training.
+
+        Nothing is written as long as `may_write` returns False.
+        """
         prepare_client()
         self._client = MlflowClient(tracking_uri=uri)
         self._registry = MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -51,7 +55,7 @@ class Tracker:
         self._has_parents = has_parents
         self._runs: dict[tuple[str, str], str] = {}
         self._experiment = ""
-        self._outbox = Outbox(unsent, self._write)
+        self._outbox = Outbox(unsent, self._write, may_write)
 
     def put(self, event: Event) -> None:
         """Add an event; returns at once."""
@@ -60,6 +64,21 @@ class Tracker:
     def close(self, patience: float) -> int:
         """Write the remaining events for at most `patience` seconds; returns how many stay in the file."""
         return self._outbox.close(patience)
+
+    def stop(self, running: Mapping[str, Collection[str]], reason: str, patience: float) -> int:
+        """Close the runs of these trials, by category, with the reason; returns how many events stay in the file.
+
+        For a process that may be killed meanwhile: what must be written is in the file first.
+        """
+        for category, trials in running.items():
+            for trial_id in trials:
+                self.put(TrialEnded(category, trial_id, "interrupted", reason))
+            self.put(CategoryEnded(category, "interrupted", {}, {_ERROR: reason}))
+        return self._outbox.close(patience, is_killed_soon=True)
+
+    def abandon(self) -> None:
+        """Write nothing more: another process writes these runs now."""
+        self._outbox.abandon()
 
     @property
     def trouble(self) -> str:

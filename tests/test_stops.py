@@ -1,0 +1,130 @@
+"""A search that is stopped: it ends at once, leaves everything in order, and the same command continues it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from tune.storage.files import Storage
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Driver:
+    """A search as its own process, with what it said."""
+
+    def __init__(self, data: Path, folder: Path, *more: str) -> None:
+        self.storage, self._log = folder / "results", folder / "log"
+        binaries = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        env = os.environ | {"PATH": binaries, "RAY_AUTH_TOKEN_PATH": str(folder / "token"), "PYTHONPATH": str(ROOT)}
+        words = [
+            "tune/search.py", "--data", str(data), "--name", "try", "--storage", str(self.storage), "--trials", "3",
+            "--epochs", "60", "--image-size", "32", "--batch-size", "4", "--teacher-weights", "random", "--folds", "0",
+            "--preset", "stfpm", "--categories", "tile", "--max-concurrent", "1", "--json", *more,
+        ]  # fmt: skip
+        # A shell without job control lets what runs in its background ignore SIGINT.
+        wrapped = "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        wrapped += "sys.argv[:] = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+        with self._log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", wrapped, *words],
+                env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True,
+            )  # fmt: skip
+
+    @property
+    def said(self) -> str:
+        return self._log.read_text()
+
+    def wait_until(self, is_so: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 240
+        while not is_so():
+            assert time.monotonic() < deadline and self.process.poll() is None, self.said
+            time.sleep(0.1)
+
+    def end(self, number: signal.Signals) -> tuple[int, list[str]]:
+        """Send a signal, Ctrl-C as a terminal does to all processes; returns the exit code, and the lines said since."""
+        before = len(self.said.splitlines())
+        if number == signal.SIGINT:
+            os.killpg(self.process.pid, number)
+        else:
+            self.process.send_signal(number)
+        code = self.process.wait(60)
+        return code, self.said.splitlines()[before:]
+
+    def result(self) -> Any:
+        out, _ = self.process.communicate(timeout=420)
+        assert self.process.returncode == 0, self.said
+        (category,) = json.loads(out)["categories"]
+        return category
+
+
+def runs_of(storage: Path) -> list[Any]:
+    if not (storage / "mlflow.db").exists():
+        return []
+    client = MlflowClient(tracking_uri=f"sqlite:///{storage}/mlflow.db")
+    experiments = [each.experiment_id for each in client.search_experiments() if each.name == "try"]
+    return list(client.search_runs(experiments)) if experiments else []
+
+
+def is_training(storage: Path) -> bool:
+    """Whether MLflow has heard of a validation of a trial that runs."""
+    return any(each.info.status == "RUNNING" and "val/objective" in each.data.metrics for each in runs_of(storage))
+
+
+def epochs_stored(storage: Path) -> list[int]:
+    return [
+        json.loads(path.read_text())["epoch"] for path in storage.glob("try/workers/tile/*/lease-*/checkpoint.json")
+    ]
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[Callable[..., Driver]]:
+    """Starts drivers, and kills what is left of them at the end."""
+    (tmp_path / "token").write_text("0" * 32)
+    (tmp_path / "token").chmod(0o600)
+    drivers: list[Driver] = []
+
+    def start(*words: Any) -> Driver:
+        drivers.append(Driver(*words))
+        return drivers[-1]
+
+    yield start
+    for driver in drivers:
+        with suppress(ProcessLookupError):
+            os.killpg(driver.process.pid, signal.SIGKILL)
+        driver.process.wait()
+
+
+@pytest.mark.cluster
+def test_a_stopped_search_leaves_everything_in_order_and_the_same_command_continues_it(
+    mvtec_root: Path, tmp_path: Path, started: Callable[..., Driver]
+) -> None:
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        driver = started(mvtec_root, tmp_path)
+        driver.wait_until(lambda storage=driver.storage: is_training(storage))
+        found, lines = driver.end(number)
+        assert found == code, driver.said
+        assert [line.partition("] ")[2] for line in lines] == [
+            f"{number.name}: stopping, and storing what is running", "stopped; the same command continues",
+        ]  # fmt: skip
+        runs = runs_of(driver.storage)
+        assert {each.info.status for each in runs} <= {"KILLED", "FINISHED"}
+        stopped = [each for each in runs if each.data.tags.get("dskd.error") == "stopped; the same command continues"]
+        assert len(stopped) == 2, "the category and its trial"
+        lease = Storage(str(driver.storage / "try")).read_json("lease.json")
+        assert lease is not None and lease["owner"] == ""
+        assert epochs_stored(driver.storage) and max(epochs_stored(driver.storage)) > 0
+    driver = started(mvtec_root, tmp_path)
+    outcome = driver.result()
+    assert outcome["num_trials"] == 3
+    runs = runs_of(driver.storage)
+    assert len(runs) == 4 and not [each for each in runs if "dskd.error" in each.data.tags]

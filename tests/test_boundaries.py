@@ -20,7 +20,9 @@ UNDOCUMENTED = ("ray.core.generated", "ray.train.v2", "ray.tune.execution")
 RAY_INTERNALS = "tune/runtime/ray_internals.py"
 OTHER_PRIVATE_NAMES = {
     "dskd/arguments.py": {"_errors"},  # of tyro, which is held below the version that may move it
-    "tune/settings/entry.py": {"_exit"},  # of os, documented
+    "tune/jobs/stop.py": {"_exit"},  # of os, documented
+    "tune/runtime/stopping.py": {"_exit"},
+    "tune/settings/entry.py": {"_exit"},
 }
 """Private names of others that a file uses outside of RAY_INTERNALS, each with its reason."""
 

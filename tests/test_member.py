@@ -5,6 +5,8 @@ import hashlib
 import json
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -74,13 +76,13 @@ def leave_marks() -> None:
     torch.set_grad_enabled(False)
 
 
-def serve(script: Script) -> Script:
+def serve(script: Script, checkpoint_seconds: float = 0.0) -> Script:
     """Let a worker of this process take all assignments."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ray, "get_actor", lambda name: script)
         patch.setattr(ray, "get", lambda answer: answer)
         patch.setattr(member, "node_is_leaving", lambda: False)
-        patch.setattr(worker, "CHECKPOINT_SECONDS", 0.0)
+        patch.setattr(worker, "CHECKPOINT_SECONDS", checkpoint_seconds)
         try:
             member.serve_alone("dispatcher", "group-1", None, "cpu")
         finally:
@@ -188,6 +190,67 @@ def test_a_checkpoint_counts_only_when_it_is_complete_and_replaces_the_one_befor
     assert [path.parent.name for path in Path(trials).rglob("training.pt")] == ["epoch-000002"]
     Storage(trials).upload(folder, "one/epoch-000003")  # killed before it wrote the index
     assert newest_checkpoint(trials, "one") == kept
+
+
+def test_checkpoints_of_a_lost_lease_touch_nothing_of_its_successor(tmp_path: Path) -> None:
+    trials, folder = str(tmp_path / "trials"), tmp_path / "made"
+    folder.mkdir()
+    (folder / "training.pt").write_text("state")
+    keep_checkpoint(trials, "one", 1, folder)  # of a search before there were generations
+    keep_checkpoint(trials, "one", 2, folder, generation=1)
+    newer = keep_checkpoint(trials, "one", 3, folder, generation=2)
+    late = keep_checkpoint(trials, "one", 9, folder, generation=1)
+    assert newest_checkpoint(trials, "one") == newer != late
+    assert (Path(newer) / "training.pt").is_file()
+    after = keep_checkpoint(trials, "one", 4, folder, generation=2)
+    assert newest_checkpoint(trials, "one") == after
+    assert [str(path.parent) for path in Path(trials).rglob("training.pt")] == [after], "the others are removed"
+
+
+class Stopping(Script):
+    """A search that is stopped after a trial's second report: the group hears of it then, or in the third interval."""
+
+    def __init__(self, assignment: Assignment, *, in_between: bool) -> None:
+        super().__init__([assignment])
+        self._in_between = in_between
+        self._is_stopping = threading.Event()
+        self.has_saved = threading.Event()
+        self.alive = SimpleNamespace(remote=lambda *_: self._is_stopping.wait(0.05))
+        self.saved = SimpleNamespace(remote=lambda slot: self.has_saved.set())
+
+    def _ask(self, slot: str, generation: float) -> Order:
+        self.has_saved.set()
+        return super()._ask(slot, generation)
+
+    def _report(self, slot: str, generation: float, assignment: Assignment, metrics: Any, *, is_over: bool) -> bool:
+        goes_on = super()._report(slot, generation, assignment, metrics, is_over=is_over)
+        if metrics[EPOCH] == 2:
+            self._is_stopping.set()
+            time.sleep(0.5)  # until the sign of life has told it
+            return self._in_between
+        if metrics[EPOCH] > 2:
+            self.has_saved.wait(30)
+        return goes_on and metrics[EPOCH] < 3
+
+
+@pytest.mark.parametrize(("seconds", "in_between", "stored"), [(3600.0, False, 2), (3600.0, True, 3), (0.0, True, 2)])
+def test_a_stop_stores_what_was_reported_last(
+    seconds: float, in_between: bool, stored: int, mvtec_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`seconds`: from which an interval is too long to wait for its end. No checkpoint was due before."""
+    monkeypatch.setattr(member, "SPARE_SECONDS", seconds)
+    kept: list[int] = []
+
+    def keep(trials: str, trial_id: str, epoch: int, folder: Path, generation: int) -> str:
+        kept.append(epoch)
+        return keep_checkpoint(trials, trial_id, epoch, folder, generation)
+
+    monkeypatch.setattr(member, "keep_checkpoint", keep)
+    script = Stopping(training("one", config(epochs=6), mvtec_root, tmp_path), in_between=in_between)
+    serve(script, checkpoint_seconds=3600.0)
+    assert script.has_saved.is_set() and kept[0] == stored
+    continued = serve(Script([training("one", config(epochs=6), mvtec_root, tmp_path)], dropped=("one",)))
+    assert continued.reports["one"][0][EPOCH] == kept[-1] + 1
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from mlflow.tracking import MlflowClient
 
+from dskd.checkpoint import WEIGHTS_FILE, sha256_of
 from tune.storage.files import Storage
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,7 +26,12 @@ class Driver:
     def __init__(self, data: Path, folder: Path, *more: str) -> None:
         self.storage, self._log = folder / "results", folder / "log"
         binaries = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        env = os.environ | {"PATH": binaries, "RAY_AUTH_TOKEN_PATH": str(folder / "token"), "PYTHONPATH": str(ROOT)}
+        folder.mkdir(exist_ok=True)
+        env = os.environ | {
+            "PATH": binaries,
+            "RAY_AUTH_TOKEN_PATH": str(folder.parent / "token"),
+            "PYTHONPATH": str(ROOT),
+        }
         words = [
             "tune/search.py", "--data", str(data), "--name", "try", "--storage", str(self.storage), "--trials", "3",
             "--epochs", "60", "--image-size", "32", "--batch-size", "4", "--teacher-weights", "random", "--folds", "0",
@@ -51,7 +57,7 @@ class Driver:
             time.sleep(0.1)
 
     def end(self, number: signal.Signals) -> tuple[int, list[str]]:
-        """Send a signal, Ctrl-C as a terminal does to all processes; returns the exit code, and the lines said since."""
+        """Send a signal, Ctrl-C to all processes as a terminal does; returns exit code, and the lines said since."""
         before = len(self.said.splitlines())
         if number == signal.SIGINT:
             os.killpg(self.process.pid, number)
@@ -86,6 +92,10 @@ def epochs_stored(storage: Path) -> list[int]:
     ]
 
 
+def weights(driver: Driver, outcome: Any) -> str:
+    return sha256_of(driver.storage / "try" / outcome["champion"]["folder"] / WEIGHTS_FILE)
+
+
 @pytest.fixture
 def started(tmp_path: Path) -> Iterator[Callable[..., Driver]]:
     """Starts drivers, and kills what is left of them at the end."""
@@ -105,11 +115,13 @@ def started(tmp_path: Path) -> Iterator[Callable[..., Driver]]:
 
 
 @pytest.mark.cluster
-def test_a_stopped_search_leaves_everything_in_order_and_the_same_command_continues_it(
+def test_a_search_that_is_stopped_twice_and_moved_ends_with_the_champion_of_an_undisturbed_one(
     mvtec_root: Path, tmp_path: Path, started: Callable[..., Driver]
 ) -> None:
+    """Every stop leaves everything in order, and the same command goes on."""
+    place = tmp_path / "first"
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        driver = started(mvtec_root, tmp_path)
+        driver = started(mvtec_root, place)
         driver.wait_until(lambda storage=driver.storage: is_training(storage))
         found, lines = driver.end(number)
         assert found == code, driver.said
@@ -122,9 +134,18 @@ def test_a_stopped_search_leaves_everything_in_order_and_the_same_command_contin
         assert len(stopped) == 2, "the category and its trial"
         lease = Storage(str(driver.storage / "try")).read_json("lease.json")
         assert lease is not None and lease["owner"] == ""
-        assert epochs_stored(driver.storage) and max(epochs_stored(driver.storage)) > 0
-    driver = started(mvtec_root, tmp_path)
-    outcome = driver.result()
+        assert max(epochs_stored(driver.storage)) > 0
+    assert not [path for path in place.rglob("*") if path.suffix in (".pkl", ".pickle")]
+    moved = tmp_path / "second"
+    place.rename(moved)
+    continued, whole = started(mvtec_root, moved), tmp_path / "whole"
+    outcome = continued.result()
+    assert "tile: continues: " in continued.said
     assert outcome["num_trials"] == 3
-    runs = runs_of(driver.storage)
+    runs = runs_of(continued.storage)
     assert len(runs) == 4 and not [each for each in runs if "dskd.error" in each.data.tags]
+    assert {each.info.status for each in runs} <= {"KILLED", "FINISHED"}
+    undisturbed = started(mvtec_root, whole)
+    expected = undisturbed.result()
+    assert outcome["champion"]["metrics"] == expected["champion"]["metrics"]
+    assert weights(continued, outcome) == weights(undisturbed, expected)

@@ -86,8 +86,9 @@ def _search(
     from tune.jobs.outcome import show_outcome
     from tune.preflight import identity
     from tune.study.categories import run_search
+    from tune.tracking.events import SearchBegan
     from tune.tracking.runs import code_revision, run_tags
-    from tune.tracking.tracker import Tracker
+    from tune.tracking.tracker import PLACE, Tracker
 
     if plan.teacher.is_untrained:
         progress.say(UNTRAINED_TEACHER)
@@ -100,11 +101,13 @@ def _search(
         addresses.tracking,
         plan.name,
         artifact_location=addresses.artifacts,
-        tags=run_tags("tune/search.py", plan.name, plan.selection, plan.teacher, revision),
+        tags=run_tags("tune/search.py", plan.name, plan.selection, plan.teacher, revision)
+        | {PLACE: addresses.key(plan.name)},
         unsent=unsent,
         may_write=lease.is_sure,
     )
     early.tracker, early.unsent = tracker, str(unsent)
+    tracker.put(SearchBegan())
     progress.say(f"searching {', '.join(plan.categories)}: {plan.trials} trials each, state in {addresses.home}")
     with progress.watching(plan.categories):
         results = run_search(plan, groups, workers, revision, tracker, progress)

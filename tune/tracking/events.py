@@ -9,6 +9,13 @@ Status = Literal["finished", "pruned", "failed", "interrupted"]
 """interrupted: the time budget ended first; the same command continues the trial."""
 
 
+class SearchBegan(NamedTuple):
+    """A search begins or goes on: what an earlier driver of it has left as running does not run any more."""
+
+    category: str = ""
+    """None: it is of all categories."""
+
+
 class TrialStarted(NamedTuple):
     category: str
     trial_id: str
@@ -78,7 +85,7 @@ class CategoryContinued(NamedTuple):
     """Best objective so far; None before the first validation."""
 
 
-Event = TrialStarted | DataUsed | EpochDone | Remarked | TrialEnded | CategoryEnded
+Event = SearchBegan | TrialStarted | DataUsed | EpochDone | Remarked | TrialEnded | CategoryEnded
 
 
 def shown_event(event: Event) -> Event:
@@ -93,5 +100,6 @@ def shown_event(event: Event) -> Event:
 
 
 KINDS: Mapping[str, type[Event]] = {
-    kind.__name__: kind for kind in (TrialStarted, DataUsed, EpochDone, Remarked, TrialEnded, CategoryEnded)
+    kind.__name__: kind
+    for kind in (SearchBegan, TrialStarted, DataUsed, EpochDone, Remarked, TrialEnded, CategoryEnded)
 }

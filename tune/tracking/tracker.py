@@ -12,7 +12,16 @@ from mlflow.tracking import MlflowClient
 
 from tune.settings.search import Promote
 from tune.tracking.client import CUSTOM, EXPERIMENT_KIND, prepare_client
-from tune.tracking.events import CategoryEnded, DataUsed, EpochDone, Event, Remarked, TrialEnded, TrialStarted
+from tune.tracking.events import (
+    CategoryEnded,
+    DataUsed,
+    EpochDone,
+    Event,
+    Remarked,
+    SearchBegan,
+    TrialEnded,
+    TrialStarted,
+)
 from tune.tracking.outbox import Outbox
 from tune.tracking.registry import EVALUATION, MODEL_FOLDER, Registration, pack, quoted, register
 
@@ -22,6 +31,9 @@ _MAX_VALUE = 5000
 """Maximum length of a parameter or tag that every MLflow store accepts, in characters."""
 
 _ERROR = "dskd.error"
+_DRIVER_LOST = "its driver was lost; the same command continues"
+PLACE = "dskd.place"
+"""Tag with the key of the search's name, storage and server: two searches of one name may share an experiment."""
 _RUN_STATUS = {"finished": "FINISHED", "pruned": "KILLED", "failed": "FAILED", "interrupted": "KILLED"}
 
 
@@ -167,6 +179,9 @@ class Tracker:
         return self._outbox.write_now(write, patience)
 
     def _write(self, event: Event) -> None:
+        if isinstance(event, SearchBegan):
+            self._close_lost()
+            return
         if isinstance(event, CategoryEnded):
             run = self._category_run(event.category)
             tags = [RunTag(name, value[:_MAX_VALUE]) for name, value in event.tags.items()]
@@ -204,8 +219,19 @@ class Tracker:
         if _ERROR in self._client.get_run(run).data.tags:
             self._client.delete_tag(run, _ERROR)
 
+    def _close_lost(self) -> None:
+        """Close the runs that a lost driver of this search has left as running; those that go on are opened again."""
+        if PLACE not in self._tags:
+            return
+        wanted = f"tags.`{PLACE}` = '{self._tags[PLACE]}' and attributes.status = 'RUNNING'"
+        while found := self._client.search_runs([self._experiment_id()], wanted):
+            for lost in found:
+                self._client.set_tag(lost.info.run_id, "dskd.status", "lost")
+                self._client.set_tag(lost.info.run_id, _ERROR, _DRIVER_LOST)
+                self._client.set_terminated(lost.info.run_id, "KILLED")
+
     def _end_lost_trials(self, parent: str) -> None:
-        """End the runs of trials that a killed search started but that are in no snapshot of Tune.
+        """End the runs of trials that a killed search started but did not record.
 
         Other trials replaced them; once a category has ended, none of its trials is running.
         """

@@ -37,7 +37,7 @@ RUNG = "rung/"
 """Prefix before the number of a report: the objective of that report, repeated in all later ones."""
 SYSTEM = "system/"
 """Prefix of MLflow's system metrics."""
-_TRACKED = ("train/", "val/", "time/", SYSTEM)
+TRACKED = ("train/", "val/", "time/", SYSTEM)
 """Prefixes of the metrics that are tracked in MLflow."""
 
 
@@ -161,7 +161,7 @@ def tracked_figures(reported: Mapping[str, Any]) -> dict[str, float]:
     return {
         name: float(value)
         for name, value in reported.items()
-        if name.startswith(_TRACKED) and isinstance(value, int | float) and math.isfinite(value)
+        if name.startswith(TRACKED) and isinstance(value, int | float) and math.isfinite(value)
     }
 
 

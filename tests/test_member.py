@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import threading
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -208,49 +208,57 @@ def test_checkpoints_of_a_lost_lease_touch_nothing_of_its_successor(tmp_path: Pa
 
 
 class Stopping(Script):
-    """A search that is stopped after a trial's second report: the group hears of it then, or in the third interval."""
+    """A search that is stopped after a trial's second report: as the group waits for its verdict, or right after."""
 
-    def __init__(self, assignment: Assignment, *, in_between: bool) -> None:
+    def __init__(self, assignment: Assignment, *, is_later: bool) -> None:
         super().__init__([assignment])
-        self._in_between = in_between
+        self._is_later = is_later
         self._is_stopping = threading.Event()
-        self.has_saved = threading.Event()
+        self._has_saved = threading.Event()
         self.alive = SimpleNamespace(remote=lambda *_: self._is_stopping.wait(0.05))
-        self.saved = SimpleNamespace(remote=lambda slot: self.has_saved.set())
+        self.saved = SimpleNamespace(remote=lambda slot: self._has_saved.set())
 
-    def _ask(self, slot: str, generation: float) -> Order:
-        self.has_saved.set()
-        return super()._ask(slot, generation)
+    def stop(self, seconds: float) -> None:
+        """Let the group hear of it, and wait at most so long for it to say that all is stored."""
+        self._is_stopping.set()
+        self._has_saved.wait(seconds)
+
+    def slowed(self, *given: Any) -> Iterator[Any]:
+        """The training, which the stop meets in its third interval."""
+        for report in worker.train(*given):
+            yield report
+            if self._is_later and report.metrics[EPOCH] == 2:
+                self.stop(1.0)
 
     def _report(self, slot: str, generation: float, assignment: Assignment, metrics: Any, *, is_over: bool) -> bool:
-        goes_on = super()._report(slot, generation, assignment, metrics, is_over=is_over)
-        if metrics[EPOCH] == 2:
-            self._is_stopping.set()
-            time.sleep(0.5)  # until the sign of life has told it
-            return self._in_between
-        if metrics[EPOCH] > 2:
-            self.has_saved.wait(30)
-        return goes_on and metrics[EPOCH] < 3
+        super()._report(slot, generation, assignment, metrics, is_over=is_over)
+        if not self._is_later and metrics[EPOCH] == 2:
+            self.stop(1.0)
+        return not self._is_stopping.is_set()
 
 
-@pytest.mark.parametrize(("seconds", "in_between", "stored"), [(3600.0, False, 2), (3600.0, True, 3), (0.0, True, 2)])
+@pytest.mark.parametrize(
+    ("seconds", "is_later", "stored"), [(3600.0, False, [2]), (3600.0, True, [3]), (0.0, True, [2, 3])]
+)
 def test_a_stop_stores_what_was_reported_last(
-    seconds: float, in_between: bool, stored: int, mvtec_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    seconds: float, is_later: bool, stored: list[int], mvtec_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`seconds`: from which an interval is too long to wait for its end. No checkpoint was due before."""
-    monkeypatch.setattr(member, "SPARE_SECONDS", seconds)
+    """No checkpoint was due before; `seconds`: from which an interval is too long to wait for its end."""
+    script = Stopping(training("one", config(epochs=6), mvtec_root, tmp_path), is_later=is_later)
     kept: list[int] = []
 
     def keep(trials: str, trial_id: str, epoch: int, folder: Path, generation: int) -> str:
         kept.append(epoch)
         return keep_checkpoint(trials, trial_id, epoch, folder, generation)
 
-    monkeypatch.setattr(member, "keep_checkpoint", keep)
-    script = Stopping(training("one", config(epochs=6), mvtec_root, tmp_path), in_between=in_between)
-    serve(script, checkpoint_seconds=3600.0)
-    assert script.has_saved.is_set() and kept[0] == stored
-    continued = serve(Script([training("one", config(epochs=6), mvtec_root, tmp_path)], dropped=("one",)))
-    assert continued.reports["one"][0][EPOCH] == kept[-1] + 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(member, "SPARE_SECONDS", seconds)
+        patch.setattr(member, "keep_checkpoint", keep)
+        patch.setattr(member, "train", script.slowed)
+        serve(script, checkpoint_seconds=3600.0)
+    assert kept == stored
+    newest = newest_checkpoint(str(tmp_path), "one")
+    assert newest.endswith(f"epoch-{stored[-1]:06d}") and (Path(newest) / "training.pt").is_file()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from tune.settings.search import SearchSettings
 from tune.settings.space import Space, build_space
 from tune.settings.workers import Workers
 from tune.storage.files import Storage
+from tune.storage.inputs import InputsChangedError, TrainedOn
 from tune.storage.lease import LeaseLostError
 from tune.study import hooks
 from tune.study.budget import Share, Shares
@@ -28,7 +29,7 @@ from tune.study.context import StudyContext, enter_study, study_context
 from tune.study.hooks import Deadline, Halving, Observe, Searcher, StudyStorage, Suggestions, repeat_ended
 from tune.study.records import TrialRecord, TrialRecords
 from tune.tracking.events import CategoryContinued, EpochDone, Event, TrialEnded, TrialStarted
-from tune.trial.spec import CATEGORY, ERROR, LOST, OBJECTIVE, RUNG, build_spec
+from tune.trial.spec import CATEGORY, DATA_SHA256, ERROR, LOST, OBJECTIVE, RUNG, build_spec
 
 POINTS = [{"depth": 1}, {"depth": 2}]
 
@@ -369,3 +370,26 @@ def test_a_search_that_has_lost_its_lease_changes_nothing_in_the_study(searcher:
     with pytest.raises(LeaseLostError):
         searcher.on_trial_complete("a", {OBJECTIVE: 0.5})
     assert states(searcher) == ["RUNNING", "WAITING"]
+
+
+def test_a_trial_that_was_trained_on_other_images_ends_the_study_and_leaves_no_result(tmp_path: Path) -> None:
+    space = build_space({"stfpm": PRESETS["stfpm"]})
+    known = context(tmp_path, space)
+    known.trained_on = TrainedOn(Storage(known.plan.addresses.home), "bolt")
+    known.records.put(recorded("a", 1))
+    known.records.put(recorded("b", 2))
+    halving = Halving(time_attr="epoch", metric=OBJECTIVE, mode="max", max_t=10, grace_period=1, reduction_factor=3)
+    for name, digest in (("a", "one"), ("b", "two")):
+        trial = cast(Any, SimpleNamespace(trial_id=name, config=space.starting_points()[0]))
+        halving.on_trial_add(cast(Any, None), trial)
+        result = {"epoch": 1, OBJECTIVE: 0.9, f"{RUNG}1": 0.9, DATA_SHA256: digest}
+        if name == "a":
+            halving.on_trial_result(None, trial, result)
+            continue
+        with pytest.raises(
+            InputsChangedError, match="bolt: what trials read has changed since the search began: images"
+        ):
+            halving.on_trial_result(None, trial, result)
+    assert isinstance(known.fault, InputsChangedError)
+    assert known.records["a"].status is None and known.records["b"].status == "failed"
+    assert known.records["b"].is_lost and not known.records["b"].rungs

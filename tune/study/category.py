@@ -89,7 +89,12 @@ def search_category(
     left = max(plan.trials - len(records.ended), len(records.unfinished))
     if left:
         with tempfile.TemporaryDirectory(prefix="dskd-tune-", ignore_cleanup_errors=True) as folder:
-            _tuner(context, searcher, left, folder, dispatcher).fit()
+            try:
+                _tuner(context, searcher, left, folder, dispatcher).fit()
+            except Exception:
+                if context.fault is not None:
+                    raise context.fault from None
+                raise
     return _summarise(context)
 
 

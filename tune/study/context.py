@@ -4,6 +4,7 @@ Tune pickles its callbacks and its searcher into its local folder. They get what
 password or a handle, from here.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,7 @@ from ray.util.queue import Queue
 from tune.settings.plan import SearchPlan
 from tune.settings.space import Space
 from tune.storage.files import Storage
-from tune.storage.inputs import TrainedOn
+from tune.storage.inputs import InputsChangedError, TrainedOn
 from tune.storage.lease import LeaseLostError, is_held_by
 from tune.study.budget import Share
 from tune.study.records import TrialRecords
@@ -36,6 +37,8 @@ class StudyContext:
     records: TrialRecords
     trained_on: TrainedOn | None = None
     """What the category's trials have read; None: not compared."""
+    fault: Exception | None = None
+    """Why this study must end; Tune raises only its traceback."""
     waiting: list[str] = field(default_factory=list)
     """Ids of trials of an earlier process that are to go on."""
     running: set[str] = field(default_factory=set)
@@ -46,7 +49,18 @@ class StudyContext:
     def check_lease(self) -> None:
         """Raise LeaseLostError if another search has the lease, immediately before the study is written to."""
         if self.plan.owner and not is_held_by(Storage(self.plan.addresses.home), self.plan.owner):
-            raise LeaseLostError(f"another search has taken {self.plan.name!r} over; this one ends")
+            self.fault = LeaseLostError(f"another search has taken {self.plan.name!r} over; this one ends")
+            raise self.fault
+
+    def check_inputs(self, trial_id: str, told: Mapping[str, str]) -> None:
+        """Raise InputsChangedError if a trial was trained on something else than the others; it then has no result."""
+        try:
+            if self.trained_on is not None:
+                self.trained_on.check(told)
+        except InputsChangedError as error:
+            self.fault = error
+            self.records.end(trial_id, "failed", {}, str(error), is_lost=True)
+            raise
 
     @property
     def category(self) -> str:

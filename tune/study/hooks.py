@@ -60,7 +60,7 @@ def detector_uri(metrics: Mapping[str, Any]) -> str | None:
 
 
 class StudyStorage(optuna.storages.RDBStorage):
-    """Optuna's storage, pickled without its URL, so that Tune's snapshots contain no password."""
+    """Optuna's storage, pickled without its URL, so that what Tune writes contains no password."""
 
     def __init__(self, url: str) -> None:
         super().__init__(url, engine_kwargs={"pool_pre_ping": True})
@@ -133,11 +133,12 @@ class Halving(ASHAScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         if LOST in result:
             return self.CONTINUE  # no objective of its own
-        records = study_context().records
+        context = study_context()
+        context.check_inputs(trial.trial_id, fingerprints(result, context.space.configuration(trial.config)))
+        records, space = context.records, context.space
         if trial.trial_id in records:
             records.put(records[trial.trial_id].with_rungs(result))
         decision: str = super().on_trial_result(tune_controller, trial, result)
-        space = study_context().space
         return self.CONTINUE if space.is_untuned(trial.config) or space.is_shared(trial.config) else decision
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
@@ -200,8 +201,6 @@ class Observe(ray.tune.Callback):
         category, epoch = context.category, int(result[EPOCH])
         if (trained := result.get(CATEGORY, category)) != category:
             raise RuntimeError(f"a trial of {category} trained on {trained}: its results must not count.")
-        if context.trained_on is not None:
-            context.trained_on.check(fingerprints(result, context.space.configuration(trial.config)))
         if result.get("training_iteration") == 1 and DATA_SHA256 in result:
             source = f"{context.spec.data}/{category}"
             context.events.put(DataUsed(category, trial.trial_id, source, result[DATA_SHA256]))

@@ -85,6 +85,17 @@ def p_value(normal_scores: Sequence[float], score: float) -> float:
     return (1 + sum(each >= score for each in normal_scores)) / (len(normal_scores) + 1)
 
 
+def normal_floor(normal_scores: Sequence[float]) -> float:
+    """The 95th percentile of normal scores: what lies below it is seen in good images too, and not worth showing.
+
+    >>> normal_floor([0.1, 0.2, 0.3])
+    0.29
+    """
+    import numpy as np  # a slow import, which the command line's help does without
+
+    return float(np.quantile(np.asarray(normal_scores, np.float64), 0.95))
+
+
 def discovery_threshold(
     normal_scores: Sequence[float], scores: Sequence[float], false_discovery_rate: float
 ) -> tuple[float, int]:

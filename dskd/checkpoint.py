@@ -156,8 +156,12 @@ class DetectorRecord:
         if not self.normal_scores:
             return []
         middle = statistics.median(self.normal_scores) or 1.0
-        ranked = sorted(zip(self.normal_scores, self.calibration_files, strict=True), reverse=True)
-        return [(name, score / middle) for score, name in ranked[:count]]
+        return [(name, score / middle) for name, score in self.most_anomalous(count)]
+
+    def most_anomalous(self, count: int = 10) -> tuple[tuple[str, float], ...]:
+        """The good images of `suspects`, each with its score."""
+        ranked = sorted(zip(self.normal_scores, self.calibration_files, strict=bool(self.normal_scores)), reverse=True)
+        return tuple((name, score) for score, name in ranked[:count])
 
     def with_normal_scores(
         self, files: Sequence[str], scores: Sequence[float], part_scores: Sequence[float], num_folds: int

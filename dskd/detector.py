@@ -2,7 +2,6 @@
 
 import base64
 import html
-import io
 import itertools
 import math
 import os
@@ -17,7 +16,8 @@ from PIL import Image
 from scipy import ndimage
 from torch import nn
 
-from dskd.calibration import Threshold, images_for, p_value
+from dskd import metrics
+from dskd.calibration import Threshold, images_for, normal_floor, p_value
 from dskd.checkpoint import BrokenDetectorError, DetectorRecord, Origin, read_detector
 from dskd.config import TeacherSource
 from dskd.data.files import UnreadableImageError
@@ -26,14 +26,14 @@ from dskd.data.images import Framed, in_threads
 from dskd.data.memory import GivenImage, ImageLike, given_images, is_one_image
 from dskd.data.parts import PartVerdict, judge_parts
 from dskd.data.tiles import MAP_STRIDE
-from dskd.draw.verdict import draw_verdict
+from dskd.draw.verdict import Panel, draw_verdict, to_webp
 from dskd.evaluate import (
     AnomalyScores,
     Evaluation,
     SeenImage,
-    compute_metrics,
     evaluate_tiled,
     labelled,
+    metric_state,
     score_canvas,
     score_images,
     test_samples,
@@ -80,7 +80,7 @@ class Prediction(NamedTuple):
     regions: tuple[Region, ...]
     """Connected pixels above the threshold, the highest peak first, in pixels of the image as it is in the file."""
     image: npt.NDArray[np.uint8]
-    """(H, W, 3), the whole image, reduced to at most 768 pixels a side."""
+    """(H, W, 3), the whole image, reduced to at most 1024 pixels a side."""
     heat: npt.NDArray[np.float32]
     """(h, w), the map as it was scored, on the network's canvas."""
     num_clipped: int = 0
@@ -93,6 +93,8 @@ class Prediction(NamedTuple):
     """Which detector says so."""
     p_value: float | None = None
     """How rare such a score is among good images, in (0, 1]; None of detectors that keep no scores of theirs."""
+    floor: float | None = None
+    """Map value that few good images exceed (`normal_floor`), below which nothing is drawn; None as for `p_value`."""
 
     @property
     def width(self) -> int:
@@ -120,25 +122,39 @@ class Prediction(NamedTuple):
     def verdict(self) -> Verdict:
         return "anomalous" if self.is_anomalous else "good"
 
-    def plot(self, note: str = "") -> Image.Image:
-        """A picture: the verdict above the image with its regions, and beside it the image below its heat map.
+    def panel(
+        self, note: str = "", *, is_defective: bool | None = None, truth: npt.NDArray[np.bool_] | None = None
+    ) -> Panel:
+        """What there is to draw; `is_defective` and the mask `truth` (h, w) of the whole image where they are known.
 
         `note` stands in a corner, by default the warning of an untrained teacher.
         """
         height, width = self.image.shape[:2]
         if not note and self.origin.teacher and TeacherSource(self.origin.teacher).is_untrained:
             note = UNTRAINED_TEACHER
-        return draw_verdict(
+        return Panel(
             self.image,
             self.map_of(width, height),
             [(region.left, region.top, region.right, region.bottom) for region in self.regions],
             (self.width, self.height),
-            score=self.score,
-            threshold=self.threshold,
-            is_anomalous=self.is_anomalous,
-            name=f"{self.path.parent.name}/{self.path.name}".removeprefix("/"),
-            note=note,
+            self.score,
+            self.threshold,
+            self.is_anomalous,
+            self.floor,
+            is_defective,
+            truth,
+            f"{self.path.parent.name}/{self.path.name}".removeprefix("/"),
+            note,
         )
+
+    def plot(
+        self, note: str = "", *, is_defective: bool | None = None, truth: npt.NDArray[np.bool_] | None = None
+    ) -> Image.Image:
+        """A picture: below the verdict the image with its regions, and beside it the image below its map.
+
+        Arguments as for `panel`.
+        """
+        return draw_verdict(self.panel(note, is_defective=is_defective, truth=truth))
 
     def __repr__(self) -> str:
         regions = f", {len(self.regions)} regions" if self.is_anomalous else ""
@@ -146,10 +162,8 @@ class Prediction(NamedTuple):
 
     def _repr_html_(self) -> str:
         """The picture, which Jupyter shows."""
-        file = io.BytesIO()
-        self.plot().save(file, "PNG")
-        picture = base64.b64encode(file.getvalue()).decode()
-        return f'<img alt="{html.escape(repr(self))}" src="data:image/png;base64,{picture}">'
+        picture = base64.b64encode(to_webp(self.plot())).decode()
+        return f'<img alt="{html.escape(repr(self))}" src="data:image/webp;base64,{picture}">'
 
     def to_dict(self, *, overlay: str | None = None) -> dict[str, Any]:
         """The prediction as plain values: one line of `dskd predict`, one row of `tune/score.py`, one served answer.
@@ -463,7 +477,8 @@ class Detector:
         seen = self.score_images(truth.images, truth.inside)
         found = zip(samples, truth.labels.tolist(), seen.scores.tolist(), strict=True)
         images = (SeenImage(each.path, each.defect, is_defective, score) for each, is_defective, score in found)
-        return Evaluation(compute_metrics(seen, truth), tuple(images))
+        state = metric_state(seen, truth)
+        return Evaluation(metrics.compute(state), tuple(images), state)
 
 
 def inside_of(images: Sequence[Framed], geometry: Geometry) -> npt.NDArray[np.bool_] | None:
@@ -483,9 +498,10 @@ def predictions(
 ) -> Iterator[Prediction | Unreadable]:
     """The verdicts that maps and scores of images give; an image whose score or map is not finite has none.
 
-    `normal_scores` are those of good images, which give the p-values.
+    `normal_scores` are those of good images, which give the p-values and what is worth drawing.
     """
     stride = MAP_STRIDE if geometry.tile else 1
+    floor = normal_floor(normal_scores) if normal_scores else None
     for path, image, heat, score in zip(paths, images, maps, scores, strict=True):
         if not (math.isfinite(score) and np.isfinite(heat).all()):
             yield Unreadable(path, threshold, f"{path} gets no finite score, so that no verdict can be given.", origin)
@@ -504,6 +520,7 @@ def predictions(
             stride,
             origin,
             p_value=p_value(normal_scores, score) if normal_scores else None,
+            floor=floor,
         )
 
 

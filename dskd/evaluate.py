@@ -17,7 +17,7 @@ from dskd.config import LayoutName, RunConfig
 from dskd.data.datasets import read_test_split
 from dskd.data.defects import add_defects
 from dskd.data.depth import PixelScale
-from dskd.data.geometry import Frame, Geometry
+from dskd.data.geometry import Frame, Geometry, LargeCanvas
 from dskd.data.images import checked_mask, load_framed, load_images, load_inside, load_masks
 from dskd.data.samples import Sample
 from dskd.data.tiles import MAP_STRIDE, TilePlace, on_map, stitched_map, tile_masks, tiled_score, tiles_inside
@@ -90,6 +90,8 @@ class Evaluation(NamedTuple):
 
     scores: Scores
     images: tuple[SeenImage, ...]
+    state: MetricState = MetricState()
+    """Pixels and scores that the metrics come from."""
 
     def confusion(self, threshold: float) -> Confusion:
         """Counts of right and wrong verdicts; a score above `threshold` is anomalous."""
@@ -287,7 +289,7 @@ def score_images(
 def score_canvas(
     teacher: Teacher,
     students: nn.Module,
-    canvas: npt.NDArray[np.uint8],
+    canvas: npt.NDArray[np.uint8] | LargeCanvas,
     frame: Frame,
     config: RunConfig,
     geometry: Geometry,
@@ -360,7 +362,7 @@ def evaluate_tiled(
             np.array([is_known]),
             inside[None],
         )
-    return Evaluation(metrics.compute(state), tuple(seen))
+    return Evaluation(metrics.compute(state), tuple(seen), state)
 
 
 @torch.inference_mode()
@@ -395,8 +397,13 @@ def _compared(
 
 def compute_metrics(inspection: AnomalyScores, truth: LabelledImages) -> Scores:
     """All metrics of one inspection of `truth.images`."""
-    return metrics.score_maps(
-        inspection.maps, truth.masks, inspection.scores, truth.labels, truth.has_mask, truth.inside
+    return metrics.compute(metric_state(inspection, truth))
+
+
+def metric_state(inspection: AnomalyScores, truth: LabelledImages) -> MetricState:
+    """What the metrics of one inspection of `truth.images` come from."""
+    return metrics.update(
+        MetricState(), inspection.maps, truth.masks, inspection.scores, truth.labels, truth.has_mask, truth.inside
     )
 
 

@@ -7,7 +7,7 @@ images, to the last bit.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -282,6 +282,33 @@ def update(
     # Boolean indexing makes a copy of the maps; copy the scores too, as the caller may reuse its buffer.
     batch = _Batch(pixels[looked_at & ~mask], pixels[mask], _regions(mask), scores.copy(), labels.copy())
     return MetricState((*state.batches, batch))
+
+
+def pro_points(state: MetricState, always: Sequence[float] = (), count: int = 100) -> list[tuple[float, float, float]]:
+    """Threshold, share of the normal pixels above it, and mean share of the defect regions above it, (FPR, PRO).
+
+    About `count` thresholds by falling value, dense where few normal pixels lie above, and those that are `always`
+    asked for. Empty if no mask has a defect pixel, or no pixel is normal.
+    """
+    if not state.batches:
+        return []
+    defects = np.concatenate([batch.defects for batch in state.batches])
+    normals = np.concatenate([batch.normals for batch in state.batches])
+    if not defects.size or not normals.size:
+        return []
+    normals.sort()
+    order = np.argsort(defects)
+    regions = _joined_regions([batch.regions for batch in state.batches])[order]
+    defects = defects[order]
+    sizes = np.bincount(regions)
+    below = np.append(0.0, np.cumsum(1 / (sizes[regions] * sizes.size)))
+    shares = np.concatenate([np.geomspace(1e-5, 0.01, count // 3), np.linspace(0.01, 1, count - count // 3)])
+    ranks = ((1 - shares) * (normals.size - 1)).astype(np.int64)
+    chosen = np.unique(np.concatenate([normals[ranks], [defects[-1], normals[-1]], np.asarray(always, normals.dtype)]))
+    fpr = 1 - np.searchsorted(normals, chosen, side="right") / normals.size
+    pro = 1 - below[np.searchsorted(defects, chosen, side="right")]
+    points = zip(chosen.tolist(), fpr.tolist(), pro.clip(0, 1).tolist(), strict=True)
+    return sorted(points, reverse=True)
 
 
 def merge(states: Iterable[MetricState]) -> MetricState:

@@ -15,6 +15,7 @@ from dskd.config import DataConfig
 from dskd.data.files import IMAGE_SUFFIXES, Walk, count_unread, walk
 from dskd.data.parts import worst_scores
 from dskd.detector import Detector, Prediction, Unreadable, basis_of, chosen_limit, rates_of
+from dskd.draw.verdict import OVERLAY_SUFFIX, to_webp
 
 PREDICTIONS_FILE = "predictions.jsonl"
 OVERLAYS_FOLDER = "overlays"
@@ -106,7 +107,7 @@ def predict_images(
                 line = seen.to_dict()
             else:
                 picture = f"{OVERLAYS_FOLDER}/{overlay_name(index, seen.path)}"
-                seen.plot().save(out / picture)
+                (out / picture).write_bytes(to_webp(seen.plot()))
                 line = seen.to_dict(overlay=picture)
                 num_clipped += seen.num_clipped > 0
             file.write(json.dumps(line, allow_nan=False) + "\n")
@@ -156,7 +157,7 @@ def check_discovery_rate(record: DetectorRecord, false_discovery_rate: float | N
 def overlay_name(index: int, path: Path) -> str:
     """File name of an image's picture: its number, folder and name."""
     name = os.fsencode(f"{index:05d}_{path.parent.name}_{path.stem}")[:_MAX_NAME_BYTES]
-    return f"{name.decode('utf-8', 'ignore')}.png"
+    return f"{name.decode('utf-8', 'ignore')}{OVERLAY_SUFFIX}"
 
 
 def check_out(out: Path) -> None:

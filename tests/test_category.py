@@ -29,7 +29,7 @@ from tune.study.context import StudyContext, enter_study, study_context
 from tune.study.hooks import Deadline, Halving, Observe, Searcher, StudyStorage, Suggestions, repeat_ended
 from tune.study.records import TrialRecord, TrialRecords
 from tune.tracking.events import CategoryContinued, EpochDone, Event, TrialEnded, TrialStarted
-from tune.trial.spec import CATEGORY, DATA_SHA256, ERROR, LOST, OBJECTIVE, RUNG, build_spec
+from tune.trial.spec import CATEGORY, DATA_SHA256, EPOCH, ERROR, LOST, OBJECTIVE, RUNG, build_spec
 
 POINTS = [{"depth": 1}, {"depth": 2}]
 
@@ -40,6 +40,11 @@ class Fixed(Share):
     def __init__(self, side_by_side: int) -> None:
         super().__init__(None)
         self._side_by_side, self._updated = side_by_side, math.inf
+
+
+def ended(objective: float) -> dict[str, Any]:
+    """The last report of a whole trial."""
+    return {OBJECTIVE: objective, EPOCH: study_context().plan.num_reports}
 
 
 def depth(trial: Any) -> None:
@@ -100,8 +105,8 @@ def states(searcher: Searcher) -> list[str]:
 def test_a_killed_search_goes_on_with_the_trials_that_it_had_begun_and_repeats_none(searcher: Searcher) -> None:
     begun = {name: searcher.suggest(name) for name in "abc"}
     assert [begun["a"], begun["b"]] == POINTS
-    searcher.on_trial_complete("a", {OBJECTIVE: 0.5})
-    study_context().records.end("a", "finished", {OBJECTIVE: 0.5})
+    searcher.on_trial_complete("a", ended(0.5))
+    study_context().records.end("a", "finished", ended(0.5))
     again = search_algorithm(study_context().plan.studies)
     assert states(again) == ["COMPLETE", "RUNNING", "RUNNING"]
     assert {name: again.suggest(name) for name in "cb"} == {name: begun[name] for name in "cb"}
@@ -109,7 +114,7 @@ def test_a_killed_search_goes_on_with_the_trials_that_it_had_begun_and_repeats_n
     study_of(again).tell(3, state=optuna.trial.TrialState.FAIL)  # it was only to be seen
     assert undisturbed not in begun.values()
     for name in "cb":
-        again.on_trial_complete(name, {OBJECTIVE: 0.6})
+        again.on_trial_complete(name, ended(0.6))
     assert states(again) == ["COMPLETE"] * 3 + ["FAIL"]
 
 
@@ -122,8 +127,8 @@ def test_what_is_suggested_next_depends_on_the_study_and_not_on_the_process(tmp_
             if is_killed:
                 made = search_algorithm(known.plan.studies)
             made.suggest(name)
-            made.on_trial_complete(name, {OBJECTIVE: 0.5})
-            known.records.end(name, "finished", {OBJECTIVE: 0.5})
+            made.on_trial_complete(name, ended(0.5))
+            known.records.end(name, "finished", ended(0.5))
         drawn.append([trial.params for trial in trials_of(made)])
     assert drawn[0] == drawn[1] and len({str(params) for params in drawn[0]}) == 5
 
@@ -141,8 +146,12 @@ def test_a_trial_that_was_killed_before_it_was_recorded_is_closed_and_its_point_
 def test_a_search_whose_database_is_gone_makes_its_study_anew_from_its_records(
     searcher: Searcher, tmp_path: Path
 ) -> None:
-    begun = {name: searcher.suggest(name) for name in "abcd"}
-    ends: dict[str, Any] = {"a": ("finished", {OBJECTIVE: 0.5}), "b": ("failed", {OBJECTIVE: 0.0, LOST: True})}
+    begun = {name: searcher.suggest(name) for name in "abcde"}
+    ends: dict[str, Any] = {
+        "a": ("finished", ended(0.5)), "b": ("failed", {OBJECTIVE: 0.0, LOST: True}),
+        "e": ("pruned", {OBJECTIVE: 0.4, EPOCH: 3}),
+    }  # fmt: skip
+    searcher.on_trial_result("e", {OBJECTIVE: 0.4, "training_iteration": 3})
     for name, (status, last) in ends.items():
         searcher.on_trial_complete(name, last)
         study_context().records.end(name, status, last, is_lost=LOST in last)
@@ -150,7 +159,7 @@ def test_a_search_whose_database_is_gone_makes_its_study_anew_from_its_records(
     again = search_algorithm(f"sqlite:///{tmp_path}/other.db")
     assert [(trial.params, trial.value, trial.state) for trial in trials_of(again)] == before
     assert [again.suggest(name) for name in "cd"] == [begun["c"], begun["d"]]
-    assert again.suggest("e") not in POINTS, "what was enqueued is not enqueued again"
+    assert again.suggest("f") not in POINTS, "what was enqueued is not enqueued again"
 
 
 def test_trials_that_go_on_come_first_and_keep_their_ids(searcher: Searcher) -> None:
@@ -166,6 +175,15 @@ def test_trials_that_go_on_come_first_and_keep_their_ids(searcher: Searcher) -> 
     study_context().waiting = []
     suggestions.create_trial_if_possible({})
     assert asked[0] == "a" and asked[1] not in "ab"
+
+
+def test_the_study_is_told_which_trials_were_pruned(searcher: Searcher) -> None:
+    """Three epochs' objective is no result: told as one it would stand in the history and in the importances."""
+    searcher.suggest("a")
+    searcher.on_trial_result("a", {OBJECTIVE: 0.9, "training_iteration": 3})
+    searcher.on_trial_complete("a", {OBJECTIVE: 0.9, EPOCH: 3})
+    first = trials_of(searcher)[0]
+    assert (first.state.name, first.value) == ("PRUNED", 0.9)
 
 
 def test_a_trial_that_its_own_values_spoilt_counts_as_bad_and_one_whose_machines_failed_as_nothing(

@@ -1,12 +1,15 @@
 """Pictures of studies of every size: what cannot be drawn is said, never guessed."""
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from PIL import Image
 
+from tune.tracking import category_page
 from tune.tracking.category_page import category_note, draw, draw_study
 
 SPACE = {
@@ -25,6 +28,11 @@ def study_of(*objectives: float, storage: str | None = None) -> optuna.Study:
             "level_weights": ("even", "deep")[number % 2],
         }  # fmt: skip
         study.add_trial(optuna.trial.create_trial(params=params, distributions=SPACE, value=value))
+    pruned = optuna.trial.create_trial(
+        params={"learning_rate": 5e-3, "embedding_depth": 3, "hkd_margin": 0.3, "level_weights": "even"},
+        distributions=SPACE, state=optuna.trial.TrialState.PRUNED, intermediate_values={1: 0.99}, value=0.99,
+    )  # fmt: skip
+    study.add_trial(pruned)
     study.ask()  # a running trial is in no picture and disturbs none
     return study
 
@@ -50,7 +58,7 @@ def test_each_picture_is_there_or_its_absence_explained(
     for name in found:
         with Image.open(tmp_path / "study" / name) as picture:
             picture.load()
-            assert min(picture.size) > 300
+            assert min(picture.size) > 250
         assert (tmp_path / "study" / name).stat().st_size < 300_000
 
 
@@ -66,8 +74,44 @@ def test_the_note_holds_the_figures_and_says_what_is_missing() -> None:
         category="tile", trial_id="a1", metrics={"val/objective": 0.91234, "test/aupro": 0.5}, counts=(8, 3, 1),
         registered="dskd-tile version 2", pull="python tune/pull.py tile --out detectors", remarks=["one remark"],
     )  # fmt: skip
-    lines = note.splitlines()
+    caveat, empty, *lines = note.splitlines()
+    assert (caveat, empty) == ("> **There is no usable test split: no test figures.**", "")
     assert lines[0] == "**tile**: best of 8 trials (3 pruned, 1 failed) is **a1**"
     assert "| validation objective | 0.9123 |" in lines and "| test AUPRO | 0.5000 |" in lines
     assert "    python tune/pull.py tile --out detectors" in lines
-    assert lines[-2:] == ["- There is no usable test split: no test figures.", "- one remark"]
+    assert lines[-1] == "- one remark"
+
+
+def heights(artist: Any) -> list[float]:
+    return [float(height) for height in artist.get_ydata()]
+
+
+def test_a_pruned_trial_is_hollow_and_best_of_nothing() -> None:
+    """Its objective is the highest of all, after one epoch."""
+    axes: Any = category_page._history(category_page._seen(study_of(0.5, 0.7), lambda params: False, {})).axes[0]
+    (best,) = axes.get_lines()
+    assert heights(best) == [0.5, 0.7, 0.7]
+    finished, pruned = axes.collections
+    assert len(finished.get_offsets()) == 2 and len(finished.get_facecolor()) == 1
+    assert np.asarray(pruned.get_offsets()).tolist() == [[2, 0.99]] and len(pruned.get_facecolor()) == 0
+
+
+def test_the_preset_is_a_line() -> None:
+    seen = category_page._seen(study_of(0.5, 0.7), lambda params: params["embedding_depth"] == 1, {})
+    lines = {line.get_label(): line for line in category_page._history(seen).axes[0].get_lines()}
+    assert heights(lines["untuned preset"]) == [0.5, 0.5]
+
+
+def test_only_parameters_that_varied_are_drawn_the_most_important_first() -> None:
+    study = study_of(*np.linspace(0.1, 0.9, 9).tolist())
+    weights = category_page.importances(study)
+    axes = category_page._trials(category_page._seen(study, bool, weights)).axes
+    shown = [each.get_xlabel() for each in axes if each.get_visible()]
+    assert sorted(shown) == sorted(SPACE) and shown == list(weights), "all varied"
+    same = optuna.create_study()
+    for value, rate in ((0.5, 0.001), (0.6, 0.002)):
+        same.add_trial(optuna.trial.create_trial(
+            params={"learning_rate": rate, "embedding_depth": 2, "hkd_margin": 0.1, "level_weights": "even"},
+            distributions=SPACE, value=value,
+        ))  # fmt: skip
+    assert category_page._seen(same, bool, {}).varied == ["learning_rate"]

@@ -12,7 +12,7 @@ from dskd.data.geometry import Geometry
 from dskd.data.images import load_masks
 from dskd.demo import dataset as demo
 from dskd.demo.dataset import CATEGORIES, draw_dataset
-from dskd.demo.rendering import Defect
+from dskd.demo.rendering import Defect, cast_shadow
 
 SMALL: dict[str, Any] = {"num_train": 3, "num_test": 12, "image_size": 64}
 
@@ -49,6 +49,24 @@ def test_pictures_are_eight_bit_and_masks_are_black_or_white(drawn: Path) -> Non
             assert image.mode == ("L" if "ground_truth" in path.parts else "RGB")
             if image.mode == "L":
                 assert set(np.unique(np.asarray(image))) == {0, 255}
+
+
+def test_a_shadow_falls_on_no_other_side_of_the_picture() -> None:
+    """One that came out at the top made a few good boards look worse than the bad ones."""
+    low = np.zeros((64, 64), np.float32)
+    low[40:62, 8:56] = 1  # its shadow leaves the picture
+    shadow = cast_shadow(low, 6, 3, 2)
+    assert shadow[:20].max() < 0.01 and shadow[60:, 20:50].min() > 0.5
+
+
+def test_the_whole_board_is_in_every_picture(tmp_path: Path) -> None:
+    """One that the picture cut looked worse than the bad ones."""
+    draw_dataset(tmp_path, categories=("board",), num_train=40, num_test=2, image_size=64)
+    for path in sorted(tmp_path.glob("board/train/good/*.png")):
+        red, green, _ = np.moveaxis(np.asarray(Image.open(path).convert("RGB"), np.int16), 2, 0)
+        is_board = green - red > 12
+        assert is_board.mean() > 0.5
+        assert not any(edge.any() for edge in (is_board[0], is_board[-1], is_board[:, 0], is_board[:, -1])), path.name
 
 
 def test_good_pictures_vary_more_than_by_noise(drawn: Path) -> None:

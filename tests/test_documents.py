@@ -22,8 +22,10 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from sybil import Document, Example
 from sybil.parsers.markdown import CodeBlockParser, SkipParser
+from test_report import report_of
 
 from dskd.cli.examples import EXAMPLES
+from dskd.report.document import to_json
 
 ROOT = Path(__file__).resolve().parents[1]
 README = "README.md"
@@ -370,6 +372,8 @@ def desk(tmp_path: Path, weights: Path, drawn: Path, detector_folder: Path) -> t
     shutil.copytree(drawn, tmp_path / "my-images")
     shutil.copytree(detector_folder, tmp_path / "detectors" / "flange")
     shutil.copy(drawn / "flange" / "test" / "good" / "000.png", tmp_path / "part.png")
+    (tmp_path / "dskd-results" / "parts").mkdir(parents=True)
+    (tmp_path / "dskd-results" / "parts" / "report.json").write_bytes(to_json(report_of(2)))
     shims = tmp_path / ".venv" / "bin"
     shims.mkdir(parents=True)
     for name in ("dskd", "python"):

@@ -48,7 +48,7 @@ def test_sixteen_bit_grey_is_scaled_and_not_clipped(tmp_path: Path) -> None:
     levels = np.array([[0, 255], [256 * 100, 65535]], np.uint16)
     for name in ("grey.png", "grey.tiff"):
         Image.fromarray(levels).save(tmp_path / name)
-        pixels = load_framed(tmp_path / name, Geometry.square(2)).rgb
+        pixels = np.asarray(load_framed(tmp_path / name, Geometry.square(2)).rgb)
         assert pixels.tolist() == [[[0] * 3, [0] * 3], [[100] * 3, [255] * 3]]
 
 
@@ -56,7 +56,7 @@ def test_sixteen_bit_grey_is_scaled_and_not_clipped(tmp_path: Path) -> None:
 def test_every_mode_becomes_three_channels(tmp_path: Path, mode: str) -> None:
     path = tmp_path / "image.tiff"
     Image.new("RGB", (8, 8), (255, 255, 255)).convert(mode).save(path)
-    assert load_framed(path, Geometry.square(4)).rgb.tolist() == [[[255] * 3] * 4] * 4
+    assert np.asarray(load_framed(path, Geometry.square(4)).rgb).tolist() == [[[255] * 3] * 4] * 4
 
 
 def test_images_keep_their_order_and_can_be_written_in_place(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """A worker that takes one assignment after the other: each as if it were alone in a fresh process."""
 
+import base64
 import dataclasses
 import hashlib
+import io
 import json
 import subprocess
 import sys
@@ -14,9 +16,12 @@ from typing import Any
 import pytest
 import ray
 import torch
+from PIL import Image
 
 from dskd.checkpoint import read_record
 from dskd.config import AmplificationConfig, DataConfig, LossConfig, ModelConfig, RunConfig, ScoreConfig, TrainConfig
+from dskd.report.inspected import MAX_PICTURE_BYTES
+from tune.storage.champions import Champion, find_inspected
 from tune.storage.files import Storage
 from tune.trial import member, worker
 from tune.trial.assignment import Assignment, Evaluation, Order, Training
@@ -157,8 +162,13 @@ def test_a_trial_that_another_worker_began_goes_on_from_its_last_checkpoint(mvte
 def test_a_worker_evaluates_on_the_test_images_or_says_why_it_cannot(
     detector_folder: Path, mvtec_root: Path, tmp_path: Path
 ) -> None:
+    record = read_record(detector_folder)
+    odd = record.most_anomalous(3)
+
     def evaluation(name: str, data: Path) -> Evaluation:
         return Evaluation(
+            keep_at=str(tmp_path / "search"),
+            suspects=odd,
             trial_id=name,
             detector_uri=str(detector_folder),
             data=str(data),
@@ -173,6 +183,26 @@ def test_a_worker_evaluates_on_the_test_images_or_says_why_it_cannot(
     assert 0 <= figures["test/image_auroc"] <= 1 and REMARK not in figures
     assert remark.keys() == {REMARK} and remark[REMARK].startswith("no test figures: ")
     assert done.over == ["sound", "none"]
+    kept = find_inspected(Storage(str(tmp_path / "search")), Champion("tile", "sound", "champions/tile/sound", {}, ""))
+    assert kept is not None and kept.threshold == 1.0
+    assert [image.file for image in kept.test[:1]] == ["test/good/000.png"] and len(kept.test) == 8
+    missed = [image for image in kept.test if image.is_defective and image.score <= kept.threshold]
+    assert len(missed) == figures["test/num_missed"]
+    assert [(Path(each.file).name, each.score) for each in kept.suspects] == list(odd)
+    assert [each.score for each in kept.weakest_defects] == sorted(
+        image.score for image in kept.test if image.is_defective
+    )
+    for each in (*kept.suspects, *kept.weakest_defects, *kept.strongest_good):
+        data = base64.b64decode(each.webp)
+        with Image.open(io.BytesIO(data)) as picture:
+            assert picture.size == (each.width, each.height) == (576, 288)
+        assert len(data) <= MAX_PICTURE_BYTES
+    thresholds, fpr, pro = zip(*((point.threshold, point.fpr, point.pro) for point in kept.pro), strict=True)
+    assert list(thresholds) == sorted(thresholds, reverse=True) and 1.0 in thresholds
+    assert list(fpr) == sorted(fpr) and list(pro) == sorted(pro) and pro[-1] > 0.9
+    assert not find_inspected(
+        Storage(str(tmp_path / "search")), Champion("tile", "none", "champions/tile/none", {}, "")
+    )
 
 
 def test_a_checkpoint_counts_only_when_it_is_complete_and_replaces_the_one_before(tmp_path: Path) -> None:

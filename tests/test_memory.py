@@ -146,7 +146,7 @@ def test_jupyter_shows_a_picture_and_a_table(detector: Detector, photos: list[Pa
     seen = detector.predict(photos[0], 0.0)
     picture = seen.plot()
     assert isinstance(picture, Image.Image) and picture.width > picture.height
-    assert seen._repr_html_().startswith('<img alt="&lt;') and "data:image/png;base64," in seen._repr_html_()
+    assert seen._repr_html_().startswith('<img alt="&lt;') and "data:image/webp;base64," in seen._repr_html_()
     assert repr(seen) == (f"<{photos[0]}: anomalous, score {seen.score:.4g}, threshold 0, {len(seen.regions)} regions>")
     shown = detector._repr_html_()
     assert shown.startswith("<table>") and detector.record.detector_version in shown

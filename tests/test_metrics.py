@@ -470,3 +470,22 @@ def test_states_are_refused() -> None:
         metrics.score_maps(maps, masks, scores, np.ones_like(labels))
     with pytest.raises(ValueError, match="one normal pixel"):
         metrics.score_maps(maps, np.ones_like(masks), scores, labels)
+
+
+def test_pro_points_are_what_lies_above_their_thresholds() -> None:
+    rng = np.random.default_rng(3)
+    maps = rng.integers(0, 40, (4, 12, 12)).astype(np.float32)
+    masks = np.zeros(maps.shape, np.bool_)
+    masks[:3, 2:5, 2:6] = masks[0, 8:11, 7:9] = True
+    state = metrics.update(metrics.MetricState(), maps[:2], masks[:2], maps[:2].max(axis=(1, 2)), np.array([1, 1]))
+    state = metrics.update(state, maps[2:], masks[2:], maps[2:].max(axis=(1, 2)), np.array([1, 0]))
+    points = metrics.pro_points(state, (7.5,))
+    thresholds, fpr, pro = map(np.array, zip(*points, strict=True))
+    assert 7.5 in thresholds and (np.diff(thresholds) < 0).all() and fpr[0] == pro[0] == 0
+    expected = pro_curve(maps, masks, thresholds, strict=True)
+    np.testing.assert_allclose(fpr, expected[0])
+    np.testing.assert_allclose(pro, expected[1], atol=1e-12)
+    assert (
+        metrics.pro_points(metrics.update(metrics.MetricState(), maps, masks & False, maps[:, 0, 0], masks[:, 3, 3]))
+        == []
+    )

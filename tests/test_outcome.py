@@ -52,7 +52,7 @@ def test_the_table_has_what_a_user_decides_by(
         CategoryResult("wood", 2, 0, 2, None, "ValueError: too hot"),
     ]
     settings = cast(Any, SimpleNamespace(name="parts", storage="results", selection="val"))
-    show_outcome(results, plan_of(tmp_path, tiny), settings, None, {"tile": 90.0})
+    show_outcome(results, plan_of(tmp_path, tiny), settings, None, {"tile": 90.0}, "open http://mlflow/#/experiments/1")
     lines = capsys.readouterr().err.splitlines()
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if "│" in line]
     assert rows == [

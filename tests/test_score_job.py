@@ -119,7 +119,7 @@ def test_verdicts_are_those_of_predict_and_an_unreadable_image_is_a_row(
         if row["overlay"]:
             with Image.open(tmp_path / "out" / row["overlay"]) as picture:
                 assert picture.width > 0
-    assert len(list((tmp_path / "out").rglob("*.png"))) == sum(row["is_anomalous"] for row in sound)
+    assert len(list((tmp_path / "out").rglob("*.webp"))) == sum(row["is_anomalous"] for row in sound)
 
 
 def test_predict_score_and_the_served_model_say_the_same_in_the_same_words(
@@ -154,7 +154,7 @@ def test_overlays_are_drawn_of_all_or_of_none(
 ) -> None:
     names = ["good/000.png", "good/001b.JPG", "scratch/000.png"]
     for wanted, expected in (
-        ("all", ["overlays/good/000.png", None, "overlays/scratch/000.png"]),
+        ("all", ["overlays/good/000.png.webp", None, "overlays/scratch/000.png.webp"]),
         ("none", [None] * 3),
     ):
         rows = rows_of(names, str(images), detector_folder, tmp_path / wanted, wanted, monkeypatch)

@@ -23,6 +23,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from dskd.checkpoint import DetectorRecord, read_record
+from dskd.config import RunConfig
 from tune.storage.files import Storage
 from tune.tracking.events import EpochDone, TrialEnded, TrialStarted
 from tune.tracking.tracker import Tracker
@@ -88,8 +89,9 @@ def check_content(uri: str, parents: list[Any], children: list[Any], chosen: Any
     assert chosen.data.tags["dskd.trial"] in parent.data.tags["mlflow.note.content"]
     pictures = {file.path for file in client.list_artifacts(parent.info.run_id, "study")}
     assert "study/history.png" in pictures
+    assert chosen.info.run_name.endswith(" ★") and not any(name.startswith("test/") for name in parent.data.metrics)
     shown = {file.path for file in client.list_artifacts(chosen.info.run_id, "validation")}
-    assert shown == {"validation/curves.png", "validation/best.jpg", "validation/worst.jpg"}
+    assert shown == {f"validation/{name}" for name in ("curves.png", "best.jpg", "worst.jpg", "scores.json")}
     digests = {
         used.dataset.digest
         for each in (parent, *children)
@@ -125,7 +127,11 @@ def test_embedded_search_tracks_its_trials_and_its_champions_can_be_pulled(
     assert len(fingerprints) == 2, "each category trains on its own images"
     for outcome in outcomes:
         trials = studied(f"sqlite:///{storage}/optuna.db", f"try/{outcome['category']}")
-        assert [trial.state.name for trial in trials] == ["COMPLETE"] * 3
+        ends = Counter(child.data.tags["dskd.status"] for child in children
+                       if child.data.tags["dskd.category"] == outcome["category"])  # fmt: skip
+        assert Counter(trial.state.name for trial in trials) == Counter(
+            COMPLETE=ends["finished"], PRUNED=ends["pruned"]
+        )
         chosen = next(run for run in children if run.info.run_id == outcome["champion"]["run_id"])
         finished = [child for child in children if child.data.tags["dskd.category"] == outcome["category"]
                     and child.data.tags["dskd.status"] == "finished"]  # fmt: skip
@@ -134,6 +140,10 @@ def test_embedded_search_tracks_its_trials_and_its_champions_can_be_pulled(
         )
         stored = Storage(str(storage / "try")).read_json(f"{outcome['champion']['folder']}/detector.json")
         assert stored is not None
+        values = RunConfig.from_dict(stored["config"]).flat()
+        assert {name: chosen.data.params[f"delivered.{name}"] for name in values} == {
+            name: str(value) for name, value in values.items()
+        }
         mine = [child for child in children if child.data.tags["dskd.category"] == outcome["category"]]
         assert {child.data.tags["dskd.data_sha256"] for child in mine} == {stored["data_sha256"]}
         tested = [child for child in children if "test/image_auroc" in child.data.metrics]
@@ -180,7 +190,7 @@ def test_embedded_search_tracks_its_trials_and_its_champions_can_be_pulled(
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["categories"][0]["num_trials"] == 5
     states = [trial.state.name for trial in studied(f"sqlite:///{storage}/optuna.db", f"try/{category}")]
-    assert states == ["COMPLETE"] * 5
+    assert len(states) == 5 and {*states} <= {"COMPLETE", "PRUNED"}
     runs = [each for each in tracked(f"sqlite:///{storage}/mlflow.db", "try")[1]
             if each.data.tags["dskd.category"] == category]  # fmt: skip
     assert len(runs) == 5 and {each.data.tags["dskd.status"] for each in runs} <= {"finished", "pruned"}
@@ -220,7 +230,7 @@ def test_killed_search_goes_on_without_losing_or_doubling_a_trial(
     assert len(statuses) - statuses.count("lost") == 4
     assert "RUNNING" not in {each.info.status for each in runs}
     states = [trial.state.name for trial in studied(f"sqlite:///{storage}/optuna.db", f"try/{category}")]
-    assert states.count("COMPLETE") == 4
+    assert states.count("COMPLETE") + states.count("PRUNED") == 4
     assert {(each.data.params["backbone"], each.data.params["teacher_weights"]) for each in runs} == {
         (backbone, "random") for backbone in teachers
     }
@@ -265,7 +275,8 @@ def test_a_search_killed_while_it_compares_finalists_ends_with_the_same_champion
 
     _, children = tracked(f"sqlite:///{killed}/mlflow.db", "try")
     roles = Counter(each.data.tags["dskd.role"] for each in children)
-    assert roles["trial"] == 3 and roles["finalist"] in (2, 3, 4, 5) and roles.keys() == {"trial", "finalist"}
+    assert roles["champion"] == 1 and roles["finalist"] in (2, 3, 4, 5) and roles["preset"] in (0, 1)
+    assert roles["champion"] + roles["preset"] + roles["trial"] == 3
     ids = [each.data.tags["dskd.trial"] for each in children]
     assert len({*ids}) == len(ids), "none is there twice"
     assert {each.info.status for each in children} <= {"FINISHED", "KILLED"}

@@ -107,7 +107,7 @@ def test_a_search_becomes_an_experiment_with_a_parent_per_category_and_a_child_p
         assert run.data.params["learning_rate"] == "0.1" and run.data.params["levels"] == "(1, 2)"
         assert run.data.tags["dskd.selection"] == "val"
     assert {name: run.info.status for name, run in found.items()} == {
-        "tile": "FINISHED", "wood": "FAILED", "tile-a": "FINISHED", "tile-b": "KILLED", "wood-a": "FAILED",
+        "tile": "FINISHED", "wood": "FAILED", "tile-a": "FINISHED", "tile-b": "FINISHED", "wood-a": "FAILED",
     }  # fmt: skip
     assert {name: found[name].data.tags["dskd.status"] for name in ("tile-a", "tile-b", "wood-a")} == {
         "tile-a": "finished", "tile-b": "pruned", "wood-a": "failed",
@@ -466,7 +466,10 @@ def test_events_that_an_absent_server_never_took_are_kept_and_written_by_the_nex
     assert not (tmp_path / "unsent.jsonl").exists()
     found = runs(uri, "lost")
     assert found["tile-a"].data.params["learning_rate"] == "0.1"
-    assert found["tile-a"].data.metrics["val/best_objective"] == 0.7 and found["tile-a"].info.status == "KILLED"
+    assert (
+        found["tile-a"].data.metrics["val/best_objective"] == 0.7
+        and found["tile-a"].data.tags["dskd.status"] == "pruned"
+    )
     assert found["tile"].info.status == "FINISHED"
 
 

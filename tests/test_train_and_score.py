@@ -158,4 +158,4 @@ def test_data_images_and_verdicts_live_in_s3(
         assert json.loads(scored.stdout)["num_images"] == 9
         overlays = {row["overlay"] for row in rows.values() if row["is_anomalous"]}
         assert {f"overlays/{path.relative_to(tmp_path / 'verdicts/overlays')}" for path in
-                (tmp_path / "verdicts").rglob("*.png")} == overlays  # fmt: skip
+                (tmp_path / "verdicts").rglob("*.webp")} == overlays  # fmt: skip

@@ -1,5 +1,6 @@
 """Pictures of a validation: what they show is what the metrics say."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 
 from dskd.config import RunConfig
 from dskd.evaluate import AnomalyScores, LabelledImages, compute_metrics, score_images
+from dskd.report.document import read_scores
 from dskd.show.plots import draw_curves
 from dskd.show.validation import extremes, write_figures
 from dskd.training.inputs import TrainingData
@@ -39,6 +41,7 @@ def test_a_run_leaves_readable_figures_whose_areas_are_its_metrics(
     record, _ = run.detector()
     write_figures(tmp_path / "figures", run, record)
     files = {path.name: path for path in (tmp_path / "figures").iterdir()}
+    kept = read_scores(json.loads(files.pop("scores.json").read_text()))
     assert set(files) == {"curves.png", "best.jpg", "worst.jpg"}
     for path in files.values():
         with Image.open(path) as picture:
@@ -46,6 +49,10 @@ def test_a_run_leaves_readable_figures_whose_areas_are_its_metrics(
             assert min(picture.size) > 300
         assert path.stat().st_size < 400_000
     seen = score_images(inputs.validation_features, run.students, inputs.validation.images, tiny, run.device)
+    assert [image.score for image in kept] == seen.scores.tolist()
+    assert [image.is_defective for image in kept] == inputs.validation.labels.tolist()
+    assert [image.file for image in kept[:4]] == [*inputs.validation_files] * 2
+    assert {image.defect for image in kept} == {"good", "synthetic"}
     scores = compute_metrics(seen, inputs.validation)
     titles = [axes.get_title() for axes in draw_curves(seen, inputs.validation, "t").axes]
     assert titles == [

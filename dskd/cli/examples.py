@@ -19,4 +19,5 @@ EXAMPLES: Mapping[str, Sequence[str]] = {
     ),
     "compare": ("dskd compare detectors/flange detectors/fabric my-images/flange/test --out compared",),
     "export": ("dskd export detectors/flange --onnx flange.onnx --images my-images/flange/test",),
+    "report": ("dskd report dskd-results/parts/report.json --out report.html",),
 }

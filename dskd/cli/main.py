@@ -1,4 +1,4 @@
-"""The command line: `dskd demo-data | check-data | train | evaluate | predict | compare | export`.
+"""The command line: `dskd demo-data | check-data | train | evaluate | predict | compare | export | report`.
 
 What people read goes to stderr; stdout carries results, with --json one JSON document and nothing
 else. torch is imported only by the commands that compute, so that help comes at once.
@@ -456,6 +456,24 @@ def export(
         )
 
 
+def report(document: Positional[Annotated[Path, arg(metavar="FILE")]], /, *, out: Path = Path("report.html")) -> None:
+    """Draw the report of a search again, from its report.json, as one HTML file that needs no network.
+
+    Args:
+        document: The report.json that a search left beside its champions.
+        out: File to write; an older one of that name is replaced.
+    """
+    from dskd.atomic import check_can_be_made, file_in_making
+    from dskd.report.document import read_report
+    from dskd.report.render import render
+
+    check_can_be_made(out, "--out")
+    page = render(read_report(document.read_bytes()))
+    with file_in_making(out) as unfinished:
+        unfinished.write_text(page, encoding="utf-8")
+    say(f"wrote {out}, {len(page.encode()) / 1e6:.1f} MB; open it in a browser")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; bad input ends with one line on stderr and exit code 2."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -472,6 +490,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "predict": predict,
             "compare": compare,
             "export": export,
+            "report": report,
         }
         what = "Visual anomaly detection by knowledge distillation."
         run = parse(commands, given, prog="dskd", description=what, version=VERSION, examples=EXAMPLES)

@@ -21,8 +21,6 @@ NEUTRAL = (124, 116, 104)
 """ImageNet's mean colour: zero after ImageNet's normalisation."""
 ALIGNMENT = 32
 """Tiles start at multiples of this: the stride of a ResNet's deepest level."""
-_STRIP = 1 << 20
-"""Pixels of an image that become an array at a time."""
 _MAX_MASK_SIDE = 2048
 """Of the mask that a detector keeps: a finer one is reduced."""
 
@@ -308,25 +306,16 @@ class Geometry:
         found[top // stride : bottom, left // stride : right] = np.asarray(drawn) > 0
         return found
 
-    def pixels(self, image: Image.Image, frame: Frame) -> npt.NDArray[np.uint8]:
-        """The canvas (h, w, 3) of an upright RGB image, resized bilinearly with antialiasing."""
-        left, top, right, bottom = frame.place
-        size, box = (right - left, bottom - top), frame.box
-        if (box[2] - box[0], box[3] - box[1]) != size:
-            part = image if box == (0, 0, *image.size) else image.crop(box)
-            image, box = part.resize(size, Image.Resampling.BILINEAR), (0, 0, *size)
-        found = np.empty((frame.canvas[1], frame.canvas[0], 3), np.uint8)
-        if size != frame.canvas:
-            found[:] = NEUTRAL
-        # In strips, since Pillow would make two more copies of the whole.
-        rows = max(1, _STRIP // size[0])
-        for start in range(0, size[1], rows):
-            end = min(start + rows, size[1])
-            strip = image.crop((box[0], box[1] + start, box[2], box[1] + end))
-            found[top + start : top + end, left:right] = np.asarray(strip)
-        if self.region is not None and not self.region.is_box:
-            found[~self.inside(frame)] = NEUTRAL
-        return found
+    def canvas(self, image: Image.Image, frame: Frame) -> "npt.NDArray[np.uint8] | LargeCanvas":
+        """The canvas (h, w, 3) of an upright RGB image: resized bilinearly with antialiasing, or to be cut in tiles."""
+        large = LargeCanvas(image, frame, self)
+        if self.tile:
+            return large
+        size = (frame.place[2] - frame.place[0], frame.place[3] - frame.place[1])
+        if (frame.box[2] - frame.box[0], frame.box[3] - frame.box[1]) != size:
+            part = image if frame.box == (0, 0, *image.size) else image.crop(frame.box)
+            large = LargeCanvas(part.resize(size, Image.Resampling.BILINEAR), frame._replace(box=(0, 0, *size)), self)
+        return np.asarray(large)
 
     def mask(self, mask: npt.NDArray[np.bool_], frame: Frame) -> npt.NDArray[np.bool_]:
         """A mask (H, W) of the image, at its own or at another scale, on the canvas; false where nothing is scored."""
@@ -345,6 +334,45 @@ class Geometry:
             return False
         own = Geometry(width=1, height=1, tile=1, region=self.region)
         return not own.mask(mask, own.frame(mask.shape[1], mask.shape[0])).any()
+
+
+class LargeCanvas:
+    """The canvas (h, w, 3) of an image at its own size, of which only the parts asked for become arrays.
+
+    So an image takes the four bytes a pixel of its decoder, and no three more. Behaves as an array that is sliced along
+    both sides.
+    """
+
+    def __init__(self, image: Image.Image, frame: Frame, geometry: Geometry) -> None:
+        self._image, self._frame = image, frame
+        region = geometry.region
+        self._inside = None if region is None or region.is_box else geometry.inside(frame)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        width, height = self._frame.canvas
+        return height, width, 3
+
+    def __getitem__(self, part: tuple[slice, slice]) -> npt.NDArray[np.uint8]:
+        """Pixels (h, w, 3) of some rows and columns, a copy; slices as of an array, without a step."""
+        slices = (each.indices(side) for each, side in zip(part, self.shape[:2], strict=True))
+        (top, bottom, _), (left, right, _) = slices
+        place, box = self._frame.place, self._frame.box
+        seen_top, seen_bottom = max(top, place[1]), min(bottom, place[3])
+        seen_left, seen_right = max(left, place[0]), min(right, place[2])
+        found = np.empty((bottom - top, right - left, 3), np.uint8)
+        if (seen_left, seen_top, seen_right, seen_bottom) != (left, top, right, bottom):
+            found[:] = NEUTRAL
+        if seen_top < seen_bottom and seen_left < seen_right:
+            across, down = box[0] - place[0], box[1] - place[1]
+            seen = self._image.crop((seen_left + across, seen_top + down, seen_right + across, seen_bottom + down))
+            found[seen_top - top : seen_bottom - top, seen_left - left : seen_right - left] = np.asarray(seen)
+        if self._inside is not None:
+            found[~self._inside[top:bottom, left:right]] = NEUTRAL
+        return found
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[np.uint8]:
+        return self[:, :] if dtype is None else self[:, :].astype(dtype)
 
 
 def is_same_shape(first: tuple[int, int], second: tuple[int, int]) -> bool:

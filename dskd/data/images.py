@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from dskd.data.depth import Levels, PixelScale, check_finite, high_byte
 from dskd.data.files import UnreadableImageError, check_regular
-from dskd.data.geometry import Frame, Geometry, is_same_shape
+from dskd.data.geometry import Frame, Geometry, LargeCanvas, is_same_shape
 from dskd.data.samples import Sample
 
 MAX_PIXELS = 512_000_000
@@ -37,7 +37,7 @@ DECODING_BYTES = 1 << 30
 _BYTES_PER_PIXEL = 12
 """Peak memory of decoding and resizing, measured with Pillow on RGB: two buffers of 4 bytes, and a reserve."""
 _MAX_THREADS = 16
-_PICTURE_SIDE = 768
+_PICTURE_SIDE = 1024
 _SOFT_MASK_PEAK = 250
 _FEW_VALUES = 16
 _TURNS = {
@@ -84,11 +84,11 @@ def read_image(path: Path, scale: PixelScale | None = None) -> npt.NDArray[np.ui
 class Framed(NamedTuple):
     """One image as input for a network, with the way back to its own pixels."""
 
-    rgb: npt.NDArray[np.uint8]
+    rgb: npt.NDArray[np.uint8] | LargeCanvas
     """(h, w, 3), the canvas: the network's input, or for tiles the region of interest at its own size."""
     frame: Frame
     picture: npt.NDArray[np.uint8]
-    """(H, W, 3), the whole image, reduced to at most 768 pixels a side: what people are shown."""
+    """(H, W, 3), the whole image, reduced to at most 1024 pixels a side: what people are shown."""
     num_clipped: int = 0
     """Number of values out of the scale's range, in images of more than 8 bits."""
 
@@ -106,7 +106,7 @@ def place_on_canvas(image: Image.Image, geometry: Geometry, num_clipped: int) ->
     share = min(1.0, _PICTURE_SIDE / max(image.size))
     size = (max(1, round(image.width * share)), max(1, round(image.height * share)))
     picture = np.asarray(image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0) if share < 1 else image)
-    return Framed(geometry.pixels(image, frame), frame, picture, num_clipped)
+    return Framed(geometry.canvas(image, frame), frame, picture, num_clipped)
 
 
 def frame_of(path: Path, geometry: Geometry) -> Frame:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from dskd.data.depth import PixelScale
-from dskd.data.geometry import ALIGNMENT, Frame, Geometry
+from dskd.data.geometry import ALIGNMENT, Frame, Geometry, LargeCanvas
 from dskd.data.images import in_threads, load_framed
 from dskd.data.samples import Sample
 
@@ -50,12 +50,15 @@ def tile_starts(length: int, tile: int, overlap: int, alignment: int = ALIGNMENT
     return [*range(0, last, tile - overlap), last]
 
 
-def cut(canvas: npt.NDArray[np.generic], top: int, left: int, tile: int) -> npt.NDArray[np.generic]:
+def cut(canvas: npt.NDArray[np.generic] | LargeCanvas, top: int, left: int, tile: int) -> npt.NDArray[np.generic]:
     """The tile of a canvas (h, w, …); beyond the canvas's end it is mirrored."""
     rows, columns = (_mirrored(start, tile, side) for start, side in zip((top, left), canvas.shape, strict=False))
-    if rows[-1] - rows[0] == columns[-1] - columns[0] == tile - 1:
-        return canvas[top : top + tile, left : left + tile]
-    return canvas[rows[:, None], columns]
+    first, last = (rows.min(), columns.min()), (rows.max() + 1, columns.max() + 1)
+    part: npt.NDArray[np.generic] = canvas[first[0] : last[0], first[1] : last[1]]
+    if part.shape[0] == part.shape[1] == tile:
+        return part
+    mirrored: npt.NDArray[np.generic] = part[(rows - first[0])[:, None], columns - first[1]]
+    return mirrored
 
 
 def _mirrored(start: int, count: int, length: int) -> npt.NDArray[np.intp]:
@@ -183,7 +186,7 @@ def on_map(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
 
 
 def stitched_map(
-    canvas: npt.NDArray[np.uint8],
+    canvas: npt.NDArray[np.uint8] | LargeCanvas,
     inside: npt.NDArray[np.bool_],
     geometry: Geometry,
     blur_sigma: float,

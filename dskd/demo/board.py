@@ -210,7 +210,7 @@ def _scratch_board(sheet: _Sheet, r: Generator) -> None:
 
 def draw_board(rng: Generator, size: int, defect: Defect | None) -> Floats:
     """A small circuit board with a chip, resistors, capacitors and a crystal on a light table."""
-    turn, zoom = rng.normal(0, 0.02), rng.uniform(0.93, 0.96)
+    turn, zoom = rng.normal(0, 0.02), rng.uniform(0.90, 0.92)
     x, y = rng.normal(0, 0.012, size=2)
     lamp = (rng.normal(-1.2, 0.2), rng.normal(-1.5, 0.2), rng.normal(1.8, 0.1))
     u, v = pixel_grid(size, turn=turn, zoom=zoom, x=x, y=y)

@@ -28,7 +28,7 @@ from dskd.demo.rendering import Bytes, Defect, Draw, Mask, photograph
 CATEGORIES: tuple[str, ...] = ("board", "fabric", "flange")
 """What can be drawn."""
 
-_VERSION = 1  # of the drawings: if equal parameters give other pictures, it is another data set
+_VERSION = 2  # of the drawings: if equal parameters give other pictures, it is another data set
 _MANIFEST = "demo.json"
 _MIN_SIZE = 64
 _NOTICEABLE = 8  # in 8-bit levels

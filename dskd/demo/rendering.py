@@ -71,8 +71,8 @@ def sharpen(cosine: Floats, power: int) -> Floats:
 
 
 def cast_shadow(shape: Floats, down: float, right: float, blur: float) -> Floats:
-    """The soft shadow of a shape, shifted by `down` and `right` pixels."""
-    return soften(np.roll(shape, (round(down), round(right)), axis=(0, 1)), blur)
+    """The soft shadow of a shape, shifted by `down` and `right` pixels; at the border the shape is taken to go on."""
+    return soften(ndimage.shift(shape, (round(down), round(right)), order=0, mode="nearest"), blur)
 
 
 class Lamp(NamedTuple):

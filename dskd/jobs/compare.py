@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from dskd.detector import Detector, Prediction, Unreadable
+from dskd.draw.verdict import to_webp
 from dskd.predict import OVERLAYS_FOLDER, make_out, overlay_name
 
 COMPARISON_FILE = "comparison.jsonl"
@@ -84,7 +85,7 @@ def compare_images(
             picture = None
             if image.differs and isinstance(image.first, Prediction) and isinstance(image.second, Prediction):
                 picture = f"{OVERLAYS_FOLDER}/{overlay_name(index, image.first.path)}"
-                stacked(image.first.plot("A"), image.second.plot("B")).save(out / picture)
+                (out / picture).write_bytes(to_webp(stacked(image.first.plot("A"), image.second.plot("B"))))
             file.write(json.dumps(image.to_dict(picture), allow_nan=False) + "\n")
             images.append((image.first.verdict, image.second.verdict))
             on_image(image)

@@ -7,10 +7,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from dskd.calibration import normal_floor
 from dskd.checkpoint import DetectorRecord
 from dskd.detector import Prediction, find_regions
 from dskd.draw.verdict import PAPER
-from dskd.evaluate import score_images
+from dskd.evaluate import AnomalyScores, LabelledImages, score_images
 from dskd.training.run import TrainingRun
 
 
@@ -31,18 +32,26 @@ def preview_of(run: TrainingRun, record: DetectorRecord, count: int = 4) -> npt.
     seen = score_images(
         run.inputs.validation_features, run.students, truth.images, record.config, run.device, chosen, truth.inside
     )
+    pictures = pictures_of(seen, truth, chosen, record, [f"synthetic defect {number + 1}" for number in range(count)])
+    return np.asarray(contact_sheet(pictures))
+
+
+def pictures_of(
+    seen: AnomalyScores, truth: LabelledImages, chosen: Sequence[int], record: DetectorRecord, names: Sequence[str]
+) -> list[Image.Image]:
+    """A picture of each of the images `chosen` from `truth`; `seen` are the maps and scores of these, in their order.
+
+    Labels and labelled defects are shown. The images are those that the network sees.
+    """
     threshold = record.threshold(0.01).value
     note = "untrained teacher" if record.is_untrained_teacher else ""
-    pictures = [
-        Prediction(
-            Path("validation", f"synthetic defect {number}"),
-            score,
-            threshold,
-            score > threshold,
-            find_regions(heat, threshold),
-            truth.images[index],
-            heat,
-        ).plot(note)
-        for number, (index, heat, score) in enumerate(zip(chosen, seen.maps, seen.scores.tolist(), strict=True), 1)
-    ]
-    return np.asarray(contact_sheet(pictures))
+    floor = normal_floor(record.normal_scores) if record.normal_scores else None
+    pictures = []
+    for index, heat, score, name in zip(chosen, seen.maps, seen.scores.tolist(), names, strict=False):
+        regions = find_regions(heat, threshold)
+        prediction = Prediction(
+            Path("validation", name), score, threshold, score > threshold, regions, truth.images[index], heat,
+            floor=floor,
+        )  # fmt: skip
+        pictures.append(prediction.plot(note, is_defective=bool(truth.labels[index]), truth=truth.masks[index]))
+    return pictures

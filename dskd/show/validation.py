@@ -7,9 +7,9 @@ import numpy as np
 from PIL import Image
 
 from dskd.checkpoint import DetectorRecord
-from dskd.detector import Prediction, find_regions
 from dskd.evaluate import AnomalyScores, LabelledImages, score_images
-from dskd.show.overlays import contact_sheet
+from dskd.report.document import SCORES_FILE, ImageScore, scores_json
+from dskd.show.overlays import contact_sheet, pictures_of
 from dskd.show.plots import draw_curves
 from dskd.training.run import TrainingRun
 
@@ -17,7 +17,9 @@ _OF_EACH_KIND = 2
 
 
 def write_figures(folder: Path, run: TrainingRun, record: DetectorRecord) -> None:
-    """Write `curves.png`, `best.jpg` and `worst.jpg` of the validation images into `folder`, which is created.
+    """Write `curves.png`, `best.jpg`, `worst.jpg` and `scores.json` of the validation images into `folder`.
+
+    The folder is created.
 
     `run` must hold the detector's students, as `TrainingRun.detector` leaves it; `record` belongs to that detector.
     """
@@ -26,6 +28,7 @@ def write_figures(folder: Path, run: TrainingRun, record: DetectorRecord) -> Non
         run.inputs.validation_features, run.students, truth.images, record.config, run.device, inside=truth.inside
     )
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / SCORES_FILE).write_bytes(scores_json(_scores(seen, run)))
     num_real = record.num_validation_defects
     num_synthetic = int(truth.labels.sum()) - num_real
     title = (
@@ -37,6 +40,23 @@ def write_figures(folder: Path, run: TrainingRun, record: DetectorRecord) -> Non
     for name, chosen in (("best", best), ("worst", worst)):
         # JPEG needs a tenth of the bytes, and only people look at this picture.
         contact_sheet(_overlays(seen, truth, chosen, record)).save(folder / f"{name}.jpg", quality=85)
+
+
+def _scores(seen: AnomalyScores, run: TrainingRun) -> list[ImageScore]:
+    """Each validation image with its label and score; copies with synthetic defects have the names of their originals.
+
+    Tiles and images that no record names are numbered.
+    """
+    truth, names = run.inputs.validation, run.inputs.validation_files
+    num_real = run.inputs.num_validation_defects
+    is_named = not run.config.data.tile
+    found = []
+    for index, (label, source, score) in enumerate(zip(truth.labels, truth.sources, seen.scores.tolist(), strict=True)):
+        is_real = run.inputs.selection == "oracle" or (num_real > 0 and index >= len(truth.labels) - num_real)
+        kind = "good" if not label else "real" if is_real else "synthetic"
+        file = names[source] if is_named and not is_real and source < len(names) else f"{kind} {index + 1}"
+        found.append(ImageScore(file=file, defect=kind, is_defective=bool(label), score=score))
+    return found
 
 
 def extremes(seen: AnomalyScores, truth: LabelledImages) -> tuple[list[int], list[int]]:
@@ -55,15 +75,14 @@ def extremes(seen: AnomalyScores, truth: LabelledImages) -> tuple[list[int], lis
 def _overlays(
     seen: AnomalyScores, truth: LabelledImages, chosen: Sequence[int], record: DetectorRecord
 ) -> list[Image.Image]:
-    threshold = record.threshold(0.01).value
-    note = "untrained teacher" if record.is_untrained_teacher else ""
-    pictures = []
-    for index in chosen:
-        # Normals and defects are numbered separately, as in preview.png: normals come first, then the defects.
-        number = int((truth.labels[: index + 1] == truth.labels[index]).sum())
-        heat, score = seen.maps[index], float(seen.scores[index])
-        name = Path("validation", f"{'defect' if truth.labels[index] else 'normal'} {number}")
-        regions = find_regions(heat, threshold)
-        seen_as = Prediction(name, score, threshold, score > threshold, regions, truth.images[index], heat)
-        pictures.append(seen_as.plot(note))
-    return pictures
+    # Normals and defects are numbered separately, as in preview.png: normals come first, then the defects.
+    numbers = [int((truth.labels[: index + 1] == truth.labels[index]).sum()) for index in chosen]
+    kinds = ["defect" if truth.labels[index] else "normal" for index in chosen]
+    order = list(chosen)
+    return pictures_of(
+        AnomalyScores(seen.maps[order], seen.scores[order]),
+        truth,
+        order,
+        record,
+        [f"{kind} {number}" for kind, number in zip(kinds, numbers, strict=True)],
+    )

@@ -13,7 +13,6 @@ from tune.storage.files import Storage, StorageError
 from tune.storage.shown import shown
 from tune.study.categories import CategoryResult, pull_command
 from tune.study.progress import TimeShare
-from tune.tracking.client import tracking_ui_command
 from tune.trial.evaluation import TABLE_RATE
 
 _NUM_SUSPECTS = 3
@@ -38,8 +37,13 @@ def show_outcome(
     settings: SearchSettings,
     share: TimeShare | None,
     seconds: Mapping[str, float],
+    page: str,
+    report: str = "",
 ) -> None:
-    """Print the results of all categories on stderr; `seconds` is the time of each in this command."""
+    """Print the results of all categories on stderr; `seconds` is the time of each in this command.
+
+    `page` says how to see their runs in MLflow; `report` is the address of the search's report, empty without one.
+    """
     rows = [_row(result, seconds.get(result.category)) for result in results]
     console = stderr_console()
     print_rows(console, f"Champions of {settings.name}", _COLUMNS, rows)
@@ -69,10 +73,13 @@ def show_outcome(
             print_line(console, f"  in {plan.addresses.home}/{result.champion.folder}")
     if share is not None:
         print_line(console, share.sentence)
+    if report:
+        print_line(console, "the report, for a browser:")
+        print_command(console, report)
     print_line(console, "pull the champions:")
     print_command(console, pull_command(plan, "all"))
     print_line(console, "compare the runs:")
-    print_command(console, tracking_ui_command(plan.addresses.tracking))
+    print_command(console, page)
 
 
 def _row(result: CategoryResult, seconds: float | None) -> tuple[str, ...]:

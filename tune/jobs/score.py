@@ -1,7 +1,6 @@
 """Batch inspection on the cluster: Ray Data streams images through decoding tasks and the detector's actors."""
 
 import functools
-import io
 import json
 import logging
 import math
@@ -37,6 +36,7 @@ from dskd.detector import (
     unreadable_to_dict,
 )
 from dskd.device import computing_device
+from dskd.draw.verdict import OVERLAY_SUFFIX, to_webp
 from tune.runtime.cluster import connect, count_workers, resolve_gpus
 from tune.settings.entry import say
 from tune.settings.score import ScoringSettings
@@ -390,10 +390,8 @@ class Inspector:
         return found.to_dict(overlay=picture) | {"image": image}
 
     def _draw(self, name: str, prediction: Prediction) -> str:
-        picture = io.BytesIO()
-        prediction.plot().save(picture, "PNG")
-        target = f"{OVERLAYS}/{name}" if name.endswith(".png") else f"{OVERLAYS}/{name}.png"
-        self._out.write(target, picture.getvalue())
+        target = f"{OVERLAYS}/{name}" if name.endswith(OVERLAY_SUFFIX) else f"{OVERLAYS}/{name}{OVERLAY_SUFFIX}"
+        self._out.write(target, to_webp(prediction.plot()))
         return target
 
 

@@ -33,7 +33,9 @@ from tune.trial.spec import spec_of
 if TYPE_CHECKING:  # slow imports, see above
     from tune.storage.inputs import Marks
     from tune.study.categories import CategoryResult
+    from tune.tracking.tracker import Tracker
 
+_PAGE_PATIENCE = 20.0
 _TRACKING_PATIENCE = 600.0
 """Seconds to wait for an absent tracking server after the search has finished."""
 
@@ -84,10 +86,12 @@ def _search(
     progress.begin("starting: the first workers, and the run in MLflow")
     from dskd.detector import UNTRAINED_TEACHER
     from tune.jobs.outcome import show_outcome
+    from tune.jobs.report import write_report
     from tune.preflight import identity
     from tune.study.categories import run_search
     from tune.tracking.events import SearchBegan
     from tune.tracking.runs import code_revision, run_tags
+    from tune.tracking.runs_page import experiment_note
     from tune.tracking.tracker import PLACE, Tracker
 
     if plan.teacher.is_untrained:
@@ -105,18 +109,36 @@ def _search(
         | {PLACE: addresses.key(plan.name)},
         unsent=unsent,
         may_write=lease.is_sure,
+        about=experiment_note(plan.name, plan.data, plan.selection, is_untrained=plan.teacher.is_untrained),
     )
     early.tracker, early.unsent = tracker, str(unsent)
     tracker.put(SearchBegan())
+    page = _page(tracker, addresses.tracking)
+    progress.say(f"its runs in MLflow: {page}")
     progress.say(f"searching {', '.join(plan.categories)}: {plan.trials} trials each, state in {addresses.home}")
     with progress.watching(plan.categories):
         results = run_search(plan, groups, workers, revision, tracker, progress)
+    seconds = {category: progress.seconds_of(category) for category in plan.categories}
+    progress.begin("finishing: the report")
+    report = write_report(results, plan, tracker, seconds=seconds, arguments=sys.argv[1:], revision=revision, page=page)
+    if report.remark:
+        progress.say(report.remark)
     progress.begin("finishing: the last events to MLflow")
     if num_unsent := tracker.close(_TRACKING_PATIENCE):
         progress.say(f"MLflow {tracker.trouble}: {num_unsent} events are in {unsent}; the same command writes them")
-    seconds = {category: progress.seconds_of(category) for category in plan.categories}
-    show_outcome(results, plan, settings, progress.time_share(), seconds)
+    show_outcome(results, plan, settings, progress.time_share(), seconds, page, report.page)
     return results
+
+
+def _page(tracker: "Tracker", uri: str) -> str:
+    """How to see the search's runs; MLflow's first page if it does not answer now."""
+    from tune.tracking.client import tracking_ui_command
+    from tune.tracking.outbox import TrackingRefusedError, TrackingUnavailableError
+
+    try:
+        return tracker.page(_PAGE_PATIENCE)
+    except (TrackingUnavailableError, TrackingRefusedError):
+        return tracking_ui_command(uri)
 
 
 def _begin(settings: SearchSettings, progress: SearchProgress, early: EarlyEnd, held: ExitStack) -> _Begun:

@@ -11,7 +11,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from dskd.config import RunConfig, ScoreConfig
 from dskd.presets import with_backbone
@@ -296,6 +296,12 @@ class Space:
     def is_untuned(self, suggested: Mapping[str, Any]) -> bool:
         """Whether a trial is one of the presets, unchanged."""
         return any(point.items() <= suggested.items() for point in self._untuned())
+
+    def role_of(self, suggested: Mapping[str, Any]) -> Literal["preset", "start-from", "trial"]:
+        """Whether a trial is an untuned preset, or the champion of an earlier search."""
+        if self.is_untuned(suggested):
+            return "preset"
+        return "start-from" if any(point.items() <= suggested.items() for point in self.winners) else "trial"
 
     def point_of(self, config: RunConfig) -> dict[str, Any]:
         """The point with the configuration `config`; length, image size and batch size are ignored.

@@ -19,11 +19,13 @@ from dskd.checkpoint import (
     read_record,
     rewrite_record,
 )
+from dskd.report.document import Inspected, read_inspected, to_json
 from tune.storage.files import Storage, StorageError
 from tune.storage.uris import DETECTOR_FOLDER, FIGURES_FOLDER
 
 _FOLDER = "champions"
 _SO_FAR = "best-so-far"
+_INSPECTED = "inspected"
 _FOLDERS = (f"{_FOLDER}/", "tune/", "workers/")
 """Folders below a search's address that may hold detectors."""
 _MAX_SIDE_FILE = 64 * 2**20
@@ -132,6 +134,29 @@ def fetch_figures(detector_uri: str, folder: Path) -> Path | None:
 def find_champion(storage: Storage, category: str) -> Champion | None:
     """The champion of a category; None if the search has none."""
     return _read(storage, _FOLDER, category)
+
+
+def write_inspected(storage: Storage, inspected: Inspected) -> None:
+    """Keep what a champion said of its images."""
+    _check_folder_name(inspected.category)
+    storage.write(_inspected_name(inspected.category, inspected.trial_id), to_json(inspected))
+
+
+def find_inspected(storage: Storage, champion: Champion) -> Inspected | None:
+    """The scores and pictures of a champion's images; None if an earlier version evaluated it.
+
+    Raises StorageError if they are damaged.
+    """
+    name = _inspected_name(champion.category, champion.trial_id)
+    document = storage.read_json(name)
+    try:
+        return None if document is None else read_inspected(document)
+    except ValueError as error:
+        raise StorageError(f"{storage.uri}/{name} is damaged: {error}") from None
+
+
+def _inspected_name(category: str, trial_id: str) -> str:
+    return f"{_INSPECTED}/{category}/{trial_id}.json"
 
 
 def find_best(storage: Storage, category: str) -> Champion | None:

@@ -18,7 +18,7 @@ from dskd.checkpoint import RECORD_FILE, DetectorRecord
 from tune.runtime.cluster import cluster_nodes, count_trials
 from tune.runtime.relay import relayed, this_node
 from tune.settings.plan import SearchPlan
-from tune.settings.space import Space
+from tune.settings.space import Space, describe_changes
 from tune.settings.workers import Workers
 from tune.storage.champions import Champion, fetch_figures, find_champion, note_best, note_run
 from tune.storage.files import Storage, StorageError, open_search
@@ -31,12 +31,12 @@ from tune.study.finalists import CommonWinner, find_common_winner
 from tune.study.progress import SearchProgress
 from tune.study.repair import Trial, deliver_again, find_fault, has_detector, readable_champion, train_again
 from tune.study.selection import FoldTrainings, select_champion
-from tune.tracking.category_page import category_note, draw_study
+from tune.tracking.category_page import category_note, champion_note, draw_study
 from tune.tracking.events import CategoryContinued, CategoryEnded, Event, Status, TrialEnded
 from tune.tracking.outbox import TrackingRefusedError, TrackingUnavailableError
-from tune.tracking.registry import evaluation_key
-from tune.tracking.tracker import Tracker
-from tune.trial.evaluation import evaluated, save_evaluated_champion
+from tune.tracking.registry import evaluation_key, model_name
+from tune.tracking.tracker import Delivered, Tracker
+from tune.trial.evaluation import TABLE_RATE, evaluated, save_evaluated_champion
 from tune.trial.follower import AssignmentFailedError
 from tune.trial.groups import Groups
 from tune.trial.spec import TrialSpec, spec_of
@@ -384,13 +384,14 @@ def _register(
             category,
             champion.trial_id,
             detector,
-            record.metrics,
+            {**record.metrics, **threshold_figures(record)},
             record.data_sha256,
             _TRACKING_PATIENCE,
             figures=figures,
             promote=plan.promote,
             evaluation_sha256=evaluation_key(record),
             detector_version=record.detector_version,
+            delivered=_delivered(plan, record),
         )
     except (TrackingUnavailableError, TrackingRefusedError) as error:
         progress.say(f"{category}: {error}; the champion is in the storage, the same command registers it")
@@ -413,11 +414,39 @@ def _register(
             *([result.decision] if result.decision else []),
             *_suspects(record),
             *([] if figures else ["validation: no pictures, an earlier version trained this trial"]),
-            *(["The teacher is untrained: these figures have no meaning."] if record.is_untrained_teacher else []),
         ],
+        caveats=_caveats(record),
     )
     model = f"{registered.model}/{registered.version}"
     return champion, {"dskd.champion_model": model, "mlflow.note.content": note}
+
+
+def threshold_figures(record: DetectorRecord) -> dict[str, float]:
+    """The threshold at the rate of all tables, and the false alarms that go with it, as metrics."""
+    rates = record.rates(TABLE_RATE)
+    known = {f"threshold/{name}": rate for name, rate in rates.items() if rate is not None and name != "requested_rate"}
+    return {"threshold/value": record.threshold(TABLE_RATE).value, **known}
+
+
+def _delivered(plan: SearchPlan, record: DetectorRecord) -> Delivered:
+    changes = describe_changes(record.config, plan.configs)
+    limit, category = record.threshold(TABLE_RATE), record.category
+    proof = "expected, not proven" if record.is_approximate else "proven"
+    note = champion_note(
+        category=category,
+        changes=changes,
+        threshold=f"Threshold {limit.value:.4g} for at most {limit.false_alarm_rate:.1%} false alarms ({proof}).",
+        serve=command(["mlflow", "models", "serve", "-m", f"models:/{model_name(category)}@champion"]),
+        pull=pull_command(plan, category),
+        caveats=_caveats(record),
+    )
+    return Delivered(record.config.flat(), changes, note)
+
+
+def _caveats(record: DetectorRecord) -> list[str]:
+    untrained = ["The teacher is untrained: these figures have no meaning."] if record.is_untrained_teacher else []
+    oracle = ["Selected on the test images, as papers do: these figures are too optimistic."]
+    return untrained + (oracle if record.selection == "oracle" else [])
 
 
 def _suspects(record: DetectorRecord) -> list[str]:
@@ -441,7 +470,9 @@ class _Pictures(NamedTuple):
 
 
 def _draw_study(search: SharedSearch, category: str, folder: Path) -> _Pictures:
-    return _Pictures(folder, draw_study(search.plan.studies, search.plan.study_name(category), folder))
+    plan = search.plan
+    is_untuned = plan.spaces[category].is_untuned
+    return _Pictures(folder, draw_study(plan.studies, plan.study_name(category), folder, is_untuned))
 
 
 def _log_study(search: SharedSearch, category: str, pictures: _Pictures) -> tuple[str, ...]:

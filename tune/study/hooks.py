@@ -103,10 +103,15 @@ class Searcher(OptunaSearch):
             super().on_trial_result(trial_id, result)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tell the study that a trial failed if its machines did; one that its own values spoilt counts as bad."""
+        """Tell the study that a trial failed if its machines did; one that its own values spoilt counts as bad.
+
+        A pruned one is told as pruned: its objective after a few epochs is no result beside those of whole trials.
+        """
         study_context().check_lease()
         is_lost = error or bool(result and result.get(LOST))
-        super().on_trial_complete(trial_id, None if is_lost else result, is_lost)
+        # Without a result and without an error Ray tells the study that the trial was pruned.
+        is_pruned = not is_lost and result is not None and _status_of(result) == "pruned"
+        super().on_trial_complete(trial_id, None if is_lost or is_pruned else result, is_lost)
 
 
 class Halving(ASHAScheduler):
@@ -263,7 +268,8 @@ def _announce(record: TrialRecord) -> None:
     config, preset = context.space.configuration(record.suggested), context.space.preset_of(record.suggested)
     params = config.flat() | context.spec.tracked_values() | {"preset": preset}
     tried = describe_changes(config, {preset: context.space.base_of(record.suggested)}, _MOST_CHANGES)
-    context.events.put(TrialStarted(context.category, record.trial_id, params, record.order, tried))
+    role = context.space.role_of(record.suggested)
+    context.events.put(TrialStarted(context.category, record.trial_id, params, record.order, tried, role))
 
 
 def _say_end(record: TrialRecord) -> None:
@@ -272,6 +278,13 @@ def _say_end(record: TrialRecord) -> None:
     detector = (detector_uri(record.last) if record.status == "finished" else None) or ""
     objective = record.objective or 0.0
     context.events.put(TrialEnded(context.category, record.trial_id, record.status, record.error, objective, detector))
+
+
+def _status_of(last: Mapping[str, Any]) -> Status:
+    """How a trial ended whose last report this is."""
+    if last.get(ERROR):
+        return "failed"
+    return "finished" if last.get(EPOCH, 0) >= study_context().plan.num_reports else "pruned"
 
 
 def _send_end(trial: Trial, is_lost: bool) -> None:
@@ -283,8 +296,7 @@ def _send_end(trial: Trial, is_lost: bool) -> None:
     if is_lost:
         failures = _failure_text(trial)
         error = out_of_memory_reason(failures) or failures
-    is_complete = last.get(EPOCH, 0) >= context.plan.num_reports
-    status: Status = "failed" if error else "finished" if is_complete else "pruned"
+    status: Status = "failed" if error else _status_of(last)
     context.records.end(trial.trial_id, status, last, error, is_lost or bool(last.get(LOST)))
     _say_end(context.records[trial.trial_id])
 

@@ -67,13 +67,21 @@ class TrialRecord:
         found = {name.removeprefix(RUNG): float(reported[name]) for name in reported if name.startswith(RUNG)}
         return dataclasses.replace(self, rungs={**self.rungs, **found})
 
+    @property
+    def state(self) -> optuna.trial.TrialState:
+        """What the study is told of it."""
+        states = optuna.trial.TrialState
+        if self.status is None:
+            return states.RUNNING
+        if self.is_lost:
+            return states.FAIL
+        return states.PRUNED if self.status == "pruned" else states.COMPLETE
+
     def frozen(self) -> optuna.trial.FrozenTrial:
         """The trial as it would be in Optuna's study."""
-        state = optuna.trial.TrialState
-        is_bad = self.status is not None and self.is_lost
         return optuna.trial.create_trial(
-            state=state.RUNNING if self.status is None else state.FAIL if is_bad else state.COMPLETE,
-            value=None if self.status is None or is_bad else self.objective or 0.0,
+            state=self.state,
+            value=(self.objective or 0.0) if self.status is not None and not self.is_lost else None,
             params=dict(self.suggested),
             distributions={
                 name: optuna.distributions.json_to_distribution(text) for name, text in self.distributions.items()
@@ -156,13 +164,13 @@ def complete_study(study: optuna.Study, records: TrialRecords) -> None:
     there = {trial.number: trial for trial in study.get_trials(deepcopy=False)}
     for record in records.all:
         known = there.get(record.number)
-        frozen = record.frozen()
         if known is None or dict(known.params) != dict(record.suggested):
-            study.add_trial(frozen)
+            study.add_trial(record.frozen())
             number = study.get_trials(deepcopy=False)[-1].number
             records.put(dataclasses.replace(record, number=number))
         elif known.state == state.RUNNING and record.status is not None:
-            study.tell(record.number, frozen.value, state=frozen.state)
+            value = record.objective or 0.0 if record.state == state.COMPLETE else None
+            study.tell(record.number, value, state=record.state)
     mine = {record.number for record in records.all}
     for trial in study.get_trials(deepcopy=False, states=[state.RUNNING]):
         if trial.number not in mine:

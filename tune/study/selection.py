@@ -7,7 +7,7 @@ finished ones in the storage.
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from dskd.checkpoint import RECORD_FILE, DetectorRecord
 from dskd.config import RunConfig
@@ -32,7 +32,7 @@ from tune.trial.groups import Groups
 from tune.trial.spec import EPOCH, ERROR, OBJECTIVE, TrialSpec, fingerprints, tracked_figures
 
 _PRESET_FAILED = "the first fold chose alone: the untuned preset failed on another one"
-FINALIST = "finalist"
+FINALIST: Final = "finalist"
 """Role of a run that trains a finalist, or the untuned preset, without another fold."""
 
 

@@ -8,6 +8,10 @@ from tune.storage.shown import shown
 Status = Literal["finished", "pruned", "failed", "interrupted"]
 """interrupted: the time budget ended first; the same command continues the trial."""
 
+Role = Literal["preset", "start-from", "trial", "finalist"]
+"""What a run is there for: the untuned preset, an earlier search's champion, a trial, or a trial's configuration
+trained without another fold. A category's champion has the role champion in MLflow."""
+
 
 class SearchBegan(NamedTuple):
     """A search begins or goes on: what an earlier driver of it has left as running does not run any more."""
@@ -24,8 +28,7 @@ class TrialStarted(NamedTuple):
     """Its place among the trials of the category, from 1, the same whenever the search is continued; 0: unknown."""
     tried: str = ""
     """What it changes about its preset, for people; empty: unknown."""
-    role: str = "trial"
-    """trial, or finalist for one that trains a trial's configuration without another fold."""
+    role: Role = "trial"
 
 
 class DataUsed(NamedTuple):

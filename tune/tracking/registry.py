@@ -7,6 +7,7 @@ import importlib.metadata
 import io
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -184,7 +185,9 @@ def register(
         version = mine[0]
     else:
         source = f"{client.get_run(run_id).info.artifact_uri}/{MODEL_FOLDER}"
-        version = client.create_model_version(model, source, run_id, tags=dict(tags))
+        version = client.create_model_version(
+            model, source, run_id, tags=dict(tags), description=_about(category, run_id, tags)
+        )
     alias = ORACLE if tags.get("dskd.selection") == ORACLE else CHAMPION
     holder = next((other for other in versions if str(other.version) == held.get(alias)), None)
     given, reason = _alias_of(tags, alias, holder, promote)
@@ -194,6 +197,29 @@ def register(
             before = "" if holder is None else str(holder.version)
             note_champion(client, category, str(version.version), before, _why(holder, tags, promote))
     return Registration(run_id, model, str(version.version), given, reason)
+
+
+def _about(category: str, run_id: str, tags: Mapping[str, str]) -> str:
+    """Markdown on a version: what it is, where it comes from, how to serve it."""
+    untrained = "> **The teacher is untrained: not for inspection.**\n\n" if tags.get(TEACHER) == UNTRAINED else ""
+    return (
+        f"{untrained}Detector of *{category}*, version `{tags.get('dskd.detector_version', '')}`, from the run "
+        f"`{run_id}` of the search *{tags.get('dskd.search', '')}*; validation objective "
+        f"{float(tags['dskd.objective']):.4f}.\n\n{_how_to_serve(category)}"
+    )
+
+
+_HOW_TO_SERVE = """Takes a table of images (column `image`: base64 text of the file; `name` is optional) and the
+parameter `false_alarm_rate`; answers a verdict, score, threshold, p-value and regions for each.
+
+    mlflow models serve -m models:/{model}@champion
+
+    python tune/pull.py {category} --alias champion --out detectors
+"""
+
+
+def _how_to_serve(category: str) -> str:
+    return _HOW_TO_SERVE.format(model=model_name(category), category=shlex.quote(category))
 
 
 def _alias_of(tags: Mapping[str, str], alias: str, holder: ModelVersion | None, promote: Promote) -> tuple[str, str]:
@@ -262,7 +288,7 @@ def _aliases(client: MlflowClient, model: str) -> dict[str, str]:
             raise
         found = client.create_registered_model(
             model,
-            description="Detector of anomalies; serve it with `mlflow models serve`, or pull it with tune/pull.py.",
+            description=f"Detector of anomalies. {_how_to_serve(model.removeprefix(_PREFIX))}",
         )
     # Versions returned by a search have no aliases; the model has them.
     return {name: str(version) for name, version in found.aliases.items()}

@@ -2,10 +2,10 @@
 
 import json
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.tracking import MlflowClient
@@ -18,23 +18,49 @@ from tune.tracking.events import (
     EpochDone,
     Event,
     Remarked,
+    Role,
     SearchBegan,
     TrialEnded,
     TrialStarted,
 )
 from tune.tracking.outbox import Outbox
 from tune.tracking.registry import EVALUATION, MODEL_FOLDER, Registration, pack, quoted, register
+from tune.tracking.runs_page import (
+    CHAMPION_ROLE,
+    CHANGES,
+    ERROR,
+    NOTE,
+    ROLE,
+    STAR,
+    STATUS,
+    VIEW_TAG,
+    how_to_open,
+    run_name,
+    view_tag,
+)
 
 _DIGEST = 36
 """Maximum length of a data set's digest in MLflow, in characters."""
 _MAX_VALUE = 5000
 """Maximum length of a parameter or tag that every MLflow store accepts, in characters."""
 
-_ERROR = "dskd.error"
 _DRIVER_LOST = "its driver was lost; the same command continues"
 PLACE = "dskd.place"
 """Tag with the key of the search's name, storage and server: two searches of one name may share an experiment."""
-_RUN_STATUS = {"finished": "FINISHED", "pruned": "KILLED", "failed": "FAILED", "interrupted": "KILLED"}
+# A pruned trial has done its duty: MLflow shows what was killed as it shows a failure.
+_RUN_STATUS = {"finished": "FINISHED", "pruned": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
+_NAME = "mlflow.runName"
+
+
+class Delivered(NamedTuple):
+    """What the detector of a champion is, beside its metrics: not all of it is in its trial's parameters."""
+
+    values: Mapping[str, Any]
+    """Configuration of the detector, whose score may have been searched after the trial began."""
+    changes: str
+    """How it differs from its preset."""
+    note: str
+    """About the champion, in Markdown."""
 
 
 class Tracker:
@@ -53,19 +79,24 @@ class Tracker:
         unsent: Path,
         has_parents: bool = True,
         may_write: Callable[[], bool] = lambda: True,
+        about: str = "",
     ) -> None:
-        """Without `has_parents` a trial's run has no parent run, as for a single training.
+        """Without `has_parents` a trial's run has no parent run; `about` describes the experiment, in Markdown.
 
         Nothing is written as long as `may_write` returns False.
         """
         prepare_client()
+        self._uri = uri
         self._client = MlflowClient(tracking_uri=uri)
         self._registry = MlflowClient(tracking_uri=uri, registry_uri=uri)
         self._search = search
         self._artifact_location = artifact_location
         self._tags = dict(tags)
         self._has_parents = has_parents
+        self._about = about
         self._runs: dict[tuple[str, str], str] = {}
+        self._roles: dict[str, Role] = {}
+        self._crowned: set[str] = set()
         self._experiment = ""
         self._outbox = Outbox(unsent, self._write, may_write)
 
@@ -85,7 +116,7 @@ class Tracker:
         for category, trials in running.items():
             for trial_id in trials:
                 self.put(TrialEnded(category, trial_id, "interrupted", reason))
-            self.put(CategoryEnded(category, "interrupted", {}, {_ERROR: reason}))
+            self.put(CategoryEnded(category, "interrupted", {}, {ERROR: reason}))
         return self._outbox.close(patience, is_killed_soon=True)
 
     def abandon(self) -> None:
@@ -110,6 +141,7 @@ class Tracker:
         promote: Promote = "auto",
         evaluation_sha256: str = "",
         detector_version: str = "",
+        delivered: Delivered | None = None,
     ) -> Registration:
         """Log a detector, packed for serving, with its metrics to the trial's run; register it as `dskd-<category>`.
 
@@ -136,8 +168,8 @@ class Tracker:
                 insist(lambda: self._client.log_artifacts(run_id, str(packed), MODEL_FOLDER))
             if figures is not None:
                 insist(lambda: self._client.log_artifacts(run_id, str(figures), "validation"))
-            for run in (run_id, parent):
-                insist(lambda run=run: self._client.log_batch(run, metrics=_metrics(metrics, 0)))
+            insist(lambda: self._client.log_batch(run_id, metrics=_metrics(metrics, 0)))
+            insist(lambda: self._crown(run_id, parent, delivered))
             insist(lambda: self._client.set_tag(parent, "dskd.champion_run", run_id))
             registration: Registration = insist(
                 lambda: register(self._registry, category, run_id, tags, promote=promote)
@@ -146,12 +178,40 @@ class Tracker:
 
         return self._outbox.write_now(write, patience)
 
+    def _crown(self, run_id: str, parent: str, delivered: Delivered | None) -> None:
+        """Mark a run as the champion's, and no other of its category; log what is delivered."""
+        wanted = f"tags.`mlflow.parentRunId` = '{parent}' and tags.`{ROLE}` = '{CHAMPION_ROLE}'"
+        for other in self._client.search_runs([self._experiment_id()], wanted):
+            if other.info.run_id != run_id:
+                name, role = (other.info.run_name or "").removesuffix(STAR), self._roles.get(other.info.run_id, "trial")
+                self._client.log_batch(other.info.run_id, tags=[RunTag(ROLE, role), RunTag(_NAME, name)])
+                self._crowned.discard(other.info.run_id)
+        run = self._client.get_run(run_id)
+        tags = [RunTag(ROLE, CHAMPION_ROLE), RunTag(_NAME, (run.info.run_name or "").removesuffix(STAR) + STAR)]
+        params = []
+        if delivered is not None:
+            tags += [RunTag(CHANGES, delivered.changes[:_MAX_VALUE]), RunTag(NOTE, delivered.note[:_MAX_VALUE])]
+            named = {f"delivered.{name}": str(value)[:_MAX_VALUE] for name, value in delivered.values.items()}
+            params = [Param(name, value) for name, value in named.items() if name not in run.data.params]
+        self._client.log_batch(run_id, params=params, tags=tags)
+        self._crowned.add(run_id)
+
     def add_study(self, category: str, pictures: Path, patience: float) -> None:
         """Log a folder of pictures to the category's run; errors as `register_champion`."""
 
         def write(insist: Any) -> None:
             parent = insist(lambda: self._category_run(category))
             insist(lambda: self._client.log_artifacts(parent, str(pictures), "study"))
+
+        self._outbox.write_now(write, patience)
+
+    def add_report(self, categories: Sequence[str], page: Path, patience: float) -> None:
+        """Log the page of the whole search to the run of each category; errors as `register_champion`."""
+
+        def write(insist: Any) -> None:
+            for category in categories:
+                parent = insist(lambda category=category: self._category_run(category))
+                insist(lambda parent=parent: self._client.log_artifact(parent, str(page), "report"))
 
         self._outbox.write_now(write, patience)
 
@@ -186,7 +246,7 @@ class Tracker:
             run = self._category_run(event.category)
             tags = [RunTag(name, value[:_MAX_VALUE]) for name, value in event.tags.items()]
             self._client.log_batch(run, metrics=_metrics(event.metrics, 0), tags=tags)
-            if _ERROR not in event.tags:
+            if ERROR not in event.tags:
                 self._forget_error(run)
             self._end_lost_trials(run)
             self._client.set_terminated(run, _RUN_STATUS[event.status])
@@ -194,7 +254,12 @@ class Tracker:
         run = self._trial_run(event.category, event.trial_id)
         if isinstance(event, TrialStarted):
             params = [Param(name, str(value)[:_MAX_VALUE]) for name, value in event.params.items()]
-            self._client.log_batch(run, params=params, tags=[RunTag("dskd.role", event.role)])
+            name = run_name(event.category, event.trial_id, event.number, event.tried)
+            self._roles[run] = event.role
+            said = {ROLE: event.role, _NAME: name, **({CHANGES: event.tried} if event.tried else {})}
+            if run in self._crowned:  # told again by a continued search, or late by a server that was away
+                said = {_NAME: name + STAR}
+            self._client.log_batch(run, params=params, tags=[RunTag(key, text) for key, text in said.items()])
         elif isinstance(event, DataUsed):
             place = "s3" if event.source.startswith("s3://") else "local"
             used = Dataset(event.category, event.sha256[:_DIGEST], place, json.dumps({"uri": event.source}))
@@ -207,17 +272,17 @@ class Tracker:
         elif isinstance(event, Remarked):
             self._client.set_tag(run, "dskd.remark", event.remark[:_MAX_VALUE])
         else:
-            self._client.set_tag(run, "dskd.status", event.status)
+            self._client.set_tag(run, STATUS, event.status)
             if event.error:
-                self._client.set_tag(run, _ERROR, event.error[:_MAX_VALUE])
+                self._client.set_tag(run, ERROR, event.error[:_MAX_VALUE])
             else:
                 self._forget_error(run)
             self._client.set_terminated(run, _RUN_STATUS[event.status])
 
     def _forget_error(self, run: str) -> None:
         """Remove the reason of an earlier end, which a continued search has made good."""
-        if _ERROR in self._client.get_run(run).data.tags:
-            self._client.delete_tag(run, _ERROR)
+        if ERROR in self._client.get_run(run).data.tags:
+            self._client.delete_tag(run, ERROR)
 
     def _close_lost(self) -> None:
         """Close the runs that a lost driver of this search has left as running; those that go on are opened again."""
@@ -226,8 +291,8 @@ class Tracker:
         wanted = f"tags.`{PLACE}` = '{self._tags[PLACE]}' and attributes.status = 'RUNNING'"
         while found := self._client.search_runs([self._experiment_id()], wanted):
             for lost in found:
-                self._client.set_tag(lost.info.run_id, "dskd.status", "lost")
-                self._client.set_tag(lost.info.run_id, _ERROR, _DRIVER_LOST)
+                self._client.set_tag(lost.info.run_id, STATUS, "lost")
+                self._client.set_tag(lost.info.run_id, ERROR, _DRIVER_LOST)
                 self._client.set_terminated(lost.info.run_id, "KILLED")
 
     def _end_lost_trials(self, parent: str) -> None:
@@ -237,7 +302,7 @@ class Tracker:
         """
         wanted = f"tags.`mlflow.parentRunId` = '{parent}' and attributes.status = 'RUNNING'"
         for lost in self._client.search_runs([self._experiment_id()], wanted):
-            self._client.set_tag(lost.info.run_id, "dskd.status", "lost")
+            self._client.set_tag(lost.info.run_id, STATUS, "lost")
             self._client.set_terminated(lost.info.run_id, "KILLED")
 
     def _category_run(self, category: str) -> str:
@@ -257,6 +322,8 @@ class Tracker:
         if found:
             run_id = found[0].info.run_id
             self._client.update_run(run_id, status="RUNNING")
+            if found[0].data.tags.get(ROLE) == CHAMPION_ROLE:
+                self._crowned.add(run_id)
         else:
             tags = {
                 "dskd.category": category,
@@ -266,18 +333,29 @@ class Tracker:
         self._runs[category, trial_id] = str(run_id)
         return self._runs[category, trial_id]
 
+    def page(self, patience: float) -> str:
+        """How to open the page of the search's runs; errors as `register_champion`."""
+
+        def write(insist: Any) -> str:
+            return str(insist(self._experiment_id))
+
+        return how_to_open(self._uri, self._outbox.write_now(write, patience))
+
     def _experiment_id(self) -> str:
         if not self._experiment:
             known = self._client.get_experiment_by_name(self._search)
-            self._experiment = (
-                known.experiment_id
-                if known
-                else self._client.create_experiment(
+            about = {NOTE: self._about} if self._about else {}
+            if known is None:
+                self._experiment = self._client.create_experiment(
                     self._search,
                     artifact_location=self._artifact_location,
-                    tags={EXPERIMENT_KIND: CUSTOM},
+                    tags={EXPERIMENT_KIND: CUSTOM, VIEW_TAG: view_tag(), **about},
                 )
-            )
+            else:  # of an earlier version it has no view; a description that somebody wrote stays
+                for name, value in ({VIEW_TAG: view_tag()} | about).items():
+                    if name not in known.tags:
+                        self._client.set_experiment_tag(known.experiment_id, name, value)
+                self._experiment = known.experiment_id
         return self._experiment
 
 

@@ -45,6 +45,10 @@ class Evaluation:
     cpus: float
     threshold: float
     """Of the score, at which right and wrong verdicts are counted."""
+    keep_at: str = ""
+    """Address of the search, if the scores and pictures of its images are to be kept there for the report."""
+    suspects: tuple[tuple[str, float], ...] = ()
+    """Good images to draw then: names in the detector's record, and scores."""
     fold: int | None = None
 
     @property

@@ -46,7 +46,7 @@ def test_a_copy_with_other_times_is_the_same_and_is_not_read_again(
     for path in folder.rglob("*.*"):
         os.utime(path, ns=(1, 1))
     begin(folder)
-    monkeypatch.setattr(module, "sha256_of", lambda path: pytest.fail(f"{path} is read"))
+    monkeypatch.setattr(module, "fingerprint", lambda paths: pytest.fail(f"{paths} are read"))
     begin(folder)
 
 

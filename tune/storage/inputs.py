@@ -10,10 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dskd.checkpoint import sha256_of
 from dskd.config import LayoutName, TeacherSource
-from dskd.data.datasets import read_category
-from dskd.data.defects import choose_textures
+from dskd.data.datasets import fingerprint, read_category
 from dskd.data.exclusions import without_excluded
 from tune.storage.files import Storage
 from tune.storage.staging import files_of
@@ -119,6 +117,8 @@ class CategoryInputs:
         if weights := {Path(each.weights).name: Path(each.weights) for each in sources if each.is_file}:
             found["teacher"] = weights
         if inputs.textures:
+            from dskd.data.defects import choose_textures  # slow, and few searches have any
+
             folder = Path(inputs.textures)
             found["textures"] = {_below(path, folder): path for path in choose_textures(folder)}
         return found
@@ -162,7 +162,7 @@ def _read(marks: Mapping[str, Mark], paths: Mapping[str, Path], names: Iterable[
     """The marks with the contents of the named files that are local."""
     wanted = [name for name in names if name in paths]
     with ThreadPoolExecutor(_MAX_THREADS, thread_name_prefix="fingerprints") as pool:
-        digests = dict(zip(wanted, pool.map(lambda name: sha256_of(paths[name]), wanted), strict=True))
+        digests = dict(zip(wanted, pool.map(lambda name: fingerprint([paths[name]]), wanted), strict=True))
     return {name: mark._replace(sha256=digests.get(name, "")) for name, mark in marks.items()}
 
 

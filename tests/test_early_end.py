@@ -140,6 +140,22 @@ def test_the_first_signal_stops_in_a_thread_and_the_second_ends_the_process(tmp_
         child.stdout.close()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="C's handlers are kept on Linux only")
+def test_a_library_that_installs_a_handler_in_c_as_it_starts_does_not_keep_it() -> None:
+    script = (
+        "import ctypes, os, signal, sys, time\n"
+        "from tune.runtime.stopping import same_handlers\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\n"
+        "with same_handlers():\n"
+        "    time.sleep(0.1); ctypes.CDLL(None).signal(15, None); time.sleep(0.2)\n"  # None: the system's own
+        "    os.kill(os.getpid(), 15); time.sleep(10)\n"
+    )
+    child = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert child.returncode == 7
+
+
 def test_handlers_are_as_before_afterwards_and_other_threads_leave_them_alone() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with signals_told_to(lambda number: None):

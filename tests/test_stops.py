@@ -118,8 +118,14 @@ def started(tmp_path: Path) -> Iterator[Callable[..., Driver]]:
 def test_a_search_that_is_stopped_twice_and_moved_ends_with_the_champion_of_an_undisturbed_one(
     mvtec_root: Path, tmp_path: Path, started: Callable[..., Driver]
 ) -> None:
-    """Every stop leaves everything in order, and the same command goes on."""
+    """Every stop leaves everything in order, and the same command goes on; first of all while Ray and MLflow start."""
     place = tmp_path / "first"
+    early = started(mvtec_root, place)
+    early.wait_until(lambda: bool(list(early.storage.glob("*mlflow.db"))))
+    code, lines = early.end(signal.SIGTERM)
+    assert code == 143 and [line.partition("] ")[2] for line in lines] == [
+        "SIGTERM: stopping, and storing what is running", "stopped; the same command continues",
+    ], early.said  # fmt: skip
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         driver = started(mvtec_root, place)
         driver.wait_until(lambda storage=driver.storage: is_training(storage))

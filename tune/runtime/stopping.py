@@ -1,13 +1,18 @@
 """Ctrl-C and SIGTERM, told to a thread of their own, whatever the main thread waits for."""
 
+import ctypes
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_HANDLER_BYTES = 512
+"""More than C's struct sigaction takes on any Linux."""
+_KEEP_SECONDS = 0.01
 
 
 def exit_code(number: int) -> int:
@@ -65,11 +70,32 @@ def _listen(told: socket.socket, stop: Callable[[signal.Signals], object]) -> No
 
 @contextmanager
 def same_handlers() -> Iterator[None]:
-    """The block changes no handler of SIGINT and SIGTERM: Ray's own prints a C++ trace on SIGTERM, and aborts."""
+    """The block changes no handler of SIGINT and SIGTERM: Ray's own prints a C++ trace on SIGTERM, and aborts.
+
+    Ray installs it in the middle of its start, which takes seconds, so on Linux it is replaced as soon as it is there.
+    """
     before = {number: signal.getsignal(number) for number in SIGNALS}
+    has_ended = threading.Event()
+    keeping = threading.Thread(target=_keep, args=(has_ended,), name="handlers", daemon=True)
+    if sys.platform == "linux":
+        keeping.start()
     try:
         yield
     finally:
+        has_ended.set()
+        if sys.platform == "linux":
+            keeping.join()
         with suppress(ValueError):  # not the main thread
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _keep(has_ended: threading.Event) -> None:
+    """Install C's handlers of the signals, as they are now, again and again: Python does so in its main thread only."""
+    libc = ctypes.CDLL(None)
+    kept = {number: ctypes.create_string_buffer(_HANDLER_BYTES) for number in SIGNALS}
+    for number, handler in kept.items():
+        libc.sigaction(int(number), None, handler)
+    while not has_ended.wait(_KEEP_SECONDS):
+        for number, handler in kept.items():
+            libc.sigaction(int(number), handler, None)

@@ -123,7 +123,13 @@ class Outbox:
                 raise TrackingUnavailableError(f"MLflow did not answer for {patience:.0f} s")
         try:
             return write(lambda act: self._retried(act, max(0.0, deadline - time.monotonic())))
-        except (MlflowException, RequestException) as error:
+        except TrackingUnavailableError:
+            raise
+        except (
+            MlflowException,
+            RequestException,
+            OSError,
+        ) as error:  # OSError: a folder for artifacts that is none here
             raise TrackingRefusedError(f"MLflow refused: {first_line(error)}") from error
         finally:
             self._writing.release()

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -32,7 +32,12 @@ class Discrepancies(NamedTuple):
     decoder: tuple[Float[Tensor, "b _ _"], ...] | None
 
 
-def discrepancies(teacher: Pyramid, encoder: Pyramid | None, decoder: Pyramid | None) -> Discrepancies:
+Distances = Callable[[Tensor, Tensor], Tensor]
+
+
+def discrepancies(
+    teacher: Pyramid, encoder: Pyramid | None, decoder: Pyramid | None, distances: Distances = position_distances
+) -> Discrepancies:
     """1 - cos per position and level (Wang et al., arXiv 2103.04257, equation 1), in float32.
 
     >>> teacher, encoder = torch.tensor([[[[1.0]], [[0.0]]]]), torch.tensor([[[[0.0]], [[2.0]]]])
@@ -43,7 +48,7 @@ def discrepancies(teacher: Pyramid, encoder: Pyramid | None, decoder: Pyramid | 
     def compare(student: Pyramid) -> tuple[Tensor, ...]:
         return tuple(
             # Rounding can leave a negative distance, of which a product's fractional power is not a number.
-            position_distances(target, level).clamp_min(0)
+            distances(target, level).clamp_min(0)
             for target, level in zip(teacher, student, strict=True)
         )
 
@@ -69,16 +74,25 @@ def anomaly_maps(
     [[[0.0, 2.0], [0.0, 1.0]]]
     """
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    students = [
-        (weight, _fuse(_resize(levels, size), config.score_level_weights, config.level_fusion))
+    sigma = config.blur_sigma * math.sqrt(size[0] * size[1]) / BLUR_REFERENCE
+    compared = [
+        (weight, levels)
         for weight, levels in (
             (config.encoder_score_weight, discrepancies.encoder),
             (config.decoder_score_weight, discrepancies.decoder),
         )
         if levels is not None
     ]
-    if not students:
+    if not compared:
         raise ValueError("anomaly maps need the discrepancies of at least one student, got none.")
+    if sigma > 0 and config.level_fusion == "sum" and (len(compared) == 1 or config.student_fusion == "sum"):
+        shares = [weight for weight, _ in compared] if len(compared) > 1 else [1.0]
+        mixed = [_fuse(level, shares, "sum") for level in zip(*(levels for _, levels in compared), strict=True)]
+        return _summed(mixed, config.score_level_weights, size, sigma)
+    students = [
+        (weight, _fuse(_resize(levels, size), config.score_level_weights, config.level_fusion))
+        for weight, levels in compared
+    ]
     if len(students) == 1:
         fused = students[0][1]
     elif config.student_fusion == "noisy-or":
@@ -89,7 +103,7 @@ def anomaly_maps(
         fused = first + second - first * second
     else:
         fused = _fuse([level for _, level in students], [weight for weight, _ in students], config.student_fusion)
-    return _blur(fused, config.blur_sigma * math.sqrt(size[0] * size[1]) / BLUR_REFERENCE)
+    return _blur(fused, sigma)
 
 
 def image_scores(maps: Float[Tensor, "b h w"], top_fraction: float) -> Float[Tensor, " b"]:
@@ -112,10 +126,26 @@ def _resize(levels: Sequence[Tensor], size: tuple[int, int]) -> list[Tensor]:
 
 def _fuse(maps: Sequence[Tensor], weights: Sequence[float], fusion: Fusion) -> Tensor:
     pairs = zip(weights, maps, strict=True)
+    # A weight of 1 changes nothing, and a pass over the maps less is measurable.
     if fusion == "product":
-        return functools.reduce(torch.mul, (level**weight for weight, level in pairs))
+        return functools.reduce(torch.mul, (level if weight == 1 else level**weight for weight, level in pairs))
     combine = torch.add if fusion == "sum" else torch.maximum
-    return functools.reduce(combine, (weight * level for weight, level in pairs))
+    return functools.reduce(combine, (level if weight == 1 else weight * level for weight, level in pairs))
+
+
+def _summed(levels: Sequence[Tensor], weights: Sequence[float], size: tuple[int, int], sigma: float) -> Tensor:
+    """The weighted sum of resized and blurred levels: both are linear, so that one pair of products does both."""
+    total: Tensor | None = None
+    for weight, level in zip(weights, levels, strict=True):
+        rows, columns = (
+            torch.tensor(_blurred_rows(small, side, sigma), device=level.device)
+            for small, side in zip(level.shape[-2:], size, strict=True)
+        )
+        with torch.autocast(level.device.type, enabled=False):
+            found = (rows if weight == 1 else weight * rows) @ level @ columns.T
+        total = found if total is None else total + found
+    assert total is not None
+    return total
 
 
 def _blur(maps: Tensor, sigma: float) -> Tensor:
@@ -128,6 +158,19 @@ def _blur(maps: Tensor, sigma: float) -> Tensor:
         return rows @ maps @ columns.T
 
 
+@functools.lru_cache(maxsize=64)
+def _blurred_rows(small: int, side: int, sigma: float) -> npt.NDArray[np.float32]:
+    """Bilinear interpolation of `small` values to `side`, and the blur after it, as one matrix (side, small)."""
+    places = ((np.arange(side) + 0.5) * small / side - 0.5).clip(0, small - 1)
+    lower = places.astype(int)
+    share = places - lower
+    resize = np.zeros((side, small))
+    np.add.at(resize, (np.arange(side), lower), 1 - share)
+    np.add.at(resize, (np.arange(side), np.minimum(lower + 1, small - 1)), share)
+    return (_blur_matrix(side, sigma).astype(float) @ resize).astype(np.float32)
+
+
+@functools.lru_cache(maxsize=16)
 def _blur_matrix(side: int, sigma: float) -> npt.NDArray[np.float32]:
     """The Gaussian along one axis (side, side), the edge pixels mirrored outwards ("reflect" in scipy's words).
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import platform
+import shutil
 import statistics
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -31,6 +32,8 @@ SCHEMA_VERSION = 4
 RECORD_FILE = "detector.json"
 WEIGHTS_FILE = "model.safetensors"
 PREVIEW_FILE = "preview.png"
+FEEDBACK_FOLDER = "feedback"
+"""Images judged after the training (`dskd.jobs.feedback`); a new training into the same folder keeps them."""
 _LIBRARIES = ("torch", "timm", "numpy", "pillow")
 
 
@@ -95,6 +98,8 @@ class DetectorRecord:
     """Folds that the normal images were cut into, of which this detector's training left out one; 0: none."""
     calibration_folds: int = 0
     """Detectors that gave `normal_scores`, each to the images that it was not trained on; 0: this detector alone."""
+    num_feedback: int = 0
+    """Of `normal_scores`, the last: those of good images that people judged after the training."""
     detector_version: str = dataclasses.field(default="", compare=False)
     """12 hex digits that name what decides its verdicts: weights, configuration, thresholds; empty before it is
     written."""
@@ -111,9 +116,14 @@ class DetectorRecord:
     def is_approximate(self) -> bool:
         """Whether the rates of the thresholds hold only roughly.
 
-        So it is where images that selected the model also set its thresholds, or where other detectors scored them.
+        So it is where images that selected the model also set its thresholds, where other detectors scored them, or
+        where people chose some of them.
         """
-        return self.calibration_folds > 0 or not set(self.validation_files).isdisjoint(self.calibration_files)
+        return (
+            self.calibration_folds > 0
+            or self.num_feedback > 0
+            or not set(self.validation_files).isdisjoint(self.calibration_files)
+        )
 
     @property
     def guarantee(self) -> str:
@@ -286,6 +296,7 @@ class _Document(msgspec.Struct, kw_only=True):
     normal_part_scores: tuple[float, ...] = ()
     num_folds: Annotated[int, msgspec.Meta(ge=0)] = 0
     calibration_folds: Annotated[int, msgspec.Meta(ge=0)] = 0
+    num_feedback: Annotated[int, msgspec.Meta(ge=0)] = 0
     weights: _Weights
 
 
@@ -313,6 +324,13 @@ def write_detector(
         (temporary / RECORD_FILE).write_text(record.to_json(sha256_of(temporary / WEIGHTS_FILE)))
         if preview is not None:
             Image.fromarray(preview).save(temporary / PREVIEW_FILE)
+        carry_feedback(folder, temporary)
+
+
+def carry_feedback(old: Path, new: Path) -> None:
+    """Copy what people judged from a detector folder to the one that takes its place."""
+    if (old / FEEDBACK_FOLDER).is_dir():
+        shutil.copytree(old / FEEDBACK_FOLDER, new / FEEDBACK_FOLDER, dirs_exist_ok=True)
 
 
 def check_replaceable(folder: Path) -> None:
@@ -322,10 +340,12 @@ def check_replaceable(folder: Path) -> None:
     check_can_be_made(folder, "--out")
 
 
-def rewrite_record(folder: Path, record: DetectorRecord) -> None:
-    """Replace `detector.json` beside unchanged weights, atomically."""
+def rewrite_record(folder: Path, record: DetectorRecord) -> str:
+    """Replace `detector.json` beside unchanged weights, atomically; returns the `detector_version` that it has now."""
+    text = record.to_json(sha256_of(folder / WEIGHTS_FILE))
     with file_in_making(folder / RECORD_FILE) as partial:
-        partial.write_text(record.to_json(sha256_of(folder / WEIGHTS_FILE)))
+        partial.write_text(text)
+    return str(json.loads(text)["detector_version"])
 
 
 def read_record(folder: Path) -> DetectorRecord:

@@ -1,11 +1,13 @@
 """A finished detector: load a folder, inspect images."""
 
 import base64
+import functools
 import html
 import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, overload
 
@@ -40,11 +42,16 @@ from dskd.evaluate import (
 )
 from dskd.metrics import Scores
 from dskd.model.amplification import AmplifiedTeacher, build_amplifier
+from dskd.model.folding import folded_pair
 from dskd.model.network import build_students
 from dskd.model.teacher import Teacher, build_teacher
 
-PREDICT_CHUNK = 64
-"""Images that `Detector.predict` holds in memory at a time."""
+PREDICT_CHUNK = 32
+"""Images that `Detector.predict` scores together; the next as many are read meanwhile."""
+_BATCH = 16
+_BATCH_PIXELS = 1 << 18
+"""Of a batch on the CPU: a ResNet's first layer then stays below the 32 MiB from which on glibc fetches memory from the
+system at every call, which takes longer than what larger batches gain."""
 _EIGHT_NEIGHBOURS = np.ones((3, 3), np.int8)
 
 
@@ -276,7 +283,18 @@ class Detector:
 
         The maps are 0 where `inside` (N, H, W) is false. With tiles these are tiles and not whole images.
         """
-        return score_images(self._teacher, self._students, images, self.record.config, self._device, inside=inside)
+        batch_size = _BATCH
+        if self._device.type == "cpu":
+            batch_size = max(1, min(_BATCH, _BATCH_PIXELS // (images.shape[1] * images.shape[2])))
+        return score_images(
+            *self.frozen, images, self.record.config, self._device, inside=inside, batch_size=batch_size
+        )
+
+    @functools.cached_property
+    def frozen(self) -> tuple[Teacher, nn.Module]:
+        """Teacher and students as they inspect: equal to those of the detector up to rounding, and faster."""
+        side = 2 * self.record.config.model.image_multiple[0]
+        return folded_pair(self._teacher, self._students, side, side)
 
     def threshold(self, false_alarm_rate: float) -> Threshold:
         """The threshold for the wanted share of false alarms; for a higher one if the images vouch for no lower."""
@@ -365,8 +383,8 @@ class Detector:
     def _inspected(self, images: Iterator[GivenImage], threshold: float) -> Iterator[Prediction | Unreadable]:
         # Of tiled images one is large enough to be alone in memory.
         step = 1 if self.geometry.tile else PREDICT_CHUNK
-        while chunk := list(itertools.islice(images, step)):
-            loaded = in_threads(self._framed, chunk, [image.path for image in chunk])
+        chunks = iter(lambda: list(itertools.islice(images, step)), [])
+        for chunk, loaded in self._read_ahead(chunks):
             seen = self.predict_framed(
                 [image.path for image, each in zip(chunk, loaded, strict=True) if not isinstance(each, str)],
                 [each for each in loaded if not isinstance(each, str)],
@@ -377,6 +395,26 @@ class Detector:
                     yield Unreadable(image.path, threshold, each, self.record.origin)
                 else:
                     yield next(seen)
+
+    def _read_ahead(
+        self, chunks: Iterator[list[GivenImage]]
+    ) -> Iterator[tuple[list[GivenImage], Sequence[Framed | str]]]:
+        """Each chunk with its images, which are read while the chunk before it is scored."""
+        chunk, following = next(chunks, None), next(chunks, None)
+        if chunk is not None and len(chunk) == 1 and following is None:  # threads would cost more than they save
+            yield chunk, [self._framed(chunk[0])]
+            return
+        with ThreadPoolExecutor(1) as pool:
+            reading = pool.submit(self._read, chunk or ())
+            while chunk is not None:
+                loaded = reading.result()
+                if following is not None:
+                    reading = pool.submit(self._read, following)
+                yield chunk, loaded
+                chunk, following = following, next(chunks, None)
+
+    def _read(self, chunk: Sequence[GivenImage]) -> Sequence[Framed | str]:
+        return in_threads(self._framed, chunk, [image.path for image in chunk])
 
     def load_image(self, path: Path) -> Framed | str:
         """An image as `predict_framed` takes it, or one line that says why it cannot be read."""
@@ -409,8 +447,7 @@ class Detector:
         if self.geometry.tile:
             parts = [
                 score_canvas(
-                    self._teacher,
-                    self._students,
+                    *self.frozen,
                     image.rgb,
                     image.frame,
                     self.record.config,
@@ -464,8 +501,7 @@ class Detector:
         samples = test_samples(Path(data), category or self.record.category, on_note, layout)
         if self.geometry.tile:
             return evaluate_tiled(
-                self._teacher,
-                self._students,
+                *self.frozen,
                 samples,
                 self.record.config,
                 self.geometry,
@@ -584,6 +620,7 @@ def in_image(region: Region, frame: Frame, stride: int) -> Region:
 
 UNTRAINED_TEACHER = "UNTRAINED TEACHER: fit to see the machinery, not for inspection"
 APPROXIMATE = "approximate: the images behind it also selected the model"
+JUDGED_LATER = "approximate: people chose some of the images behind it"
 OUT_OF_FOLD = "expected, not proven: each image behind it was scored by a detector that did not see it"
 
 
@@ -609,6 +646,8 @@ def chosen_limit(detector: "Detector", false_alarm_rate: float, threshold: float
 
 def basis_of(record: DetectorRecord) -> str:
     """In brackets why a rate of this detector is not proven; empty if it is."""
+    if record.num_feedback:
+        return f" ({JUDGED_LATER})"
     if record.calibration_folds:
         return f" ({OUT_OF_FOLD})"
     return f" ({APPROXIMATE})" if record.is_approximate else ""

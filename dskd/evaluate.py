@@ -264,6 +264,7 @@ def score_images(
     device: torch.device,
     indices: Sequence[int] | None = None,
     inside: npt.NDArray[np.bool_] | None = None,
+    batch_size: int = _BATCH,
 ) -> AnomalyScores:
     """Anomaly maps and scores of images (N, H, W, 3), or of those at `indices`, in that order.
 
@@ -275,7 +276,7 @@ def score_images(
     maps = np.empty((len(order), *size), np.float32)
     scores = np.empty(len(order), np.float32)
     start = 0
-    for found in _compared(teacher, students, images, device, order):
+    for found in _compared(teacher, students, images, device, order, batch_size):
         batch = anomaly_maps(found, config.score, size)
         if inside is not None:
             batch = batch * to_device(device, inside, order[start : start + len(batch)])
@@ -385,10 +386,12 @@ def _compared(
     images: npt.NDArray[np.uint8],
     device: torch.device,
     order: npt.NDArray[np.int64],
+    batch_size: int = _BATCH,
 ) -> Iterator[Discrepancies]:
-    students.eval()
-    for start in range(0, len(order), _BATCH):
-        chosen = order[start : start + _BATCH]
+    if students.training:
+        students.eval()
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
         pixels = normalize(to_device(device, images, chosen))
         targets = teacher.pyramid(chosen, device) if isinstance(teacher, FeatureTable) else teacher(pixels)
         outputs = students(pixels, targets)

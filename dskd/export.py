@@ -25,7 +25,7 @@ from dskd.data.geometry import NEUTRAL, Geometry, RegionOfInterest, whole_frame
 from dskd.data.images import Framed, load_framed
 from dskd.data.tiles import MAP_STRIDE, stitched_map, tiled_score
 from dskd.detector import Detector, Prediction, Unreadable, inside_of, predictions
-from dskd.model.teacher import normalize
+from dskd.model.teacher import IMAGENET_MEAN, IMAGENET_STD
 
 if TYPE_CHECKING:
     import onnx
@@ -46,6 +46,8 @@ TOLERANCE = 1e-4
 BATCH_SIZES = (1, 2, 5)
 NUM_GENERATED = 10
 
+_SHORTEST = 1e-8
+"""A shorter vector has no direction, as in torch's cosine_similarity."""
 _PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 _PREFIX = "dskd."
 
@@ -62,6 +64,8 @@ class Verdicts(NamedTuple):
     num_anomalous: int
     num_undecided: int
     """Images whose score equals the threshold up to the tolerance: rounding decides, so they are not compared."""
+    num_differing: int = 0
+    """Images of which the graph says something else; never in float32, where it would not be written."""
 
 
 class Parity(NamedTuple):
@@ -74,6 +78,20 @@ class Parity(NamedTuple):
     verdicts: tuple[Verdicts, ...]
 
 
+def distances_by_products(
+    teacher: Float[Tensor, "b c h w"], student: Float[Tensor, "b c h w"]
+) -> Float[Tensor, "b h w"]:
+    """As `position_distances`: sums over channels as products with ones, which runtimes do many times faster."""
+    ones = torch.ones(1, teacher.shape[1])
+
+    def sums(values: Tensor) -> Tensor:
+        return torch.matmul(ones, values.flatten(2))  # (B, 1, H W)
+
+    lengths = [sums(each * each).sqrt().clamp_min(_SHORTEST) for each in (teacher, student)]
+    cosines = sums(teacher * student) / (lengths[0] * lengths[1])
+    return (1 - cosines).unflatten(2, teacher.shape[2:])[:, 0]
+
+
 class DetectorGraph(nn.Module):
     """The whole computation of a detector as one module; any teacher that maps images to a pyramid can be used.
 
@@ -82,21 +100,27 @@ class DetectorGraph(nn.Module):
     float32 is moved. Resizing stays outside: Pillow's antialiased filter has no exact ONNX operator.
     """
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, detector: Detector) -> None:
         super().__init__()
-        self.teacher = detector.teacher
-        self.students = detector.students
+        self.teacher, self.students = detector.frozen
         self.config = detector.record.config
         self.geometry = detector.geometry
+        mean, std = torch.tensor(IMAGENET_MEAN)[:, None, None], torch.tensor(IMAGENET_STD)[:, None, None]
+        self.register_buffer("scale", 1 / (255 * std))
+        self.register_buffer("shift", -mean / std)
 
     def forward(
         self, images: UInt8[Tensor, "b height width 3"], inside: Bool[Tensor, "b height width"] | None = None
     ) -> tuple[Float[Tensor, "b h w"], Float[Tensor, " b"]] | Float[Tensor, "b h w"]:
         """Anomaly maps and image scores of RGB images of the size as in training; of tiles the maps, not blurred."""
-        pixels = normalize(images)
+        # As `normalize`, in the order in which a runtime has the least to do: bytes are moved, and not floats.
+        pixels = images.permute(0, 3, 1, 2).contiguous().float() * self.scale + self.shift
         targets = self.teacher(pixels)
         outputs = self.students(pixels, targets)
-        found = discrepancies(targets, outputs.encoder, outputs.decoder)
+        found = discrepancies(targets, outputs.encoder, outputs.decoder, distances_by_products)
         score = self.config.score
         if self.geometry.tile:
             sharp = dataclasses.replace(score, blur_sigma=0.0)
@@ -236,8 +260,8 @@ def build_model(detector: Detector, opset: int = DEFAULT_OPSET) -> "onnx.ModelPr
     return model
 
 
-def compare(detector: Detector, model: bytes, images: Sequence[Framed]) -> Parity:
-    """Run detector and graph on whole images, the graph with each of `BATCH_SIZES`.
+def compare(detector: Detector, model: bytes, images: Sequence[Framed], tolerance: float | None = TOLERANCE) -> Parity:
+    """Run detector and graph on whole images, the graph with each of `BATCH_SIZES`; without a tolerance just tell.
 
     Raises ParityError if an error is above `TOLERANCE`, if verdicts at a stored threshold differ, or if onnxruntime
     cannot run the graph.
@@ -257,15 +281,17 @@ def compare(detector: Detector, model: bytes, images: Sequence[Framed]) -> Parit
         raise ParityError(f"onnxruntime cannot run the graph: {str(error).splitlines()[0]}") from error
     map_error, score_error = max(map_errors), max(score_errors)
     verdicts, num_unequal = [], 0
+    undecided = TOLERANCE if tolerance is None else tolerance
     for rate, threshold, _ in detector.record.thresholds:
-        decided = np.abs(expected - threshold) > TOLERANCE * abs(threshold)
+        decided = np.abs(expected - threshold) > undecided * abs(threshold)
         anomalous = expected > threshold
-        num_unequal += sum(int(((scores > threshold) != anomalous)[decided].sum()) for scores in found)
-        verdicts.append(Verdicts(rate, threshold, int(anomalous.sum()), int((~decided).sum())))
-    if num_unequal or not max(map_error, score_error) < TOLERANCE:
+        unequal = [int(((scores > threshold) != anomalous)[decided].sum()) for scores in found]
+        num_unequal += sum(unequal)
+        verdicts.append(Verdicts(rate, threshold, int(anomalous.sum()), int((~decided).sum()), max(unequal)))
+    if tolerance is not None and (num_unequal or not max(map_error, score_error) < tolerance):
         raise ParityError(
             f"on {len(images)} images onnxruntime differs from torch by {map_error:.2g} of the maps' and "
-            f"{score_error:.2g} of the scores' values (at most {TOLERANCE:g} is allowed), and in {num_unequal} "
+            f"{score_error:.2g} of the scores' values (at most {tolerance:g} is allowed), and in {num_unequal} "
             f"of {len(images) * len(found) * len(verdicts)} verdicts."
         )
     return Parity(len(images), BATCH_SIZES, map_error, score_error, tuple(verdicts))

@@ -2,14 +2,16 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from dskd.atomic import check_can_be_made
-from dskd.calibration import discovery_threshold
+from dskd.calibration import Drift, discovery_threshold, drift_of
 from dskd.checkpoint import DetectorRecord
 from dskd.config import DataConfig
 from dskd.data.files import IMAGE_SUFFIXES, Walk, count_unread, walk
@@ -21,6 +23,9 @@ PREDICTIONS_FILE = "predictions.jsonl"
 OVERLAYS_FOLDER = "overlays"
 PARTS_FILE = "parts.jsonl"
 SUMMARY_FILE = "summary.json"
+Overlays = Literal["all", "anomalous", "none"]
+_MAX_DRAWING = 8
+"""Overlays that are drawn, or wait for it, while the inspection goes on."""
 _HIGHEST = float(np.finfo(np.float32).max)
 """A threshold that no score exceeds."""
 _MAX_NAME_BYTES = 200
@@ -43,6 +48,8 @@ class PredictionSummary(NamedTuple):
     rates: Mapping[str, float | None] = {}
     """`requested_rate`, `expected_rate` and `guaranteed_rate` of false alarms, and `false_discovery_rate`; None where
     another was asked for, or none is proven."""
+    drift: Drift | None = None
+    """Whether the images called good still look like those behind the thresholds; None where there are too few."""
 
     def describe(self) -> str:
         found = f"{self.num_anomalous} of {len(self.predictions)} anomalous"
@@ -64,9 +71,12 @@ def predict_images(
     threshold: float | None = None,
     false_discovery_rate: float | None = None,
     group_by: str = "",
+    overlays: Overlays = "all",
     on_prediction: Callable[[Prediction | Unreadable], object] = lambda prediction: None,
 ) -> PredictionSummary:
     """Inspect images and write `out`: a line of predictions.jsonl per image, as it comes, and an overlay per image.
+
+    `overlays` may leave them out, or draw those of anomalous images alone.
 
     An image that cannot be read has a line that says why. What was written stays when the inspection is cut short;
     summary.json, which comes last, tells that all images were seen. The threshold is the detector's for
@@ -102,14 +112,9 @@ def predict_images(
     lines: list[dict[str, Any]] = []
     num_clipped = 0
     with (out / PREDICTIONS_FILE).open("x", encoding="utf-8") as file:
-        for index, seen in enumerate(detector.inspect(paths, limit)):
-            if isinstance(seen, Unreadable):
-                line = seen.to_dict()
-            else:
-                picture = f"{OVERLAYS_FOLDER}/{overlay_name(index, seen.path)}"
-                (out / picture).write_bytes(to_webp(seen.plot()))
-                line = seen.to_dict(overlay=picture)
-                num_clipped += seen.num_clipped > 0
+        for seen, picture in _drawn(detector.inspect(paths, limit), out, overlays):
+            line = seen.to_dict() if isinstance(seen, Unreadable) else seen.to_dict(overlay=picture)
+            num_clipped += not isinstance(seen, Unreadable) and seen.num_clipped > 0
             file.write(json.dumps(line, allow_nan=False) + "\n")
             file.flush()  # a process that is killed loses nothing of it
             lines.append(line)
@@ -128,9 +133,11 @@ def predict_images(
         lines,
         parts,
         rates,
+        drift_of(record.normal_scores, [line["score"] for line in lines if line["score"] is not None], limit),
     )
     document = {"schema": 1, "num_images": len(lines), **summary._asdict(), "threshold": limit}
     document |= document.pop("rates")
+    document["drift"] = summary.drift.to_dict() if summary.drift else None
     document.pop("predictions")
     if document.pop("parts"):
         document |= {
@@ -140,6 +147,39 @@ def predict_images(
         }
     (out / SUMMARY_FILE).write_text(json.dumps(document, indent=2, allow_nan=False) + "\n")
     return summary
+
+
+def _drawn(
+    predictions: Iterator[Prediction | Unreadable], out: Path, overlays: Overlays
+) -> Iterator[tuple[Prediction | Unreadable, str | None]]:
+    """Each prediction with the name of its overlay, which is drawn while the next images are inspected."""
+    drawing: deque[tuple[Prediction | Unreadable, str | None, Future[None] | None]] = deque()
+
+    def first() -> tuple[Prediction | Unreadable, str | None]:
+        seen, name, future = drawing.popleft()
+        if future is not None:
+            future.result()
+        return seen, name
+
+    pool = ThreadPoolExecutor(1)
+    try:
+        for index, seen in enumerate(predictions):
+            is_wanted = overlays == "all" or (overlays == "anomalous" and seen.verdict == "anomalous")
+            if isinstance(seen, Unreadable) or not is_wanted:
+                drawing.append((seen, None, None))
+            else:
+                name = f"{OVERLAYS_FOLDER}/{overlay_name(index, seen.path)}"
+                drawing.append((seen, name, pool.submit(_save_overlay, seen, out / name)))
+            if len(drawing) > _MAX_DRAWING:
+                yield first()
+        while drawing:
+            yield first()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _save_overlay(seen: Prediction, path: Path) -> None:
+    path.write_bytes(to_webp(seen.plot()))
 
 
 def check_discovery_rate(record: DetectorRecord, false_discovery_rate: float | None, threshold: float | None) -> None:

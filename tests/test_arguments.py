@@ -12,16 +12,18 @@ from dskd.arguments import parse, parse_into
 from dskd.cli import main as commands
 from dskd.cli.examples import EXAMPLES
 from dskd.cli.main import main
-from tune import demo, pull, score, search, versions
+from tune import demo, pull, score, search, serve, versions
 from tune.settings.demo import DemoSettings
 from tune.settings.pull import PullSettings
 from tune.settings.score import ScoringSettings
 from tune.settings.search import SearchSettings
+from tune.settings.serve import ServeSettings
 from tune.settings.versions import VersionsSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 BAD = {
-    "": "dskd: error: no command given; there are: demo-data, check-data, train, evaluate, predict, compare, export",
+    "": "dskd: error: no command given; there are: demo-data, check-data, train, evaluate, predict, compare, feedback, "
+    "page, export",
     "trian": "dskd: error: unknown command trian, did you mean train?; there are: ",
     "--nonsense": "dskd: error: unknown flag --nonsense; see dskd --help",
     "--verison": "dskd: error: unknown flag --verison, did you mean --version?; see dskd --help",
@@ -127,6 +129,7 @@ ENTRIES: dict[str, tuple[Any, Any]] = {
     "pull": (pull, PullSettings),
     "score": (score, ScoringSettings),
     "demo": (demo, DemoSettings),
+    "serve": (serve, ServeSettings),
     "versions": (versions, VersionsSettings),
 }
 

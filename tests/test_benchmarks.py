@@ -252,3 +252,34 @@ def test_a_bank_of_candidates_goes_on_and_chooses_by_the_rule_of_the_search(
     assert capsys.readouterr().out == first and len(bank.read_text().splitlines()) == len(runs)
     selection.main([str(word) for word in [*words, "--only-table", "--images", "6"]])
     assert "| tile |" not in capsys.readouterr().out and len(bank.read_text().splitlines()) == len(runs)
+
+
+def test_the_gpu_benchmark_runs_every_part_goes_on_after_a_failure_and_keeps_to_its_budget(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu, out = benchmark("gpu"), tmp_path / "gpu.jsonl"
+    # Another backend of torch.compile changes nothing here, and its import takes seconds.
+    monkeypatch.setattr(torch, "compile", lambda module, backend: module)
+    words = ["--smoke", "--device", "cpu", "--out", str(out)]
+    assert gpu.main([*words, "--presets", "stfpm"]) == 0
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [each["part"] for each in found if "took_seconds" in each] == list(gpu.PARTS)
+    assert not [each for each in found if "failed" in each]
+    needs_gpu = {each["part"] for each in found if each.get("left_out") == "needs a GPU"}
+    assert needs_gpu == {"K students at once", "inference as a CUDA graph", "other ways of a step"}
+    checks = [each for each in found if "passed" in each]
+    assert {each["part"] for each in checks} >= set(list(gpu.PARTS)[:4]) and all(each["passed"] for each in checks)
+    together = [each for each in found if each["part"] == "K students at once" and "gain" in each]
+    assert {each["method"] for each in together} == {"one after another", "stacked", "grouped"}
+    assert all(each["way_apart"] < 1e-3 for each in together)
+
+    def fails(setup: object) -> Iterator[dict[str, object]]:
+        yield {"passed": False}
+        raise RuntimeError("no memory")
+
+    monkeypatch.setitem(gpu.PARTS, "resume", fails)
+    assert gpu.main([*words, "--parts", "resume", "bf16 peak"]) == 1
+    failed, after = [json.loads(line) for line in out.read_text().splitlines()][-4:-1:2]
+    assert failed["failed"] == "RuntimeError: no memory" and after["tflops"] > 0
+    assert gpu.main([*words, "--parts", "bf16 peak", "--budget", "0"]) == 0
+    assert json.loads(out.read_text().splitlines()[-1]) == {"part": "bf16 peak", "left_out": "the budget is spent"}

@@ -146,7 +146,7 @@ def test_the_commands_for_other_systems_work(tmp_path: Path, monkeypatch: pytest
         words = shlex.split(command)
         assert words[:3] == ["python", "-m", "dskd"]
         main(words[3:])
-    assert Path("detector.onnx").is_file() and list(Path("verdicts").rglob("*.png"))
+    assert Path("detector.onnx").is_file() and list(Path("verdicts").rglob("*.webp"))
 
 
 def test_a_commit_is_checked_as_the_quick_stage_checks() -> None:

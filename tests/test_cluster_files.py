@@ -26,6 +26,9 @@ ROOT = Path(__file__).resolve().parents[1]
 CLUSTER = ROOT / "cluster"
 KUBERAY_SCHEMAS = ROOT.parent / "shared" / "schemas"
 
+CLUSTER_OF = {"RayJob": "rayClusterSpec", "RayService": "rayClusterConfig"}
+"""Where KubeRay's objects describe their own cluster."""
+
 Object = dict[str, Any]
 Check = Callable[[str], list[str]]
 ObjectsCheck = Callable[[list[Object]], list[str]]
@@ -229,6 +232,35 @@ def check_gpus(objects: list[Object]) -> list[str]:
     ]
 
 
+def check_serving(objects: list[Object]) -> list[str]:
+    """Ray Serve and tune/serve.py take the configuration; every pod has the token, from a Secret, and the port."""
+    schema = importlib.import_module("ray.serve.schema").ServeDeploySchema
+    settings = importlib.import_module("tune.settings.serve").ServeSettings
+    service = next(thing for thing in objects if thing["kind"] == "RayService")
+    try:
+        config = schema(**yaml.safe_load(service["spec"]["serveConfigV2"]))
+    except ValueError as error:
+        return [str(error)]
+    problems = []
+    for application in config.applications:
+        module, _, name = application.import_path.partition(":")
+        if not hasattr(importlib.import_module(module), name):
+            problems.append(f"there is no {application.import_path}")
+        try:
+            settings(**application.args)
+        except (TypeError, ValueError) as error:
+            problems.append(str(error))
+    for owner, pod in _pods(objects):
+        container = pod["containers"][0]
+        ports = {port["name"]: port["containerPort"] for port in container.get("ports", [])}
+        if ports.get("serve") != config.http_options.port:
+            problems.append(f"{owner} has no port for Serve")
+        tokens = [each for each in container.get("env", []) if each["name"] == "DSKD_PAGE_TOKEN"]
+        if not tokens or "secretKeyRef" not in tokens[0].get("valueFrom", {}):
+            problems.append(f"{owner} has no token from a Secret")
+    return problems
+
+
 def check_policy(text: str) -> list[str]:
     """No wildcard right, S3 rights on one bucket only, EC2 actions that exist."""
     session = importlib.import_module("botocore.session").get_session()
@@ -370,7 +402,7 @@ FILES = sorted(str(path.relative_to(CLUSTER)) for path in CLUSTER.rglob("*") if 
 MANIFESTS = [
     name for name in FILES if name.startswith("kuberay/") and name.endswith(".yaml") and "kustomization" not in name
 ]
-OVERLAYS = ("overlays/small", "overlays/gpu", "overlays/job", "overlays/queued", "services")
+OVERLAYS = ("overlays/small", "overlays/gpu", "overlays/job", "overlays/queued", "overlays/serve", "services")
 CHECKS: list[tuple[str, Check]] = [
     ("compose.yaml", check_compose),
     ("compose.gpu.yaml", check_compose),
@@ -406,6 +438,7 @@ OBJECT_CHECKS: list[tuple[str, ObjectsCheck]] = [
     ),
     *((overlay, check_ray_rules) for overlay in OVERLAYS if overlay != "services"),
     *((overlay, check_gpus) for overlay in ("overlays/gpu", "overlays/job", "overlays/queued")),
+    ("overlays/serve", check_serving),
 ]
 MISTAKES: list[tuple[str, Check, str, str]] = [
     ("compose.yaml", check_compose, "healthcheck:", "health_check:"),
@@ -479,7 +512,7 @@ MISTAKES: list[tuple[str, Check, str, str]] = [
     ("README.md", check_secrets, "# Clusters", "-----BEGIN OPENSSH " + "PRIVATE KEY-----"),
 ]
 CLUSTER_FILE, POSTGRES, MLFLOW = "base/raycluster.yaml", "services/postgres.yaml", "services/mlflow.yaml"
-SMALL, GPU, JOB, QUEUED = (f"overlays/{name}" for name in ("small", "gpu", "job", "queued"))
+SMALL, GPU, JOB, QUEUED, SERVE = (f"overlays/{name}" for name in ("small", "gpu", "job", "queued", "serve"))
 OBJECT_MISTAKES: list[tuple[str, str, ObjectsCheck | None, str, str]] = [
     # (overlay, file, check that must speak up or None where Kustomize itself refuses, right, wrong)
     (SMALL, f"{SMALL}/kustomization.yaml", None, "patches:", "patchez:"),
@@ -530,6 +563,13 @@ OBJECT_MISTAKES: list[tuple[str, str, ObjectsCheck | None, str, str]] = [
      "/spec/headGroupSpec/template/spec/tolerations"),
     (GPU, f"{GPU}/kustomization.yaml", check_gpus, 'limits: {cpu: "8", memory: 16Gi, nvidia.com/gpu: "1"}',
      'limits: {cpu: "8", memory: 16Gi}'),
+    (SERVE, "serve/rayservice.yaml", check_kuberay, "serveConfigV2:", "serveConfig:"),
+    (SERVE, "serve/rayservice.yaml", check_serving, "tune.jobs.serve:build", "tune.serve:build"),
+    (SERVE, "serve/rayservice.yaml", check_serving, "alias: champion", "aliases: champion"),
+    (SERVE, "serve/rayservice.yaml", check_serving, "port: 8000", "port: 8080"),
+    (SERVE, f"{SERVE}/kustomization.yaml", check_serving, "valueFrom: {secretKeyRef: {name: dskd-page, key: token}}",
+     "value: swordfish"),
+    (SERVE, f"{SERVE}/kustomization.yaml", check_references, "dskd-page, key: token", "dskd-page, key: key"),
     (QUEUED, f"{GPU}/kustomization.yaml", check_gpus, "key: nvidia.com/gpu, operator", "key: gpu, operator"),
 ]  # fmt: skip
 
@@ -571,7 +611,12 @@ def test_mistake_is_found_in_what_is_rendered(
 @pytest.mark.parametrize("check", [check_kuberay, check_kubernetes])
 def test_manifest_has_no_problem_unrendered(name: str, check: ObjectsCheck) -> None:
     """Where no Kustomize is installed these remain; what the overlays patch is then unchecked."""
-    assert check(_objects((CLUSTER / name).read_text())) == []
+    objects = _objects((CLUSTER / name).read_text())
+    (cluster,) = _objects((CLUSTER / "kuberay" / CLUSTER_FILE).read_text())
+    for thing in objects:
+        if thing["kind"] in CLUSTER_OF:  # a component adds the cluster
+            thing["spec"].setdefault(CLUSTER_OF[thing["kind"]], cluster["spec"])
+    assert check(objects) == []
 
 
 def test_every_check_is_shown_to_fail() -> None:
@@ -647,21 +692,21 @@ def _key(thing: Object) -> tuple[str, str]:
 
 
 def _ray_cluster(objects: list[Object]) -> Object:
-    """The RayCluster among the objects, or the one that KubeRay would make for the RayJob."""
+    """The RayCluster among the objects, or the one that KubeRay would make for the RayJob or RayService."""
     for thing in objects:
         if thing["kind"] == "RayCluster":
             return thing
-    job = next(thing for thing in objects if thing["kind"] == "RayJob")
-    return {"apiVersion": job["apiVersion"], "kind": "RayCluster", "metadata": job["metadata"]} | {
-        "spec": job["spec"]["rayClusterSpec"]
+    owner = next(thing for thing in objects if thing["kind"] in CLUSTER_OF)
+    return {"apiVersion": owner["apiVersion"], "kind": "RayCluster", "metadata": owner["metadata"]} | {
+        "spec": owner["spec"][CLUSTER_OF[owner["kind"]]]
     }
 
 
 def _templates(thing: Object) -> list[Object]:
     """The pod templates of an object."""
     spec = thing.get("spec", {})
-    if thing["kind"] in ("RayCluster", "RayJob"):
-        cluster = spec if thing["kind"] == "RayCluster" else spec.get("rayClusterSpec")
+    if thing["kind"] == "RayCluster" or thing["kind"] in CLUSTER_OF:
+        cluster = spec if thing["kind"] == "RayCluster" else spec.get(CLUSTER_OF[thing["kind"]])
         groups = (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]) if cluster else ()
         return [group["template"] for group in groups]
     return [spec["template"]] if "template" in spec else []

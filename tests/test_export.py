@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx
 import onnxruntime
+import openvino
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,17 @@ from dskd.checkpoint import DetectorRecord
 from dskd.cli.main import main
 from dskd.config import RunConfig, ScoreConfig
 from dskd.detector import UNTRAINED_TEACHER, Detector
-from dskd.export import ParityError, as_inputs, build_model, check_exportable, compare, export_onnx, generated_images
+from dskd.export import (
+    OnnxDetector,
+    ParityError,
+    as_inputs,
+    build_model,
+    check_exportable,
+    compare,
+    export_onnx,
+    generated_images,
+    network_inputs,
+)
 from dskd.model.amplification import AmplifiedTeacher, build_amplifier
 from dskd.model.distances import Pyramid
 from dskd.model.network import StudentPyramids, build_students
@@ -67,6 +78,17 @@ def check_agreement(detector: Detector, model: bytes) -> None:
     assert parity.num_images == 10 and max(parity.map_error, parity.score_error) < 1e-5
 
 
+def check_openvino(detector: Detector, model: bytes) -> None:
+    """The same graph in OpenVINO's runtime on the CPU, in full precision: its default may round to 16 bits."""
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(model), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    images = np.random.default_rng(6).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    found = compiled({"images": images})
+    expected = detector.score_images(images)
+    np.testing.assert_allclose(found["maps"], expected.maps, rtol=1e-4, atol=1e-4 * float(expected.maps.max()))
+    np.testing.assert_allclose(found["scores"], expected.scores, rtol=1e-4)
+
+
 @pytest.mark.parametrize(("preset", "opset"), [("stfpm", 18), ("aand", 23)])
 def test_the_graph_of_a_method_says_what_its_detector_says(preset: str, opset: int) -> None:
     config = PRESETS[preset].with_values(NETWORK)
@@ -77,6 +99,7 @@ def test_the_graph_of_a_method_says_what_its_detector_says(preset: str, opset: i
     model = build_model(detector, opset)
     assert [item.version for item in model.opset_import if item.domain == ""] == [opset]
     check_agreement(detector, model.SerializeToString())
+    check_openvino(detector, model.SerializeToString())
 
 
 class _Levels(nn.Module):
@@ -231,3 +254,27 @@ def test_the_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ValueError, match=r"needs the package onnxscript: run \.ci/setup onnx or pip install -e '\.\[onnx\]'"
     ):
         check_exportable(tmp_path / "new.onnx", 18)
+
+
+def test_an_8_bit_graph_is_nearly_the_detector_and_tells_by_how_much_it_differs(
+    detector_folder: Path, detector: Detector, mvtec_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, good = tmp_path / "int8.onnx", str(mvtec_root / "tile/train/good")
+    words = ["export", str(detector_folder), "--onnx", str(path), "--int8", "--json"]
+    with pytest.raises(SystemExit) as refused:
+        main(words)
+    assert refused.value.code == 2 and "give some with --images FOLDER" in capsys.readouterr().err
+    main([*words, "--images", good])
+    report = json.loads(capsys.readouterr().out)
+    assert report["precision"] == "int8" and 1e-4 < report["score_error"] < 0.2
+    found = onnx.load(path)
+    kinds = {tensor.name: tensor.data_type for tensor in found.graph.initializer}
+    into = {node.output[0]: node for node in found.graph.node}
+    convolutions = [node for node in found.graph.node if node.op_type == "Conv"]
+    assert convolutions and all(
+        kinds[into[node.input[1]].input[0]] == onnx.TensorProto.INT8 for node in convolutions
+    ), "every convolution's weights are of 8 bits"
+    images = network_inputs(detector, sorted((mvtec_root / "tile/test").rglob("*.png")))
+    maps, _ = detector.score_framed(images)
+    heats, _ = OnnxDetector(path.read_bytes()).score_framed(images)
+    assert np.corrcoef(np.ravel(maps), np.ravel(heats))[0, 1] > 0.9

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from dskd import detector as detector_module
+from dskd import predict as predict_module
 from dskd.calibration import p_value
 from dskd.detector import Detector, Unreadable
 from dskd.evaluate import AnomalyScores
@@ -218,14 +219,15 @@ def test_a_file_that_vanishes_midway_is_a_row_of_its_own(
     detector: Detector, mvtec_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(detector_module, "PREDICT_CHUNK", 1)
+    monkeypatch.setattr(predict_module, "_MAX_DRAWING", 0)
     paths = [tmp_path / f"{index}.png" for index in range(3)]
     for path in paths:
         path.write_bytes((mvtec_root / "tile/test/good/000.png").read_bytes())
     summary = predict_images(
-        detector, paths, tmp_path / "out", on_prediction=lambda seen: paths[1].unlink(missing_ok=True)
+        detector, paths, tmp_path / "out", on_prediction=lambda seen: paths[2].unlink(missing_ok=True)
     )
-    assert [row["verdict"] == "unreadable" for row in summary.predictions] == [False, True, False]
-    assert "does not exist" in summary.predictions[1]["error"]
+    assert [row["verdict"] == "unreadable" for row in summary.predictions] == [False, False, True]
+    assert "does not exist" in summary.predictions[2]["error"]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -144,6 +144,25 @@ def test_what_is_no_base64_says_what_it_is(text: str, reason: str, served: Any) 
         served.predict(pd.DataFrame({"image": [text]}))
 
 
+@pytest.mark.parametrize("rate", [7, 1, 0, -0.1, float("nan"), float("inf")])
+def test_a_rate_outside_of_its_range_is_refused(rate: float, served: Any, mvtec_root: Path) -> None:
+    image = (mvtec_root / "tile/test/scratch/000.png").read_bytes()
+    with pytest.raises(MlflowException, match=re.escape("false_alarm_rate must lie in (0, 1), got")) as raised:
+        served.predict(rows(image), params={"false_alarm_rate": rate})
+    assert raised.value.get_http_status_code() == 400
+
+
+def test_an_unknown_parameter_is_refused_though_mlflow_would_leave_it_out(served: Any, mvtec_root: Path) -> None:
+    image = (mvtec_root / "tile/test/scratch/000.png").read_bytes()
+    with pytest.raises(
+        MlflowException, match="unknown parameters 'false_alarm'; there is one: false_alarm_rate"
+    ) as got:
+        served.predict(rows(image), params={"false_alarm": 0.5, "false_alarm_rate": 0.5})
+    assert got.value.get_http_status_code() == 400
+    with pytest.raises(MlflowException, match="unknown parameters 'rate'"):
+        served.unwrap_python_model().predict(None, rows(image), {"rate": 0.5})
+
+
 def test_the_packed_model_has_code_weights_and_pinned_requirements_and_no_pickle(packed: Path) -> None:
     files = {str(path.relative_to(packed)) for path in packed.rglob("*") if path.is_file()}
     assert {"served_model.py", "code/dskd/detector.py", f"artifacts/detector/{WEIGHTS_FILE}"} <= files

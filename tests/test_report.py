@@ -150,6 +150,7 @@ def report_of(num_categories: int, picture_bytes: int = 0) -> Report:
         name=f"parts {HOSTILE}",
         written="2026-11-26T23:00:00+00:00",
         data="my-images",
+        seconds=5400.0,
         trial_seconds=7200.0,
         caveats=(f"board: its 5 good images vouch for 16.7 % of false alarms. {HOSTILE}", "fabric has no detector."),
         objective="mean of image AUROC and AUPRO on synthetic defects",
@@ -384,10 +385,12 @@ def test_the_page_fits_a_telephone_and_a_wide_screen(browser: Any, tmp_path: Pat
 
 @pytest.mark.services
 def test_print_shows_everything_on_white(browser: Any, tmp_path: Path) -> None:
-    with opened(browser, tmp_path, report_of(2), color_scheme="dark") as page:
+    with opened(browser, tmp_path, report_of(2), width=700, color_scheme="dark") as page:  # A4 within its margins
         page.emulate_media(media="print", color_scheme="dark")
         page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
         assert page.locator("details:not([open])").count() == 0
         assert not page.locator("input[type=range]").first.is_visible()
+        across = page.locator("table.blocks").evaluate("it => [it.scrollWidth, it.parentElement.clientWidth]")
+        assert across[0] <= across[1], "no column is cut off"
         assert page.pdf(format="A4").startswith(b"%PDF")

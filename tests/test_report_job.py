@@ -12,7 +12,7 @@ from optuna.trial import TrialState, create_trial
 from dskd.checkpoint import RECORD_FILE, read_record
 from dskd.config import RunConfig
 from dskd.report.document import ImageScore, Inspected, read_report
-from tune.jobs.report import REPORT_DOCUMENT, REPORT_PAGE, caveats_of, gather, write_report
+from tune.jobs.report import REPORT_DOCUMENT, REPORT_PAGE, Run, caveats_of, gather, write_report
 from tune.jobs.report_trials import FEWEST_TO_WEIGH, importance_of, trials_of
 from tune.settings.plan import plan_search, resolve_addresses
 from tune.settings.search import SearchSettings
@@ -83,7 +83,7 @@ def trials(space: Space, count: int) -> list[optuna.trial.FrozenTrial]:
 
 def gathered(results: list[CategoryResult], plan: Any) -> Any:
     arguments = ["--data", "my images", "--tracking-uri", "http://me:secret@mlflow:5000"]
-    return gather(results, plan, seconds={"tile": 90.0}, arguments=arguments, revision="abc", page=PAGE)
+    return gather(results, plan, Run(0.0, arguments, "abc", PAGE), {"tile": 90.0})
 
 
 def test_figures_are_the_storage_s_and_trials_are_the_study_s(
@@ -127,7 +127,7 @@ def test_the_report_lies_in_the_storage_and_in_mlflow_and_is_written_again(
 ) -> None:
     home, tracker = Path(plan.addresses.home), FakeTracker()
     for number in range(2):
-        written = write_report(results, plan, tracker, seconds={}, arguments=[], revision=str(number), page="")  # type: ignore[arg-type]
+        written = write_report(results, plan, tracker, Run(0.0, [], str(number), ""), {})  # type: ignore[arg-type]
         assert (written.page, written.remark) == (str(home / REPORT_PAGE), "")
         assert f"commit {number}" in [fact.value for fact in read_report((home / REPORT_DOCUMENT).read_bytes()).trust]
     assert tracker.logged == {"tile": (home / REPORT_PAGE).read_bytes()}
@@ -135,13 +135,11 @@ def test_the_report_lies_in_the_storage_and_in_mlflow_and_is_written_again(
 
 def test_no_failure_of_the_report_fails_the_search(results: list[CategoryResult], plan: Any) -> None:
     away: Any = FakeTracker(is_away=True)
-    written = write_report(results, plan, away, seconds={}, arguments=[], revision="", page="")
+    written = write_report(results, plan, away, Run(0.0, [], "", ""), {})
     assert written.page and written.remark == "the report is not in MLflow: MLflow does not answer"
     damaged = Champion("tile", "c", "champions/tile/b", FIGURES, "run-1")
     Storage(plan.addresses.home).write("inspected/tile/c.json", b"{}")
-    written = write_report(
-        [results[0]._replace(champion=damaged)], plan, away, seconds={}, arguments=[], revision="", page=""
-    )
+    written = write_report([results[0]._replace(champion=damaged)], plan, away, Run(0.0, [], "", ""), {})
     assert written.page == "" and written.remark.startswith("no report: ") and "is damaged" in written.remark
 
 

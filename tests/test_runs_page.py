@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 from mlflow.tracking import MlflowClient
 from services import mlflow_server
+from test_report import report_of
 
 from dskd.checkpoint import read_record
+from dskd.report.render import render
 from tune.study.categories import threshold_figures
 from tune.tracking.events import CategoryEnded, EpochDone, TrialEnded, TrialStarted
 from tune.tracking.runs_page import experiment_note, how_to_open, run_name, view_tag
@@ -124,3 +126,29 @@ def test_the_link_shows_the_champions_in_a_browser_that_was_never_there(
         browser.close()
     for wanted in ("test/image_auroc", "threshold/guaranteed_rate", "0.8765", "dskd with blur_sigma 2", "pruned"):
         assert wanted in text, wanted
+
+
+@pytest.mark.services
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: apt-get install chromium")
+@pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="playwright is not installed")
+def test_the_report_opens_within_mlflow_s_page(searched: tuple[str, Tracker], tmp_path: Path) -> None:
+    from playwright.sync_api import expect, sync_playwright
+
+    url, tracker = searched
+    report = report_of(2)
+    (tmp_path / "report.html").write_text(render(report), encoding="utf-8")
+    tracker.add_report(["bolt"], tmp_path / "report.html", 60)
+    client = MlflowClient(tracking_uri=url)
+    (parent,) = client.search_runs(["1"], "run_name = 'bolt'")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page: Any = browser.new_page(viewport={"width": 1600, "height": 1000})
+        page.goto(f"{url}/#/experiments/1/runs/{parent.info.run_id}/artifacts/report/report.html")
+        inside = page.frame_locator("iframe#html")
+        expect(inside.locator("h1")).to_contain_text(report.name, timeout=60_000)
+        slider, counts = inside.locator("input[type=range]").first, inside.locator("output.counts").first
+        before = counts.inner_text()
+        slider.press("Home")
+        expect(counts).not_to_have_text(before)
+        page.screenshot(path=tmp_path / "report.png")
+        browser.close()

@@ -24,6 +24,7 @@ from sklearn.datasets import load_digits
 
 from dskd.checkpoint import DetectorRecord, read_record
 from dskd.config import RunConfig
+from dskd.report.document import read_report
 from tune.storage.files import Storage
 from tune.tracking.events import EpochDone, TrialEnded, TrialStarted
 from tune.tracking.tracker import Tracker
@@ -103,6 +104,33 @@ def check_content(uri: str, parents: list[Any], children: list[Any], chosen: Any
         assert child.data.metrics["system/system_memory_usage_megabytes"] > 0
 
 
+def check_report(storage: Path, outcomes: list[Any], parents: list[Any], said: str) -> None:
+    """The report says what the storage, Optuna and MLflow know, and lies where the search says."""
+    page = storage / "try" / "report.html"
+    assert str(page) in said
+    report = read_report((storage / "try/report.json").read_bytes())
+    client = MlflowClient(tracking_uri=f"sqlite:///{storage}/mlflow.db")
+    assert "untrained" in report.caveats[0]
+    for category, outcome in zip(report.categories, outcomes, strict=True):
+        champion = outcome["champion"]
+        assert category.figures == champion["metrics"]
+        logged = client.get_run(champion["run_id"]).data.metrics
+        assert {name: logged[name] for name in category.figures if name.startswith("test/")} == {
+            name: figure for name, figure in category.figures.items() if name.startswith("test/")
+        }
+        trials = studied(f"sqlite:///{storage}/optuna.db", f"try/{category.name}")
+        assert [trial.objective for trial in category.trials] == [trial.value for trial in trials]
+        assert category.trials[0].is_untuned
+        inspected = category.inspected
+        assert inspected is not None and len(inspected.test) == 8 and inspected.validation
+        assert category.limit is not None and inspected.threshold == category.limit.value
+        missed = [each for each in inspected.test if each.is_defective and each.score <= inspected.threshold]
+        assert len(missed) == category.figures["test/num_missed"]
+        assert len(inspected.suspects) == min(10, len(category.normal_scores))
+    for parent in parents:
+        assert [file.path for file in client.list_artifacts(parent.info.run_id, "report")] == ["report/report.html"]
+
+
 @pytest.mark.cluster
 def test_embedded_search_tracks_its_trials_and_its_champions_can_be_pulled(
     mvtec_root: Path, tmp_path: Path, token_file: Path
@@ -153,6 +181,7 @@ def test_embedded_search_tracks_its_trials_and_its_champions_can_be_pulled(
         kept = read_record(storage / "try" / so_far["folder"])
         assert kept.metrics["val/objective"] == outcome["champion"]["metrics"]["val/objective"]
 
+    check_report(storage, outcomes, parents, first.stderr)
     pulled = run(
         sys.executable, "tune/pull.py", "all", "--name", "try", "--storage", storage, "--out", tmp_path / "detectors",
         "--json", env=env,

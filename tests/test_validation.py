@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 
 from dskd.config import RunConfig
+from dskd.data.geometry import whole_frame
 from dskd.evaluate import AnomalyScores, LabelledImages, compute_metrics, score_images
 from dskd.report.document import read_scores
+from dskd.show.overlays import frame_of_validation
 from dskd.show.plots import draw_curves
 from dskd.show.validation import extremes, write_figures
 from dskd.training.inputs import TrainingData
@@ -85,3 +87,21 @@ def test_curves_of_many_pixels_are_thinned_without_losing_their_shape() -> None:
 def test_without_a_mask_only_images_have_a_curve() -> None:
     seen = AnomalyScores(np.zeros((2, 8, 8), np.float32), np.array([0.0, 1.0], np.float32))
     assert len(draw_curves(seen, truth([0, 1]), "t").axes) == 1
+
+
+def test_validation_pictures_have_the_shape_of_their_photos(
+    tiny: RunConfig, inputs: TrainingData, tmp_path: Path
+) -> None:
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (160, 90)).save(photo)
+    folds = inputs._replace(
+        validation_files=inputs.calibration_files, calibration_paths=(photo,) * len(inputs.calibration_paths)
+    )
+    run = TrainingRun.begin(tiny, folds, torch.device("cpu"))
+    for resize, place in (("square", (0, 0, 32, 32)), ("letterbox", (0, 7, 32, 25))):
+        config = tiny.with_values({"resize": resize})
+        run.config = config
+        frame = frame_of_validation(run, 0)
+        assert (frame.width, frame.height, frame.place) == (160, 90, place)
+    run.config, run.inputs = tiny, inputs
+    assert frame_of_validation(run, 0) == whole_frame(32, 32), "the files of the selection are not known"

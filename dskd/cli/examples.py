@@ -18,6 +18,11 @@ EXAMPLES: Mapping[str, Sequence[str]] = {
         "dskd predict detectors/flange part.png --false-alarm-rate 0.05 --out verdict",
     ),
     "compare": ("dskd compare detectors/flange detectors/fabric my-images/flange/test --out compared",),
+    "feedback": (
+        "dskd feedback detectors/flange --good my-images/flange/test/good --defect my-images/flange/test/rust",
+        "dskd feedback detectors/flange --approve",
+    ),
+    "page": ("dskd page detectors/flange detectors/fabric",),
     "export": ("dskd export detectors/flange --onnx flange.onnx --images my-images/flange/test",),
     "report": ("dskd report dskd-results/parts/report.json --out report.html",),
 }

@@ -1,4 +1,5 @@
-"""The command line: `dskd demo-data | check-data | train | evaluate | predict | compare | export | report`.
+"""The command line: `dskd demo-data | check-data | train | evaluate | predict | compare | feedback | page | export |
+report`.
 
 What people read goes to stderr; stdout carries results, with --json one JSON document and nothing
 else. torch is imported only by the commands that compute, so that help comes at once.
@@ -14,8 +15,9 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
@@ -278,6 +280,7 @@ def predict(
     threshold: float | None = None,
     fdr: float | None = None,
     group_by: str = "",
+    overlays: Literal["all", "anomalous", "none"] = "all",
     device: str = "auto",
     max_megapixels: float | None = None,
     json: bool = False,
@@ -296,6 +299,7 @@ def predict(
             (0, 1). The threshold then depends on all images together, which are inspected twice.
         group_by: Regular expression that finds a part's name in a path, if another than in training; for parts with
             several images, whose verdicts go to parts.jsonl.
+        overlays: Of which images a picture is drawn; of many images it takes as long as the inspection.
         device: auto, cpu, cuda or cuda:N.
         max_megapixels: Larger images are refused as decompression bombs; 512, or $DSKD_MAX_MEGAPIXELS, unless given.
         json: Print one JSON document.
@@ -325,9 +329,12 @@ def predict(
         threshold=threshold,
         false_discovery_rate=fdr,
         group_by=group_by,
+        overlays=overlays,
         on_prediction=tell,
     )
-    say(f"{summary.describe()}; overlays in {out / 'overlays'}")
+    say(summary.describe() + ("" if overlays == "none" else f"; overlays in {out / 'overlays'}"))
+    if summary.drift is not None and summary.drift.is_found:
+        say(summary.drift.describe())
     if json:
         print_json(
             {
@@ -337,6 +344,7 @@ def predict(
                 "num_clipped": summary.num_clipped,
                 "not_read": {"others": dict(found.others), "left_out": dict(found.left_out)},
                 **summary.rates,
+                "drift": summary.drift.to_dict() if summary.drift else None,
                 "predictions": summary.predictions,
                 **({"parts": summary.parts} if summary.parts else {}),
             }
@@ -393,6 +401,108 @@ def compare(
         sys.exit(1)
 
 
+def feedback(
+    detector: Positional[Annotated[Path, arg(metavar="DETECTOR")]],
+    /,
+    *,
+    good: tuple[Path, ...] = (),
+    defect: tuple[Path, ...] = (),
+    approve: bool = False,
+    refuse: bool = False,
+    quarantine: Path | None = None,
+    data: Path | None = None,
+    device: str = "auto",
+    max_megapixels: float | None = None,
+    json: bool = False,
+) -> None:
+    """Add images that people judged later; without flags, say what waits in the page's quarantine.
+
+    Good ones recalibrate the thresholds, which gives a new detector version; defects tell how many are found. Nothing
+    is trained. All of it stays in the detector's folder (feedback/), and its origin in feedback/log.jsonl. Rates are
+    then approximate: images that people chose are no random sample, so add all good ones of a batch, and not those
+    alone that were called anomalous.
+
+    Args:
+        detector: Detector folder.
+        good: Image files or folders of good parts.
+        defect: Image files or folders of defective parts.
+        approve: Take what is in quarantine too; look at it there first, and remove what is wrong.
+        refuse: Empty the quarantine.
+        quarantine: Another folder of judged images, such as a cluster's; by default the one in the detector's folder.
+        data: Folder of a search: the accepted images are copied into it, so that the next one trains on the good ones
+            and validates on the defects.
+        device: auto, cpu, cuda or cuda:N.
+        max_megapixels: Larger images are refused as decompression bombs; 512, or $DSKD_MAX_MEGAPIXELS, unless given.
+        json: Print one JSON document.
+    """
+    from dskd.jobs.feedback import Quarantine, accept, clear, copy_into_data, entries_of
+    from dskd.predict import find_images
+
+    if approve and refuse:
+        raise ValueError("--approve and --refuse exclude each other; leave one out.")
+    _allow_megapixels(max_megapixels)
+    loaded = _load(detector, device)
+    held = Quarantine(quarantine) if quarantine is not None else Quarantine.of(detector)
+    waiting = list(held.entries())
+    entries = [*(waiting if approve else ())]
+    if good:
+        entries += entries_of(find_images(good).images, "good")
+    if defect:
+        entries += entries_of(find_images(defect).images, "defect")
+    document: dict[str, object] = {"detector": str(detector), "in_quarantine": len(waiting)}
+    if approve or good or defect:
+        found = accept(loaded, detector, entries)
+        say(found.describe())
+        document |= {**found._asdict(), "before": found.before._asdict(), "after": found.after._asdict()}
+    if approve or refuse:
+        clear(held, waiting)
+        document["in_quarantine"] = 0
+    elif waiting:
+        say(f"{len(waiting)} judged images wait in {held.folder}; --approve takes them, --refuse drops them")
+    else:
+        say(f"no judged image waits in {held.folder}")
+    if data is not None:
+        document["num_copied"] = count = copy_into_data(detector, data, loaded.record.category)
+        say(f"copied {count} images into {data}; the next search uses them")
+    if json:
+        print_json(document)
+
+
+def page(
+    detectors: Positional[Annotated[tuple[Path, ...], arg(metavar="DETECTOR…", help_behavior_hint="(at least one)")]],
+    /,
+    *,
+    port: int = 8700,
+    allowed_host: tuple[str, ...] = (),
+    device: str = "auto",
+    max_megapixels: float | None = None,
+) -> None:
+    """Serve the inspector's page on this machine: drop photos, see verdicts, move the threshold, judge.
+
+    It listens on loopback alone, and asks for the token that is part of the address it prints, or that
+    $DSKD_PAGE_TOKEN holds. A detector whose folder is changed (dskd feedback) is read again.
+
+    Args:
+        detectors: Detector folders, one per category.
+        port: TCP port; 0 takes a free one.
+        allowed_host: Name under which a proxy on this machine publishes the page.
+        device: auto, cpu, cuda or cuda:N.
+        max_megapixels: Larger images are refused; 100, or $DSKD_MAX_MEGAPIXELS, unless given.
+    """
+    if not detectors:
+        raise ValueError("no detector given; name detector folders after the command.")
+    if missing := [name for name in ("fastapi", "uvicorn", "python_multipart") if find_spec(name) is None]:
+        raise ValueError(f"the page needs {missing[0]}: .ci/setup page, or pip install -e '.[page]'.")
+    from dskd.data.images import MAX_MEGAPIXELS
+    from dskd.device import computing_device
+    from dskd.page.server import MEGAPIXELS, serve_page
+
+    if max_megapixels is None and MAX_MEGAPIXELS not in os.environ:
+        max_megapixels = MEGAPIXELS
+    _allow_megapixels(max_megapixels)
+    serve_page(detectors, port=port, device=str(computing_device(device)), hosts=allowed_host, say=say)
+
+
 def export(
     detector: Positional[Annotated[Path, arg(metavar="DETECTOR")]],
     /,
@@ -400,6 +510,7 @@ def export(
     onnx: Path,
     images: tuple[Path, ...] = (),
     opset: int = 18,
+    int8: bool = False,
     json: bool = False,
 ) -> None:
     """Export a detector to ONNX (RGB bytes in, maps and scores out), and check that both agree.
@@ -409,6 +520,8 @@ def export(
         onnx: File to write; an older export of that name is replaced.
         images: Image files or folders for the check; generated ones unless given.
         opset: ONNX operator set, 18 to 25.
+        int8: Convolutions of 8-bit integers, whose ranges --images of good products give: twice as fast on processors
+            with such instructions, and scores differ by some percent.
         json: Print one JSON document.
     """
     from dskd.export import (
@@ -421,14 +534,17 @@ def export(
         network_inputs,
     )
     from dskd.predict import find_images
+    from dskd.quantize import export_int8
 
     check_exportable(onnx, opset)
+    if int8 and not images:
+        raise UsageError("--int8 chooses its ranges by good images; give some with --images FOLDER.")
     loaded = _load(detector, "cpu")
     width, height = loaded.record.config.data.input_size
     checked = network_inputs(loaded, find_images(images).images) if images else generated_inputs(loaded)
     source = "given" if images else "generated"
     try:
-        parity = export_onnx(loaded, onnx, checked, opset)
+        parity = (export_int8 if int8 else export_onnx)(loaded, onnx, checked, opset)
     except ParityError as error:
         say(f"dskd: export failed, nothing was written: {error}")
         sys.exit(1)
@@ -438,13 +554,16 @@ def export(
     )
     for verdicts in parity.verdicts:
         note = f", {verdicts.num_undecided} too close to call" if verdicts.num_undecided else ""
-        say(f"threshold {verdicts.threshold:.4g}: same verdicts, {verdicts.num_anomalous} anomalous{note}")
-    say(f"wrote {onnx}: opset {opset}, {INPUT} uint8 (B, {height}, {width}, 3) to {' and '.join(OUTPUTS)}")
+        same = f"{verdicts.num_differing} other verdicts" if verdicts.num_differing else "same verdicts"
+        say(f"threshold {verdicts.threshold:.4g}: {same}, {verdicts.num_anomalous} anomalous{note}")
+    takes = f"{'int8, ' if int8 else ''}opset {opset}, {INPUT} uint8 (B, {height}, {width}, 3)"
+    say(f"wrote {onnx}: {takes} to {' and '.join(OUTPUTS)}")
     if json:
         print_json(
             {
                 "onnx": str(onnx),
                 "opset": opset,
+                "precision": "int8" if int8 else "float32",
                 "category": loaded.record.category,
                 "teacher": loaded.record.teacher,
                 "width": width,
@@ -489,6 +608,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "evaluate": evaluate,
             "predict": predict,
             "compare": compare,
+            "feedback": feedback,
+            "page": page,
             "export": export,
             "report": report,
         }

@@ -158,6 +158,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     written: str
     """ISO 8601, UTC."""
     data: str
+    seconds: float
+    """Of the command that wrote this, from its start."""
     trial_seconds: float
     """Summed over all trials, of earlier commands too."""
     caveats: tuple[str, ...]

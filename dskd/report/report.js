@@ -57,6 +57,7 @@
   const fixed = (value, digits) => (known(value) ? value.toFixed(digits) : "–");
   const signed = (value, digits) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(digits);
   const short = (value) => (typeof value === "number" ? String(Number(value.toPrecision(3))) : String(value));
+  const cut = (text, length) => (text.length > length ? `${text.slice(0, length - 1)}…` : text);
   const percent = (share) => `${Number((100 * share).toFixed(1))} %`;
   const times = (score, threshold) =>
     threshold > 0 ? `${(score / threshold).toFixed(2)} × threshold` : `score ${short(score)}`;
@@ -121,8 +122,9 @@
 
   function top() {
     const trials = report.categories.reduce((sum, category) => sum + category.trials.length, 0);
-    const line = `${report.written.slice(0, 16).replace("T", " ")} UTC · data ${report.data} · ${trials} trials, ` +
-      `${duration(report.trial_seconds)} of training`;
+    const line = `${report.written.slice(0, 16).replace("T", " ")} UTC · data ${report.data} · ` +
+      `${report.categories.length} categories, ${trials} trials of ${duration(report.trial_seconds)} together · ` +
+      `this command took ${duration(report.seconds)}`;
     return [
       el("h1", {}, `Search ${report.name}`),
       el("p", { class: "soft" }, line),
@@ -324,7 +326,8 @@
       const height = Math.max(24, deepest * radius * 1.6 + 12);
       const middle = y + height / 2;
       parts.push(svg("line", { class: "axis", x1: left, x2: right, y1: middle, y2: middle }));
-      if (left !== 8) parts.push(svg("text", { x: left - 10, y: middle + 4, "text-anchor": "end" }, row.label));
+      if (left !== 8) parts.push(svg("text", { x: left - 10, y: middle + 4, "text-anchor": "end" }, cut(row.label, 20),
+        svg("title", {}, row.label)));
       for (const [item, level] of placed) {
         const lift = Math.ceil((level % 9) / 2) * radius * 1.6 * (level % 2 ? -1 : 1);
         parts.push(svg("circle", { class: row.isBad ? "bad" : "good", cx: at(item.score).toFixed(1),
@@ -334,11 +337,12 @@
       y += height;
     }
     let last = -Infinity;
-    for (const multiple of stored > 0 ? [0.2, 0.5, 1, 1.5, 2, 3, 5, 10, 20, 50] : []) {
+    const multiples = isLog ? [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100] : ticks(low / stored, high / stored, 6);
+    for (const multiple of stored > 0 ? multiples : []) {
       const x = at(multiple * stored);
       if (multiple * stored >= low && x >= left + 14 && x <= right - 14 && x > last + 40) {
         last = x;
-        parts.push(svg("text", { class: "soft", x, y: y + 16, "text-anchor": "middle" }, `${multiple} ×`));
+        parts.push(svg("text", { class: "soft", x, y: y + 16, "text-anchor": "middle" }, `${short(multiple)} ×`));
       }
     }
     parts.push(svg("line", { class: "stored", x1: at(stored), x2: at(stored), y1: 0, y2: y }));
@@ -401,9 +405,12 @@
     const missed = inspected.weakest_defects.filter((each) => !(each.score > threshold));
     const flagged = inspected.strongest_good.filter((each) => each.score > threshold);
     const groups = [
-      [missed.length ? "Worst misses" : "Nothing missed; the weakest finds", inspected.weakest_defects],
-      [flagged.length ? "Worst false alarms" : "No false alarm; the good images that come closest",
-        inspected.strongest_good],
+      missed.length
+        ? ["Worst misses", missed]
+        : ["Nothing missed; the weakest finds", inspected.weakest_defects],
+      flagged.length
+        ? ["Worst false alarms", flagged]
+        : ["No false alarm; the good images that come closest", inspected.strongest_good],
       ["Good images that look least like the others", inspected.suspects,
         "Training images, each scored by a detector that did not see it. Look for bad ones among them: --exclude " +
         "leaves them out. The maps are the champion's own, which has seen most of them."],
@@ -547,7 +554,7 @@
     const said = el("p", { "aria-live": "polite" });
     const box = el("div", { class: "scroll" });
     const gap = 104;
-    const [upper, lower] = [74, 330];
+    const [upper, lower] = [104, 360];
     const width = order.length * gap + 120;
 
     const axes = order.map((name, index) => {
@@ -590,9 +597,10 @@
           onkeydown: (event) => byKey(event, axis) },
         svg("line", { class: "axis", x1: axis.x, x2: axis.x, y1: upper, y2: lower, style: "stroke:var(--soft)" }),
         brush ? svg("rect", { class: "brush", x: axis.x - 9, y: brush[0], width: 18, height: Math.max(2, brush[1] - brush[0]) }) : null,
-        svg("text", { x: axis.x - 6, y: upper - 22, transform: `rotate(-24 ${axis.x - 6} ${upper - 22})` }, axis.name),
+        svg("text", { x: axis.x - 6, y: upper - 22, transform: `rotate(-24 ${axis.x - 6} ${upper - 22})` }, cut(axis.name, 26),
+          svg("title", {}, axis.name)),
         axis.marks.slice(0, 12).map(([text, y]) => svg("text", { class: "soft", x: axis.x + 6,
-          y: y === upper ? y - 5 : y === lower ? y + 14 : y + 4 }, text)),
+          y: y === upper ? y - 5 : y === lower ? y + 14 : y + 4 }, cut(text, 14))),
         svg("rect", { class: "hit", x: axis.x - 16, y: upper - 8, width: 32, height: lower - upper + 16,
           onpointerdown: (event) => byPointer(event, axis) })));
       }
@@ -663,8 +671,9 @@
   function command({ what, command: text }) {
     const copy = navigator.clipboard
       ? el("button", { class: "plain", type: "button", onclick: async (event) => {
-          await navigator.clipboard.writeText(text);
-          event.target.textContent = "Copied";
+          const { target } = event;
+          const done = await navigator.clipboard.writeText(text).then(() => true, () => false);
+          target.textContent = done ? "Copied" : "Not allowed here: select the text";
         } }, "Copy")
       : null;
     return el("div", {}, el("p", {}, what, " ", copy), el("pre", { tabindex: 0 }, text));

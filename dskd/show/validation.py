@@ -39,7 +39,7 @@ def write_figures(folder: Path, run: TrainingRun, record: DetectorRecord) -> Non
     best, worst = extremes(seen, truth)
     for name, chosen in (("best", best), ("worst", worst)):
         # JPEG needs a tenth of the bytes, and only people look at this picture.
-        contact_sheet(_overlays(seen, truth, chosen, record)).save(folder / f"{name}.jpg", quality=85)
+        contact_sheet(_overlays(run, seen, chosen, record)).save(folder / f"{name}.jpg", quality=85)
 
 
 def _scores(seen: AnomalyScores, run: TrainingRun) -> list[ImageScore]:
@@ -73,16 +73,11 @@ def extremes(seen: AnomalyScores, truth: LabelledImages) -> tuple[list[int], lis
 
 
 def _overlays(
-    seen: AnomalyScores, truth: LabelledImages, chosen: Sequence[int], record: DetectorRecord
+    run: TrainingRun, seen: AnomalyScores, chosen: Sequence[int], record: DetectorRecord
 ) -> list[Image.Image]:
     # Normals and defects are numbered separately, as in preview.png: normals come first, then the defects.
-    numbers = [int((truth.labels[: index + 1] == truth.labels[index]).sum()) for index in chosen]
-    kinds = ["defect" if truth.labels[index] else "normal" for index in chosen]
-    order = list(chosen)
-    return pictures_of(
-        AnomalyScores(seen.maps[order], seen.scores[order]),
-        truth,
-        order,
-        record,
-        [f"{kind} {number}" for kind, number in zip(kinds, numbers, strict=True)],
-    )
+    labels, order = run.inputs.validation.labels, list(chosen)
+    names = [
+        f"{'defect' if labels[index] else 'normal'} {(labels[: index + 1] == labels[index]).sum()}" for index in order
+    ]
+    return pictures_of(run, AnomalyScores(seen.maps[order], seen.scores[order]), order, record, names)

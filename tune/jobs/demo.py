@@ -11,6 +11,7 @@ from dskd.model.teacher import TeacherUnavailableError, build_teacher
 from dskd.predict import OVERLAYS_FOLDER, find_images, predict_images
 from dskd.presets import PRESETS
 from tune.jobs.pull import pull
+from tune.jobs.report import REPORT_PAGE
 from tune.jobs.search import search
 from tune.settings.demo import NUM_TRAIN, DemoSettings
 from tune.settings.entry import say
@@ -38,10 +39,12 @@ def demo(settings: DemoSettings) -> int:
     inspected = [inspect_test(settings.data / name / "test", detectors / name, verdicts / name) for name in CATEGORIES]
     say(f"All products: {Inspected(*map(sum, zip(*inspected, strict=True))).describe()}; overlays in {verdicts}")
     category = max(CATEGORIES, key=lambda name: read_record(detectors / name).metrics["val/objective"])
-    runs = tracking_ui_command(resolve_addresses(asked).tracking)
+    addresses = resolve_addresses(asked)
+    runs = tracking_ui_command(addresses.tracking)
     predict = command(["dskd", "predict", str(detectors / category), "IMAGES", "--out", "verdicts"])
     say(
         f"\nLook at          {verdicts / category / OVERLAYS_FOLDER}\n"
+        f"Read the report  {addresses.home}/{REPORT_PAGE}\n"
         f"Compare runs     {runs if runs.startswith('open ') else f'.venv/bin/{runs}'}\n"
         f"Your own images  .venv/bin/python tune/search.py --data DIR   (DIR/<category>/train/good/*.png)\n"
         f"                 .venv/bin/{predict}"

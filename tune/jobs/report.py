@@ -4,6 +4,7 @@ import datetime
 import importlib.metadata
 import logging
 import platform
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,25 +49,28 @@ class Written(NamedTuple):
     """What went wrong, in one line; empty if nothing did."""
 
 
+class Run(NamedTuple):
+    """The command whose search has ended."""
+
+    began: float
+    """`time.monotonic()` at its start."""
+    arguments: Sequence[str]
+    revision: str
+    """Of the code; empty if unknown."""
+    page: str
+    """How to see the search's runs in MLflow."""
+
+
 def write_report(
-    results: Sequence[CategoryResult],
-    plan: SearchPlan,
-    tracker: Tracker,
-    *,
-    seconds: Mapping[str, float],
-    arguments: Sequence[str],
-    revision: str,
-    page: str,
+    results: Sequence[CategoryResult], plan: SearchPlan, tracker: Tracker, run: Run, seconds: Mapping[str, float]
 ) -> Written:
     """Write report.json and report.html beside the champions, and the page to MLflow; replaces an earlier report.
 
-    `arguments` are those of the command, `seconds` the time of each category in it, `page` how to see its runs in
-    MLflow. Never raises: the search itself
-    has succeeded.
+    `seconds` is the time of each category in this command. Never raises: the search itself has succeeded.
     """
-    storage = Storage(plan.addresses.home)
     try:
-        report = gather(results, plan, seconds=seconds, arguments=arguments, revision=revision, page=page)
+        storage = Storage(plan.addresses.home)
+        report = gather(results, plan, run, seconds)
         drawn = render(report).encode()
         storage.write(REPORT_DOCUMENT, to_json(report))
         storage.write(REPORT_PAGE, drawn)
@@ -85,17 +89,9 @@ def write_report(
     return Written(address)
 
 
-def gather(
-    results: Sequence[CategoryResult],
-    plan: SearchPlan,
-    *,
-    seconds: Mapping[str, float],
-    arguments: Sequence[str],
-    revision: str,
-    page: str,
-) -> Report:
+def gather(results: Sequence[CategoryResult], plan: SearchPlan, run: Run, seconds: Mapping[str, float]) -> Report:
     """The document; arguments as for `write_report`. Raises StorageError where the storage is damaged or away."""
-    categories = tuple(_category(result, plan, seconds.get(result.category), page) for result in results)
+    categories = tuple(_category(result, plan, seconds.get(result.category), run.page) for result in results)
     trained = sum(trial.seconds or 0.0 for category in categories for trial in category.trials)
     chooses = "image AUROC" if plan.config.data.layout == "classes" else "mean of image AUROC and AUPRO"
     on = "on the test images" if plan.selection == "oracle" else "on held-out good images and synthetic defects"
@@ -103,13 +99,14 @@ def gather(
         name=plan.name,
         written=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         data=shown_url(plan.data),
+        seconds=time.monotonic() - run.began,
         trial_seconds=trained,
         caveats=tuple(caveats_of(categories, results, plan)),
         objective=f"{chooses}, {on}",
         categories=categories,
         settings=tuple(_settings(plan)),
-        trust=tuple(_trust(plan, revision)),
-        commands=tuple(_commands(plan, categories, arguments, page)),
+        trust=tuple(_trust(plan, run.revision)),
+        commands=tuple(_commands(plan, categories, run)),
     )
 
 
@@ -278,14 +275,12 @@ def _origin(record: DetectorRecord, champion: Champion) -> list[Fact]:
     return [Fact(name=name, value=value) for name, value in values.items()]
 
 
-def _commands(
-    plan: SearchPlan, categories: Sequence[CategoryReport], arguments: Sequence[str], page: str
-) -> list[Command]:
+def _commands(plan: SearchPlan, categories: Sequence[CategoryReport], run: Run) -> list[Command]:
     tracking = shown_url(plan.addresses.tracking)
     found = {
-        "Repeat or continue the search": without_secrets(command(["python", "tune/search.py", *arguments])),
+        "Repeat or continue the search": without_secrets(command(["python", "tune/search.py", *run.arguments])),
         "Pull all champions": pull_command(plan, "all"),
-        "See its runs in MLflow": page,
+        "See its runs in MLflow": run.page,
         "Draw this page again": command(["dskd", "report", REPORT_DOCUMENT, "--out", REPORT_PAGE]),
     }
     served = next((category.name for category in categories if not category.error), None)

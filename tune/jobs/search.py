@@ -7,6 +7,7 @@ imported and checked beside it, in a thread.
 import dataclasses
 import json
 import sys
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, redirect_stdout
@@ -77,6 +78,7 @@ class _Begun(NamedTuple):
 def _search(
     settings: SearchSettings, progress: SearchProgress, early: EarlyEnd, held: ExitStack
 ) -> list["CategoryResult"]:
+    began = time.monotonic()
     held.enter_context(progress.beating())
     progress.begin("preparing: checks of data and servers, start of Ray")
     plan, workers, groups, marks = _begin(settings, progress, early, held)
@@ -86,7 +88,7 @@ def _search(
     progress.begin("starting: the first workers, and the run in MLflow")
     from dskd.detector import UNTRAINED_TEACHER
     from tune.jobs.outcome import show_outcome
-    from tune.jobs.report import write_report
+    from tune.jobs.report import Run, write_report
     from tune.preflight import identity
     from tune.study.categories import run_search
     from tune.tracking.events import SearchBegan
@@ -120,7 +122,7 @@ def _search(
         results = run_search(plan, groups, workers, revision, tracker, progress)
     seconds = {category: progress.seconds_of(category) for category in plan.categories}
     progress.begin("finishing: the report")
-    report = write_report(results, plan, tracker, seconds=seconds, arguments=sys.argv[1:], revision=revision, page=page)
+    report = write_report(results, plan, tracker, Run(began, sys.argv[1:], revision, page), seconds)
     if report.remark:
         progress.say(report.remark)
     progress.begin("finishing: the last events to MLflow")

@@ -15,6 +15,7 @@ from dskd.checkpoint import (
     WEIGHTS_FILE,
     BrokenDetectorError,
     DetectorRecord,
+    carry_feedback,
     read_detector,
     read_record,
     rewrite_record,
@@ -257,6 +258,7 @@ def download_detector_files(fetch: Fetch, there: Collection[str], folder: Path) 
             (partial / WEIGHTS_FILE).unlink()
             fetch(WEIGHTS_FILE, partial / WEIGHTS_FILE)
             record, _ = read_detector(partial)
+        carry_feedback(folder, partial)
         move_into_place(partial, folder)
     return record
 

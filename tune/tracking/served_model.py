@@ -6,6 +6,7 @@ code and weights are plain files, no pickle. The search never imports this file,
 
 import base64
 import binascii
+import logging
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -46,6 +47,38 @@ def decoded(text: object) -> bytes:
         raise ValueError(f"is not base64 text: {error}") from None
 
 
+class _UnknownParameters(logging.Filter):
+    """Makes a refusal of MLflow's warning that it leaves parameters out which the model does not know.
+
+    MLflow takes them away before the model is asked, so that its warning is the only sign of them; a mistyped
+    false_alarm_rate would else be answered with the usual one.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        said = record.getMessage()
+        if said.startswith("Unrecognized params") and f"{{'{FALSE_ALARM_RATE}'}}" in said:
+            names = said.partition("[")[2].partition("]")[0]
+            raise MlflowException.invalid_parameter_value(
+                f"unknown parameters {names}; there is one: {FALSE_ALARM_RATE}, in (0, 1)."
+            )
+        return True
+
+
+def checked_rate(params: dict[str, Any] | None) -> float:
+    """The false-alarm rate of a request; refuses other parameters, and a rate outside (0, 1)."""
+    given = params or {}
+    if unknown := sorted(set(given) - {FALSE_ALARM_RATE}):
+        raise MlflowException.invalid_parameter_value(
+            f"unknown parameters {', '.join(map(repr, unknown))}; there is one: {FALSE_ALARM_RATE}, in (0, 1)."
+        )
+    rate = given.get(FALSE_ALARM_RATE, 0.01)
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < 1:
+        raise MlflowException.invalid_parameter_value(
+            f"{FALSE_ALARM_RATE} must lie in (0, 1), got {rate!r}; 0.05 is one in twenty."
+        )
+    return float(rate)
+
+
 PART_COLUMNS = ("part", "part_verdict", "part_score", "part_threshold")
 """What is said of the part that an image shows: equal in all rows of one part, of which the worst decides."""
 
@@ -55,6 +88,9 @@ class ServedDetector(PythonModel):
 
     def load_context(self, context: PythonModelContext) -> None:
         """Read and verify the packed detector folder."""
+        logger = logging.getLogger("mlflow.models.utils")
+        if not any(isinstance(each, _UnknownParameters) for each in logger.filters):
+            logger.addFilter(_UnknownParameters())
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._detector = Detector.load(Path(context.artifacts["detector"]), device)
 
@@ -64,12 +100,12 @@ class ServedDetector(PythonModel):
         """A row per image of the column `image`, each the base64 text of a PNG, JPEG or other image file.
 
         The columns are those of `Prediction.to_dict`; the image is called as in the column `name`, where that is
-        missing "row 0" and so on. The parameter `false_alarm_rate` chooses among the stored thresholds. An image that
-        cannot be read has the verdict "unreadable", and `error` says why. A request without any readable image is
-        refused (400), naming each. Detectors that know parts answer `PART_COLUMNS` too.
+        missing "row 0" and so on. The parameter `false_alarm_rate`, in (0, 1), chooses the threshold; any other is
+        refused. An image that cannot be read has the verdict "unreadable", and `error` says why. A request without any
+        readable image is refused (400), naming each. Detectors that know parts answer `PART_COLUMNS` too.
         """
         origin = self._detector.record.origin
-        rate = float((params or {}).get(FALSE_ALARM_RATE, 0.01))
+        rate = checked_rate(params)
         threshold = self._detector.threshold(rate).value
         names = _names(model_input)
         rows: list[dict[str, Any]] = []

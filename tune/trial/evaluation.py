@@ -1,5 +1,6 @@
 """The only use of the test images: a finished trial's detector is evaluated and stored as champion."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,6 +14,8 @@ from tune.storage.staging import local_copy
 from tune.storage.uris import DETECTOR_FOLDER, FIGURES_FOLDER
 from tune.trial.assignment import Evaluation
 from tune.trial.spec import REMARK, TrialSpec
+
+logger = logging.getLogger(__name__)
 
 TABLE_RATE = 0.01
 """False-alarm rate of the threshold at which champions are counted and shown; the nearest that the images allow."""
@@ -99,16 +102,19 @@ def evaluate_on_test(assignment: Evaluation, device: "torch.device") -> dict[str
         Storage(root).download(name, folder)
         detector = Detector.load(folder, str(device))
         layout = detector.record.config.data.layout
-        found, remark = None, ""
+        data: Path | None = None
+        found: TestEvaluation | None = None
+        remark = ""
         try:
             data = local_copy(assignment.data, assignment.category, assignment.cache_gb, layout)
-            try:
-                found = detector.evaluation(data, assignment.category)
-            finally:
-                if assignment.keep_at:
-                    _keep(assignment, detector, data, found)
+            found = detector.evaluation(data, assignment.category)
         except ValueError as error:
             remark = f"no test figures: {error}"
+        if assignment.keep_at and data is not None:
+            try:
+                _keep(assignment, detector, data, found)
+            except ValueError as error:  # its images cannot be found or read; the figures are there all the same
+                logger.warning("%s: no pictures for the report: %s", assignment.category, error)
     if found is None:
         return {REMARK: remark}
     counts = found.confusion(assignment.threshold)

@@ -1,0 +1,1 @@
+"""The page for the inspector: one web application over any source of detectors, and its guard."""

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FORBIDDEN = {"ray", "mlflow", "optuna", "boto3", "pyarrow", "tune"}
 """What the library must never bring in."""
 ROOMS = {"jobs", "preflight", "runtime", "settings", "storage", "study", "tracking", "trial"}
-ENTRIES = {"demo", "pull", "score", "search", "serve", "train", "versions"}
+ENTRIES = {"clean", "demo", "pull", "score", "search", "serve", "train", "versions"}
 UNDOCUMENTED = ("ray.core.generated", "ray.train.v2", "ray.tune.execution")
 """Modules of Ray that it documents nowhere, although their names have no underscore."""
 RAY_INTERNALS = "tune/runtime/ray_internals.py"

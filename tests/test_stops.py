@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def test_a_search_that_is_stopped_twice_and_moved_ends_with_the_champion_of_an_u
     ], early.said  # fmt: skip
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         driver = started(mvtec_root, place)
-        driver.wait_until(lambda storage=driver.storage: is_training(storage))
+        driver.wait_until(partial(is_training, driver.storage))
         found, lines = driver.end(number)
         assert found == code, driver.said
         assert [line.partition("] ")[2] for line in lines] == [

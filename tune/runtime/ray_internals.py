@@ -155,7 +155,7 @@ def next_trial_id(trial_id: str) -> Iterator[None]:
     try:
         yield
     finally:
-        Trial.generate_id = drawing
+        Trial.generate_id = drawing  # type: ignore[method-assign]
 
 
 def fill_rungs(scheduler: "ASHAScheduler", reported: Mapping[str, Mapping[int, float]]) -> None:
@@ -163,8 +163,8 @@ def fill_rungs(scheduler: "ASHAScheduler", reported: Mapping[str, Mapping[int, f
     assert scheduler._metric_op is not None  # 1 or -1, by the study's mode
     for milestone, recorded in scheduler._brackets[0]._rungs:
         for trial_id, objectives in reported.items():
-            if milestone in objectives:
-                recorded[trial_id] = scheduler._metric_op * objectives[milestone]
+            if int(milestone) in objectives:
+                recorded[trial_id] = scheduler._metric_op * objectives[int(milestone)]
 
 
 def causes_of(failures: Iterable[Exception]) -> list[BaseException]:

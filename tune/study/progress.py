@@ -26,6 +26,7 @@ from tune.tracking.events import (
     EpochDone,
     Event,
     Remarked,
+    SearchBegan,
     Status,
     TrialEnded,
     TrialStarted,
@@ -253,6 +254,8 @@ class SearchProgress:
 
     def show(self, event: Event | CategoryContinued) -> None:
         """Count an event; prints a line for remarks and for ended trials, none for trials that had ended before."""
+        if isinstance(event, SearchBegan):
+            return
         with self._lock:
             category = self._categories.setdefault(event.category, _Category())
             if isinstance(event, TrialStarted) and event.role != "trial":

@@ -173,7 +173,7 @@ class Outbox:
             before_sleep=self._warn,
         )
         try:
-            return retrying(self._permitted, act)
+            return retrying(lambda: self._permitted(act))
         except tenacity.RetryError:
             raise TrackingUnavailableError("MLflow does not answer") from None
 

@@ -48,6 +48,11 @@ def newest_checkpoint(trials: str, trial_id: str) -> str:
     return ""
 
 
+def is_checkpoint(name: str) -> bool:
+    """Whether a folder of this name is one checkpoint of a trial."""
+    return name.startswith(_EPOCH)
+
+
 def _place(trial_id: str, generation: int) -> str:
     return f"{trial_id}/{_LEASE}{generation:06d}" if generation else trial_id
 

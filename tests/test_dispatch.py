@@ -63,6 +63,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Real time passes only where a test waits in vain."""
     monkeypatch.setattr(dispatch, "VERDICT_SECONDS", 0.05)
     monkeypatch.setattr(dispatch, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(dispatch, "LIFE_SECONDS", 0.05)
 
 
 def run(scene: Callable[[Bench], Coroutine[Any, Any, None]], **more: bool) -> None:

@@ -140,6 +140,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     session_options = onnxruntime.SessionOptions()
     session_options.intra_op_num_threads = options.threads
+    # Its threads would go on spinning for work while torch has its turn.
+    session_options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     print(
         f"python {platform.python_version()}, torch {torch.__version__}, onnxruntime {onnxruntime.__version__}, "
         f"{options.threads} threads of "

@@ -2,11 +2,12 @@
 
 Both compute maps and scores from RGB bytes, alternating in one run, with the same number of threads. The weights
 are random, which does not change the speed. Also prints the file sizes and the largest difference of the maps; with
---detectors and --data, what 8 bits cost in accuracy.
+--detectors and --data, what 8 bits cost in accuracy, and with --files the speed of whole inspections.
 """
 
 import os
 import platform
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import tyro
 
 from dskd.checkpoint import DetectorRecord
 from dskd.data.datasets import read_category
+from dskd.demo.dataset import draw_dataset
 from dskd.detector import Detector
 from dskd.evaluate import AnomalyScores, compute_metrics, labelled_test_split
 from dskd.export import (
@@ -34,6 +36,7 @@ from dskd.export import (
     network_inputs,
 )
 from dskd.model import AmplifiedTeacher, build_amplifier, build_students, build_teacher
+from dskd.predict import Overlays, predict_images
 from dskd.presets import PRESETS
 from dskd.quantize import build_int8_model
 
@@ -44,10 +47,13 @@ class Options:
     image_size: int = 256
     batch_sizes: tuple[int, ...] = (1, 8)
     repeats: int = 15
+    """Rounds of the first table; 0: none."""
     threads: int = os.cpu_count() or 1
     detectors: tuple[Path, ...] = ()
     """Trained detectors whose figures on the labelled test images of --data are compared with their int8 graphs'."""
     data: Path | None = None
+    files: int = 0
+    """Drawn files of that size to inspect by `predict_images`, with and without overlays, beside the network alone."""
 
 
 def untrained(preset: str, image_size: int) -> Detector:
@@ -86,6 +92,30 @@ def seconds_in_turn(
     return first, second, third
 
 
+def of_files(detector: Detector, options: Options) -> str:
+    """Images per second of the network on batches in memory, and the shares of it that whole inspections reach."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        draw_dataset(folder / "drawn", categories=("flange",), num_train=8, num_test=4, image_size=options.image_size)
+        paths = (sorted((folder / "drawn").rglob("good/*.png")) * options.files)[: options.files]
+        framed = [detector.load_image(path) for path in paths[:32]]
+        batch = np.stack([image.rgb for image in framed if not isinstance(image, str)])
+        shares: dict[Overlays, list[float]] = {"none": [], "all": []}
+        rates = []
+        for round_ in range(4):
+            for overlays, known in shares.items():
+                started = time.perf_counter()
+                detector.score_images(batch)
+                between = time.perf_counter()
+                out = folder / f"{overlays}{round_}"
+                predict_images(detector, paths, out, threshold=1.0, overlays=overlays)
+                rate = len(batch) / (between - started)
+                if round_ > 0:
+                    rates.append(rate)
+                    known.append(len(paths) / (time.perf_counter() - between) / rate)
+    return f"{median(rates):.1f} | {median(shares['none']):.0%} | {median(shares['all']):.0%}"
+
+
 def accuracy(folder: Path, data: Path) -> str:
     """A row: image AUROC, pixel AUROC and AUPRO in float32 and of the int8 graph, and its largest error of a score."""
     detector = Detector.load(folder)
@@ -110,6 +140,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     session_options = onnxruntime.SessionOptions()
     session_options.intra_op_num_threads = options.threads
+    # Its threads would go on spinning for work while torch has its turn.
+    session_options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     print(
         f"python {platform.python_version()}, torch {torch.__version__}, onnxruntime {onnxruntime.__version__}, "
         f"{options.threads} threads of "
@@ -120,7 +152,7 @@ def main() -> None:
         "largest difference |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
-    for preset in options.presets:
+    for preset in options.presets if options.repeats else ():
         detector = untrained(preset, options.image_size)
         model = build_model(detector).SerializeToString()
         error = compare(detector, model, as_inputs(generated_images(options.image_size))).map_error
@@ -139,6 +171,10 @@ def main() -> None:
                 f"{len(small) / 1e6:.1f} | {error:.1e} |",
                 flush=True,
             )
+    if options.files:
+        print("\n| preset | network, images/s | predict without overlays | with overlays |\n|---|---|---|---|")
+        for preset in options.presets:
+            print(f"| {preset} | {of_files(untrained(preset, options.image_size), options)} |", flush=True)
     if options.detectors and options.data is not None:
         print("\n| detector | float32: image AUROC / pixel AUROC / AUPRO | int8 | score | other verdicts |")
         print("|---|---|---|---|---|")

@@ -230,6 +230,21 @@ def test_a_file_that_vanishes_midway_is_a_row_of_its_own(
     assert "does not exist" in summary.predictions[2]["error"]
 
 
+@pytest.mark.parametrize("overlays", ["none", "anomalous", "all"])
+def test_overlays_are_drawn_of_the_images_asked_for(
+    overlays: str, detector: Detector, mvtec_root: Path, tmp_path: Path
+) -> None:
+    photos = sorted((mvtec_root / "tile/test").rglob("*.png"))
+    scores = sorted(seen.score for seen in detector.predict(photos))
+    limit = (scores[3] + scores[4]) / 2
+    summary = predict_images(detector, photos, tmp_path / "out", threshold=limit, overlays=overlays)  # type: ignore[arg-type]
+    drawn = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out" / OVERLAYS_FOLDER).iterdir()}
+    assert [Path(line["image"]) for line in summary.predictions] == photos
+    named = {line["overlay"]: line["verdict"] for line in summary.predictions if line["overlay"] is not None}
+    assert drawn == set(named) and len(drawn) == {"none": 0, "anomalous": 4, "all": 8}[overlays]
+    assert overlays == "all" or set(named.values()) <= {"anomalous"}
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_score_that_is_no_number_is_no_verdict(
     value: float, detector: Detector, mvtec_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -36,6 +36,7 @@ from mlflow.tracking import MlflowClient
 from dskd.demo.dataset import draw_dataset
 from dskd.detector import Detector
 from tune.storage.files import Storage
+from tune.trial.checkpoints import newest_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = {
@@ -316,13 +317,11 @@ class Search:
     def has_ended(self) -> bool:
         return self.driver.poll() is not None
 
-    def checkpoints(self) -> dict[str, Any]:
+    def checkpoints(self) -> dict[str, str]:
         """The last checkpoint of every trial."""
-        storage = Storage(f"{self.env['DSKD_STORAGE']}/{self.name}")
-        trials = [
-            f"workers/{name}/{each}" for name in storage.names("workers") for each in storage.names(f"workers/{name}")
-        ]
-        return {trial: storage.read_json(f"{trial}/checkpoint.json") for trial in trials}
+        workers = Storage(f"{self.env['DSKD_STORAGE']}/{self.name}/workers")
+        trials = [(f"{workers.uri}/{name}", each) for name in workers.names("") for each in workers.names(name)]
+        return {f"{place}/{trial}": newest_checkpoint(place, trial) for place, trial in trials}
 
     def outcome(self, seconds: float) -> dict[str, Any]:
         """The first category's result in the search's JSON document.

@@ -12,7 +12,8 @@ from dskd.arguments import parse, parse_into
 from dskd.cli import main as commands
 from dskd.cli.examples import EXAMPLES
 from dskd.cli.main import main
-from tune import demo, pull, score, search, serve, versions
+from tune import clean, demo, pull, score, search, serve, versions
+from tune.settings.clean import CleanSettings
 from tune.settings.demo import DemoSettings
 from tune.settings.pull import PullSettings
 from tune.settings.score import ScoringSettings
@@ -126,6 +127,7 @@ def test_examples_of_the_library_are_valid_command_lines(example: str) -> None:
 
 ENTRIES: dict[str, tuple[Any, Any]] = {
     "search": (search, SearchSettings),
+    "clean": (clean, CleanSettings),
     "pull": (pull, PullSettings),
     "score": (score, ScoringSettings),
     "demo": (demo, DemoSettings),

@@ -14,13 +14,15 @@ ROOT = Path(__file__).resolve().parents[1]
 FORBIDDEN = {"ray", "mlflow", "optuna", "boto3", "pyarrow", "tune"}
 """What the library must never bring in."""
 ROOMS = {"jobs", "preflight", "runtime", "settings", "storage", "study", "tracking", "trial"}
-ENTRIES = {"demo", "pull", "score", "search", "serve", "train", "versions"}
+ENTRIES = {"clean", "demo", "pull", "score", "search", "serve", "train", "versions"}
 UNDOCUMENTED = ("ray.core.generated", "ray.train.v2", "ray.tune.execution")
 """Modules of Ray that it documents nowhere, although their names have no underscore."""
 RAY_INTERNALS = "tune/runtime/ray_internals.py"
 OTHER_PRIVATE_NAMES = {
     "dskd/arguments.py": {"_errors"},  # of tyro, which is held below the version that may move it
-    "tune/settings/entry.py": {"_exit"},  # of os, documented
+    "tune/jobs/stop.py": {"_exit"},  # of os, documented
+    "tune/runtime/stopping.py": {"_exit"},
+    "tune/settings/entry.py": {"_exit"},
 }
 """Private names of others that a file uses outside of RAY_INTERNALS, each with its reason."""
 

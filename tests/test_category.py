@@ -14,18 +14,22 @@ import pytest
 
 from dskd.config import RunConfig
 from dskd.presets import PRESETS
-from tune.runtime.ray_internals import study_and_known_trials
+from tune.runtime.ray_internals import study_of
 from tune.settings.plan import plan_search, resolve_addresses
 from tune.settings.search import SearchSettings
 from tune.settings.space import Space, build_space
 from tune.settings.workers import Workers
+from tune.storage.files import Storage
+from tune.storage.inputs import InputsChangedError, TrainedOn
+from tune.storage.lease import LeaseLostError
 from tune.study import hooks
 from tune.study.budget import Share, Shares
 from tune.study.category import make_sampler, not_yet_asked_for
 from tune.study.context import StudyContext, enter_study, study_context
-from tune.study.hooks import Deadline, Halving, Observe, Searcher, StudyStorage
+from tune.study.hooks import Deadline, Halving, Observe, Searcher, StudyStorage, Suggestions, repeat_ended
+from tune.study.records import TrialRecord, TrialRecords
 from tune.tracking.events import CategoryContinued, EpochDone, Event, TrialEnded, TrialStarted
-from tune.trial.spec import CATEGORY, EPOCH, ERROR, LOST, OBJECTIVE, RUNG, build_spec
+from tune.trial.spec import CATEGORY, DATA_SHA256, EPOCH, ERROR, LOST, OBJECTIVE, RUNG, build_spec
 
 POINTS = [{"depth": 1}, {"depth": 2}]
 
@@ -36,6 +40,11 @@ class Fixed(Share):
     def __init__(self, side_by_side: int) -> None:
         super().__init__(None)
         self._side_by_side, self._updated = side_by_side, math.inf
+
+
+def ended(objective: float) -> dict[str, Any]:
+    """The last report of a whole trial."""
+    return {OBJECTIVE: objective, EPOCH: study_context().plan.num_reports}
 
 
 def depth(trial: Any) -> None:
@@ -58,7 +67,11 @@ def context(tmp_path: Path, space: Space = SPACE, **changes: Any) -> StudyContex
         plan.config, data=plan.data, category="bolt", teacher=plan.teacher, textures="", selection="val", cache_gb=0,
         workers=Workers(1, 1.0, 0.0), min_workers=None, workers_uri="", revision="",
     )  # fmt: skip
-    own: dict[str, Any] = {"share": Fixed(1), "events": None, "deadline": None, "dispatcher": Mock()}
+    records = TrialRecords(Storage(plan.addresses.home), "bolt")
+    records.read()
+    own: dict[str, Any] = {
+        "share": Fixed(1), "events": None, "deadline": None, "dispatcher": Mock(), "records": records
+    }  # fmt: skip
     own |= {k: v for k, v in changes.items() if k not in of_plan}
     found = StudyContext(plan=plan, spec=spec, **own)
     enter_study(found)
@@ -71,40 +84,97 @@ def searcher(tmp_path: Path) -> Searcher:
 
 
 def search_algorithm(url: str) -> Searcher:
+    """As in a new process, with the records that are there."""
+    known = study_context().records
+    known.read()
     return Searcher(
-        depth, metric=OBJECTIVE, mode="max", sampler=optuna.samplers.TPESampler(seed=0), study_name="parts/bolt",
-        storage=StudyStorage(url), points_to_evaluate=not_yet_asked_for(POINTS, url, "parts/bolt"),
+        depth, metric=OBJECTIVE, mode="max", sampler_of=lambda number: optuna.samplers.RandomSampler(seed=number),
+        study_name="parts/bolt", storage=StudyStorage(url),
+        points_to_evaluate=not_yet_asked_for(POINTS, url, "parts/bolt", known),
     )  # fmt: skip
 
 
 def trials_of(searcher: Searcher) -> list[optuna.trial.FrozenTrial]:
-    study, _ = study_and_known_trials(searcher)
-    return study.get_trials()
+    return study_of(searcher).get_trials()
 
 
 def states(searcher: Searcher) -> list[str]:
     return [trial.state.name for trial in trials_of(searcher)]
 
 
-def test_a_kill_before_the_first_snapshot_neither_loses_nor_repeats_a_known_point(searcher: Searcher) -> None:
-    assert searcher.suggest("a") == POINTS[0]
+def test_a_killed_search_goes_on_with_the_trials_that_it_had_begun_and_repeats_none(searcher: Searcher) -> None:
+    begun = {name: searcher.suggest(name) for name in "abc"}
+    assert [begun["a"], begun["b"]] == POINTS
+    searcher.on_trial_complete("a", ended(0.5))
+    study_context().records.end("a", "finished", ended(0.5))
     again = search_algorithm(study_context().plan.studies)
-    assert states(again) == ["FAIL", "WAITING", "WAITING"]
-    assert sorted([again.suggest("b"), again.suggest("c")], key=str) == POINTS
-    assert again.suggest("d") not in POINTS
+    assert states(again) == ["COMPLETE", "RUNNING", "RUNNING"]
+    assert {name: again.suggest(name) for name in "cb"} == {name: begun[name] for name in "cb"}
+    undisturbed = searcher.suggest("d")
+    study_of(again).tell(3, state=optuna.trial.TrialState.FAIL)  # it was only to be seen
+    assert undisturbed not in begun.values()
+    for name in "cb":
+        again.on_trial_complete(name, ended(0.6))
+    assert states(again) == ["COMPLETE"] * 3 + ["FAIL"]
 
 
-def test_a_kill_between_two_snapshots_neither_loses_nor_repeats_a_suggestion(
+def test_what_is_suggested_next_depends_on_the_study_and_not_on_the_process(tmp_path: Path) -> None:
+    drawn = []
+    for is_killed in (False, True):
+        known = context(tmp_path / str(is_killed))
+        made = search_algorithm(known.plan.studies)
+        for name in "abcde":
+            if is_killed:
+                made = search_algorithm(known.plan.studies)
+            made.suggest(name)
+            made.on_trial_complete(name, ended(0.5))
+            known.records.end(name, "finished", ended(0.5))
+        drawn.append([trial.params for trial in trials_of(made)])
+    assert drawn[0] == drawn[1] and len({str(params) for params in drawn[0]}) == 5
+
+
+def test_a_trial_that_was_killed_before_it_was_recorded_is_closed_and_its_point_is_tried_by_another(
     searcher: Searcher, tmp_path: Path
 ) -> None:
     searcher.suggest("a")
-    searcher.save(str(tmp_path / "snapshot"))
-    lost = [searcher.suggest("b"), searcher.suggest("c")]
-    revived = Searcher.__new__(Searcher)  # Tune unpickles it
-    revived.restore(str(tmp_path / "snapshot"))
-    assert [revived.suggest("d"), revived.suggest("e")] == lost, "the known point is put back, the other drawn again"
-    revived.on_trial_complete("a", {OBJECTIVE: 0.5, EPOCH: study_context().plan.num_reports})
-    assert states(revived).count("COMPLETE") == 1
+    (tmp_path / "parts/trials/bolt/a.json").unlink()
+    again = search_algorithm(study_context().plan.studies)
+    assert states(again) == ["FAIL", "WAITING", "WAITING"]
+    assert sorted([again.suggest("b"), again.suggest("c")], key=str) == POINTS
+
+
+def test_a_search_whose_database_is_gone_makes_its_study_anew_from_its_records(
+    searcher: Searcher, tmp_path: Path
+) -> None:
+    begun = {name: searcher.suggest(name) for name in "abcde"}
+    ends: dict[str, Any] = {
+        "a": ("finished", ended(0.5)), "b": ("failed", {OBJECTIVE: 0.0, LOST: True}),
+        "e": ("pruned", {OBJECTIVE: 0.4, EPOCH: 3}),
+    }  # fmt: skip
+    searcher.on_trial_result("e", {OBJECTIVE: 0.4, "training_iteration": 3})
+    for name, (status, last) in ends.items():
+        searcher.on_trial_complete(name, last)
+        study_context().records.end(name, status, last, is_lost=LOST in last)
+    before = [(trial.params, trial.value, trial.state) for trial in trials_of(searcher)]
+    again = search_algorithm(f"sqlite:///{tmp_path}/other.db")
+    assert [(trial.params, trial.value, trial.state) for trial in trials_of(again)] == before
+    assert [again.suggest(name) for name in "cd"] == [begun["c"], begun["d"]]
+    assert again.suggest("f") not in POINTS, "what was enqueued is not enqueued again"
+
+
+def test_trials_that_go_on_come_first_and_keep_their_ids(searcher: Searcher) -> None:
+    """A trial's checkpoints are found by its id."""
+    for name in "ab":
+        searcher.suggest(name)
+    again = search_algorithm(study_context().plan.studies)
+    study_context().waiting = ["a", "b"]
+    asked: list[str] = []
+    again.suggest = lambda trial_id: asked.append(trial_id)  # type: ignore[method-assign]
+    suggestions = Suggestions(again)
+    assert suggestions.create_trial_if_possible({}) is None and study_context().waiting == ["a", "b"]
+    study_context().waiting = []
+    suggestions.create_trial_if_possible({})
+    assert asked[0] == "a" and asked[1] not in "ab"
 
 
 def test_the_study_is_told_which_trials_were_pruned(searcher: Searcher) -> None:
@@ -179,36 +249,46 @@ def test_a_search_follows_the_size_of_the_cluster(
     assert searcher.suggest("next") is not None
 
 
+def recorded(name: str, order: int, **more: Any) -> TrialRecord:
+    return TrialRecord(
+        trial_id=name, order=order, number=order - 1, suggested={}, distributions={}, is_enqueued=False, **more
+    )  # fmt: skip
+
+
 def test_what_a_killed_driver_may_not_have_handed_on_is_said_once_more(tmp_path: Path) -> None:
     said: list[Event | CategoryContinued] = []
     space = build_space({"dskd": RunConfig().with_values({"epochs": 4})})
     dispatcher = Mock()
-    context(tmp_path, space, events=SimpleNamespace(put=said.append), dispatcher=dispatcher)
+    known = context(tmp_path, space, events=SimpleNamespace(put=said.append), dispatcher=dispatcher).records
+    for order, name in enumerate("abc", 1):
+        known.put(recorded(name, order))
 
-    def trial(name: str, status: str, epoch: int) -> Any:
+    def trial(name: str, epoch: int) -> Any:
         return SimpleNamespace(
-            trial_id=name, status=status, config={}, is_finished=lambda: status != "RUNNING",
-            get_error=lambda: "gone", error_file=None, checkpoint=None, run_metadata=SimpleNamespace(num_failures=2),
+            trial_id=name, config={}, get_error=lambda: "gone", error_file=None,
+            run_metadata=SimpleNamespace(num_failures=2),
             last_result={"epoch": epoch, OBJECTIVE: 0.5, "timestamp": 1000 + epoch},
         )  # fmt: skip
 
-    trials = [trial("a", "TERMINATED", 4), trial("b", "ERROR", 2), trial("c", "RUNNING", 1)]
+    trials = [trial("a", 4), trial("b", 2), trial("c", 1)]
     observe = Observe()
-    observe.on_step_begin(0, trials)
-    observe.on_step_begin(1, trials)
+    observe.on_trial_complete(1, trials, trials[0])
+    observe.on_trial_error(1, trials, trials[1])
+    assert dispatcher.drop.remote.mock_calls == [call("bolt/a"), call("bolt/b")]
+    at_once = list(said)
+    said.clear()
+    known.read()  # in another process
+    repeat_ended()
     assert said.pop(0) == CategoryContinued("bolt", {"a": "finished", "b": "failed"}, 1, 0.5)
     assert [event.number for event in said if isinstance(event, TrialStarted)] == [1, 2]
     assert {event.tried for event in said if isinstance(event, TrialStarted)} == {"dskd untuned"}
     assert [(type(event), getattr(event, "trial_id", "")) for event in said] == [
         (kind, name) for name in "ab" for kind in (TrialStarted, EpochDone, TrialEnded)
     ]
-    assert [event.status for event in said if isinstance(event, TrialEnded)] == ["finished", "failed"]
-    # Groups work only on what this search knows, and not on what has ended.
-    assert dispatcher.keep_only.remote.mock_calls == [call("bolt", ["bolt/a", "bolt/b", "bolt/c"])]
-    observe.on_trial_complete(1, trials, trials[0])
-    observe.on_trial_error(1, trials, trials[1])
-    assert dispatcher.drop.remote.mock_calls == [call("bolt/a"), call("bolt/b")]
-    del said[-2:]
+    assert [event for event in said if isinstance(event, TrialEnded)] == at_once
+    assert [event.status for event in at_once if isinstance(event, TrialEnded)] == ["finished", "failed"]
+    # Groups work only on what goes on.
+    assert dispatcher.keep_only.remote.mock_calls == [call("bolt", ["bolt/c"])]
     assert [event.time_ms for event in said if isinstance(event, EpochDone)] == [1004000, 1002000]
 
     for epoch, forgiven in ((1, True), (1, False), (2, True)):
@@ -239,19 +319,21 @@ def test_a_continued_search_compares_trials_at_the_epochs_that_the_undisturbed_o
     tmp_path: Path,
 ) -> None:
     space = build_space({"stfpm": PRESETS["stfpm"]})
-    context(tmp_path, space)
     _, hard, *_ = space.starting_points()
 
     def decide(killed: bool) -> list[str]:
+        known = context(tmp_path / str(killed), space).records
+        known.put(recorded("good", 1))
         halving = Halving(time_attr="epoch", metric=OBJECTIVE, mode="max", max_t=10, grace_period=1, reduction_factor=3)
         good = cast(Any, SimpleNamespace(trial_id="good", config=hard, last_result={}))
         halving.on_trial_add(cast(Any, None), good)
-        halving.on_trial_result(None, good, {"epoch": 1, OBJECTIVE: 0.4})
-        if killed:  # at epoch 5: Tune makes a new scheduler and adds the trials that it knows
+        halving.on_trial_result(None, good, {"epoch": 1, OBJECTIVE: 0.4, f"{RUNG}1": 0.4})
+        if killed:  # at epoch 5: there is a new scheduler, and the trial goes on
+            halving.on_trial_result(None, good, {"epoch": 3, OBJECTIVE: 0.7, f"{RUNG}1": 0.4, f"{RUNG}3": 0.7})
+            known.read()
             halving = Halving(
                 time_attr="epoch", metric=OBJECTIVE, mode="max", max_t=10, grace_period=1, reduction_factor=3
             )
-            good.last_result = {"epoch": 5, OBJECTIVE: 0.9, f"{RUNG}1": 0.4, f"{RUNG}3": 0.7}
             halving.on_trial_add(cast(Any, None), good)
         else:
             halving.on_trial_result(None, good, {"epoch": 3, OBJECTIVE: 0.7})
@@ -297,13 +379,35 @@ def test_every_sampler_draws_from_the_space_and_each_category_its_own(sampler: A
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_a_trial_is_in_a_snapshot_before_anybody_hears_of_it(tmp_path: Path) -> None:
-    """A warm trial may end before Tune's next one; unknown to it, it would be replaced after a kill."""
-    seen = Mock()
-    context(tmp_path, SPACE, events=SimpleNamespace(put=seen.put))
-    trial = cast(Any, SimpleNamespace(trial_id="a", config=SPACE.starting_points()[0], last_result=None))
+def test_a_search_that_has_lost_its_lease_changes_nothing_in_the_study(searcher: Searcher, tmp_path: Path) -> None:
+    searcher.suggest("a")
+    study_context().plan = dataclasses.replace(study_context().plan, owner="me")
+    Storage(study_context().plan.addresses.home).write_json("lease.json", {"owner": "another"})
+    with pytest.raises(LeaseLostError):
+        searcher.suggest("b")
+    with pytest.raises(LeaseLostError):
+        searcher.on_trial_complete("a", {OBJECTIVE: 0.5})
+    assert states(searcher) == ["RUNNING", "WAITING"]
+
+
+def test_a_trial_that_was_trained_on_other_images_ends_the_study_and_leaves_no_result(tmp_path: Path) -> None:
+    space = build_space({"stfpm": PRESETS["stfpm"]})
+    known = context(tmp_path, space)
+    known.trained_on = TrainedOn(Storage(known.plan.addresses.home), "bolt")
+    known.records.put(recorded("a", 1))
+    known.records.put(recorded("b", 2))
     halving = Halving(time_attr="epoch", metric=OBJECTIVE, mode="max", max_t=10, grace_period=1, reduction_factor=3)
-    halving.on_trial_add(SimpleNamespace(_tune_controller=seen), trial)
-    Observe().on_trial_start(0, [trial], trial)
-    assert [name for name, *_ in seen.mock_calls] == ["checkpoint", "put"]
-    assert seen.checkpoint.mock_calls == [call(force=True, wait=True)]
+    for name, digest in (("a", "one"), ("b", "two")):
+        trial = cast(Any, SimpleNamespace(trial_id=name, config=space.starting_points()[0]))
+        halving.on_trial_add(cast(Any, None), trial)
+        result = {"epoch": 1, OBJECTIVE: 0.9, f"{RUNG}1": 0.9, DATA_SHA256: digest}
+        if name == "a":
+            halving.on_trial_result(None, trial, result)
+            continue
+        with pytest.raises(
+            InputsChangedError, match="bolt: what trials read has changed since the search began: images"
+        ):
+            halving.on_trial_result(None, trial, result)
+    assert isinstance(known.fault, InputsChangedError)
+    assert known.records["a"].status is None and known.records["b"].status == "failed"
+    assert known.records["b"].is_lost and not known.records["b"].rungs

@@ -63,6 +63,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Real time passes only where a test waits in vain."""
     monkeypatch.setattr(dispatch, "VERDICT_SECONDS", 0.05)
     monkeypatch.setattr(dispatch, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(dispatch, "LIFE_SECONDS", 0.05)
 
 
 def run(scene: Callable[[Bench], Coroutine[Any, Any, None]], **more: bool) -> None:
@@ -365,5 +366,37 @@ def test_the_demand_is_told_as_soon_as_it_changes() -> None:
         assert (await bench.it.demand(found.version))[1:] == (0, frozenset("a"), frozenset())
         await bench.it.gone("a")
         assert (await bench.it.demand(-1))[1:] == (1, frozenset(), frozenset())
+
+    run(scene)
+
+
+def test_a_stop_lets_nothing_begin_or_go_on_and_waits_for_what_is_being_stored() -> None:
+    async def scene(bench: Bench) -> None:
+        one, two, three = training("one"), training("two"), training("three")
+        for each in (one, two, three):
+            await bench.it.submit(each)
+        assert [await bench.taken("a"), await bench.taken("b")] == [one, two]
+        between = asyncio.ensure_future(bench.tell(one, 1, "a"))  # waits to hear that it goes on
+        living = asyncio.ensure_future(bench.it.alive("b", 1.0, two))
+        await asyncio.sleep(0)
+        stopped = asyncio.ensure_future(bench.it.stop(600))
+        assert not await between, "no new epoch begins"
+        assert await asyncio.wait_for(living, 1), "a group in the middle of one hears of it at once"
+        assert not stopped.done(), "both groups are still storing"
+        assert (await bench.it.ask("a", 1.0)).must_leave
+        await bench.it.saved("b")
+        assert await asyncio.wait_for(stopped, 1) == 0
+        assert not await bench.tell(two, 1, "b") and (await bench.it.ask("b", 1.0)).must_leave
+        assert (await bench.it.ask("c", 1.0)).must_leave and (await bench.it.demand(-1)).num_waiting == 0
+        assert all([(await bench.news(each)).is_known for each in (one, two, three)]), "nothing is forgotten"
+
+    run(scene)
+
+
+def test_a_stop_ends_although_a_group_does_not_answer() -> None:
+    async def scene(bench: Bench) -> None:
+        await bench.it.submit(training())
+        await bench.taken()
+        assert await bench.it.stop(0.0) == 1
 
     run(scene)

@@ -72,6 +72,54 @@ def test_the_lease_of_another_machine_is_respected_while_it_is_renewed(store: St
     assert store.read_json("lease.json") == elsewhere(4)
 
 
+def test_a_live_search_in_another_container_of_this_host_is_not_taken_for_a_dead_one(
+    store: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has the same host name and boot id; its process's id says nothing here, where that process is not seen."""
+    with only_search(store, "spring", unexpected):
+        held = store.read_json("lease.json")
+    assert held is not None
+    held |= {"owner": "theirs", "process": "999999999 1"}
+    for theirs, is_taken in ((held["namespace"], True), ("pid:[1]", False)):
+        store.write_json("lease.json", held | {"namespace": theirs})
+        waited: list[float] = []
+
+        def renewed(seconds: float, waited: list[float] = waited, theirs: str = theirs) -> None:
+            waited.append(seconds)
+            store.write_json("lease.json", held | {"namespace": theirs, "renewals": 7})
+
+        monkeypatch.setattr(time, "sleep", renewed if not is_taken else lambda seconds: None)
+        if is_taken:
+            with only_search(store, "spring", unexpected):
+                pass
+        else:
+            with pytest.raises(ValueError, match="runs already"):
+                only_search(store, "spring", unexpected).__enter__()
+            assert len(waited) == 1
+
+
+def test_each_taking_has_the_next_generation(store: Storage) -> None:
+    generations = []
+    for _ in range(3):
+        with only_search(store, "spring", unexpected) as lease:
+            generations.append(lease.generation)
+    assert generations == [1, 2, 3]
+
+
+def test_a_lease_that_cannot_be_renewed_is_not_sure_any_more_before_another_may_take_it(
+    store: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(module, "_clock", lambda: clock[0])
+    monkeypatch.setattr(module, "_RENEW_SECONDS", 3600.0)
+    with only_search(store, "spring", unexpected) as lease:
+        assert lease.is_sure()
+        clock[0] += module._MAX_MISSED_RENEWALS * 5.0 - 5.0
+        assert not lease.is_sure()
+        monkeypatch.setattr(module, "_RENEW_SECONDS", 0.05)
+    assert not lease.is_sure(), "given back"
+
+
 def test_a_search_whose_lease_was_taken_over_ends_and_leaves_it(store: Storage) -> None:
     reasons: list[str] = []
     with only_search(store, "spring", reasons.append):

@@ -7,6 +7,8 @@ import io
 import json
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -79,13 +81,13 @@ def leave_marks() -> None:
     torch.set_grad_enabled(False)
 
 
-def serve(script: Script) -> Script:
+def serve(script: Script, checkpoint_seconds: float = 0.0) -> Script:
     """Let a worker of this process take all assignments."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ray, "get_actor", lambda name: script)
         patch.setattr(ray, "get", lambda answer: answer)
         patch.setattr(member, "node_is_leaving", lambda: False)
-        patch.setattr(worker, "CHECKPOINT_SECONDS", 0.0)
+        patch.setattr(worker, "CHECKPOINT_SECONDS", checkpoint_seconds)
         try:
             member.serve_alone("dispatcher", "group-1", None, "cpu")
         finally:
@@ -218,6 +220,75 @@ def test_a_checkpoint_counts_only_when_it_is_complete_and_replaces_the_one_befor
     assert [path.parent.name for path in Path(trials).rglob("training.pt")] == ["epoch-000002"]
     Storage(trials).upload(folder, "one/epoch-000003")  # killed before it wrote the index
     assert newest_checkpoint(trials, "one") == kept
+
+
+def test_checkpoints_of_a_lost_lease_touch_nothing_of_its_successor(tmp_path: Path) -> None:
+    trials, folder = str(tmp_path / "trials"), tmp_path / "made"
+    folder.mkdir()
+    (folder / "training.pt").write_text("state")
+    keep_checkpoint(trials, "one", 1, folder)  # of a search before there were generations
+    keep_checkpoint(trials, "one", 2, folder, generation=1)
+    newer = keep_checkpoint(trials, "one", 3, folder, generation=2)
+    late = keep_checkpoint(trials, "one", 9, folder, generation=1)
+    assert newest_checkpoint(trials, "one") == newer != late
+    assert (Path(newer) / "training.pt").is_file()
+    after = keep_checkpoint(trials, "one", 4, folder, generation=2)
+    assert newest_checkpoint(trials, "one") == after
+    assert [str(path.parent) for path in Path(trials).rglob("training.pt")] == [after], "the others are removed"
+
+
+class Stopping(Script):
+    """A search that is stopped after a trial's second report: as the group waits for its verdict, or right after."""
+
+    def __init__(self, assignment: Assignment, *, is_later: bool) -> None:
+        super().__init__([assignment])
+        self._is_later = is_later
+        self._is_stopping = threading.Event()
+        self._has_saved = threading.Event()
+        self.alive = SimpleNamespace(remote=lambda *_: self._is_stopping.wait(0.05))
+        self.saved = SimpleNamespace(remote=lambda slot: self._has_saved.set())
+
+    def stop(self, seconds: float) -> None:
+        """Let the group hear of it, and wait at most so long for it to say that all is stored."""
+        self._is_stopping.set()
+        self._has_saved.wait(seconds)
+
+    def slowed(self, *given: Any) -> Iterator[Any]:
+        """The training, which the stop meets in its third interval."""
+        for report in worker.train(*given):
+            yield report
+            if self._is_later and report.metrics[EPOCH] == 2:
+                self.stop(1.0)
+
+    def _report(self, slot: str, generation: float, assignment: Assignment, metrics: Any, *, is_over: bool) -> bool:
+        super()._report(slot, generation, assignment, metrics, is_over=is_over)
+        if not self._is_later and metrics[EPOCH] == 2:
+            self.stop(1.0)
+        return not self._is_stopping.is_set()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "is_later", "stored"), [(3600.0, False, [2]), (3600.0, True, [3]), (0.0, True, [2, 3])]
+)
+def test_a_stop_stores_what_was_reported_last(
+    seconds: float, is_later: bool, stored: list[int], mvtec_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No checkpoint was due before; `seconds`: from which an interval is too long to wait for its end."""
+    script = Stopping(training("one", config(epochs=6), mvtec_root, tmp_path), is_later=is_later)
+    kept: list[int] = []
+
+    def keep(trials: str, trial_id: str, epoch: int, folder: Path, generation: int) -> str:
+        kept.append(epoch)
+        return keep_checkpoint(trials, trial_id, epoch, folder, generation)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(member, "SPARE_SECONDS", seconds)
+        patch.setattr(member, "keep_checkpoint", keep)
+        patch.setattr(member, "train", script.slowed)
+        serve(script, checkpoint_seconds=3600.0)
+    assert kept == stored
+    newest = newest_checkpoint(str(tmp_path), "one")
+    assert newest.endswith(f"epoch-{stored[-1]:06d}") and (Path(newest) / "training.pt").is_file()
 
 
 if __name__ == "__main__":

@@ -13,13 +13,14 @@ from dskd.checkpoint import RECORD_FILE, read_record
 from dskd.config import RunConfig
 from dskd.report.document import ImageScore, Inspected, read_report
 from tune.jobs.report import REPORT_DOCUMENT, REPORT_PAGE, Run, caveats_of, gather, write_report
-from tune.jobs.report_trials import FEWEST_TO_WEIGH, importance_of, trials_of
+from tune.jobs.report_trials import importance_of, trials_of
 from tune.settings.plan import plan_search, resolve_addresses
 from tune.settings.search import SearchSettings
 from tune.settings.space import Space, build_space
 from tune.storage.champions import Champion, write_inspected
 from tune.storage.files import Storage
 from tune.study.categories import CategoryResult
+from tune.tracking.category_page import FEWEST_TO_WEIGH
 from tune.tracking.outbox import TrackingUnavailableError
 
 FIGURES = {

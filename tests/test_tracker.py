@@ -26,11 +26,11 @@ from tune.study.progress import SearchProgress
 from tune.tracking import outbox
 from tune.tracking import tracker as tracker_module
 from tune.tracking.client import check_may_write, check_server, run_link, tracking_ui_command
-from tune.tracking.events import CategoryEnded, DataUsed, EpochDone, Event, TrialEnded, TrialStarted
+from tune.tracking.events import CategoryEnded, DataUsed, EpochDone, Event, SearchBegan, TrialEnded, TrialStarted
 from tune.tracking.journal import Journal
 from tune.tracking.outbox import TrackingRefusedError, TrackingUnavailableError
 from tune.tracking.registry import Registration, check_category, evaluation_key
-from tune.tracking.tracker import Tracker
+from tune.tracking.tracker import PLACE, Tracker
 
 
 @pytest.fixture(scope="module")
@@ -332,6 +332,73 @@ def test_a_category_has_one_parent_run_whether_it_could_not_begin_was_interrupte
         found = runs(uri, "budget")
         assert {name: run.info.status for name, run in found.items()} == {"tile": status}
         assert found["tile"].data.tags.get("dskd.error") == end.tags.get("dskd.error")
+
+
+def test_runs_that_a_lost_driver_left_are_closed_by_the_next_start_and_those_of_another_search_are_not(
+    uri: str, tmp_path: Path
+) -> None:
+    def begun(place: str, category: str) -> Tracker:
+        return Tracker(
+            uri, "lost", artifact_location=f"file://{tmp_path}/artifacts", tags={PLACE: place},
+            unsent=tmp_path / f"{category}.jsonl",
+        )  # fmt: skip
+
+    for place, category in (("here", "tile"), ("elsewhere", "wood")):
+        lost = begun(place, category)
+        for event in one_trial(category, "a", 0.5):
+            lost.put(event)
+        lost.close(60)
+    after = begun("here", "tile")
+    after.put(SearchBegan())
+    assert after.close(60) == 0
+    found = runs(uri, "lost")
+    assert {name: run.info.status for name, run in found.items()} == {
+        "tile": "KILLED", "tile-a": "KILLED", "wood": "RUNNING", "wood-a": "RUNNING",
+    }  # fmt: skip
+    assert found["tile-a"].data.tags["dskd.error"] == "its driver was lost; the same command continues"
+    again = begun("here", "tile")
+    for event in (*one_trial("tile", "a", 0.6), TrialEnded("tile", "a", "finished", "")):
+        again.put(event)
+    again.put(CategoryEnded("tile", "finished", {}, {}))
+    again.close(60)
+    found = runs(uri, "lost")
+    assert {found[name].info.status for name in ("tile", "tile-a")} == {"FINISHED"}
+    assert not [name for name in ("tile", "tile-a") if "dskd.error" in found[name].data.tags]
+
+
+def test_a_stop_closes_the_runs_and_what_mlflow_does_not_take_is_kept(uri: str, away: str, tmp_path: Path) -> None:
+    for place, num_unsent in ((uri, 0), (away, 7)):
+        writer = tracker(place, "stopped", tmp_path)
+        for event in (*one_trial("tile", "a", 0.5), *one_trial("tile", "b", 0.5)):
+            writer.put(event)
+        left = writer.stop({"tile": ["a", "b"]}, "stopped; the same command continues", 30.0 if place == uri else 0.1)
+        writer.put(TrialEnded("tile", "a", "failed", "a thread that does not know"))
+        assert left == num_unsent == len(Journal(tmp_path / "unsent.jsonl").read())
+        if place == uri:
+            found = runs(uri, "stopped")
+            assert {run.info.status for run in found.values()} == {"KILLED"}
+            assert {run.data.tags["dskd.error"] for run in found.values()} == {"stopped; the same command continues"}
+
+
+def test_nothing_is_written_while_the_lease_is_not_sure_and_nothing_after_it_is_lost(uri: str, tmp_path: Path) -> None:
+    is_sure = threading.Event()
+    writer = Tracker(
+        uri, "unsure", artifact_location=f"file://{tmp_path}/artifacts", tags={}, unsent=tmp_path / "unsent.jsonl",
+        may_write=is_sure.is_set,
+    )  # fmt: skip
+    for event in one_trial("tile", "a", 0.5):
+        writer.put(event)
+    with pytest.raises(TrackingUnavailableError):
+        writer.add_study("tile", tmp_path, 0.1)
+    assert MlflowClient(tracking_uri=uri).get_experiment_by_name("unsure") is None
+    is_sure.set()
+    assert writer.close(60) == 0 and set(runs(uri, "unsure")) == {"tile", "tile-a"}
+    lost = tracker(uri, "abandoned", tmp_path)
+    lost.abandon()
+    lost.put(TrialStarted("tile", "a", {}))
+    assert lost.close(60) == 0
+    assert MlflowClient(tracking_uri=uri).get_experiment_by_name("abandoned") is None
+    assert not (tmp_path / "unsent.jsonl").exists()
 
 
 def test_two_searches_of_one_name_keep_unsent_events_of_their_own(tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ def _resized(heat: npt.NDArray[np.float32], width: int, height: int) -> npt.NDAr
     """The map at another size: no value is mixed with its neighbours, and of those that fall together the highest."""
     rows, columns = (np.arange(side) * there // side for side, there in zip((height, width), heat.shape, strict=True))
     if width >= heat.shape[1] and height >= heat.shape[0]:
-        return heat[rows][:, columns]
+        return np.asarray(heat[rows][:, columns])
     reduced: npt.NDArray[np.float32] = np.maximum.reduceat(np.maximum.reduceat(heat, rows, axis=0), columns, axis=1)
     return reduced
 

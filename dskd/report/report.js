@@ -11,7 +11,7 @@
   };
   const redraws = []; // functions that draw the charts anew, after the page has got another width
 
-  // ---- elements ----------------------------------------------------------------------------------------------------
+  // ---- elements -----------------------------------------------------------------------------------------------------
 
   function fill(element, attributes, children) {
     for (const [name, value] of Object.entries(attributes)) {
@@ -51,7 +51,7 @@
     return svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label }, ...children);
   }
 
-  // ---- numbers -----------------------------------------------------------------------------------------------------
+  // ---- numbers ------------------------------------------------------------------------------------------------------
 
   const known = (value) => value !== null && value !== undefined;
   const fixed = (value, digits) => (known(value) ? value.toFixed(digits) : "–");
@@ -87,7 +87,7 @@
     return found;
   }
 
-  // ---- what a threshold does: as dskd.evaluate.Evaluation counts, a score above it is anomalous -----------------------
+  // ---- what a threshold does: as dskd.evaluate.Evaluation counts, a score above it is anomalous ---------------------
 
   function confusion(images, threshold) {
     const good = images.filter((image) => !image.is_defective);
@@ -110,10 +110,11 @@
   }
 
   function describe(counts) {
-    return `misses ${counts.missed} of ${counts.defects} defects, flags ${counts.flagged} of ${counts.good} good images`;
+    const { missed, defects, flagged, good } = counts;
+    return `misses ${missed} of ${defects} defects, flags ${flagged} of ${good} good images`;
   }
 
-  // ---- the top -------------------------------------------------------------------------------------------------------
+  // ---- the top ------------------------------------------------------------------------------------------------------
 
   function light(category) {
     const [name, text] = LIGHTS[category.light];
@@ -141,7 +142,7 @@
     ];
   }
 
-  // ---- the table -----------------------------------------------------------------------------------------------------
+  // ---- the table ----------------------------------------------------------------------------------------------------
 
   const share = (part, whole) => (known(part) && known(whole) ? `${part} of ${whole}` : "–");
   const COLUMNS = [
@@ -205,7 +206,7 @@
     ];
   }
 
-  // ---- one category ----------------------------------------------------------------------------------------------------
+  // ---- one category -------------------------------------------------------------------------------------------------
 
   function section(category, index) {
     const parts = [
@@ -229,7 +230,8 @@
   function explorer(category, inspected) {
     const images = inspected.test;
     const stored = inspected.threshold;
-    const scores = [...images, ...inspected.validation].map((image) => image.score).concat(category.normal_scores, [stored]);
+    const shown = [...images, ...inspected.validation].map((image) => image.score);
+    const scores = [...shown, ...category.normal_scores, stored];
     const [least, most] = [Math.min(...scores), Math.max(...scores)];
     const isLog = least > 0 && most / least > 20;
     const margin = (most - least || 1) * 0.02;
@@ -280,8 +282,8 @@
         } }, "Back to the stored one")),
       counts,
       held,
-      el("p", { class: "soft" }, "Moving it shows what would have been; a threshold chosen by these test images is no " +
-        "longer tested by them."),
+      el("p", { class: "soft" }, "Moving it shows what would have been; a threshold chosen by these test images is " +
+        "no longer tested by them."),
       el("div", { class: "pair" },
         el("div", {}, el("h3", {}, "Found, by kind of defect"), el("table", {}, kinds)),
         el("div", {}, el("h3", {}, "ROC of the images"), roc),
@@ -390,9 +392,10 @@
   function drawPro(width, points, threshold) {
     const height = Math.min(260, width);
     const limit = 0.3;
-    const { x, y, parts } = frame(width, height, limit, "normal pixels above the threshold", "mean share found of a defect");
+    const { x, y, parts } = frame(width, height, limit, "normal pixels above the threshold", "mean share found");
     const inside = points.filter(([, fpr]) => fpr <= limit);
-    parts.push(svg("path", { class: "curve", d: path([[x(0), y(0)], ...inside.map(([, fpr, pro]) => [x(fpr), y(pro)])]) }));
+    const curve = [[0, 0], ...inside.map(([, fpr, pro]) => [fpr, pro])];
+    parts.push(svg("path", { class: "curve", d: path(curve.map(([fpr, pro]) => [x(fpr), y(pro)])) }));
     const [, fpr, pro] = points.reduce((best, each) =>
       Math.abs(each[0] - threshold) < Math.abs(best[0] - threshold) ? each : best);
     parts.push(svg("circle", { class: "bad", cx: x(Math.min(fpr, limit)), cy: y(pro), r: 6 },
@@ -457,7 +460,7 @@
         "What few good images reach is not coloured."));
   }
 
-  // ---- the search --------------------------------------------------------------------------------------------------------
+  // ---- the search ---------------------------------------------------------------------------------------------------
 
   function search() {
     const parts = [el("h2", { id: "search" }, "The search"),
@@ -480,7 +483,9 @@
     const trials = category.trials.filter((trial) => known(trial.objective));
     const values = trials.map((trial) => trial.objective);
     const preset = untuned(category);
-    if (!values.length) return picture(width, 30, "No trial has a value yet", svg("text", { x: 0, y: 20 }, "No values yet."));
+    if (!values.length) {
+      return picture(width, 30, "No trial has a value yet", svg("text", { x: 0, y: 20 }, "No trial has a value yet."));
+    }
     const [least, most] = [Math.min(...values), Math.max(...values)];
     const margin = (most - least || 0.02) * 0.1;
     const last = Math.max(1, ...category.trials.map((trial) => trial.number));
@@ -515,9 +520,13 @@
 
   function importance(category) {
     const shares = Object.entries(category.importance);
-    if (!shares.length) return el("p", { class: "soft" }, `Importance: ${category.importance_note || "too few trials to tell"}.`);
+    if (!shares.length) {
+      return el("p", { class: "soft" }, `Importance: ${category.importance_note || "too few trials to tell"}.`);
+    }
     return el("table", {}, el("caption", { class: "soft" }, "Importance of the parameters"), el("tbody", {},
-      shares.slice(0, 6).map(([name, part]) => el("tr", {}, el("td", {}, name), el("td", { class: "number" }, percent(part)),
+      shares.slice(0, 6).map(([name, part]) => el("tr", {},
+        el("td", {}, name),
+        el("td", { class: "number" }, percent(part)),
         el("td", { style: "width:40%" }, el("span", { class: "bar even", style: `width:${100 * part}%` }))))));
   }
 
@@ -533,45 +542,59 @@
           .map((text) => el("td", {}, String(text)))))))));
   }
 
-  /** Parallel coordinates of what varied, over all categories; each axis can be brushed by pointer or keys. */
-  function parallel() {
+  /** The trials of all categories, each with its values and what it gained over its category's preset. */
+  function comparedTrials() {
     const lines = report.categories.flatMap((category) => {
       const base = untuned(category);
       return category.trials.filter((trial) => known(trial.objective)).map((trial) => ({
-        trial, category: category.name, gain: trial.objective - (base ?? 0), hasBase: known(base),
+        trial,
+        category: category.name,
+        base,
         values: { category: category.name, ...trial.params },
       }));
     });
-    if (lines.length < 2) return [];
-    const isGain = lines.every((line) => line.hasBase);
+    const isGain = lines.every((line) => known(line.base)); // objectives of two categories cannot be compared
     const outcome = isGain ? "gain over the preset" : "objective";
-    for (const line of lines) line.values[outcome] = isGain ? line.gain : line.trial.objective;
-    const names = [...new Set(lines.flatMap((line) => Object.keys(line.values)))].filter((name) =>
+    for (const line of lines) line.values[outcome] = line.trial.objective - (isGain ? line.base : 0);
+    return { lines, outcome };
+  }
+
+  /** The axes of what varied: category first, outcome last; each places a value between `lower` and `upper`. */
+  function axesOf(lines, outcome, gap, upper, lower) {
+    const varied = [...new Set(lines.flatMap((line) => Object.keys(line.values)))].filter((name) =>
       new Set(lines.map((line) => line.values[name])).size > 1);
-    const order = [...names.filter((name) => name === "category"),
-      ...names.filter((name) => name !== "category" && name !== outcome).sort(), ...names.filter((name) => name === outcome)];
-    const brushes = new Map();
+    const ends = ["category", outcome];
+    const between = varied.filter((name) => !ends.includes(name)).sort();
+    const [first, last] = ends.map((end) => varied.filter((name) => name === end));
+    const order = [...first, ...between, ...last];
+    return order.map((name, index) => {
+      const values = lines.map((line) => line.values[name]).filter(known);
+      const x = 60 + index * gap;
+      if (values.every((value) => typeof value === "number")) {
+        const [low, high] = [Math.min(...values), Math.max(...values)];
+        const y = scale(low, high, lower, upper, low > 0 && high / low > 30);
+        return { name, x, y, marks: [[short(high), upper], [short(low), lower]] };
+      }
+      const kinds = [...new Set(values.map(String))].sort();
+      const y = scale(0, Math.max(1, kinds.length - 1), lower, upper);
+      const marks = kinds.map((kind, at) => [kind, y(at)]).slice(0, 12);
+      return { name, x, y: (value) => y(kinds.indexOf(String(value))), marks };
+    });
+  }
+
+  /** Parallel coordinates over all categories; each axis can be brushed by pointer or keys. */
+  function parallel() {
+    const { lines, outcome } = comparedTrials();
+    if (lines.length < 2) return [];
+    const [gap, upper, lower] = [104, 104, 360];
+    const height = lower + 30;
+    const axes = axesOf(lines, outcome, gap, upper, lower);
+    const width = axes.length * gap + 120;
+    const gains = lines.map((line) => line.values[outcome]);
+    const strengthOf = scale(Math.min(...gains), Math.max(...gains), 0, 1);
+    const brushes = new Map(); // by axis: its upper and lower end
     const said = el("p", { "aria-live": "polite" });
     const box = el("div", { class: "scroll" });
-    const gap = 104;
-    const [upper, lower] = [104, 360];
-    const width = order.length * gap + 120;
-
-    const axes = order.map((name, index) => {
-      const values = lines.map((line) => line.values[name]).filter(known);
-      const isNumeric = values.every((value) => typeof value === "number");
-      const x = 60 + index * gap;
-      if (!isNumeric) {
-        const kinds = [...new Set(values.map(String))].sort();
-        const y = scale(0, Math.max(1, kinds.length - 1), lower, upper);
-        return { name, x, y: (value) => y(kinds.indexOf(String(value))), marks: kinds.map((kind, at) => [kind, y(at)]) };
-      }
-      const [low, high] = [Math.min(...values), Math.max(...values)];
-      const y = scale(low, high, lower, upper, low > 0 && high / low > 30);
-      return { name, x, y, marks: [[short(high), upper], [short(low), lower]] };
-    });
-    const gains = lines.map((line) => line.values[outcome]);
-    const shade = scale(Math.min(...gains), Math.max(...gains), 0, 1);
 
     function isIn(line) {
       return axes.every((axis) => {
@@ -581,47 +604,53 @@
       });
     }
 
+    function drawLine(line) {
+      const { trial, values } = line;
+      const points = axes.filter((axis) => known(values[axis.name])).map((axis) => [axis.x, axis.y(values[axis.name])]);
+      const strength = strengthOf(values[outcome]);
+      const colour = `color-mix(in oklab, var(--good) ${Math.round(100 * strength)}%, var(--rule))`;
+      const kind = `trial ${trial.state === "finished" ? "" : "pruned"} ${isIn(line) ? "" : "out"}`;
+      return svg("path", { class: kind, d: path(points), style: `stroke:${colour};stroke-width:${1 + 1.5 * strength}` },
+        svg("title", {}, `${line.category}, trial ${trial.number + 1}, ${trial.state}: ${signed(values[outcome], 4)}`));
+    }
+
+    function drawAxis(axis) {
+      const brush = brushes.get(axis.name);
+      const [x, y] = [axis.x - 6, upper - 22];
+      return svg("g", { tabindex: 0, role: "group", "data-axis": axis.name,
+        "aria-label": `${axis.name}: arrow keys move a range, Escape clears it`,
+        onkeydown: (event) => byKey(event, axis) },
+      svg("line", { class: "axis", x1: axis.x, x2: axis.x, y1: upper, y2: lower, style: "stroke:var(--soft)" }),
+      brush
+        ? svg("rect", { class: "brush", x: axis.x - 9, y: brush[0], width: 18, height: brush[1] - brush[0] })
+        : null,
+      svg("text", { x, y, transform: `rotate(-24 ${x} ${y})` }, cut(axis.name, 26), svg("title", {}, axis.name)),
+      axis.marks.map(([text, at]) => svg("text", { class: "soft", x: axis.x + 6,
+        y: at + (at === upper ? -5 : at === lower ? 14 : 4) }, cut(text, 14))),
+      svg("rect", { class: "hit", x: axis.x - 16, y: upper - 8, width: 32, height: lower - upper + 16,
+        onpointerdown: (event) => byPointer(event, axis) }));
+    }
+
     function draw(focused) {
-      const parts = [...lines].sort((one, other) => one.values[outcome] - other.values[outcome]).map((line) => {
-        const points = axes.filter((axis) => known(line.values[axis.name])).map((axis) => [axis.x, axis.y(line.values[axis.name])]);
-        const strength = shade(line.values[outcome]);
-        const colour = `color-mix(in oklab, var(--good) ${Math.round(100 * strength)}%, var(--rule))`;
-        return svg("path", { class: `trial ${line.trial.state === "finished" ? "" : "pruned"} ${isIn(line) ? "" : "out"}`,
-          d: path(points), style: `stroke:${colour};stroke-width:${1 + 1.5 * strength}` },
-        svg("title", {}, `${line.category}, trial ${line.trial.number + 1}, ${line.trial.state}: ${signed(line.values[outcome], 4)}`));
-      });
-      for (const axis of axes) {
-        const brush = brushes.get(axis.name);
-        parts.push(svg("g", { tabindex: 0, role: "group", "data-axis": axis.name,
-          "aria-label": `${axis.name}: arrow keys move a range, Escape clears it`,
-          onkeydown: (event) => byKey(event, axis) },
-        svg("line", { class: "axis", x1: axis.x, x2: axis.x, y1: upper, y2: lower, style: "stroke:var(--soft)" }),
-        brush ? svg("rect", { class: "brush", x: axis.x - 9, y: brush[0], width: 18, height: Math.max(2, brush[1] - brush[0]) }) : null,
-        svg("text", { x: axis.x - 6, y: upper - 22, transform: `rotate(-24 ${axis.x - 6} ${upper - 22})` }, cut(axis.name, 26),
-          svg("title", {}, axis.name)),
-        axis.marks.slice(0, 12).map(([text, y]) => svg("text", { class: "soft", x: axis.x + 6,
-          y: y === upper ? y - 5 : y === lower ? y + 14 : y + 4 }, cut(text, 14))),
-        svg("rect", { class: "hit", x: axis.x - 16, y: upper - 8, width: 32, height: lower - upper + 16,
-          onpointerdown: (event) => byPointer(event, axis) })));
-      }
-      const chosen = lines.filter(isIn);
-      const best = chosen.reduce((one, other) => (!one || other.values[outcome] > one.values[outcome] ? other : one), null);
-      said.textContent = `${chosen.length} of ${lines.length} trials in the chosen ranges` +
-        (best ? `; best: ${best.category}, trial ${best.trial.number + 1}, ${outcome} ${signed(best.values[outcome], 4)}.` : ".");
-      const drawing = picture(width, lower + 30, "Parameters and outcome of all trials", ...parts);
+      const rising = [...lines].sort((one, other) => one.values[outcome] - other.values[outcome]);
+      const drawing = picture(width, height, "Parameters and outcome of all trials", ...rising.map(drawLine),
+        ...axes.map(drawAxis));
       drawing.removeAttribute("role"); // it holds controls
       drawing.setAttribute("style", `display:block;width:${width}px`);
       box.replaceChildren(drawing);
+      const chosen = rising.filter(isIn);
+      const best = chosen[chosen.length - 1];
+      const which = best
+        ? `; best: ${best.category}, trial ${best.trial.number + 1}, ${outcome} ${signed(best.values[outcome], 4)}`
+        : "";
+      said.textContent = `${chosen.length} of ${lines.length} trials in the chosen ranges${which}.`;
       if (focused) box.querySelector(`[data-axis="${CSS.escape(focused)}"]`)?.focus();
     }
 
     function byPointer(event, axis) {
       const drawing = box.querySelector("svg");
-      const at = (each) => {
-        const area = drawing.getBoundingClientRect();
-        const y = ((each.clientY - area.top) / area.height) * (lower + 30);
-        return Math.min(lower, Math.max(upper, y));
-      };
+      const area = drawing.getBoundingClientRect();
+      const at = (each) => Math.min(lower, Math.max(upper, ((each.clientY - area.top) / area.height) * height));
       const start = at(event);
       brushes.delete(axis.name);
       const move = (each) => {
@@ -655,13 +684,14 @@
     draw();
     return [
       el("h3", {}, "What varied, over all categories"),
-      el("p", { class: "soft" }, "Each line is a trial, dashed if it was pruned; the stronger its colour, the better. Drag along an " +
-        "axis to choose a range, click it to clear; by keyboard: Tab, arrow keys, Escape."),
-      box, said,
+      el("p", { class: "soft" }, "Each line is a trial, dashed if it was pruned; the stronger its colour, the better. " +
+        "Drag along an axis to choose a range, click it to clear; by keyboard: Tab, arrow keys, Escape."),
+      box,
+      said,
     ];
   }
 
-  // ---- trust ---------------------------------------------------------------------------------------------------------------
+  // ---- trust --------------------------------------------------------------------------------------------------------
 
   function facts(rows) {
     return el("table", { class: "facts" }, el("tbody", {}, rows.map((fact) =>

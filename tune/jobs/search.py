@@ -4,34 +4,35 @@ Ray takes most of the time until the first step, so it starts at once, in the ma
 imported and checked beside it, in a thread.
 """
 
-import _thread
 import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, redirect_stdout
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import ray
 
+from tune.jobs.stop import EarlyEnd
 from tune.preflight.draft import Draft, drafted
 from tune.preflight.reach import check_place, check_reach
 from tune.preflight.room import PreflightError, check_cluster, wait_for_room
 from tune.runtime.cluster import cluster_nodes, connect, resolve_gpus
+from tune.runtime.stopping import signals_told_to
 from tune.settings.plan import SearchPlan
 from tune.settings.search import SearchSettings
 from tune.settings.workers import Workers
 from tune.storage.files import Storage
-from tune.storage.lease import only_search
+from tune.storage.lease import Lease
 from tune.storage.uris import absolute
 from tune.study.progress import SearchProgress
 from tune.trial.groups import Groups, worker_groups
 from tune.trial.spec import spec_of
 
-if TYPE_CHECKING:  # a slow import, see above
+if TYPE_CHECKING:  # slow imports, see above
+    from tune.storage.inputs import Marks
     from tune.study.categories import CategoryResult
     from tune.tracking.tracker import Tracker
 
@@ -43,16 +44,21 @@ _TRACKING_PATIENCE = 600.0
 def search(settings: SearchSettings) -> int:
     """Run a search; returns the exit code: 0 all categories have a champion, 1 some have none.
 
-    Raises ValueError, ConnectionError or OSError on bad input, with one line per error.
+    Ctrl-C and SIGTERM end the process, as `EarlyEnd.stop` says. Raises ValueError, ConnectionError or OSError on bad
+    input, with one line per error.
     """
-    try:
-        # Ray prints a message on every lost worker, also to stdout, which is only for the JSON document.
-        with ExitStack() as held, redirect_stdout(sys.stderr):
-            results = _search(settings, held)
-    finally:
-        with redirect_stdout(sys.stderr):
-            if ray.is_initialized():
-                ray.shutdown()
+    progress = SearchProgress(settings.trials, settings.num_reports)
+    early = EarlyEnd(progress)
+    with signals_told_to(early.stop):
+        try:
+            # Ray prints a message on every lost worker, also to stdout, which is only for the JSON document.
+            with ExitStack() as held, redirect_stdout(sys.stderr):
+                results = _search(settings, progress, early, held)
+        finally:
+            early.wait_if_ending()
+            with redirect_stdout(sys.stderr):
+                if ray.is_initialized():
+                    ray.shutdown()
     if settings.json:
         document = {"name": settings.name, "categories": [result.to_dict() for result in results]}
         print(json.dumps(document, indent=2))  # noqa: T201
@@ -65,37 +71,50 @@ class _Begun(NamedTuple):
     plan: SearchPlan
     workers: Workers
     groups: Groups
+    marks: Mapping[str, "Marks"]
+    """By category, what to record of the files that its trials read."""
 
 
-def _search(settings: SearchSettings, held: ExitStack) -> list["CategoryResult"]:
+def _search(
+    settings: SearchSettings, progress: SearchProgress, early: EarlyEnd, held: ExitStack
+) -> list["CategoryResult"]:
     began = time.monotonic()
-    progress = SearchProgress(settings.trials, settings.num_reports)
     held.enter_context(progress.beating())
     progress.begin("preparing: checks of data and servers, start of Ray")
-    plan, workers, groups = _begin(settings, progress, held)
+    plan, workers, groups, marks = _begin(settings, progress, early, held)
+    assert early.lease is not None
+    lease = early.lease
+    plan = dataclasses.replace(plan, owner=lease.owner, generation=lease.generation)
     progress.begin("starting: the first workers, and the run in MLflow")
     from dskd.detector import UNTRAINED_TEACHER
     from tune.jobs.outcome import show_outcome
     from tune.jobs.report import Run, write_report
     from tune.preflight import identity
     from tune.study.categories import run_search
+    from tune.tracking.events import SearchBegan
     from tune.tracking.runs import code_revision, run_tags
     from tune.tracking.runs_page import experiment_note
-    from tune.tracking.tracker import Tracker
+    from tune.tracking.tracker import PLACE, Tracker
 
     if plan.teacher.is_untrained:
         progress.say(UNTRAINED_TEACHER)
     addresses = plan.addresses
     plan = dataclasses.replace(plan, study_names=identity.record(Storage(addresses.home), plan, workers.gpus))
+    for category, found in marks.items():
+        plan.inputs_of(category).record(found)
     unsent, revision = addresses.unsent_events(plan.name), code_revision()
     tracker = Tracker(
         addresses.tracking,
         plan.name,
         artifact_location=addresses.artifacts,
-        tags=run_tags("tune/search.py", plan.name, plan.selection, plan.teacher, revision),
+        tags=run_tags("tune/search.py", plan.name, plan.selection, plan.teacher, revision)
+        | {PLACE: addresses.key(plan.name)},
         unsent=unsent,
+        may_write=lease.is_sure,
         about=experiment_note(plan.name, plan.data, plan.selection, is_untrained=plan.teacher.is_untrained),
     )
+    early.tracker, early.unsent = tracker, str(unsent)
+    tracker.put(SearchBegan())
     page = _page(tracker, addresses.tracking)
     progress.say(f"its runs in MLflow: {page}")
     progress.say(f"searching {', '.join(plan.categories)}: {plan.trials} trials each, state in {addresses.home}")
@@ -124,55 +143,60 @@ def _page(tracker: "Tracker", uri: str) -> str:
         return tracking_ui_command(uri)
 
 
-def _begin(settings: SearchSettings, progress: SearchProgress, held: ExitStack) -> _Begun:
+def _begin(settings: SearchSettings, progress: SearchProgress, early: EarlyEnd, held: ExitStack) -> _Begun:
     """Check data, teacher, servers and cluster, and start the first worker group; `held` keeps it and the lease.
+
+    `early` comes to know of both.
 
     Raises PreflightError with all errors.
     """
     check_place(absolute(settings.storage))
     lease = held.enter_context(ExitStack())  # entered first, so given back last
     with drafted(settings) as draft, ThreadPoolExecutor(2, thread_name_prefix="preflight") as beside:
-        leasing = beside.submit(_take_lease, draft, lease, partial(_end, progress))
+        leasing = beside.submit(_take_lease, draft, lease, early)
         checking = beside.submit(_check, draft)
         plan, of_cluster, begun = draft.plan, [], None
         if settings.address or plan is not None:  # do not start Ray if there are errors already
             try:
                 connect(settings.address)
                 if plan is not None and not leasing.result():
-                    begun = _first_group(plan, held, progress.say)
+                    begun = _first_group(plan, early, held, progress.say)
             except (ValueError, OSError) as error:
                 of_cluster = str(error).splitlines()
-        categories, errors = checking.result()
+        categories, errors, marks = checking.result()
         errors += [line for line in leasing.result() if line not in errors]
     if errors or of_cluster or begun is None:
         raise PreflightError([*errors, *of_cluster])
     for category in categories:
         progress.say(category)
-    return begun
+    return begun._replace(marks=marks)
 
 
-def _take_lease(draft: Draft, lease: ExitStack, on_loss: Callable[[str], None]) -> list[str]:
+def _take_lease(draft: Draft, held: ExitStack, early: EarlyEnd) -> list[str]:
     """Take the lease of the search's name, first of all: a second search of it must start nothing; returns errors."""
     if draft.errors:
         return []
     try:
-        lease.enter_context(only_search(Storage(draft.addresses.home), draft.settings.name, on_loss))
+        lease = Lease(Storage(draft.addresses.home), draft.settings.name, early.lose)
+        early.lease = lease  # known before it is taken, so that a stop gives it back
+        lease.take()
+        held.callback(lease.give_back)
     except (ValueError, OSError) as error:
         return str(error).splitlines()
     return []
 
 
-def _check(draft: Draft) -> tuple[list[str], list[str]]:
-    """Check all but the cluster; returns a line for each category, and the errors."""
+def _check(draft: Draft) -> tuple[list[str], list[str], Mapping[str, "Marks"]]:
+    """Check all but the cluster; returns a line for each category, the errors, and what to record of their files."""
     from tune.preflight.checks import check_inputs
 
-    categories, errors = check_inputs(draft)
+    categories, errors, marks = check_inputs(draft)
     if not errors:  # what the search needs next
         from tune.jobs import outcome  # noqa: F401
-    return [category.describe() for category in categories.values()], errors
+    return [category.describe() for category in categories.values()], errors, marks
 
 
-def _first_group(plan: SearchPlan, held: ExitStack, say: Callable[[str], object]) -> _Begun:
+def _first_group(plan: SearchPlan, early: EarlyEnd, held: ExitStack, say: Callable[[str], object]) -> _Begun:
     """Start the worker groups; raises ValueError if the cluster cannot hold a trial."""
     nodes = cluster_nodes()
     if plan.ray_address is None:
@@ -185,16 +209,11 @@ def _first_group(plan: SearchPlan, held: ExitStack, say: Callable[[str], object]
         max_groups=plan.max_concurrent,
         first=spec_of(plan, plan.categories[0], workers, revision=""),
     )
-    begun = _Begun(plan, workers, held.enter_context(groups))
+    begun = _Begun(plan, workers, held.enter_context(groups), {})
+    early.groups = begun.groups
     if plan.ray_address is not None:  # what waits makes a cluster grow, so only now
         wait_for_room(workers._replace(number=plan.min_workers or plan.num_workers), plan.wait_seconds, say)
         weights = str(plan.teacher) if plan.teacher.is_file else ""
         inputs = {"--data": plan.data, "--textures": plan.textures, "--teacher-weights": weights}
         check_reach(plan.addresses.home, inputs, say=say)
     return begun
-
-
-def _end(progress: SearchProgress, reason: str) -> None:
-    """End this search as Ctrl-C does; callable from any thread."""
-    progress.say(reason)
-    _thread.interrupt_main()

@@ -24,6 +24,7 @@ from tune.preflight.room import PreflightError
 from tune.settings.plan import SearchPlan, resolve_studies
 from tune.settings.search import SearchSettings
 from tune.storage.files import Storage, check_unlocked, created_by_one, open_search
+from tune.storage.inputs import Marks
 from tune.storage.shown import shown, shown_url
 from tune.storage.uris import Addresses, is_address
 from tune.tracking.client import check_may_write, check_server
@@ -39,6 +40,8 @@ class Inputs(NamedTuple):
     categories: Mapping[str, Category]
     """Categories by name; empty if any cannot be read."""
     errors: list[str]
+    marks: Mapping[str, Marks] = {}
+    """By category, what to record of its files; empty if nothing may be left behind."""
 
 
 def check_inputs(draft: Draft, *, leave_no_trace: bool = False) -> Inputs:
@@ -82,7 +85,11 @@ def check_inputs(draft: Draft, *, leave_no_trace: bool = False) -> Inputs:
         errors += collect_errors(check_earlier)
         errors += collect_all_errors(lambda: _check_tracking(addresses, plan))
         errors += collect_all_errors(lambda: _check_studies(studies))
-    return Inputs(categories, [*draft.errors, *errors])
+    marks: dict[str, Marks] = {}
+    if plan is not None and not errors:
+        for name in plan.categories:
+            errors += collect_errors(lambda name=name: marks.update({name: plan.inputs_of(name).check()}))  # type: ignore[misc]
+    return Inputs(categories, [*draft.errors, *errors], marks)
 
 
 def collect_all_errors(*checks: Callable[[], object]) -> list[str]:
@@ -176,8 +183,8 @@ def _check_teacher(settings: SearchSettings, config: RunConfig) -> None:
 def _check_studies(url: str) -> None:
     check_unlocked(url, "--study-storage")
     try:
-        with created_by_one(url):
-            optuna.storages.RDBStorage(url).get_all_studies()
+        with created_by_one(url) as place:
+            optuna.storages.RDBStorage(place).get_all_studies()
     except (SQLAlchemyError, ImportError, ValueError) as error:
         raise _unusable_studies(url, error) from None
 

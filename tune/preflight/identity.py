@@ -1,7 +1,6 @@
 """The settings that two starts of the same search must share: recorded at the first start, compared at later ones.
 
-Tune continues with the settings of its first start and ignores later ones. So a later start that differs in
-anything that affects a result is refused.
+Its trials are compared with each other, so a later start that differs in anything that affects a result is refused.
 """
 
 import secrets
@@ -36,8 +35,13 @@ def identity(plan: SearchPlan, category: str) -> dict[str, Any]:
 
 
 def check_continues(storage: Storage, plan: SearchPlan) -> None:
-    """Raise ValueError if a category was searched under this name with other settings."""
+    """Raise ValueError if a category was searched under this name with other settings, or without records of trials."""
     for category in plan.categories:
+        if storage.names(f"tune/{category}") and not storage.names(f"trials/{category}"):
+            raise ValueError(
+                f"search {plan.name!r} of {category} was begun by a version that kept Ray Tune's own state, which this "
+                f"one does not read; begin a new search, --name {plan.name}-2, with --start-from {plan.name}."
+            )
         _compare(storage, category, identity(plan, category), plan.name)
 
 

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import ray
 import ray.exceptions
 
+from tune.runtime.stopping import same_handlers
 from tune.settings.workers import Workers
 from tune.storage.files import trust_one_authority
 from tune.storage.shown import shown, shown_url
@@ -30,7 +31,7 @@ def connect(address: str | None) -> None:
     trust_one_authority()  # the processes of a cluster that starts here inherit it
     if address is not None:
         _check_address(address)
-    with _caught_stderr() as captured:
+    with _caught_stderr() as captured, same_handlers():
         try:
             ray.init(
                 address=address or "local",

@@ -3,7 +3,8 @@
 `ray` is pinned to that minor version in pyproject.toml; check each function here before moving to a newer one.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -17,7 +18,6 @@ from ray.util.placement_group import PlacementGroup
 
 if TYPE_CHECKING:  # slow imports that the processes of trials do not need
     import optuna
-    from ray.tune.experiment import Trial
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search.optuna import OptunaSearch
 
@@ -122,26 +122,49 @@ def num_open_suggestions(searcher: "OptunaSearch") -> int:
     return len(searcher._ot_trials.keys() - searcher._completed_trials)
 
 
-def study_and_known_trials(searcher: "OptunaSearch") -> "tuple[optuna.Study, set[int]]":
-    """Optuna's study of a restored searcher, and the numbers of the trials in Tune's snapshot.
-
-    The study may hold more trials: a driver killed between two snapshots created trials that nobody runs.
-    """
+def study_of(searcher: "OptunaSearch") -> "optuna.Study":
+    """Optuna's study of a searcher."""
     assert searcher._ot_study is not None
-    return searcher._ot_study, {trial.number for trial in searcher._ot_trials.values()}
+    return searcher._ot_study
 
 
-def take_snapshot(tune: Any) -> None:
-    """Let Tune save its state now, whatever its interval; `tune` is the controller that it shows to its scheduler."""
-    tune._tune_controller.checkpoint(force=True, wait=True)
+def suggestion_of(searcher: "OptunaSearch", trial_id: str) -> "optuna.trial.FrozenTrial":
+    """What the study has suggested to the trial of that id."""
+    return _numbered(searcher, searcher._ot_trials[trial_id].number)
 
 
-def fill_rungs(scheduler: "ASHAScheduler", trial: "Trial", reported: Mapping[int, float]) -> None:
-    """Restore ASHA's rungs from a trial's objectives by epoch; Tune's snapshots do not hold the rungs."""
+def resume_suggestion(searcher: "OptunaSearch", trial_id: str, number: int) -> None:
+    """Let the study's trial of that number go on as the trial of that id."""
+    from optuna.trial import Trial as Suggestion
+
+    searcher._ot_trials[trial_id] = Suggestion(study_of(searcher), _numbered(searcher, number)._trial_id)
+
+
+def _numbered(searcher: "OptunaSearch", number: int) -> "optuna.trial.FrozenTrial":
+    (found,) = (trial for trial in study_of(searcher).get_trials(deepcopy=False) if trial.number == number)
+    return found
+
+
+@contextmanager
+def next_trial_id(trial_id: str) -> Iterator[None]:
+    """While the block runs, the trials that Tune makes have this id; Tune draws ids and lets nobody choose them."""
+    from ray.tune.experiment import Trial
+
+    drawing = Trial.__dict__["generate_id"]
+    Trial.generate_id = classmethod(lambda cls: trial_id)  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        Trial.generate_id = drawing  # type: ignore[method-assign]
+
+
+def fill_rungs(scheduler: "ASHAScheduler", reported: Mapping[str, Mapping[int, float]]) -> None:
+    """Fill ASHA's rungs with the objectives of earlier trials, by trial id and epoch."""
     assert scheduler._metric_op is not None  # 1 or -1, by the study's mode
-    for milestone, recorded in scheduler._trial_info[trial.trial_id]._rungs:
-        if milestone in reported:
-            recorded[trial.trial_id] = scheduler._metric_op * reported[milestone]
+    for milestone, recorded in scheduler._brackets[0]._rungs:
+        for trial_id, objectives in reported.items():
+            if int(milestone) in objectives:
+                recorded[trial_id] = scheduler._metric_op * objectives[int(milestone)]
 
 
 def causes_of(failures: Iterable[Exception]) -> list[BaseException]:

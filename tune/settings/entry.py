@@ -2,7 +2,9 @@
 
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -16,14 +18,25 @@ _OF_NO_USE = (
 )
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does."""
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise Terminated
+
+
 def run_entry(name: str, act: Callable[[], int], *, when_interrupted: str = "") -> NoReturn:
     """Call `act` and exit with the code that it returns.
 
     On bad input (ValueError, OSError) each line of the message is printed on stderr as an error of `name`, and the
-    exit code is 2. Ctrl-C prints `when_interrupted` and exits with 130. Any other error is a bug: its traceback is
-    printed without addresses' credentials, and the exit code is 1. `act` also parses the command line.
+    exit code is 2. Ctrl-C prints `when_interrupted` and exits with 130, SIGTERM likewise with 143. Any other error is a
+    bug: its traceback is printed without addresses' credentials, and the exit code is 1. `act` also parses the command
+    line.
     """
     keep_secrets_out_of_logs()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
     # Read when ray is imported: lines of Ray on what the search itself deals with, and nobody else can.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", _OF_NO_USE)
     try:
@@ -35,9 +48,9 @@ def run_entry(name: str, act: Callable[[], int], *, when_interrupted: str = "") 
         for line in str(error).splitlines():
             say(f"{name}: error: {line}")
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as end:
         say(f"{name}: interrupted{when_interrupted and f'; {when_interrupted}'}")
-        sys.exit(130)
+        sys.exit(143 if isinstance(end, Terminated) else 130)
     except Exception:
         say(traceback.format_exc().rstrip())
         sys.exit(1)

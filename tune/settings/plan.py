@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dskd.config import RunConfig, Selection, TeacherSource
 from dskd.data.datasets import find_categories
@@ -11,7 +12,11 @@ from dskd.data.exclusions import read_exclusions
 from tune.settings.search import Promote, SamplerName, SearchSettings, split_words
 from tune.settings.space import Space, build_space
 from tune.settings.space_file import read_space
+from tune.storage.files import Storage
 from tune.storage.uris import Addresses, absolute
+
+if TYPE_CHECKING:
+    from tune.storage.inputs import CategoryInputs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +63,10 @@ class SearchPlan:
     """Standard errors by which a finalist must be ahead of the untuned preset."""
     study_names: Mapping[str, str] = field(default_factory=dict)
     """Name of each category's study in Optuna's storage, once it is recorded."""
+    owner: str = ""
+    """Who holds the lease under which the search runs; empty before it is taken."""
+    generation: int = 0
+    """Number of that lease; each start of the search has the next one."""
 
     @property
     def name(self) -> str:
@@ -90,6 +99,14 @@ class SearchPlan:
     def num_reports(self) -> int:
         """Reports of a trial that is not pruned, one after each validation; what `EPOCH` counts."""
         return self.config.train.num_validations
+
+    def inputs_of(self, category: str) -> "CategoryInputs":
+        """What is recorded of the files that the category's trials read."""
+        from tune.storage.inputs import CategoryInputs, Inputs  # numpy, which a cluster is asked for room without
+
+        layout = self.config.data.layout
+        inputs = Inputs(self.data, layout, self.exclude, self.teacher, self.textures)
+        return CategoryInputs(Storage(self.addresses.home), self.name, category, inputs)
 
     def of_category(self, category: str, space: Space) -> "SearchPlan":
         """The part of the plan that the process of one category needs."""

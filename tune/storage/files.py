@@ -62,6 +62,12 @@ class Storage:
         except (OSError, pyarrow.ArrowException) as error:
             raise StorageError(f"{flag} {shown_url(uri)} cannot be opened: {_first_line(error)}") from None
 
+    def tried_once(self) -> "Storage":
+        """The same files, with no second attempt at a failed operation."""
+        once = copy.copy(self)
+        once._attempts = 1
+        return once
+
     def read_json(self, name: str) -> dict[str, Any] | None:
         """The JSON document `name`; None if it does not exist. Raises StorageError if it is none."""
 
@@ -210,6 +216,15 @@ class Storage:
 
         self._with_retries(remove, f"removing {folder}")
 
+    def remove_file(self, name: str) -> None:
+        """Remove one file; nothing happens if there is none."""
+
+        def remove() -> None:
+            if self._kind(name) == pyarrow.fs.FileType.File:
+                self._files.delete_file(self._path(name))
+
+        self._with_retries(remove, f"removing {name}")
+
     def location(self) -> tuple[pyarrow.fs.FileSystem, str]:
         """pyarrow file system and path of the root, for libraries that need them."""
         return self._files, self._root
@@ -223,8 +238,7 @@ class Storage:
         name = f".probe-{os.getpid()}-{time.time_ns()}"
         if isinstance(self._files, pyarrow.fs.LocalFileSystem) and not Path(self._root).is_dir():
             raise StorageError(f"--storage {self.uri} is not usable: it is no folder any more.")
-        once = copy.copy(self)
-        once._attempts = 1
+        once = self.tried_once()
         with tempfile.TemporaryDirectory(prefix="dskd-") as temporary:
             (Path(temporary) / "probe.json").write_text('{"probe": true}')
             try:
@@ -312,21 +326,31 @@ def _is_retryable(error: BaseException) -> bool:
 
 
 @contextmanager
-def created_by_one(url: str) -> Iterator[None]:
+def created_by_one(url: str) -> Iterator[str]:
     """While the block runs, no other process of this machine is in such a block for the same SQLite file.
 
-    For the first opening of a database, which makes its tables: two processes that do so at once would collide.
-    Other URLs need no lock: nothing is locked then.
+    For the first opening of a database, which makes its tables: two processes that do so at once would collide. Yields
+    the URL to open: that of another file if there is none yet, which takes its name only when the block has succeeded,
+    as a process that ends between two tables would leave a file that nobody can use. Other URLs need no lock.
     """
     scheme, _, path = url.partition(":///")
     folder = Path(path).parent
     if not scheme.startswith("sqlite") or not path or not folder.is_dir():
-        yield
+        yield url
         return
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        if Path(path).exists():
+            yield url
+            return
+        making = folder / f".making-{Path(path).name}"
+        making.unlink(missing_ok=True)  # of a process that was killed
+        yield f"{scheme}:///{making}"
+        if making.exists():
+            with closing(sqlite3.connect(making)) as file:
+                file.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            making.rename(path)
     finally:
         os.close(handle)
 

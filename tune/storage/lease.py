@@ -1,9 +1,16 @@
 """Only one running search per name: its driver holds a lease in the storage and renews it.
 
-Two drivers would overwrite each other's Tune snapshots. Clocks are not compared: a process that finds a lease
+Two drivers would write to the same study and the same runs. Clocks are not compared: a process that finds a lease
 watches whether it is renewed.
+
+A driver that was stopped or cut off may find its lease taken by another. It knows so at its next renewal, within 5 s
+of going on, and ends. Before each write to MLflow it looks whether its last renewal began less than 20 s ago, as
+nobody takes a lease that was renewed within 30 s; before each change of the study the lease itself is read. What is
+left is a process that is stopped between this look and its write, for longer than it takes another to take over: it
+finishes that one write. Checkpoints lie in a folder of the lease's generation, so not even that one meets another's.
 """
 
+import os
 import secrets
 import socket
 import threading
@@ -20,37 +27,102 @@ _RENEW_SECONDS = 5.0
 """Seconds between two renewals."""
 _MAX_MISSED_RENEWALS = 6
 """Number of missed renewals after which the owner counts as dead."""
+_SURE_SECONDS = 20.0
+"""Seconds after the beginning of a renewal in which nobody can have taken the lease."""
 _SETTLE_SECONDS = 1.0
 """Seconds to wait after taking the lease; of several processes that took it at once, the last one then holds it."""
 
 
-@contextmanager
-def only_search(storage: Storage, name: str, on_loss: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lease of the search in this storage; released at the end.
+class LeaseLostError(RuntimeError):
+    """Another search has taken the lease, so this one must not write any more."""
 
-    The lease of a dead process of this machine is taken over at once, that of another machine after half a minute
-    without renewal. Raises ValueError if another search holds it. `on_loss` is called from a thread, with the
-    reason, if this search must end because another took the lease while this process was stopped or cut off.
-    """
-    if other := _current_lease(storage):
-        _wait_for_owner_death(storage, other, name)
-    mine = {"owner": secrets.token_hex(8), "machine": _machine(), "process": _process("self"), "renewals": 0}
-    storage.write_json(_FILE, mine)
-    time.sleep(_SETTLE_SECONDS)
-    if (now := _current_lease(storage)) is None or now["owner"] != mine["owner"]:
-        raise ValueError(_refusal(name, now or mine))
-    has_ended = threading.Event()
-    renewing = threading.Thread(
-        target=_renew, args=(storage, mine, name, has_ended, on_loss), name="lease", daemon=True
-    )
-    renewing.start()
+
+class Lease:
+    """The right of one process to search under a name, once `take` has returned."""
+
+    def __init__(self, storage: Storage, name: str, on_loss: Callable[[str], None]) -> None:
+        """`on_loss` is called from a thread, with the reason, if another takes the lease."""
+        self._storage, self._name, self._on_loss = storage, name, on_loss
+        self.owner = secrets.token_hex(8)
+        self.generation = 0
+        """How often the lease of this name was taken, this time included; 0 before."""
+        self._renewals = 0
+        self._renewed = -_SURE_SECONDS
+        self._has_ended = threading.Event()
+        self._renewing = threading.Thread(target=self._renew, name="lease", daemon=True)
+
+    def take(self) -> None:
+        """Take the lease and renew it from now on.
+
+        That of a dead process of this machine is taken at once, that of another machine or container after half a
+        minute without renewal. Raises ValueError if another search holds it.
+        """
+        known = self._storage.read_json(_FILE) or {}
+        if known.get("owner"):
+            _wait_for_owner_death(self._storage, known, self._name)
+        self.generation = int(known.get("generation", 0)) + 1
+        began = _clock()
+        self._storage.write_json(_FILE, self._document())
+        time.sleep(_SETTLE_SECONDS)
+        now = _current_lease(self._storage)
+        if now is None or now["owner"] != self.owner:
+            raise ValueError(_refusal(self._name, now or self._document()))
+        self._renewed = began
+        self._renewing.start()
+
+    def is_sure(self) -> bool:
+        """Whether nobody can have taken the lease, as it was renewed a moment ago."""
+        return not self._has_ended.is_set() and _clock() - self._renewed < _SURE_SECONDS
+
+    def give_back(self) -> None:
+        """Let others take the lease at once; nothing happens if another has it."""
+        self._has_ended.set()
+        if self._renewing.is_alive():
+            self._renewing.join()
+        if is_held_by(self._storage, self.owner):
+            self._storage.write_json(_FILE, self._document() | {"owner": ""})
+
+    def _renew(self) -> None:
+        storage = self._storage.tried_once()  # the next renewal is the next try
+        while not self._has_ended.wait(_RENEW_SECONDS):
+            began = _clock()
+            try:
+                if not is_held_by(storage, self.owner):
+                    self._has_ended.set()
+                    self._on_loss(f"another search has taken {self._name!r} over; this one ends")
+                    return
+                self._renewals += 1
+                storage.write_json(_FILE, self._document())
+            except StorageError:
+                continue
+            self._renewed = began
+
+    def _document(self) -> dict[str, Any]:
+        return {
+            "owner": self.owner,
+            "generation": self.generation,
+            "machine": _machine(),
+            "namespace": _namespace(),
+            "process": _process("self"),
+            "renewals": self._renewals,
+        }
+
+
+@contextmanager
+def only_search(storage: Storage, name: str, on_loss: Callable[[str], None]) -> Iterator[Lease]:
+    """Hold the lease of the search in this storage as long as the block runs; errors as `Lease.take`."""
+    lease = Lease(storage, name, on_loss)
+    lease.take()
     try:
-        yield
+        yield lease
     finally:
-        has_ended.set()
-        renewing.join()
-        if (now := _current_lease(storage)) and now["owner"] == mine["owner"]:
-            storage.write_json(_FILE, mine | {"owner": ""})
+        lease.give_back()
+
+
+def is_held_by(storage: Storage, owner: str) -> bool:
+    """Whether the lease is that owner's, as read now."""
+    now = _current_lease(storage)
+    return now is not None and now["owner"] == owner
 
 
 def _current_lease(storage: Storage) -> dict[str, Any] | None:
@@ -62,9 +134,10 @@ def _current_lease(storage: Storage) -> dict[str, Any] | None:
 def _wait_for_owner_death(storage: Storage, other: dict[str, Any], name: str) -> None:
     """Wait until the lease's owner is known to be dead.
 
-    Raises ValueError if it is alive.
+    Process ids say something only in the namespace that they are from: containers have their own, with the same host
+    name and boot id. Raises ValueError if it is alive.
     """
-    if other["machine"] == _machine():
+    if other["machine"] == _machine() and other.get("namespace") == _namespace() != "":
         if _process(other["process"].split()[0]) != other["process"]:
             return
         raise ValueError(_refusal(name, other))
@@ -79,21 +152,6 @@ def _wait_for_owner_death(storage: Storage, other: dict[str, Any], name: str) ->
             raise ValueError(_refusal(name, other))
         # While the storage does not answer, nobody can renew.
         missed = missed + 1 if time.monotonic() - read_started < _RENEW_SECONDS else 0
-
-
-def _renew(
-    storage: Storage, mine: dict[str, Any], name: str, has_ended: threading.Event, on_loss: Callable[[str], None]
-) -> None:
-    while not has_ended.wait(_RENEW_SECONDS):
-        try:
-            now = _current_lease(storage)
-            if now is None or now["owner"] != mine["owner"]:
-                on_loss(f"another search has taken {name!r} over; this one ends")
-                return
-            mine["renewals"] += 1
-            storage.write_json(_FILE, mine)
-        except StorageError:  # nobody else can take the lease either
-            continue
 
 
 def _refusal(name: str, lease: dict[str, Any]) -> str:
@@ -111,6 +169,19 @@ def _machine() -> str:
     except OSError:
         boot = "unknown"
     return f"{socket.gethostname()} {boot}"
+
+
+def _namespace() -> str:
+    """The namespace of this process's id, such as pid:[4026531836]; empty if unknown."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _clock() -> float:
+    """Seconds, which go on while the machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def _process(pid: str) -> str:

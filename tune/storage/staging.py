@@ -88,6 +88,11 @@ def local_copy(data: str, category: str, cache_gb: float, layout: LayoutName = "
     return folder / _name(storage)
 
 
+def files_of(data: str, category: str, layout: LayoutName = "auto") -> list[StoredFile]:
+    """The files at the address `data` that a trial of the category reads."""
+    return _of_category(Storage(data, "--data"), category, layout)
+
+
 def listing_key(data: str, category: str, layout: LayoutName = "auto") -> str:
     """Digest of names, sizes and times of the category's files; no file is read."""
     storage = Storage(absolute(data), "--data")

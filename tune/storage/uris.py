@@ -61,12 +61,15 @@ class Addresses:
             return None
         return f"{'' if self.is_remote else 'file://'}{self.storage}/mlflow-artifacts"
 
+    def key(self, name: str) -> str:
+        """Digest of a name in this storage and on this server; another password is the same server."""
+        owner = json.dumps([self.storage, shown_url(self.tracking), name])
+        return hashlib.sha256(owner.encode()).hexdigest()[:12]
+
     def unsent_events(self, name: str) -> Path:
         """File of events not yet written to MLflow: in the local storage folder, else in the home folder.
 
         It belongs to one name in one storage and one server: another search must neither write it elsewhere nor
         remove it.
         """
-        owner = json.dumps([self.storage, shown_url(self.tracking), name])
-        key = hashlib.sha256(owner.encode()).hexdigest()[:12]
-        return (Path.home() if self.is_remote else Path(self.storage)) / f"dskd-unsent-{name}-{key}.jsonl"
+        return (Path.home() if self.is_remote else Path(self.storage)) / f"dskd-unsent-{name}-{self.key(name)}.jsonl"

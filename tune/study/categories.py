@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+import threading
 import traceback
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +22,8 @@ from tune.settings.space import Space, describe_changes
 from tune.settings.workers import Workers
 from tune.storage.champions import Champion, fetch_figures, find_champion, note_best, note_run
 from tune.storage.files import Storage, StorageError, open_search
+from tune.storage.inputs import TrainedOn
+from tune.storage.lease import LeaseLostError
 from tune.storage.shown import command, shown, without_secrets
 from tune.study.budget import BudgetSpentError, Share, Shares, TimeBudget
 from tune.study.category import StudyResult, search_category
@@ -42,13 +45,17 @@ from tune.trial.trainable import driver_resources
 logger = logging.getLogger(__name__)
 
 # A decorated function would be pickled by value and lose its module's state; this one is pickled by reference.
-# Many retries, because its node may be lost often on a spot cluster; it continues from Tune's last snapshot.
+# Many retries, because its node may be lost often on a spot cluster; it continues from the trials' records.
 search_task = ray.remote(num_cpus=0, max_retries=100)(search_category)
 
 _Shares = ray.remote(num_cpus=0)(Shares)
 
 _TRACKING_PATIENCE = 300.0
 """Seconds to wait for an absent tracking server after a category has finished."""
+
+
+_LOSS_SECONDS = 60.0
+"""Seconds in which the driver itself finds that it has lost its lease."""
 
 
 class CategoryResult(NamedTuple):
@@ -154,6 +161,9 @@ def study_one(search: SharedSearch, category: str, budget: TimeBudget, shares: A
             return Studied(category, _outcome(running, search.groups), spec, space)
         finally:
             shares.end_category.remote()  # the steps below use no trial's slot
+    except LeaseLostError as error:
+        threading.Event().wait(_LOSS_SECONDS)  # the lease's own thread finds it too, and ends this process
+        return Studied(category, error=_reason(category, error))
     except BudgetSpentError as error:
         return Studied(category, error=str(error), is_unstarted=True)
     except Exception as error:  # the other categories continue after any error
@@ -253,6 +263,7 @@ def with_earlier(search: SharedSearch, spec: TrialSpec, result: CategoryResult) 
         if (champion := find_champion(storage, category)) is None:
             continue
         try:
+            plan.inputs_of(category).verify()
             figures, remark = evaluated(
                 spec, f"{name}-{champion.trial_id}", f"{storage.uri}/{champion.folder}", search.groups
             )
@@ -296,13 +307,14 @@ def _conclude(
                 f" within the time budget, which interrupted {study.num_interrupted}; the same command continues them"
             )
         return result._replace(error=reason), {}
+    search.plan.inputs_of(category).verify()
     num_finalists = search.plan.finalists
     if num_finalists and budget.is_spent():
         num_finalists = 0
         progress.say(f"{category}: the time budget ended before the finalists were compared; the same command does so")
     chosen = select_champion(
         study.finished,
-        FoldTrainings(spec, search.groups, events.put),
+        FoldTrainings(spec, search.groups, events.put, TrainedOn(search.storage, category)),
         space.configuration,
         num_finalists=num_finalists,
         min_errors=search.plan.min_gain_errors,
@@ -332,6 +344,7 @@ def _conclude(
             detector = train_again(trial, search.groups)
         progress.say(f"{category}: {chosen.sentence}")
         progress.say(f"{category}: trial {trial_id} is chosen, evaluating it once on the test images")
+        search.plan.inputs_of(category).verify()
         local = Path(temporary) / "detector"
         champion, record, remark = save_evaluated_champion(
             search.storage,

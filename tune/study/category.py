@@ -4,10 +4,11 @@ Ray Tune keeps module-level state that two experiments in one process corrupt (s
 "dictionary changed size during iteration"), hence a process per category.
 """
 
+import functools
 import logging
 import os
+import tempfile
 import zlib
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import optuna
@@ -20,6 +21,8 @@ from tune.runtime.ray_internals import keep_aws_keys_out_of_runtime_environments
 from tune.settings.plan import SearchPlan
 from tune.settings.search import SamplerName
 from tune.settings.space import Space
+from tune.storage.files import Storage
+from tune.storage.inputs import TrainedOn
 from tune.study.budget import Share
 from tune.study.context import StudyContext, enter_study
 from tune.study.finalists import FinishedTrial
@@ -30,12 +33,13 @@ from tune.study.hooks import (
     Searcher,
     StudyStorage,
     Suggestions,
-    close_abandoned,
     detector_uri,
+    repeat_ended,
 )
+from tune.study.records import TrialRecords, complete_study
 from tune.trial.asha import REDUCTION, grace_period
 from tune.trial.failures import MAX_RETRY_COST
-from tune.trial.spec import EPOCH, ERROR, OBJECTIVE, TrialSpec
+from tune.trial.spec import EPOCH, OBJECTIVE, TrialSpec
 from tune.trial.trainable import trainable
 
 
@@ -61,9 +65,12 @@ def search_category(
     trials, or of as many as the cluster can hold at that time. `deadline` is in seconds since 1970. The `dispatcher` of
     that name gives the trials to worker groups.
 
-    Meant to run in a Ray task: if its process is lost, a retry continues from Tune's last snapshot.
+    Meant to run in a Ray task: if its process is lost, a retry continues from the trials' records.
     """
     _set_up_tune()
+    home, category = Storage(plan.addresses.home), spec.category
+    records = TrialRecords(home, category)
+    records.read()
     context = StudyContext(
         plan=plan,
         spec=spec,
@@ -71,62 +78,83 @@ def search_category(
         events=events,
         deadline=deadline,
         dispatcher=ray.get_actor(dispatcher),
+        records=records,
+        trained_on=TrainedOn(home, category),
+        waiting=[each.trial_id for each in records.unfinished],
     )
     enter_study(context)
-    space = context.space
-    runs = trainable(spec, space, dispatcher)
-    folder, name = f"{plan.addresses.home}/tune", context.category
-    if ray.tune.Tuner.can_restore(f"{folder}/{name}"):
-        tuner = ray.tune.Tuner.restore(f"{folder}/{name}", runs, resume_unfinished=True)
-    else:
-        tuner = ray.tune.Tuner(
-            runs,
-            tune_config=ray.tune.TuneConfig(
-                metric=OBJECTIVE,
-                mode="max",
-                num_samples=plan.trials,
-                reuse_actors=True,  # a relay begins a trial at once, a new process in seconds
-                search_alg=Suggestions(_searcher(plan, name, space)),
-                scheduler=Halving(
-                    time_attr=EPOCH,
-                    # Above the last epoch, so that a trial ends by itself after its last one.
-                    max_t=plan.num_reports + 1,
-                    grace_period=grace_period(plan.num_reports),
-                    reduction_factor=REDUCTION,
-                ),
-                trial_name_creator=_trial_id,
-                trial_dirname_creator=_trial_id,
-            ),
-            run_config=ray.tune.RunConfig(
-                name=name,
-                storage_path=folder,
-                failure_config=ray.tune.FailureConfig(max_failures=MAX_RETRY_COST),
-                checkpoint_config=ray.tune.CheckpointConfig(num_to_keep=1),
-                callbacks=[Observe()],
-                stop=Deadline(),
-                verbose=0,
-            ),
-        )
-    return _summarise(tuner.fit(), context)
+    context.check_lease()
+    searcher = _searcher(plan, category, context.space, records)
+    repeat_ended()
+    left = max(plan.trials - len(records.ended), len(records.unfinished))
+    if left:
+        with tempfile.TemporaryDirectory(prefix="dskd-tune-", ignore_cleanup_errors=True) as folder:
+            try:
+                _tuner(context, searcher, left, folder, dispatcher).fit()
+            except Exception:
+                if context.fault is not None:
+                    raise context.fault from None
+                raise
+    return _summarise(context)
 
 
-def _searcher(plan: SearchPlan, category: str, space: Space) -> Searcher:
+def _tuner(context: StudyContext, searcher: Searcher, left: int, folder: str, dispatcher: str) -> ray.tune.Tuner:
+    """Tune's experiment for the trials that are left; nobody needs what it writes to the local `folder`."""
+    plan = context.plan
+    return ray.tune.Tuner(
+        trainable(context.spec, context.space, dispatcher),
+        tune_config=ray.tune.TuneConfig(
+            metric=OBJECTIVE,
+            mode="max",
+            num_samples=left,
+            reuse_actors=True,  # a relay begins a trial at once, a new process in seconds
+            search_alg=Suggestions(searcher),
+            scheduler=Halving(
+                time_attr=EPOCH,
+                # Above the last epoch, so that a trial ends by itself after its last one.
+                max_t=plan.num_reports + 1,
+                grace_period=grace_period(plan.num_reports),
+                reduction_factor=REDUCTION,
+            ),
+            trial_name_creator=_trial_id,
+            trial_dirname_creator=_trial_id,
+        ),
+        run_config=ray.tune.RunConfig(
+            name=context.category,
+            storage_path=folder,
+            failure_config=ray.tune.FailureConfig(max_failures=MAX_RETRY_COST),
+            checkpoint_config=ray.tune.CheckpointConfig(num_to_keep=1),
+            callbacks=[Observe()],
+            stop=Deadline(),
+            verbose=0,
+        ),
+    )
+
+
+def _searcher(plan: SearchPlan, category: str, space: Space, records: TrialRecords) -> Searcher:
     study_name = plan.study_name(category)
     points = space.starting_points()[: plan.trials]
     return Searcher(
         space.ask,
+        sampler_of=functools.partial(make_sampler, plan.sampler, plan.seed, category, len(space.bases)),
         metric=OBJECTIVE,
         mode="max",
-        sampler=make_sampler(plan.sampler, plan.seed, category, len(space.bases)),
         storage=StudyStorage(plan.studies),
         study_name=study_name,
-        points_to_evaluate=not_yet_asked_for(points, plan.studies, study_name),
+        points_to_evaluate=not_yet_asked_for(points, plan.studies, study_name, records),
     )
 
 
-def make_sampler(name: SamplerName, seed: int, category: str, num_presets: int) -> optuna.samplers.BaseSampler:
-    """Optuna's sampler of that name; the same `seed` gives each category different suggestions."""
-    seed = zlib.crc32(f"{seed}/{category}".encode())
+def make_sampler(
+    name: SamplerName, seed: int, category: str, num_presets: int, number: int = 0
+) -> optuna.samplers.BaseSampler:
+    """Optuna's sampler of that name for the study's trial `number`, whatever was drawn before in this process.
+
+    The same `seed` gives each category different suggestions.
+    """
+    # One sequence of quasi-random points serves all trials: the study says how far it has come.
+    of_trial = f"/{number}" if number and name != "qmc" else ""
+    seed = zlib.crc32(f"{seed}/{category}{of_trial}".encode())
     if name == "tpe":
         # All that Optuna's versions have different defaults for; `dskd.optuna` in MLflow says which version it was.
         return optuna.samplers.TPESampler(
@@ -146,37 +174,34 @@ def make_sampler(name: SamplerName, seed: int, category: str, num_presets: int) 
     return optuna.samplers.RandomSampler(seed=seed)
 
 
-def not_yet_asked_for(points: list[dict[str, Any]], url: str, study_name: str) -> list[dict[str, Any]]:
-    """The `points` that are not yet in the study, where a search killed before its first snapshot may have put some."""
+def not_yet_asked_for(
+    points: list[dict[str, Any]], url: str, study_name: str, records: TrialRecords
+) -> list[dict[str, Any]]:
+    """The `points` that are not yet in the study, which afterwards says what the records of its trials say."""
     storage = StudyStorage(url)
-    if study_name not in optuna.get_all_study_names(storage):
+    if study_name not in optuna.get_all_study_names(storage) and not records.all:
         return points
-    study = optuna.load_study(study_name=study_name, storage=storage)
-    close_abandoned(study, set())
+    study = optuna.create_study(study_name=study_name, storage=storage, direction="maximize", load_if_exists=True)
+    complete_study(study, records)
     asked = [trial.system_attrs.get("fixed_params") for trial in study.get_trials(deepcopy=False)]
     return [point for point in points if point not in asked]
 
 
-def _summarise(results: ray.tune.ResultGrid, context: StudyContext) -> StudyResult:
-    finished, num_pruned, num_interrupted, errors = [], 0, 0, []
-    for result in (results[index] for index in range(len(results))):
-        metrics = result.metrics or {}
-        detector = detector_uri(metrics, result.checkpoint)
-        trial_id = Path(result.path).name
-        if trial_id in context.interrupted:
-            num_interrupted += 1
-        elif result.error or metrics.get(ERROR):
-            # Tune's own error may be from an earlier attempt.
-            reason = context.failure_reasons.get(trial_id) or str(metrics.get(ERROR) or result.error)
-            errors.append(reason.strip().splitlines()[-1])
-        elif metrics.get(EPOCH, 0) < context.plan.num_reports or detector is None:
+def _summarise(context: StudyContext) -> StudyResult:
+    finished, num_pruned, errors = [], 0, []
+    for record in context.records.ended:
+        detector = detector_uri(record.last)
+        if record.status == "failed":
+            errors.append(record.error.strip().splitlines()[-1])
+        elif record.status == "pruned" or detector is None:
             num_pruned += 1
         else:
-            suggested = dict(metrics["config"])
+            suggested, objective = dict(record.suggested), record.objective or 0.0
             is_untuned = context.space.is_untuned(suggested)
-            finished.append(FinishedTrial(metrics["trial_id"], metrics[OBJECTIVE], detector, suggested, is_untuned))
+            finished.append(FinishedTrial(record.trial_id, objective, detector, suggested, is_untuned))
     finished.sort(key=lambda trial: (trial.objective, trial.trial_id), reverse=True)
-    return StudyResult(len(results), num_pruned, tuple(errors), tuple(finished), num_interrupted)
+    num_interrupted = len(context.records.unfinished)
+    return StudyResult(len(context.records.all), num_pruned, tuple(errors), tuple(finished), num_interrupted)
 
 
 def _trial_id(trial: Trial) -> str:
@@ -184,8 +209,8 @@ def _trial_id(trial: Trial) -> str:
 
 
 def _set_up_tune() -> None:
-    """Configure Tune: no console output or log files per trial, since events replace them; frequent snapshots."""
-    os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "2"
+    """Configure Tune: no console output or log files per trial, since events replace them."""
+    os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "3600"  # the trials' records are what counts
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     keep_aws_keys_out_of_runtime_environments()

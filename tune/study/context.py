@@ -1,9 +1,10 @@
-"""State of one category's process, for the objects that Ray Tune pickles and restores.
+"""State of one category's process, for the objects that Ray Tune pickles.
 
-Tune pickles its callbacks and its searcher into the experiment's folder and restores them when a search is
-continued. They get what must not be pickled, such as a password or a handle, from here.
+Tune pickles its callbacks and its searcher into its local folder. They get what must not be pickled, such as a
+password or a handle, from here.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,11 @@ from ray.util.queue import Queue
 
 from tune.settings.plan import SearchPlan
 from tune.settings.space import Space
+from tune.storage.files import Storage
+from tune.storage.inputs import InputsChangedError, TrainedOn
+from tune.storage.lease import LeaseLostError, is_held_by
 from tune.study.budget import Share
+from tune.study.records import TrialRecords
 from tune.trial.spec import TrialSpec
 
 
@@ -29,16 +34,33 @@ class StudyContext:
     """Seconds since 1970; None: no limit."""
     dispatcher: Any
     """Handle of the actor that gives the trials to worker groups."""
-    tune: Any = None
-    """Tune's controller, as it shows itself to its scheduler; None before the first trial."""
+    records: TrialRecords
+    trained_on: TrainedOn | None = None
+    """What the category's trials have read; None: not compared."""
+    fault: Exception | None = None
+    """Why this study must end; Tune raises only its traceback."""
+    waiting: list[str] = field(default_factory=list)
+    """Ids of trials of an earlier process that are to go on."""
     running: set[str] = field(default_factory=set)
     """Ids of trials that have started and have not ended."""
-    interrupted: set[str] = field(default_factory=set)
-    """Ids of trials that the deadline interrupted."""
-    failure_reasons: dict[str, str] = field(default_factory=dict)
-    """Reasons of finally failed trials, by trial id."""
     is_over: bool = False
     """Whether the deadline has passed."""
+
+    def check_lease(self) -> None:
+        """Raise LeaseLostError if another search has the lease, immediately before the study is written to."""
+        if self.plan.owner and not is_held_by(Storage(self.plan.addresses.home), self.plan.owner):
+            self.fault = LeaseLostError(f"another search has taken {self.plan.name!r} over; this one ends")
+            raise self.fault
+
+    def check_inputs(self, trial_id: str, told: Mapping[str, str]) -> None:
+        """Raise InputsChangedError if a trial was trained on something else than the others; it then has no result."""
+        try:
+            if self.trained_on is not None:
+                self.trained_on.check(told)
+        except InputsChangedError as error:
+            self.fault = error
+            self.records.end(trial_id, "failed", {}, str(error), is_lost=True)
+            raise
 
     @property
     def category(self) -> str:
@@ -59,5 +81,5 @@ def enter_study(context: StudyContext) -> None:
 
 def study_context() -> StudyContext:
     """The context of this process."""
-    assert _contexts, "search_category calls enter_study before Tune restores anything"
+    assert _contexts, "search_category calls enter_study first"
     return _contexts[0]

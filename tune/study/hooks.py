@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,18 @@ from ray.tune.search import SearchGenerator
 from ray.tune.search.optuna import OptunaSearch
 
 from tune.runtime.cluster import cluster_nodes, count_trials
-from tune.runtime.ray_internals import fill_rungs, num_open_suggestions, study_and_known_trials, take_snapshot
+from tune.runtime.ray_internals import (
+    fill_rungs,
+    next_trial_id,
+    num_open_suggestions,
+    resume_suggestion,
+    study_of,
+    suggestion_of,
+)
 from tune.settings.space import describe_changes
 from tune.storage.uris import DETECTOR_FOLDER
 from tune.study.context import study_context
+from tune.study.records import TrialRecord
 from tune.tracking.events import (
     CategoryContinued,
     DataUsed,
@@ -36,9 +44,8 @@ from tune.trial.spec import (
     EPOCH,
     ERROR,
     LOST,
-    OBJECTIVE,
     REMARK,
-    RUNG,
+    fingerprints,
     tracked_figures,
 )
 
@@ -46,32 +53,14 @@ _MOST_CHANGES = 5
 """Changes of a trial that its line names; MLflow has all."""
 
 
-def close_abandoned(study: optuna.Study, known: Set[int]) -> None:
-    """Mark as failed the running trials of the study that are in no snapshot of Tune, after a killed process.
-
-    Enqueued points of such trials are enqueued again, for another trial.
-    """
-    for trial in study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]):
-        if trial.number not in known:
-            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-            if enqueued := trial.system_attrs.get("fixed_params"):
-                study.enqueue_trial(enqueued)
-
-
-def detector_uri(metrics: Mapping[str, Any], checkpoint: ray.tune.Checkpoint | None) -> str | None:
-    """Address of a trial's detector, None without a checkpoint.
-
-    Earlier versions gave checkpoints to Tune, or named them without their scheme.
-    """
-    path = metrics.get(CHECKPOINT) or (checkpoint.path if checkpoint else None)
-    if path is None:
-        return None
-    is_s3 = study_context().plan.addresses.home.startswith("s3://")
-    return f"{'s3://' if is_s3 and '://' not in path else ''}{path}/{DETECTOR_FOLDER}"
+def detector_uri(metrics: Mapping[str, Any]) -> str | None:
+    """Address of a trial's detector, None without a checkpoint."""
+    path = metrics.get(CHECKPOINT)
+    return None if path is None else f"{study_context().records.address(path)}/{DETECTOR_FOLDER}"
 
 
 class StudyStorage(optuna.storages.RDBStorage):
-    """Optuna's storage, pickled without its URL, so that Tune's snapshots contain no password."""
+    """Optuna's storage, pickled without its URL, so that what Tune writes contains no password."""
 
     def __init__(self, url: str) -> None:
         super().__init__(url, engine_kwargs={"pool_pre_ping": True})
@@ -81,11 +70,15 @@ class StudyStorage(optuna.storages.RDBStorage):
 
 
 class Searcher(OptunaSearch):
-    """OptunaSearch for a cluster that grows and shrinks, and for a search killed between two of Tune's snapshots.
+    """OptunaSearch for a cluster that grows and shrinks, and for a search that was killed, stopped or moved.
 
-    In such a snapshot a trial may still be running that the study has as finished: it repeats its last epochs, and
-    the study ignores their results. Trials created after the snapshot are missing in it; others replace them.
+    Each suggestion depends on the study alone, not on what this process has drawn before: `sampler_of` gives the
+    sampler for a trial by its number.
     """
+
+    def __init__(self, space: Any, *, sampler_of: Callable[[int], optuna.samplers.BaseSampler], **more: Any) -> None:
+        super().__init__(space, sampler=sampler_of(0), **more)
+        self._sampler_of = sampler_of
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         """None, which means "later", while the allowed number of trials is running."""
@@ -94,12 +87,16 @@ class Searcher(OptunaSearch):
         slots = limit or count_trials(cluster_nodes(), context.spec.workers)
         if num_open_suggestions(self) >= context.share.of(slots, is_limit=limit is not None):
             return None
+        context.check_lease()
+        records, study = context.records, study_of(self)
+        if trial_id in records:
+            resume_suggestion(self, trial_id, records[trial_id].number)
+            return dict(records[trial_id].suggested)
+        states = [trial.state for trial in study.get_trials(deepcopy=False)]
+        study.sampler = self._sampler_of(len(states) - states.count(optuna.trial.TrialState.WAITING))
         suggested: dict[str, Any] | None = super().suggest(trial_id)
+        records.put(TrialRecord.of(trial_id, len(records.all) + 1, suggestion_of(self, trial_id)))
         return suggested
-
-    def restore(self, checkpoint_path: str) -> None:
-        super().restore(checkpoint_path)
-        close_abandoned(*study_and_known_trials(self))
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         with suppress(optuna.exceptions.UpdateFinishedTrialError):
@@ -110,6 +107,7 @@ class Searcher(OptunaSearch):
 
         A pruned one is told as pruned: its objective after a few epochs is no result beside those of whole trials.
         """
+        study_context().check_lease()
         is_lost = error or bool(result and result.get(LOST))
         # Without a result and without an error Ray tells the study that the trial was pruned.
         is_pruned = not is_lost and result is not None and _status_of(result) == "pruned"
@@ -121,23 +119,31 @@ class Halving(ASHAScheduler):
 
     Nor the points that other categories try too: those that all of them finish say together what none could alone.
 
-    The presets still count in the rungs. Tune's snapshots do not contain the rungs, so in a continued search they
-    are restored from the trials' last reports. Otherwise new trials would be compared with nothing, and continued
-    trials would enter rungs that they passed long ago with their present objective.
+    The presets still count in the rungs. In a continued search the rungs are filled from the trials' records. Otherwise
+    new trials would be compared with nothing, and continued trials would enter rungs that they passed long ago with
+    their present objective.
     """
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(**more)
+        self._is_filled = False
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         super().on_trial_add(tune_controller, trial)
-        study_context().tune = tune_controller
-        last = trial.last_result or {}
-        reported = {int(name.removeprefix(RUNG)): value for name, value in last.items() if name.startswith(RUNG)}
-        fill_rungs(self, trial, reported)
+        if not self._is_filled:
+            self._is_filled = True
+            known = study_context().records.all
+            fill_rungs(self, {each.trial_id: {int(rung): of for rung, of in each.rungs.items()} for each in known})
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         if LOST in result:
             return self.CONTINUE  # no objective of its own
+        context = study_context()
+        context.check_inputs(trial.trial_id, fingerprints(result, context.space.configuration(trial.config)))
+        records, space = context.records, context.space
+        if trial.trial_id in records:
+            records.put(records[trial.trial_id].with_rungs(result))
         decision: str = super().on_trial_result(tune_controller, trial, result)
-        space = study_context().space
         return self.CONTINUE if space.is_untuned(trial.config) or space.is_shared(trial.config) else decision
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
@@ -147,16 +153,23 @@ class Halving(ASHAScheduler):
 
 
 class Suggestions(SearchGenerator):
-    """Lets a study be continued with another number of trials: with more it starts new ones, with fewer none."""
+    """Begins with the trials that go on, each under the id that its checkpoints are found by."""
 
-    def set_state(self, state: dict[str, Any]) -> None:
-        super().set_state(state | {"total_samples": study_context().plan.trials})
+    def create_trial_if_possible(self, experiment_spec: dict[str, Any]) -> Trial | None:
+        waiting = study_context().waiting
+        if not waiting:
+            return super().create_trial_if_possible(experiment_spec)
+        with next_trial_id(waiting[0]):
+            trial = super().create_trial_if_possible(experiment_spec)
+        if trial is not None:
+            waiting.pop(0)
+        return trial
 
 
 class Deadline(ray.tune.Stopper):
     """Interrupts the study at its deadline by SIGUSR1, as a user would who wants to continue it later.
 
-    Tune then takes a last snapshot, in which the trials are still running; stopping them would end them finally.
+    Stopping the trials would end them finally.
     """
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
@@ -179,40 +192,12 @@ class Observe(ray.tune.Callback):
     """Sends events of this category's trials to the search's driver."""
 
     def __init__(self) -> None:
-        self._has_repeated_ends = False
         self._last_epochs: dict[str, int] = {}
         self._remarks: dict[str, str] = {}
 
-    def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
-        """Repeat the events of ended trials once, as a killed driver may have lost them; repeating is harmless."""
-        if self._has_repeated_ends:
-            return
-        self._has_repeated_ends = True
-        study_context().dispatcher.keep_only.remote(study_context().category, [_key(trial) for trial in trials])
-        if trials:
-            study_context().events.put(_continued(trials))
-        for number, trial in enumerate(trials, 1):
-            if trial.is_finished():
-                self._announce(trial, number)
-                if trial.last_result:
-                    self.on_trial_result(iteration, trials, trial, trial.last_result)
-                _send_end(trial, trial.status == Trial.ERROR)
-
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """Put the trial into a snapshot first: a warm one may end before the next, and must not be replaced then."""
-        take_snapshot(study_context().tune)
-        self._announce(trial, trials.index(trial) + 1)
-
-    def _announce(self, trial: Trial, number: int) -> None:
-        context = study_context()
-        config = context.space.configuration(trial.config)
-        params = config.flat() | context.spec.tracked_values()
-        preset = context.space.preset_of(trial.config)
-        params |= {"preset": preset}
-        context.running.add(trial.trial_id)
-        tried = describe_changes(config, {preset: context.space.base_of(trial.config)}, _MOST_CHANGES)
-        role = context.space.role_of(trial.config)
-        context.events.put(TrialStarted(context.category, trial.trial_id, params, number, tried, role))
+        study_context().running.add(trial.trial_id)
+        _announce(study_context().records[trial.trial_id])
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
@@ -233,41 +218,66 @@ class Observe(ray.tune.Callback):
             trial.run_metadata.num_failures = 0
         if LOST in result:
             return  # no epoch
-        when = int(result["timestamp"] * 1000)  # the result's own time, so that a repeated event is the same to MLflow
-        context.events.put(EpochDone(category, trial.trial_id, epoch, tracked_figures(result), when))
+        context.events.put(EpochDone(category, trial.trial_id, epoch, tracked_figures(result), _milliseconds(result)))
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        study_context().dispatcher.drop.remote(_key(trial))
+        study_context().dispatcher.drop.remote(_key(trial.trial_id))
         _send_end(trial, False)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        study_context().dispatcher.drop.remote(_key(trial))
+        study_context().dispatcher.drop.remote(_key(trial.trial_id))
         _send_end(trial, True)
 
-    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
-        context = study_context()
-        if context.is_over:  # the last step; after it Tune marks all trials as terminated
-            context.interrupted.update(trial.trial_id for trial in trials if not trial.is_finished())
-
     def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
-        self.on_step_begin(0, trials)  # Tune takes no step if all trials had already ended
         context = study_context()
         for trial in trials:
             if trial.trial_id in context.running:
-                study_context().dispatcher.drop.remote(_key(trial))
+                study_context().dispatcher.drop.remote(_key(trial.trial_id))
                 if context.is_over:
                     context.events.put(TrialEnded(context.category, trial.trial_id, "interrupted", ""))
 
 
-def _continued(trials: list[Trial]) -> CategoryContinued:
-    ended = {trial.trial_id: _status(trial) for trial in trials if trial.is_finished()}
-    objectives = [float(trial.last_result[OBJECTIVE]) for trial in trials if OBJECTIVE in (trial.last_result or {})]
-    return CategoryContinued(study_context().category, ended, len(trials) - len(ended), max(objectives, default=None))
+def repeat_ended() -> None:
+    """Send the events of ended trials again, as a killed driver may have lost them; repeating is harmless.
+
+    Groups work on nothing but what goes on.
+    """
+    context = study_context()
+    records, category = context.records, context.category
+    context.dispatcher.keep_only.remote(category, [_key(each.trial_id) for each in records.unfinished])
+    if not records.all:
+        return
+    best = max((each.objective for each in records.ended if each.objective is not None), default=None)
+    ended = {each.trial_id: each.status for each in records.ended if each.status is not None}
+    context.events.put(CategoryContinued(category, ended, len(records.unfinished), best))
+    for record in records.ended:
+        _announce(record)
+        if EPOCH in record.last and LOST not in record.last:
+            figures, when = tracked_figures(record.last), _milliseconds(record.last)
+            context.events.put(EpochDone(category, record.trial_id, int(record.last[EPOCH]), figures, when))
+        _say_end(record)
 
 
-def _status(trial: Trial) -> Status:
-    """How an ended trial ended."""
-    return "failed" if trial.status == Trial.ERROR else _status_of(trial.last_result or {})
+def _milliseconds(result: Mapping[str, Any]) -> int:
+    """A result's own time, so that a repeated event is the same to MLflow."""
+    return int(result["timestamp"] * 1000)
+
+
+def _announce(record: TrialRecord) -> None:
+    context = study_context()
+    config, preset = context.space.configuration(record.suggested), context.space.preset_of(record.suggested)
+    params = config.flat() | context.spec.tracked_values() | {"preset": preset}
+    tried = describe_changes(config, {preset: context.space.base_of(record.suggested)}, _MOST_CHANGES)
+    role = context.space.role_of(record.suggested)
+    context.events.put(TrialStarted(context.category, record.trial_id, params, record.order, tried, role))
+
+
+def _say_end(record: TrialRecord) -> None:
+    context = study_context()
+    assert record.status is not None
+    detector = (detector_uri(record.last) if record.status == "finished" else None) or ""
+    objective = record.objective or 0.0
+    context.events.put(TrialEnded(context.category, record.trial_id, record.status, record.error, objective, detector))
 
 
 def _status_of(last: Mapping[str, Any]) -> Status:
@@ -278,26 +288,25 @@ def _status_of(last: Mapping[str, Any]) -> Status:
 
 
 def _send_end(trial: Trial, is_lost: bool) -> None:
-    """Send the trial's end; `is_lost`: it failed too often, and Tune gave up."""
+    """Record and send the trial's end; `is_lost`: it failed too often, and Tune gave up."""
     context = study_context()
     context.running.discard(trial.trial_id)
     last = trial.last_result or {}
     error = str(last.get(ERROR) or "")
     if is_lost:
         failures = _failure_text(trial)
-        error = context.failure_reasons[trial.trial_id] = out_of_memory_reason(failures) or failures
-    status = "failed" if error else _status(trial)
-    detector = detector_uri(last, trial.checkpoint) if status == "finished" else None
-    objective = float(last.get(OBJECTIVE, 0.0))
-    context.events.put(TrialEnded(context.category, trial.trial_id, status, error, objective, detector or ""))
+        error = out_of_memory_reason(failures) or failures
+    status: Status = "failed" if error else _status_of(last)
+    context.records.end(trial.trial_id, status, last, error, is_lost or bool(last.get(LOST)))
+    _say_end(context.records[trial.trial_id])
 
 
 def _failure_text(trial: Trial) -> str:
-    """Tune's text on every failure of a trial; its local file is up to date, the storage only after a snapshot."""
+    """Tune's text on every failure of a trial."""
     here = Path(trial.error_file) if trial.error_file else None
     return here.read_text() if here and here.is_file() else str(trial.get_error() or "unknown error")
 
 
-def _key(trial: Trial) -> str:
+def _key(trial_id: str) -> str:
     """Key of the trial's assignment."""
-    return f"{study_context().category}/{trial.trial_id}"
+    return f"{study_context().category}/{trial_id}"

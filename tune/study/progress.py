@@ -26,6 +26,7 @@ from tune.tracking.events import (
     EpochDone,
     Event,
     Remarked,
+    SearchBegan,
     Status,
     TrialEnded,
     TrialStarted,
@@ -117,6 +118,7 @@ class SearchProgress:
         self._last_line = clock()
         self._beats: IO[str] | None = None
         self._spent = TimeShare(0.0, 0.0, 0.0)
+        self._is_silent = False
         self._started = clock()
         self._live: Live | None = None
 
@@ -211,7 +213,30 @@ class SearchProgress:
         """Print a line with the time since the start."""
         self._print(line)
 
+    def say_last(self, *lines: str) -> None:
+        """Take the table away and print these lines; nothing else is printed any more."""
+        with self._lock:
+            live, self._live = self._live, None
+            self._is_silent = True
+        if live is not None:
+            live.stop()
+        for line in lines:
+            self._write(line)
+
+    def running(self) -> dict[str, list[str]]:
+        """The trials that run by category, finalists' trainings too, of categories that have begun and not ended."""
+        with self._lock:
+            return {
+                name: [*each.running, *(run for run, has_ended in each.finalists.items() if not has_ended)]
+                for name, each in self._categories.items()
+                if not each.is_over and (each.running or each.ended)
+            }
+
     def _print(self, line: str, stream: IO[str] | None = None) -> None:
+        if not self._is_silent:
+            self._write(line, stream)
+
+    def _write(self, line: str, stream: IO[str] | None = None) -> None:
         self._last_line = self._clock()
         minutes, seconds = divmod(int(self._clock() - self._started), 60)
         stamp = f"[{minutes:3d}:{seconds:02d}] "
@@ -229,6 +254,8 @@ class SearchProgress:
 
     def show(self, event: Event | CategoryContinued) -> None:
         """Count an event; prints a line for remarks and for ended trials, none for trials that had ended before."""
+        if isinstance(event, SearchBegan):
+            return
         with self._lock:
             category = self._categories.setdefault(event.category, _Category())
             if isinstance(event, TrialStarted) and event.role != "trial":

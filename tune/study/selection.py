@@ -13,6 +13,7 @@ from dskd.checkpoint import RECORD_FILE, DetectorRecord
 from dskd.config import RunConfig
 from dskd.training.evidence import Evidence
 from tune.storage.files import Storage, StorageError
+from tune.storage.inputs import TrainedOn
 from tune.storage.uris import DETECTOR_FOLDER, EVIDENCE_FILE
 from tune.study.finalists import (
     FinishedTrial,
@@ -28,7 +29,7 @@ from tune.trial.assignment import Training
 from tune.trial.checkpoints import newest_checkpoint
 from tune.trial.follower import AssignmentFailedError
 from tune.trial.groups import Groups
-from tune.trial.spec import EPOCH, ERROR, OBJECTIVE, TrialSpec, tracked_figures
+from tune.trial.spec import EPOCH, ERROR, OBJECTIVE, TrialSpec, fingerprints, tracked_figures
 
 _PRESET_FAILED = "the first fold chose alone: the untuned preset failed on another one"
 FINALIST: Final = "finalist"
@@ -70,9 +71,11 @@ class Selection(NamedTuple):
 class FoldTrainings:
     """Trains configurations of one category without one fold each, through the worker groups."""
 
-    def __init__(self, spec: TrialSpec, groups: Groups, send: Callable[[Event], object]) -> None:
-        """`send` takes the events of these runs."""
-        self._spec, self._groups, self._send = spec, groups, send
+    def __init__(
+        self, spec: TrialSpec, groups: Groups, send: Callable[[Event], object], trained_on: TrainedOn | None = None
+    ) -> None:
+        """`send` takes the events of these runs; `trained_on`: what the category's trials have read."""
+        self._spec, self._groups, self._send, self._trained_on = spec, groups, send, trained_on
         self._storage = Storage(spec.workers_uri)
 
     def detector_of(self, run_id: str) -> str | None:
@@ -93,6 +96,8 @@ class FoldTrainings:
         try:
             for metrics in self._groups.follow(assignment):
                 last = dict(metrics)
+                if self._trained_on is not None:
+                    self._trained_on.check(fingerprints(last, config))
                 now = int(time.time() * 1000)
                 self._send(EpochDone(category, run_id, int(last[EPOCH]), tracked_figures(last), now))
             error = str(last.get(ERROR) or "")

@@ -41,8 +41,8 @@ def check_server(uri: str) -> None:
     try:
         if is_database(uri) and not uri.startswith("sqlite"):
             _check_database(uri)  # MLflow itself would try for two minutes
-        with created_by_one(uri):
-            MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
+        with created_by_one(uri) as place:
+            MlflowClient(tracking_uri=place).search_experiments(max_results=1)
     except (MlflowException, SQLAlchemyError, ImportError) as error:
         raise ConnectionError(f"MLflow at {shown_url(uri)} does not answer: {first_line(error)}") from None
 

@@ -13,6 +13,13 @@ Role = Literal["preset", "start-from", "trial", "finalist"]
 trained without another fold. A category's champion has the role champion in MLflow."""
 
 
+class SearchBegan(NamedTuple):
+    """A search begins or goes on: what an earlier driver of it has left as running does not run any more."""
+
+    category: str = ""
+    """None: it is of all categories."""
+
+
 class TrialStarted(NamedTuple):
     category: str
     trial_id: str
@@ -81,7 +88,7 @@ class CategoryContinued(NamedTuple):
     """Best objective so far; None before the first validation."""
 
 
-Event = TrialStarted | DataUsed | EpochDone | Remarked | TrialEnded | CategoryEnded
+Event = SearchBegan | TrialStarted | DataUsed | EpochDone | Remarked | TrialEnded | CategoryEnded
 
 
 def shown_event(event: Event) -> Event:
@@ -96,5 +103,6 @@ def shown_event(event: Event) -> Event:
 
 
 KINDS: Mapping[str, type[Event]] = {
-    kind.__name__: kind for kind in (TrialStarted, DataUsed, EpochDone, Remarked, TrialEnded, CategoryEnded)
+    kind.__name__: kind
+    for kind in (SearchBegan, TrialStarted, DataUsed, EpochDone, Remarked, TrialEnded, CategoryEnded)
 }

@@ -46,8 +46,11 @@ class TrackingRefusedError(RuntimeError):
 class Outbox:
     """Passes events to `write`, one at a time and in order; first those that an earlier search left in `unsent`."""
 
-    def __init__(self, unsent: Path, write: Callable[[Event], None]) -> None:
-        self._write = write
+    def __init__(
+        self, unsent: Path, write: Callable[[Event], None], may_write: Callable[[], bool] = lambda: True
+    ) -> None:
+        """As long as `may_write` returns False, which is asked before each write, all waits as in an outage."""
+        self._write, self._may_write = write, may_write
         self._journal = Journal(unsent)
         self._events: deque[Event] = deque(self._journal.read())
         """Events not yet written, including the current one."""
@@ -66,27 +69,45 @@ class Outbox:
         self._writer.start()
 
     def put(self, event: Event) -> None:
-        """Add an event, without credentials that a text in it may repeat; returns at once."""
+        """Add an event, without credentials that a text in it may repeat; returns at once.
+
+        After `close` it is left out.
+        """
         event = shown_event(event)
         with self._changed:
+            if self._is_closing:
+                return
             self._events.append(event)
             if self._is_journaled:
                 self._journal.add([event])
             self._changed.notify()
 
-    def close(self, patience: float) -> int:
-        """Write the remaining events for at most `patience` seconds; returns how many stay in the file."""
+    def close(self, patience: float, *, is_killed_soon: bool = False) -> int:
+        """Write the remaining events for at most `patience` seconds; returns how many stay in the file.
+
+        With `is_killed_soon` they are put into the file before anything else, and a request that hangs is left alone.
+        """
         with self._changed:
             self._is_closing = True
             self._changed.notify()
+        if is_killed_soon:
+            self._keep_on_disk()
         deadline = time.monotonic() + patience
         while self._writer.is_alive() and not self._refusal and (left := deadline - time.monotonic()) > 0:
             self._writer.join(min(left, _LOOK_SECONDS))
         if self._writer.is_alive():
             self._give_up.set()
-            self._writer.join(60)
+            self._writer.join(0 if is_killed_soon else 60)
             self._keep_on_disk()
         return len(self._events)
+
+    def abandon(self) -> None:
+        """Write nothing more, and keep nothing: another process writes these runs now."""
+        with self._changed:
+            self._is_closing = self._is_journaled = True
+            self._events.clear()
+            self._may_write = lambda: False
+        self._give_up.set()
 
     def write_now(self, write: "Callable[[Insist[object]], Result]", patience: float) -> Result:
         """Call `write(insist)` between two events and return its result; `insist` retries a call during an outage.
@@ -102,7 +123,13 @@ class Outbox:
                 raise TrackingUnavailableError(f"MLflow did not answer for {patience:.0f} s")
         try:
             return write(lambda act: self._retried(act, max(0.0, deadline - time.monotonic())))
-        except (MlflowException, RequestException) as error:
+        except TrackingUnavailableError:
+            raise
+        except (
+            MlflowException,
+            RequestException,
+            OSError,
+        ) as error:  # OSError: a folder for artifacts that is none here
             raise TrackingRefusedError(f"MLflow refused: {first_line(error)}") from error
         finally:
             self._writing.release()
@@ -120,6 +147,8 @@ class Outbox:
                     logger.error("could not track %s: %s: %s", what, type(error).__name__, first_line(error))
             self._refusal, self._has_warned = "", False
             with self._changed:
+                if not self._events:  # abandoned meanwhile
+                    return
                 self._events.popleft()
                 if self._is_journaled and not self._events:
                     self._journal.clear()
@@ -144,9 +173,14 @@ class Outbox:
             before_sleep=self._warn,
         )
         try:
-            return retrying(act)
+            return retrying(lambda: self._permitted(act))
         except tenacity.RetryError:
             raise TrackingUnavailableError("MLflow does not answer") from None
+
+    def _permitted(self, act: Callable[[], Result]) -> Result:
+        if not self._may_write():
+            raise TimeoutError("this search cannot renew its lease")
+        return act()
 
     def _keep_on_disk(self) -> None:
         with self._changed:

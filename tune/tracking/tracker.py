@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -12,7 +12,17 @@ from mlflow.tracking import MlflowClient
 
 from tune.settings.search import Promote
 from tune.tracking.client import CUSTOM, EXPERIMENT_KIND, prepare_client
-from tune.tracking.events import CategoryEnded, DataUsed, EpochDone, Event, Remarked, Role, TrialStarted
+from tune.tracking.events import (
+    CategoryEnded,
+    DataUsed,
+    EpochDone,
+    Event,
+    Remarked,
+    Role,
+    SearchBegan,
+    TrialEnded,
+    TrialStarted,
+)
 from tune.tracking.outbox import Outbox
 from tune.tracking.registry import EVALUATION, MODEL_FOLDER, Registration, pack, quoted, register
 from tune.tracking.runs_page import (
@@ -34,6 +44,9 @@ _DIGEST = 36
 _MAX_VALUE = 5000
 """Maximum length of a parameter or tag that every MLflow store accepts, in characters."""
 
+_DRIVER_LOST = "its driver was lost; the same command continues"
+PLACE = "dskd.place"
+"""Tag with the key of the search's name, storage and server: two searches of one name may share an experiment."""
 # A pruned trial has done its duty: MLflow shows what was killed as it shows a failure.
 _RUN_STATUS = {"finished": "FINISHED", "pruned": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 _NAME = "mlflow.runName"
@@ -65,9 +78,13 @@ class Tracker:
         tags: Mapping[str, str],
         unsent: Path,
         has_parents: bool = True,
+        may_write: Callable[[], bool] = lambda: True,
         about: str = "",
     ) -> None:
-        """Without `has_parents` a trial's run has no parent run; `about` describes the experiment, in Markdown."""
+        """Without `has_parents` a trial's run has no parent run; `about` describes the experiment, in Markdown.
+
+        Nothing is written as long as `may_write` returns False.
+        """
         prepare_client()
         self._uri = uri
         self._client = MlflowClient(tracking_uri=uri)
@@ -81,7 +98,7 @@ class Tracker:
         self._roles: dict[str, Role] = {}
         self._crowned: set[str] = set()
         self._experiment = ""
-        self._outbox = Outbox(unsent, self._write)
+        self._outbox = Outbox(unsent, self._write, may_write)
 
     def put(self, event: Event) -> None:
         """Add an event; returns at once."""
@@ -90,6 +107,21 @@ class Tracker:
     def close(self, patience: float) -> int:
         """Write the remaining events for at most `patience` seconds; returns how many stay in the file."""
         return self._outbox.close(patience)
+
+    def stop(self, running: Mapping[str, Collection[str]], reason: str, patience: float) -> int:
+        """Close the runs of these trials, by category, with the reason; returns how many events stay in the file.
+
+        For a process that may be killed meanwhile: what must be written is in the file first.
+        """
+        for category, trials in running.items():
+            for trial_id in trials:
+                self.put(TrialEnded(category, trial_id, "interrupted", reason))
+            self.put(CategoryEnded(category, "interrupted", {}, {ERROR: reason}))
+        return self._outbox.close(patience, is_killed_soon=True)
+
+    def abandon(self) -> None:
+        """Write nothing more: another process writes these runs now."""
+        self._outbox.abandon()
 
     @property
     def trouble(self) -> str:
@@ -207,6 +239,9 @@ class Tracker:
         return self._outbox.write_now(write, patience)
 
     def _write(self, event: Event) -> None:
+        if isinstance(event, SearchBegan):
+            self._close_lost()
+            return
         if isinstance(event, CategoryEnded):
             run = self._category_run(event.category)
             tags = [RunTag(name, value[:_MAX_VALUE]) for name, value in event.tags.items()]
@@ -249,8 +284,19 @@ class Tracker:
         if ERROR in self._client.get_run(run).data.tags:
             self._client.delete_tag(run, ERROR)
 
+    def _close_lost(self) -> None:
+        """Close the runs that a lost driver of this search has left as running; those that go on are opened again."""
+        if PLACE not in self._tags:
+            return
+        wanted = f"tags.`{PLACE}` = '{self._tags[PLACE]}' and attributes.status = 'RUNNING'"
+        while found := self._client.search_runs([self._experiment_id()], wanted):
+            for lost in found:
+                self._client.set_tag(lost.info.run_id, STATUS, "lost")
+                self._client.set_tag(lost.info.run_id, ERROR, _DRIVER_LOST)
+                self._client.set_terminated(lost.info.run_id, "KILLED")
+
     def _end_lost_trials(self, parent: str) -> None:
-        """End the runs of trials that a killed search started but that are in no snapshot of Tune.
+        """End the runs of trials that a killed search started but did not record.
 
         Other trials replaced them; once a category has ended, none of its trials is running.
         """

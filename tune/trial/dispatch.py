@@ -29,6 +29,8 @@ LONGEST_PAUSE = 60.0
 """Longest pause in seconds before another group is started after some that ended at once."""
 SETTLE_SECONDS = 5.0
 """Seconds in which a restarted dispatcher only listens; longer than two signs of life."""
+LIFE_SECONDS = 2.0
+"""Seconds between two signs of life of a group."""
 
 
 @dataclass(slots=True)
@@ -91,6 +93,10 @@ class Dispatcher:
         self._fault = ""
         self._found_fault = asyncio.Event()
         self._is_closing = False
+        self._stopping = asyncio.Event()
+        """Set once nothing is to begin or to go on."""
+        self._unsaved: set[str] = set()
+        """Groups that have not said yet, after `stop`, that their work is stored."""
         self._settled = clock() + (SETTLE_SECONDS if is_restarted else 0.0)
 
     # Followers: the relays of trials, and the driver.
@@ -174,9 +180,10 @@ class Dispatcher:
             known.generation = generation
         known.has_asked = True
         self._start_cost = self._num_false_starts = 0
-        if known.key is not None:
+        if known.key is not None and not self._stopping.is_set():
             return Order(self._jobs[known.key].assignment)
         if self._is_closing:
+            self._note_saved(slot)
             return Order(must_leave=True)
         mine: asyncio.Future[Order] = asyncio.get_running_loop().create_future()
         known.asks = mine
@@ -205,12 +212,18 @@ class Dispatcher:
         job.reports[epoch] = metrics
         job.is_over = is_over
         job.changed.set()
+        if self._stopping.is_set():
+            self._release(known)  # it is neither dropped nor given to another group
+            return False
         if not (is_over or job.is_dropped or self._is_abandoned(job)):
             verdict = job.verdict = asyncio.get_running_loop().create_future()
             await asyncio.wait([verdict], timeout=VERDICT_SECONDS)
             if job.verdict is verdict:
                 job.verdict = None
             if known.key != key or generation != known.generation:  # it failed meanwhile
+                return False
+            if self._stopping.is_set():
+                self._release(known)
                 return False
             if not verdict.done() or verdict.result():
                 return True
@@ -219,10 +232,19 @@ class Dispatcher:
             self._forget(key)
         return False
 
-    async def alive(self, slot: str, generation: float, assignment: Assignment | None) -> None:
-        """A group's sign of life; tells a restarted dispatcher what the group works on."""
+    async def alive(self, slot: str, generation: float, assignment: Assignment | None) -> bool:
+        """A group's sign of life; tells a restarted dispatcher what the group works on.
+
+        Returns whether the group must store its work and end: as soon as that is so, else after `LIFE_SECONDS`.
+        """
         if assignment is not None and self._clock() < self._settled:  # later it may be about what has just ended
             self._leased(slot, generation, assignment)
+        await _within(LIFE_SECONDS, self._stopping)
+        return self._stopping.is_set()
+
+    async def saved(self, slot: str) -> None:
+        """After `stop`: all that this group has reported is stored."""
+        self._note_saved(slot)
 
     # The driver, which starts groups and sees them fail.
 
@@ -257,6 +279,7 @@ class Dispatcher:
     async def gone(self, slot: str) -> None:
         """Forget a group that has ended."""
         known = self._slots.pop(slot, None)
+        self._note_saved(slot)
         if known is not None:
             self._close(known, Order(must_leave=True))
             self._void(known)
@@ -268,7 +291,8 @@ class Dispatcher:
             self._changed.clear()
             await _within(POLL_SECONDS, self._changed)
         idle = frozenset(slot for slot, known in self._slots.items() if known.key is None)
-        num_waiting = 0 if self._fault or self._clock() < self._next_start else len(self._queue)
+        is_ending = bool(self._fault) or self._stopping.is_set()
+        num_waiting = 0 if is_ending or self._clock() < self._next_start else len(self._queue)
         return Demand(self._version, num_waiting, frozenset(self._slots), idle)
 
     async def close(self) -> None:
@@ -279,7 +303,30 @@ class Dispatcher:
         for known in self._slots.values():
             self._close(known, Order(must_leave=True))
 
+    async def stop(self, seconds: float) -> int:
+        """Let nothing begin or go on. Returns once every group's work is stored, at the latest after `seconds`.
+
+        Returns how many groups have not said so. Assignments stay as they are: the same search continues them.
+        """
+        self._unsaved = {slot for slot, known in self._slots.items() if known.key is not None}
+        self._stopping.set()
+        for job in self._jobs.values():
+            if job.verdict is not None and not job.verdict.done():
+                job.verdict.set_result(False)
+        self._is_closing = True
+        for known in self._slots.values():
+            self._close(known, Order(must_leave=True))
+        deadline = self._clock() + seconds
+        while self._unsaved and (left := deadline - self._clock()) > 0:
+            self._changed.clear()
+            await _within(left, self._changed)
+        return len(self._unsaved)
+
     # Inside.
+
+    def _note_saved(self, slot: str) -> None:
+        self._unsaved.discard(slot)
+        self._note_change()
 
     def _close(self, known: _Slot, answer: Order) -> None:
         """Answer a group's open question, if it has one."""
@@ -345,7 +392,7 @@ class Dispatcher:
         age.
         """
         self._note_change()
-        if self._clock() < self._settled:
+        if self._clock() < self._settled or self._stopping.is_set():
             return
         for key in [key for key in self._queue if self._is_abandoned(self._jobs[key])]:
             self._forget(key)

@@ -100,6 +100,12 @@ class Groups:
         with suppress(ray.exceptions.RayError):
             ray.get(self._post.close.remote())
 
+    def stop(self, seconds: float) -> int:
+        """Let every group store its work and end, and start no other; returns how many have not within `seconds`."""
+        self._is_closing = True
+        unsaved: int = ray.get(self._post.stop.remote(seconds), timeout=seconds + 1)
+        return unsaved
+
     def close(self) -> None:
         """End every group; what does not leave within seconds is killed."""
         self.send_home()

@@ -5,7 +5,9 @@ Rank 0 speaks with the dispatcher and tells the other ranks, so that all of them
 
 import contextlib
 import datetime
+import functools
 import gc
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,17 +27,20 @@ from tune.runtime.ray_internals import node_is_leaving
 from tune.trial.assignment import Assignment, Evaluation, Order, Training
 from tune.trial.checkpoints import keep_checkpoint, newest_checkpoint, opened
 from tune.trial.evaluation import evaluate_on_test
-from tune.trial.spec import CHECKPOINT, EPOCH, ERROR, TrialSpec
+from tune.trial.spec import CHECKPOINT, EPOCH, ERROR, Report, TrialSpec
 from tune.trial.worker import data_of, shared_inputs, train
 
-_SIGN_OF_LIFE_SECONDS = 2.0
-"""Seconds between two signs of life of a group to the dispatcher."""
+_PAUSE_SECONDS = 0.2
+"""Pause in seconds between two signs of life, which the dispatcher answers late."""
 _MAX_ASSIGNMENTS = 500
 """Number of assignments after which a group makes room for a fresh one."""
 _MAX_GROWTH = 2 * 2**30
 """Growth of a member's own memory, in bytes, after which its group makes room for a fresh one."""
 _CONTROL_PATIENCE = datetime.timedelta(days=7)
 """Time-out of messages between ranks: they wait while rank 0 evaluates or the storage is away."""
+
+SPARE_SECONDS = 3.0
+"""Length of an interval in seconds from which its state is also written to this machine's disk."""
 
 _T = TypeVar("_T")
 
@@ -71,6 +76,8 @@ class _Member:
         self._slot, self._worker, self._control, self._is_leaving = slot, worker, control, is_leaving
         self._generation = time.time()
         self._current: Assignment | None = None
+        self._is_stopping = False
+        self._work = _Work()
 
     def serve(self, device: torch.device, first: TrialSpec | None) -> None:
         """Take assignments until the dispatcher sends the group home, or until it should make room."""
@@ -112,26 +119,36 @@ class _Member:
             return
         spec = assignment.spec
         newest = self._shared(lambda: newest_checkpoint(spec.workers_uri, assignment.trial_id))
+        self._work.begin()
         last = RunConfig.from_dict(spec.config).train.num_validations
         with (
             opened(newest) as resumed,
-            contextlib.closing(train(spec, self._worker, device, resumed, self._is_leaving)) as reports,
+            contextlib.closing(train(spec, self._worker, device, resumed, self._must_save)) as reports,
         ):
             for report in reports:
                 metrics = dict(report.metrics)
-                if report.checkpoint is not None and self._worker.rank == 0:
-                    metrics[CHECKPOINT] = self._keep(
-                        assignment, int(metrics[EPOCH]), report.checkpoint, resumed, newest
-                    )
+                if self._worker.rank == 0:
+                    epoch, keep = int(metrics[EPOCH]), functools.partial(self._keep, assignment, resumed, newest)
+                    self._work.report(epoch, report, keep)
+                    if report.checkpoint is not None:
+                        metrics[CHECKPOINT] = self._work.store(report.checkpoint)
                 is_over = ERROR in metrics or metrics[EPOCH] >= last
                 if not self._shared(lambda: self._tell(assignment, metrics, is_over=is_over)):  # noqa: B023
+                    if self._is_stopping:  # it may have come to be known since the report
+                        self._work.save()
                     return
+                self._work.spare()
 
-    def _keep(self, assignment: Training, epoch: int, folder: Path, resumed: Path | None, newest: str) -> str:
+    def _must_save(self) -> bool:
+        """Whether this group will soon end what it works on."""
+        return self._is_leaving() or self._is_stopping
+
+    def _keep(self, assignment: Training, resumed: Path | None, newest: str, epoch: int, folder: Path) -> str:
         """Store a checkpoint, unless it is the one that the trial was resumed from; returns its address."""
         if folder == resumed:
             return newest
-        return keep_checkpoint(assignment.spec.workers_uri, assignment.trial_id, epoch, folder)
+        spec = assignment.spec
+        return keep_checkpoint(spec.workers_uri, assignment.trial_id, epoch, folder, spec.generation)
 
     def _tell(self, assignment: Assignment, metrics: Mapping[str, Any], *, is_over: bool) -> bool:
         told: bool = ray.get(
@@ -141,13 +158,16 @@ class _Member:
 
     @contextlib.contextmanager
     def _signs_of_life(self) -> Iterator[None]:
-        """Rank 0 tells the dispatcher every few seconds what the group works on."""
+        """Rank 0 tells the dispatcher every few seconds what the group works on, and hears whether it must end."""
         has_ended = threading.Event()
 
         def tell() -> None:
-            while not has_ended.wait(_SIGN_OF_LIFE_SECONDS):
+            while not has_ended.wait(_PAUSE_SECONDS) and not self._is_stopping:
                 with contextlib.suppress(ray.exceptions.RayError):
-                    ray.get(self._post.alive.remote(self._slot, self._generation, self._current))
+                    alive = self._post.alive.remote(self._slot, self._generation, self._current)
+                    self._is_stopping = bool(ray.get(alive))
+            if self._is_stopping and self._work.save_spare():  # else the end of this interval does
+                ray.get(self._post.saved.remote(self._slot))
 
         if self._worker.rank == 0:
             threading.Thread(target=tell, name="sign of life", daemon=True).start()
@@ -155,6 +175,75 @@ class _Member:
             yield
         finally:
             has_ended.set()
+
+
+class _Work:
+    """What a group has reported of its assignment, and how much of that is stored.
+
+    The stop of a search must not wait for the end of a long interval. So after each of those the state is also written
+    to a local folder, which is stored then. After short ones it is not, as their end is worth waiting for.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._spare: tempfile.TemporaryDirectory[str] | None = None
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the assignment before."""
+        with self._lock:
+            self._drop_spare()
+            self._report: Report | None = None
+            self._keep: Callable[[int, Path], str] | None = None
+            self._epoch = self._stored = 0
+            self._began, self._seconds = time.monotonic(), 0.0
+
+    def report(self, epoch: int, report: Report, keep: Callable[[int, Path], str]) -> None:
+        """A new report; `keep` stores a checkpoint folder of an epoch and returns its address."""
+        with self._lock:
+            self._drop_spare()
+            self._epoch, self._report, self._keep = epoch, report, keep
+            self._seconds = time.monotonic() - self._began
+
+    def store(self, folder: Path) -> str:
+        """Store the checkpoint of the last report; returns its address."""
+        with self._lock:
+            assert self._keep is not None
+            address = self._keep(self._epoch, folder)
+            self._stored = self._epoch
+            return address
+
+    def save(self) -> None:
+        """Store the state of the last report, unless it is; only before the training goes on."""
+        with self._lock:
+            if self._stored < self._epoch and self._report is not None and self._report.save is not None:
+                with tempfile.TemporaryDirectory(prefix="dskd-") as temporary:
+                    self._report.save(Path(temporary))
+                    self.store(Path(temporary))
+
+    def spare(self) -> None:
+        """Write the state of the last report beside the training, if its interval was long."""
+        with self._lock:
+            if self._stored < self._epoch and self._seconds >= SPARE_SECONDS and self._report and self._report.save:
+                self._spare = tempfile.TemporaryDirectory(prefix="dskd-")
+                try:
+                    self._report.save(Path(self._spare.name))
+                except OSError:  # a full disk: the last checkpoint has to do
+                    self._drop_spare()
+            self._began = time.monotonic()
+
+    def save_spare(self) -> bool:
+        """Whether all that was reported is stored, at the latest now from the spare state."""
+        with self._lock:
+            if self._stored < self._epoch and self._spare is not None:
+                self.store(Path(self._spare.name))
+                self._drop_spare()
+            return self._stored == self._epoch
+
+    def _drop_spare(self) -> None:
+        if self._spare is not None:
+            self._spare.cleanup()
+            self._spare = None
 
 
 class _ProcessState:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +23,10 @@ CATEGORY = "category"
 """Category that the trial was trained on."""
 DATA_SHA256 = "data_sha256"
 """Fingerprint of the trial's training and validation images."""
+TEACHER_SHA256 = "teacher_sha256"
+"""Fingerprint of the teacher's weights."""
+TEXTURES_SHA256 = "textures_sha256"
+"""Fingerprint of the textures of the synthetic defects; empty where they are drawn."""
 REMARK = "remark"
 """Remark for the user about a trial that runs under a limitation."""
 CHECKPOINT = "checkpoint_path"
@@ -33,7 +37,7 @@ RUNG = "rung/"
 """Prefix before the number of a report: the objective of that report, repeated in all later ones."""
 SYSTEM = "system/"
 """Prefix of MLflow's system metrics."""
-_TRACKED = ("train/", "val/", "time/", SYSTEM)
+TRACKED = ("train/", "val/", "time/", SYSTEM)
 """Prefixes of the metrics that are tracked in MLflow."""
 
 
@@ -61,6 +65,8 @@ class TrialSpec:
     selection: Selection = "val"
     min_workers: int | None = None
     """Smallest number of DDP workers that the trial may run with; None: always `num_workers`."""
+    generation: int = 0
+    """Of the lease under which the trial runs, whose folder its checkpoints lie in; 0: without a lease."""
 
     @property
     def workers(self) -> Workers:
@@ -93,6 +99,7 @@ def build_spec(
     min_workers: int | None,
     workers_uri: str,
     revision: str,
+    generation: int = 0,
 ) -> TrialSpec:
     """Build a trial's spec; all paths become absolute."""
     return TrialSpec(
@@ -110,6 +117,7 @@ def build_spec(
         exclude=exclude,
         selection=selection,
         min_workers=min_workers,
+        generation=generation,
     )
 
 
@@ -128,6 +136,7 @@ def spec_of(plan: "SearchPlan", category: str, workers: Workers, revision: str) 
         min_workers=plan.min_workers,
         workers_uri=f"{plan.addresses.home}/workers/{category}",
         revision=revision,
+        generation=plan.generation,
     )
 
 
@@ -143,6 +152,8 @@ class Report(NamedTuple):
 
     metrics: dict[str, Any]
     checkpoint: Path | None
+    save: Callable[[Path], None] | None = None
+    """Writes the state to resume from to a folder, until the next report is asked for; None if there is nothing."""
 
 
 def tracked_figures(reported: Mapping[str, Any]) -> dict[str, float]:
@@ -150,5 +161,16 @@ def tracked_figures(reported: Mapping[str, Any]) -> dict[str, float]:
     return {
         name: float(value)
         for name, value in reported.items()
-        if name.startswith(_TRACKED) and isinstance(value, int | float) and math.isfinite(value)
+        if name.startswith(TRACKED) and isinstance(value, int | float) and math.isfinite(value)
     }
+
+
+def fingerprints(reported: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
+    """What a report says that a trial of this configuration has read: a fingerprint by kind, equal in all trials."""
+    fold = config.data.fold
+    kinds = {
+        DATA_SHA256: f"images without fold {fold}" if fold else "images",
+        TEACHER_SHA256: f"teacher {config.model.backbone}",
+        TEXTURES_SHA256: "textures",
+    }
+    return {kind: str(reported[name]) for name, kind in kinds.items() if name in reported}

@@ -34,6 +34,8 @@ from tune.trial.spec import (
     REMARK,
     RUNG,
     SYSTEM,
+    TEACHER_SHA256,
+    TEXTURES_SHA256,
     Report,
     TrialSpec,
     UnrecoverableTrialError,
@@ -127,12 +129,14 @@ def _train(
             **machine_usage(device, default_folder()),
             CATEGORY: inputs.category,
             DATA_SHA256: inputs.data_sha256,
+            TEACHER_SHA256: inputs.teacher_sha256,
+            TEXTURES_SHA256: inputs.textures_sha256,
             **({REMARK: remark} if remark else {}),
         }
         is_last = run.is_finished
         is_due = is_leaving() or is_last or time.monotonic() - saved >= CHECKPOINT_SECONDS
         if worker.rank != 0 or not is_due:
-            yield Report(metrics, None)
+            yield Report(metrics, None, run.save if worker.rank == 0 else None)
             continue
         with TemporaryDirectory(prefix="dskd-") as temporary:
             write = functools.partial(run.save, Path(temporary))

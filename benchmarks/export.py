@@ -38,7 +38,7 @@ from dskd.export import (
 from dskd.model import AmplifiedTeacher, build_amplifier, build_students, build_teacher
 from dskd.predict import Overlays, predict_images
 from dskd.presets import PRESETS
-from dskd.quantize import build_int8_model
+from dskd.jobs.quantize import build_int8_model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -84,7 +84,7 @@ def ours(data: Path, work: Path, threads: int) -> dict[str, Task]:
     from dskd.export import as_inputs, build_model
     from dskd.metrics import aupro
     from dskd.presets import PRESETS
-    from dskd.quantize import build_int8_model
+    from dskd.jobs.quantize import build_int8_model
     from dskd.training.inputs import prepare
     from dskd.training.run import TrainingRun
 

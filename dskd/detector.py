@@ -34,10 +34,10 @@ from dskd.evaluate import (
     Evaluation,
     SeenImage,
     evaluate_tiled,
+    inspect_images,
     labelled,
     metric_state,
     score_canvas,
-    score_images,
     test_samples,
 )
 from dskd.metrics import Scores
@@ -48,10 +48,6 @@ from dskd.model.teacher import Teacher, build_teacher
 
 PREDICT_CHUNK = 32
 """Images that `Detector.predict` scores together; the next as many are read meanwhile."""
-_BATCH = 16
-_BATCH_PIXELS = 1 << 18
-"""Of a batch on the CPU: a ResNet's first layer then stays below the 32 MiB from which on glibc fetches memory from the
-system at every call, which takes longer than what larger batches gain."""
 _EIGHT_NEIGHBOURS = np.ones((3, 3), np.int8)
 
 
@@ -283,18 +279,12 @@ class Detector:
 
         The maps are 0 where `inside` (N, H, W) is false. With tiles these are tiles and not whole images.
         """
-        batch_size = _BATCH
-        if self._device.type == "cpu":
-            batch_size = max(1, min(_BATCH, _BATCH_PIXELS // (images.shape[1] * images.shape[2])))
-        return score_images(
-            *self.frozen, images, self.record.config, self._device, inside=inside, batch_size=batch_size
-        )
+        return inspect_images(self.frozen, images, self.record.config, self._device, inside)
 
     @functools.cached_property
     def frozen(self) -> tuple[Teacher, nn.Module]:
         """Teacher and students as they inspect: equal to those of the detector up to rounding, and faster."""
-        side = 2 * self.record.config.model.image_multiple[0]
-        return folded_pair(self._teacher, self._students, side, side)
+        return folded_pair(self._teacher, self._students, 2 * self.record.config.model.image_multiple[0])
 
     def threshold(self, false_alarm_rate: float) -> Threshold:
         """The threshold for the wanted share of false alarms; for a higher one if the images vouch for no lower."""

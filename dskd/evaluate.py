@@ -27,6 +27,9 @@ from dskd.model.features import FeatureTable
 from dskd.model.teacher import Teacher, normalize
 
 _BATCH = 16
+_BATCH_PIXELS = 1 << 18
+"""Of a batch on the CPU: a ResNet's first layer then stays below the 32 MiB from which on glibc fetches memory from the
+system at every call, which takes longer than what larger batches gain."""
 
 
 class LabelledImages(NamedTuple):
@@ -253,6 +256,20 @@ def test_samples(
             f"got {len(found.test) - num_defective} good and {num_defective} defective."
         )
     return found.test
+
+
+def inspect_images(
+    networks: tuple[Teacher, nn.Module],
+    images: npt.NDArray[np.uint8],
+    config: RunConfig,
+    device: torch.device,
+    inside: npt.NDArray[np.bool_] | None = None,
+) -> AnomalyScores:
+    """As `score_images`, with networks from `folded_pair` and in the batches of an inspection."""
+    batch_size = _BATCH
+    if device.type == "cpu":
+        batch_size = max(1, min(_BATCH, _BATCH_PIXELS // (images.shape[1] * images.shape[2])))
+    return score_images(*networks, images, config, device, inside=inside, batch_size=batch_size)
 
 
 @torch.inference_mode()

@@ -107,7 +107,7 @@ def test_networks_stay_as_they_are_where_a_layer_does_not_feed_the_next_one() ->
 
     twisted, student = used(Twisted()).eval(), Student()
     assert not has_batchnorm(folded(twisted)) and has_batchnorm(twisted)
-    assert folded_pair(twisted, student, 8, 8) == (twisted, student)
+    assert folded_pair(twisted, student, 8) == (twisted, student)
 
 
 def test_a_weight_of_one_and_a_blur_cost_no_pass_and_change_no_map() -> None:

@@ -534,7 +534,7 @@ def export(
         network_inputs,
     )
     from dskd.predict import find_images
-    from dskd.quantize import export_int8
+    from dskd.jobs.quantize import export_int8
 
     check_exportable(onnx, opset)
     if int8 and not images:

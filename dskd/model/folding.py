@@ -39,13 +39,13 @@ def folded(module: Module) -> Module:
 
 
 @torch.inference_mode()
-def folded_pair(teacher: Module, students: nn.Module, height: int, width: int) -> tuple[Module, nn.Module]:
-    """Both folded; as they are where the folded ones give anything else on an image of noise of that size."""
+def folded_pair(teacher: Module, students: nn.Module, side: int) -> tuple[Module, nn.Module]:
+    """Both folded; as they are where the folded ones give anything else on an image of noise of that side."""
     if not any(isinstance(layer, nn.BatchNorm2d) for part in (teacher, students) for layer in part.modules()):
         return teacher, students
     pair = folded(teacher), folded(students)
     place = next(teacher.parameters()).device
-    noise = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0)).to(place)
+    noise = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0)).to(place)
     expected, found = teacher(noise), pair[0](noise)
     outputs = [*expected], [*found]
     for pyramid, other in zip(students(noise, expected), pair[1](noise, found), strict=True):

@@ -20,9 +20,17 @@ from dskd.config import RunConfig
 from dskd.data.geometry import Geometry
 from dskd.data.parts import part_name, worst_scores
 from dskd.device import WorkerRank, to_device
-from dskd.evaluate import compute_metrics, compute_metrics_shared, disagreements, score_files, score_images
+from dskd.evaluate import (
+    compute_metrics,
+    compute_metrics_shared,
+    disagreements,
+    inspect_images,
+    score_files,
+    score_images,
+)
 from dskd.metrics import Scores
 from dskd.model.batchnorm import share_batchnorm
+from dskd.model.folding import folded_pair
 from dskd.model.network import build_students
 from dskd.model.teacher import UNREADABLE, normalize
 from dskd.training.evidence import Evidence, resampled_objectives
@@ -309,17 +317,12 @@ class TrainingRun:
         """Scores of the held-out normal images that the thresholds rest on; whole images, also with tiles."""
         inputs = self.inputs
         geometry = Geometry.of(config.data, inputs.region, config.model.tile_alignment)
+        # As the detector will see images: a good one that a threshold rests on must not lie above it by rounding.
+        networks = folded_pair(inputs.teacher, self.students, 2 * config.model.image_multiple[0])
         if geometry.tile:
-            return score_files(
-                inputs.teacher, self.students, inputs.calibration_paths, config, geometry, self.device, inputs.scale
-            )
-        seen = score_images(
-            inputs.calibration_features,
-            self.students,
-            inputs.calibration_images,
-            config,
-            self.device,
-            inside=inputs.calibration_inside,
+            return score_files(*networks, inputs.calibration_paths, config, geometry, self.device, inputs.scale)
+        seen = inspect_images(
+            networks, inputs.calibration_images, config, self.device, inside=inputs.calibration_inside
         )
         found: list[float] = seen.scores.tolist()
         return found

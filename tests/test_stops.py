@@ -113,6 +113,8 @@ def started(tmp_path: Path) -> Iterator[Callable[..., Driver]]:
         with suppress(ProcessLookupError):
             os.killpg(driver.process.pid, signal.SIGKILL)
         driver.process.wait()
+        if driver.process.stdout is not None:
+            driver.process.stdout.close()
 
 
 @pytest.mark.cluster

@@ -35,10 +35,10 @@ from dskd.export import (
     generated_images,
     network_inputs,
 )
+from dskd.jobs.quantize import build_int8_model
 from dskd.model import AmplifiedTeacher, build_amplifier, build_students, build_teacher
 from dskd.predict import Overlays, predict_images
 from dskd.presets import PRESETS
-from dskd.jobs.quantize import build_int8_model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

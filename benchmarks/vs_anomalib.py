@@ -82,9 +82,9 @@ def ours(data: Path, work: Path, threads: int) -> dict[str, Task]:
     from dskd.detector import Detector
     from dskd.device import computing_device
     from dskd.export import as_inputs, build_model
+    from dskd.jobs.quantize import build_int8_model
     from dskd.metrics import aupro
     from dskd.presets import PRESETS
-    from dskd.jobs.quantize import build_int8_model
     from dskd.training.inputs import prepare
     from dskd.training.run import TrainingRun
 

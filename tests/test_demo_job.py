@@ -46,7 +46,7 @@ def test_flags_reach_the_search_and_default_to_the_demo_of_the_readme() -> None:
     assert (usual.data, usual.storage, usual.name) == ("dskd-demo/data", "dskd-demo/results", "demo-hub")
     assert (usual.trials, usual.steps, usual.epochs, usual.image_size, usual.batch_size) == (3, 120, None, 128, 8)
     small = DemoSettings().search("lite0")
-    assert (small.preset, small.steps, small.image_size, small.name) == ("rd4ad", 240, 256, "demo-lite0")
+    assert (small.preset, small.steps, small.image_size, small.name) == ("rd4ad", 320, 256, "demo-lite0")
     asked = DemoSettings(
         out=Path("d"), trials=2, epochs=3, image_size=64, batch_size=4, name="mine", address="auto"
     ).search("weights.pth")

@@ -32,6 +32,7 @@ from dskd.page.app import FILES, make_app, shown_name
 from dskd.page.bench import Bench, answer_each
 from dskd.page.guard import Guard, Limits
 from dskd.page.inspector import Category, Photo, Question, Refusal
+from dskd.page.judging import judge_photos
 from dskd.page.metrics import Metrics
 from dskd.page.panel import map_picture, palette
 from dskd.page.server import MEGAPIXELS, TOKEN, page_token, serve_page
@@ -146,11 +147,10 @@ def test_50_at_once_are_answered_and_share_batches(
     client: TestClient, bench: Bench, photos: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches: list[int] = []
-    judge = bench_module.judge_photos
 
     def counted(detector: Detector, questions: Sequence[Question]) -> list[dict[str, Any]]:
         batches.append(len(questions))
-        return judge(detector, questions)
+        return judge_photos(detector, questions)
 
     monkeypatch.setattr(bench_module, "judge_photos", counted)
     content = photos[0].read_bytes()

@@ -121,18 +121,18 @@ def test_from_a_dropped_photo_to_feedback_and_the_new_threshold(
     assert verdicts(page) == ["anomalous" if score > before else "good" for score in scores]
     assert page.locator("#list .file").nth(1).text_content() == EVIL
 
-    # arrow keys, the map over the photo, its score
+    # arrow keys, the score
     page.keyboard.press("ArrowRight")
     assert page.locator("#name").text_content() == EVIL
-    painted = "() => document.getElementById('map').getContext('2d').getImageData(0, 0, 64, 64).data.some(Boolean)"
-    until(page, lambda: bool(page.evaluate(painted)))
     assert float(page.locator("#figures dd").first.text_content()) == pytest.approx(scores[1], rel=1e-3)
 
-    # a moved threshold judges at once, and downloads say the same
+    # a moved threshold judges at once, colours the map over the photo, and downloads say the same
     page.fill("#threshold", str(max(scores) * 2))
     assert verdicts(page) == ["good"] * 3
     page.fill("#threshold", str(min(scores) / 2))
     assert verdicts(page) == ["anomalous"] * 3
+    painted = "() => document.getElementById('map').getContext('2d').getImageData(0, 0, 64, 64).data.some(Boolean)"
+    until(page, lambda: bool(page.evaluate(painted)))
     with page.expect_download() as taken:
         page.click("#jsonl")
     taken.value.save_as(tmp_path / "p.jsonl")

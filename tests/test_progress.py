@@ -14,7 +14,8 @@ import pytest
 from rich.console import Console
 
 from tune.study.progress import QUIET_SECONDS, SearchProgress
-from tune.tracking.events import CategoryContinued, CategoryEnded, EpochDone, Event, TrialEnded, TrialStarted
+from tune.tracking.events import CategoryContinued, CategoryEnded, EpochDone, Event, Role, TrialEnded, TrialStarted
+from tune.trial.spec import OBJECTIVE
 
 
 class Clock:
@@ -310,3 +311,15 @@ def test_on_a_terminal_lines_break_between_words(clock: Clock) -> None:
     shown = [line.rstrip() for line in written(console).splitlines() if "hkd" in line]
     assert len(shown) == 2 and all(len(line) <= 80 for line in shown)
     assert sum(line.count(f"hkd_weight_{n} 0.5") for n in "abcdef" for line in shown) == 6
+
+
+@pytest.mark.parametrize("role", ["preset", "start-from", "trial"])
+def test_what_a_trial_is_there_for_does_not_make_it_a_finalists_training(role: Role) -> None:
+    progress = SearchProgress(3, 10, console=Console(file=io.StringIO()))
+    progress.show(TrialStarted("tile", "a", {}, role=role))
+    progress.show(EpochDone("tile", "a", 4, {OBJECTIVE: 0.5}, 1))
+    assert "at validation 4" in progress.status() and "finalists" not in progress.status()
+    assert progress.running() == {"tile": ["a"]}
+    progress.show(TrialStarted("wood", "a-fold-1", {}, role="finalist"))
+    progress.show(CategoryEnded("tile", "finished", {}, {}))
+    assert progress.running() == {"wood": ["a-fold-1"]}, "of those that go on"

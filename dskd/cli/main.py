@@ -533,8 +533,8 @@ def export(
         generated_inputs,
         network_inputs,
     )
-    from dskd.predict import find_images
     from dskd.jobs.quantize import export_int8
+    from dskd.predict import find_images
 
     check_exportable(onnx, opset)
     if int8 and not images:

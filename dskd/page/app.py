@@ -143,7 +143,7 @@ async def _photos(request: Request, limits: Limits) -> list[Photo]:
         given = form.multi_items()
         if wrong := next((name for name, each in given if name != "images" or not isinstance(each, UploadFile)), None):
             raise Refusal(422, f"Unexpected field {wrong[:40]!r}; files go into the field images.")
-        photos = []
+        photos: list[Photo] = []
         for _, upload in given:
             assert isinstance(upload, UploadFile)
             content = await upload.read()

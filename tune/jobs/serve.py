@@ -197,7 +197,7 @@ def _row_of(
 class _Replicas:
     """The `Inspector` that asks the replicas of `Champions`."""
 
-    def __init__(self, handle: DeploymentHandle) -> None:
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._handle = handle
 
     async def categories(self) -> Sequence[Category]:
@@ -229,7 +229,7 @@ def _checked(answer: dict[str, Any] | tuple[int, str]) -> dict[str, Any]:
 class Page:
     """The guarded application in front of the champions."""
 
-    def __init__(self, champions: DeploymentHandle, token: str, hosts: tuple[str, ...]) -> None:
+    def __init__(self, champions: DeploymentHandle[Any], token: str, hosts: tuple[str, ...]) -> None:
         self._app = make_app(_Replicas(champions), token=token or page_token_of_node(), hosts=hosts)
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -255,16 +255,13 @@ def build(arguments: Mapping[str, Any]) -> serve.Application:
 def application(settings: ServeSettings, token: str) -> serve.Application:
     """`token` empty: of the nodes' environment."""
     champions = serve.deployment(
-        Champions,
         num_replicas=settings.replicas,
         ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": settings.gpus_per_replica},
         max_ongoing_requests=_MAX_ONGOING,
         health_check_period_s=10,
-    ).bind(asdict(settings))
-    page = serve.deployment(
-        serve.ingress()(Page), max_ongoing_requests=_MAX_ONGOING, ray_actor_options={"num_cpus": 0.1}
-    )
-    return page.bind(champions, token, settings.allowed_host)
+    )(Champions).bind(asdict(settings))
+    page = serve.deployment(max_ongoing_requests=_MAX_ONGOING, ray_actor_options={"num_cpus": 0.1})
+    return page(serve.ingress()(Page)).bind(champions, token, settings.allowed_host)
 
 
 def serve_champions(settings: ServeSettings) -> int:

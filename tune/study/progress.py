@@ -229,7 +229,7 @@ class SearchProgress:
             return {
                 name: [*each.running, *(run for run, has_ended in each.finalists.items() if not has_ended)]
                 for name, each in self._categories.items()
-                if not each.is_over and (each.running or each.ended)
+                if not each.is_over and (each.running or each.ended or each.finalists)
             }
 
     def _print(self, line: str, stream: IO[str] | None = None) -> None:
@@ -258,7 +258,7 @@ class SearchProgress:
             return
         with self._lock:
             category = self._categories.setdefault(event.category, _Category())
-            if isinstance(event, TrialStarted) and event.role != "trial":
+            if isinstance(event, TrialStarted) and event.role == "finalist":
                 category.finalists[event.trial_id] = False
             elif isinstance(event, EpochDone | TrialEnded) and event.trial_id in category.finalists:
                 if isinstance(event, TrialEnded):

@@ -120,3 +120,13 @@ def test_a_weight_of_one_and_a_blur_cost_no_pass_and_change_no_map() -> None:
     for found, level in zip(blurred, sharp, strict=True):
         expected = ndimage.gaussian_filter(level.astype(float), 4.0 * 64 / 256)
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * expected.max())
+
+
+def test_students_in_training_are_folded_as_they_are_and_stay_so() -> None:
+    """In training mode the noise of the comparison would enter their statistics, and no folded pair would agree."""
+    detector = detector_of(PRESETS["dskd"].with_values(TINY))
+    students = detector.students.train()
+    before = {name: value.clone() for name, value in students.state_dict().items()}
+    pair = folded_pair(detector.teacher, students, 64)
+    assert not any(has_batchnorm(part) for part in pair)
+    assert all(torch.equal(value, before[name]) for name, value in students.state_dict().items())

@@ -40,7 +40,12 @@ def folded(module: Module) -> Module:
 
 @torch.inference_mode()
 def folded_pair(teacher: Module, students: nn.Module, side: int) -> tuple[Module, nn.Module]:
-    """Both folded; as they are where the folded ones give anything else on an image of noise of that side."""
+    """Both folded; as they are where the folded ones give anything else on an image of noise of that side.
+
+    The given networks are put into evaluation mode, as by everything that scores with them.
+    """
+    teacher.eval()
+    students.eval()  # else the noise would enter BatchNorm's statistics
     if not any(isinstance(layer, nn.BatchNorm2d) for part in (teacher, students) for layer in part.modules()):
         return teacher, students
     pair = folded(teacher), folded(students)

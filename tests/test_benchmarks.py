@@ -51,6 +51,7 @@ def digits(presets: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return benchmark("digits")
 
 
+@pytest.mark.slow
 def test_the_digits_are_written_and_every_method_is_measured_on_each_of_its_classes(
     digits: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -157,6 +158,7 @@ def test_methods_are_not_compared_on_tiles(presets: ModuleType, tmp_path: Path) 
         presets.methods(options)
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_shapes_gives_each_as_much_time_and_continues(
     geometry: ModuleType,
     mvtec_root: Path,
@@ -254,6 +256,7 @@ def test_a_bank_of_candidates_goes_on_and_chooses_by_the_rule_of_the_search(
     assert "| tile |" not in capsys.readouterr().out and len(bank.read_text().splitlines()) == len(runs)
 
 
+@pytest.mark.slow
 def test_the_gpu_benchmark_runs_every_part_goes_on_after_a_failure_and_keeps_to_its_budget(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

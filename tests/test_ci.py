@@ -134,6 +134,7 @@ def _cluster_packages() -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_the_commands_for_other_systems_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here at least, on fewer and smaller images; the workflow runs them on Windows and macOS."""
     job = workflow()["jobs"]["elsewhere"]

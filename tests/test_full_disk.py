@@ -52,6 +52,7 @@ def test_a_full_disk_of_the_cache_kills_nobody(on_a_disk_of: Callable[[str], lis
     assert (first, last) == ("1000", "1000 0") and reason.startswith("no room for 0.002 GB in the cache folder ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint_seconds", ["0", "3600"])
 def test_a_training_whose_disk_is_full_says_so_and_leaves_nothing_half_written(
     on_a_disk_of: Callable[[str], list[str]], mvtec_root: Path, tmp_path: Path, checkpoint_seconds: str

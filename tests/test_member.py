@@ -127,6 +127,7 @@ def main(how: str, data: Path, trials: Path) -> None:
     sys.stdout.write(json.dumps({"weights": hashlib.sha256(weights).hexdigest(), "reports": told}))
 
 
+@pytest.mark.slow
 def test_a_trial_after_others_of_every_kind_is_the_trial_alone_to_the_last_bit(
     mvtec_root: Path, tmp_path: Path
 ) -> None:

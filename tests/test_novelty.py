@@ -197,6 +197,7 @@ def test_the_commands_train_and_measure_a_class(
     assert Detector.load(tmp_path / "zero").record.config.data.layout == "classes"
 
 
+@pytest.mark.slow
 def test_a_search_over_ten_classes_trains_each_with_what_it_suggests(
     classes: Path, tiny: RunConfig, tmp_path: Path
 ) -> None:

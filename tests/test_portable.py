@@ -48,6 +48,7 @@ def test_every_module_is_imported_without_what_only_posix_has(tmp_path: Path) ->
     assert python(f"import importlib\nfor name in {names}: importlib.import_module(name)\n", home=tmp_path) == ""
 
 
+@pytest.mark.slow
 def test_a_detector_is_trained_and_inspects_without_what_only_posix_has(tmp_path: Path) -> None:
     body = (
         "from pathlib import Path\nfrom dskd.cli.main import main\nfrom dskd.demo.dataset import draw_dataset\n"

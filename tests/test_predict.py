@@ -116,7 +116,7 @@ def test_a_folder_of_mixed_files_is_inspected_to_its_end(detector: Detector, mvt
     inspect_mixed(detector, mvtec_root / "tile/test/good/000.png", tmp_path, 80)
 
 
-@pytest.mark.cluster  # as slow as what starts one
+@pytest.mark.slow
 def test_a_folder_of_a_thousand_mixed_files_is_inspected_to_its_end(
     detector: Detector, mvtec_root: Path, tmp_path: Path
 ) -> None:
@@ -141,6 +141,7 @@ def command(detector_folder: Path, images: Path, out: Path) -> list[str]:
     return [sys.executable, "-c", body, "predict", str(detector_folder), str(images), "--out", str(out)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["KILL", "TERM", "INT"]
 )

@@ -121,6 +121,7 @@ def test_a_dry_run_prints_plan_and_forecast_and_leaves_no_trace(
     assert str(tmp_path / "a" / "results" / "search") in said.err and "forecast:" in said.err
 
 
+@pytest.mark.slow
 def test_a_dry_run_counts_the_steps_on_tiles(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,6 +135,7 @@ def test_a_dry_run_counts_the_steps_on_tiles(
     assert "tiles of 32 pixels" in said.err
 
 
+@pytest.mark.slow
 def test_a_dry_run_measures_and_forecasts_each_teacher_that_a_trial_may_have(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

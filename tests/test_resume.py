@@ -76,6 +76,7 @@ def killed(mvtec_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_to_the_same_losses_and_the_same_weights(
     killed: Path, mvtec_root: Path, tmp_path: Path
 ) -> None:

@@ -217,6 +217,7 @@ def test_a_detector_from_before_decoders_ended_linearly_loads(tmp_path: Path) ->
 # Every family, from training to the graph
 
 
+@pytest.mark.slow
 @every_family
 def test_every_family_trains_and_exports(family: str, mvtec_root: Path, tmp_path: Path) -> None:
     from dskd.presets import to_toml
@@ -230,6 +231,7 @@ def test_every_family_trains_and_exports(family: str, mvtec_root: Path, tmp_path
     assert max(parity.map_error, parity.score_error) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backbone", "shape"),
     [

@@ -353,6 +353,7 @@ def test_an_image_that_is_shifted_has_the_shifted_map(preset: str, overlap: int,
 # ------------------------------------------------------------------------------------------- small defects
 
 
+@pytest.mark.slow
 def test_a_defect_of_six_pixels_in_three_thousand_is_found_with_tiles_and_missed_without(
     tiled: Detector, strips: Path, tmp_path: Path
 ) -> None:
@@ -487,7 +488,7 @@ def test_a_large_canvas_is_neutral_where_nothing_is_scored(region: str) -> None:
     assert (canvas[~inside] == NEUTRAL).all() and inside.any() and not inside.all()
 
 
-@pytest.mark.cluster  # it starts no Ray, but takes half a minute
+@pytest.mark.slow
 def test_memory_at_100_megapixels_is_that_of_the_image_and_one_batch_of_tiles(surface: Path, tmp_path: Path) -> None:
     """Pillow keeps an image in four bytes a pixel; to decode it, and for the map, 0.3 bytes more are granted."""
     side, tile = 9984, 256

@@ -231,6 +231,7 @@ def test_the_same_command_is_the_same_training_and_another_is_not(
     assert staging.listing_key(str(data), "wood") == staging.listing_key(f"{data}/", "wood")
 
 
+@pytest.mark.slow
 def test_a_failed_training_is_one_line_exit_code_one_and_a_failed_run(
     tracked: tuple[str, str, RunConfig], tiny: RunConfig, mvtec_root: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],

@@ -438,6 +438,7 @@ def pair(mvtec_root: Path, tiny: RunConfig, tmp_path_factory: pytest.TempPathFac
     return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
+@pytest.mark.slow
 def test_two_workers_learn_what_one_learns(pair: list[dict[str, Any]], tiny: RunConfig) -> None:
     intervals, network = linear_run(linear_config(tiny), WorkerRank(), random_table())
     for result in pair:

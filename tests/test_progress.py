@@ -2,18 +2,21 @@
 
 import io
 import itertools
+import json
 import logging
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Iterator
+from datetime import datetime
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from tune.study.progress import QUIET_SECONDS, SearchProgress
+from tune.study import gauges
+from tune.study.progress import QUIET_SECONDS, Counts, SearchProgress
 from tune.tracking.events import CategoryContinued, CategoryEnded, EpochDone, Event, Role, TrialEnded, TrialStarted
 from tune.trial.spec import OBJECTIVE
 
@@ -323,3 +326,50 @@ def test_what_a_trial_is_there_for_does_not_make_it_a_finalists_training(role: R
     progress.show(TrialStarted("wood", "a-fold-1", {}, role="finalist"))
     progress.show(CategoryEnded("tile", "finished", {}, {}))
     assert progress.running() == {"wood": ["a-fold-1"]}, "of those that go on"
+
+
+def test_lines_for_programs_are_json_with_search_category_and_trial(clock: Clock) -> None:
+    file = io.StringIO()
+    progress = SearchProgress(1, 2, console=Console(file=file, force_terminal=True), clock=clock, json_of="parts")
+    with progress.watching(["ti:le"]):
+        progress.show(TrialStarted("ti:le", "a", {}, 1, "dskd untuned"))
+        progress.show(EpochDone("ti:le", "a", 2, {OBJECTIVE: 0.5}, 1))
+        progress.show(TrialEnded("ti:le", "a", "finished", "", 0.5))
+        progress.say("two\nlines")
+    first, second = map(json.loads, file.getvalue().splitlines())
+    assert (first["search"], first["category"], first["trial"]) == ("parts", "ti:le", "a")
+    assert first["message"].startswith("trial 1 of 1 (a) finished at 0.5000")
+    assert "category" not in second and datetime.fromisoformat(second["time"]).tzinfo is not None
+
+
+def test_whoever_watches_by_figures_is_told_after_every_event(clock: Clock) -> None:
+    told: list[Counts] = []
+    progress = SearchProgress(2, 2, console=screen(), clock=clock, on_change=told.append)
+    progress.show(TrialStarted("tile", "a", {}))
+    clock.now += 10
+    progress.show(EpochDone("tile", "a", 1, {OBJECTIVE: 0.5}, 1))
+    progress.show(TrialEnded("tile", "a", "pruned", ""))
+    assert [each.trials["tile"]["running"] for each in told] == [1, 1, 0]
+    assert told[-1].trials["tile"]["pruned"] == 1 and told[0].seconds_left is None
+    assert told[1].seconds_left is not None and told[1].seconds_left > 0
+
+
+def test_figures_reach_the_gauges_of_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: dict[tuple[str, ...], float] = {}
+
+    class Kept:
+        def __init__(self, name: str, description: str, tag_keys: tuple[str, ...]) -> None:
+            self._name = name
+
+        def set(self, value: float, tags: dict[str, str]) -> None:
+            written[self._name, *tags.values()] = value
+
+    monkeypatch.setattr(gauges, "Gauge", Kept)
+    shown = gauges.SearchGauges("parts")
+    shown.show(Counts({"tile": {"running": 2, "failed": 1}}, None))
+    shown.show(Counts({"tile": {"running": 1, "failed": 1}}, 90.0))
+    assert written == {
+        ("dskd_search_trials", "parts", "tile", "running"): 1,
+        ("dskd_search_trials", "parts", "tile", "failed"): 1,
+        ("dskd_search_seconds_left", "parts"): 90.0,
+    }

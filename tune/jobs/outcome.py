@@ -1,6 +1,6 @@
 """What a search prints at its end: the table of champions, what differs from the presets, how to go on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from dskd.checkpoint import RECORD_FILE, DetectorRecord
 from dskd.show.times import duration
@@ -80,6 +80,19 @@ def show_outcome(
     print_command(console, pull_command(plan, "all"))
     print_line(console, "compare the runs:")
     print_command(console, page)
+
+
+def say_outcome(results: Sequence[CategoryResult], plan: SearchPlan, say: Callable[[str, str, str], object]) -> None:
+    """The results in lines, each with its category and its champion's trial, for `--log-format json`."""
+    for result in results:
+        if result.champion is None:
+            say(f"no champion: {result.error}", result.category, "")
+            continue
+        if result.earlier_search:
+            say(compared_with_earlier(result), result.category, "")
+        for line in [result.decision, *describe_champion(result.champion, plan)]:
+            if line:
+                say(line, result.category, result.champion.trial_id)
 
 
 def _row(result: CategoryResult, seconds: float | None) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import ray
 
 from tune.jobs.stop import EarlyEnd
+from tune.jobs.webhook import call_webhook
 from tune.preflight.draft import Draft, drafted
 from tune.preflight.reach import check_place, check_reach
 from tune.preflight.room import PreflightError, check_cluster, wait_for_room
@@ -26,8 +27,10 @@ from tune.settings.search import SearchSettings
 from tune.settings.workers import Workers
 from tune.storage.files import Storage
 from tune.storage.lease import Lease
+from tune.storage.shown import shown
 from tune.storage.uris import absolute
-from tune.study.progress import SearchProgress
+from tune.study.gauges import SearchGauges
+from tune.study.progress import Counts, SearchProgress
 from tune.trial.groups import Groups, worker_groups
 from tune.trial.spec import spec_of
 
@@ -47,22 +50,40 @@ def search(settings: SearchSettings) -> int:
     Ctrl-C and SIGTERM end the process, as `EarlyEnd.stop` says. Raises ValueError, ConnectionError or OSError on bad
     input, with one line per error.
     """
-    progress = SearchProgress(settings.trials, settings.num_reports)
+    gauges: list[SearchGauges] = []  # they need the cluster
+
+    def show(counts: Counts) -> None:
+        for each in gauges:
+            each.show(counts)
+
+    named = settings.name if settings.log_format == "json" else ""
+    progress = SearchProgress(settings.trials, settings.num_reports, json_of=named, on_change=show)
     early = EarlyEnd(progress)
     with signals_told_to(early.stop):
         try:
             # Ray prints a message on every lost worker, also to stdout, which is only for the JSON document.
             with ExitStack() as held, redirect_stdout(sys.stderr):
-                results = _search(settings, progress, early, held)
+                results = _search(settings, progress, early, held, gauges)
+        except (ValueError, OSError) as error:
+            _tell(settings, progress, {"name": settings.name, "status": "failed", "error": shown(str(error))})
+            raise
         finally:
             early.wait_if_ending()
             with redirect_stdout(sys.stderr):
                 if ray.is_initialized():
                     ray.shutdown()
+    document = {"name": settings.name, "categories": [result.to_dict() for result in results]}
+    is_whole = all(result.champion for result in results)
+    _tell(settings, progress, {"status": "finished" if is_whole else "incomplete", **document})
     if settings.json:
-        document = {"name": settings.name, "categories": [result.to_dict() for result in results]}
         print(json.dumps(document, indent=2))  # noqa: T201
-    return 0 if all(result.champion for result in results) else 1
+    return 0 if is_whole else 1
+
+
+def _tell(settings: SearchSettings, progress: SearchProgress, document: Mapping[str, object]) -> None:
+    """Tell the webhook, if there is one, that the search has ended."""
+    if settings.webhook is not None and (remark := call_webhook(settings.webhook, document)):
+        progress.say(remark)
 
 
 class _Begun(NamedTuple):
@@ -76,7 +97,11 @@ class _Begun(NamedTuple):
 
 
 def _search(
-    settings: SearchSettings, progress: SearchProgress, early: EarlyEnd, held: ExitStack
+    settings: SearchSettings,
+    progress: SearchProgress,
+    early: EarlyEnd,
+    held: ExitStack,
+    gauges: list[SearchGauges],
 ) -> list["CategoryResult"]:
     began = time.monotonic()
     held.enter_context(progress.beating())
@@ -87,7 +112,7 @@ def _search(
     plan = dataclasses.replace(plan, owner=lease.owner, generation=lease.generation)
     progress.begin("starting: the first workers, and the run in MLflow")
     from dskd.detector import UNTRAINED_TEACHER
-    from tune.jobs.outcome import show_outcome
+    from tune.jobs.outcome import say_outcome, show_outcome
     from tune.jobs.report import Run, write_report
     from tune.preflight import identity
     from tune.study.categories import run_search
@@ -118,6 +143,7 @@ def _search(
     page = _page(tracker, addresses.tracking)
     progress.say(f"its runs in MLflow: {page}")
     progress.say(f"searching {', '.join(plan.categories)}: {plan.trials} trials each, state in {addresses.home}")
+    gauges.append(SearchGauges(plan.name))
     with progress.watching(plan.categories):
         results = run_search(plan, groups, workers, revision, tracker, progress)
     seconds = {category: progress.seconds_of(category) for category in plan.categories}
@@ -128,7 +154,10 @@ def _search(
     progress.begin("finishing: the last events to MLflow")
     if num_unsent := tracker.close(_TRACKING_PATIENCE):
         progress.say(f"MLflow {tracker.trouble}: {num_unsent} events are in {unsent}; the same command writes them")
-    show_outcome(results, plan, settings, progress.time_share(), seconds, page, report.page)
+    if settings.log_format == "json":
+        say_outcome(results, plan, progress.say)
+    else:
+        show_outcome(results, plan, settings, progress.time_share(), seconds, page, report.page)
     return results
 
 

@@ -27,6 +27,7 @@ from tune.settings.limits import (
     check_storage_address,
     resolved_server,
 )
+from tune.storage.shown import host_of
 from tune.storage.uris import LOCAL_RESULTS, is_address
 
 USUAL_FOLDS = 5
@@ -170,16 +171,24 @@ class SearchSettings:
     teacher."""
     json: bool = False
     """Print one JSON document on stdout at the end."""
+    log_format: Literal["text", "json"] = "text"
+    """How progress is told on stderr: lines for people, or JSON objects with time, search, category, trial, message."""
+    webhook: str | None = field(default=None, repr=False)
+    """Address that is told by a POST of the document of --json when the search has ended, or failed; by default
+    $DSKD_WEBHOOK. A stopped search tells nobody."""
 
     def __post_init__(self) -> None:
         # Read here once: processes on other nodes must use these values, not those of their own environment.
         for name, variable in (
             ("tracking_uri", "MLFLOW_TRACKING_URI"),
+            ("webhook", "DSKD_WEBHOOK"),
             ("study_storage", "DSKD_STUDY_STORAGE"),
             ("address", "RAY_ADDRESS"),
         ):
             object.__setattr__(self, name, getattr(self, name) or os.environ.get(variable) or None)
         check_ranges(self)
+        if self.webhook is not None and not host_of(self.webhook):  # not repeated: it may be a secret
+            raise ValueError("--webhook must be an http:// or https:// address with a host; the one given is none.")
         check_name(self.name, "--name")
         for earlier in split_words(self.start_from):
             check_name(earlier, "--start-from")

@@ -25,6 +25,15 @@ _SECRET_IN_TEXT = re.compile(
 )
 
 
+def host_of(url: str) -> str:
+    """The host of an http or https address, alone: its path may be all that protects it. Empty if it is none."""
+    try:
+        parts = urlsplit(url)
+        return (parts.hostname or "") if parts.scheme in ("http", "https") else ""
+    except ValueError:
+        return ""
+
+
 def shown_url(url: str) -> str:
     """The scheme, host, port and path of an address; `HIDDEN` if it is not plain enough to tell them apart."""
     if url.startswith(_NAMES_IN_MLFLOW):

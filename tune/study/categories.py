@@ -179,7 +179,7 @@ def conclude_one(
     if studied.is_unstarted:
         known = find_champion(search.storage, category)
         result = CategoryResult(category, champion=known, error="" if known else studied.error)
-        search.progress.say(f"{category}: {studied.error}")
+        search.progress.say(studied.error, category)
     elif studied.study is None:
         result = CategoryResult(category, error=studied.error)
     else:
@@ -243,12 +243,12 @@ def with_winners(plan: SearchPlan, category: str, progress: SearchProgress) -> S
         champion = find_champion(storage, category)
         document = storage.read_json(f"{champion.folder}/{RECORD_FILE}") if champion else None
         if document is None:
-            progress.say(f"{category}: search {name} has no champion of this category to start from")
+            progress.say(f"search {name} has no champion of this category to start from", category)
             continue
         try:
             winners.append(space.point_of(DetectorRecord.from_document(document).config))
         except (ValueError, KeyError, TypeError) as error:
-            progress.say(f"{category}: the champion of {name} is not tried: {error}")
+            progress.say(f"the champion of {name} is not tried: {error}", category)
     return dataclasses.replace(space, winners=tuple(winners))
 
 
@@ -270,7 +270,7 @@ def with_earlier(search: SharedSearch, spec: TrialSpec, result: CategoryResult) 
         except (ValueError, OSError, AssignmentFailedError) as error:  # the new champion is there all the same
             figures, remark = {}, str(error)
         if remark:
-            search.progress.say(f"{category}: the champion of {name} is not compared: {remark}")
+            search.progress.say(f"the champion of {name} is not compared: {remark}", category)
             return result
         known = {figure: value for figure, value in figures.items() if math.isfinite(value)}
         return result._replace(earlier_search=name, earlier_figures=known)
@@ -281,9 +281,8 @@ def _note_best(search: SharedSearch, event: TrialEnded) -> None:
     try:
         note_best(search.storage, event.category, event.trial_id, event.objective, event.detector)
     except StorageError as error:
-        search.progress.say(
-            f"{event.category}: trial {event.trial_id} cannot be pulled before the search ends: {error}"
-        )
+        cannot = f"trial {event.trial_id} cannot be pulled before the search ends: {error}"
+        search.progress.say(cannot, event.category, event.trial_id)
 
 
 def _conclude(
@@ -298,7 +297,7 @@ def _conclude(
     )
     if study.num_interrupted:
         progress.say(
-            f"{category}: the time budget interrupted {study.num_interrupted} trials; the same command continues them"
+            f"the time budget interrupted {study.num_interrupted} trials; the same command continues them", category
         )
     if not study.finished:
         reason = study.errors[-1] if study.errors else "no trial reached its last epoch"
@@ -311,7 +310,7 @@ def _conclude(
     num_finalists = search.plan.finalists
     if num_finalists and budget.is_spent():
         num_finalists = 0
-        progress.say(f"{category}: the time budget ended before the finalists were compared; the same command does so")
+        progress.say("the time budget ended before the finalists were compared; the same command does so", category)
     chosen = select_champion(
         study.finished,
         FoldTrainings(spec, search.groups, events.put, TrainedOn(search.storage, category)),
@@ -319,7 +318,7 @@ def _conclude(
         num_finalists=num_finalists,
         min_errors=search.plan.min_gain_errors,
         common=common.trials.get(category) if common else None,
-        say=lambda line: progress.say(f"{category}: {line}"),
+        say=lambda line: progress.say(line, category),
     )
     result = result._replace(decision=chosen.sentence)
     trial_id, known = chosen.trial_id, readable_champion(search.storage, category, progress.say)
@@ -328,22 +327,22 @@ def _conclude(
         pictures = beside.submit(_draw_study, search, category, Path(temporary) / "study")
         if known is not None and known.trial_id == trial_id and known.run_id and known.decision == chosen.sentence:
             if fault := find_fault(search.storage, known):
-                progress.say(f"{category}: the champion's detector is not whole, delivering it again: {fault}")
+                progress.say(f"the champion's detector is not whole, delivering it again: {fault}", category)
                 tracking = search.plan.addresses.tracking
                 known, source = deliver_again(
                     search.storage, trial, known, search.groups, tracking, change=chosen.applied
                 )
-                progress.say(f"{category}: delivered again from {source}")
+                progress.say(f"delivered again from {source}", category)
             else:
-                progress.say(f"{category}: trial {trial_id} is the champion already")
+                progress.say(f"trial {trial_id} is the champion already", category)
             _log_study(search, category, pictures.result())
             return result._replace(champion=known), {}
         detector = chosen.detector
         if not has_detector(detector):
-            progress.say(f"{category}: the detector of trial {trial_id} is gone, training it again")
+            progress.say(f"the detector of trial {trial_id} is gone, training it again", category)
             detector = train_again(trial, search.groups)
-        progress.say(f"{category}: {chosen.sentence}")
-        progress.say(f"{category}: trial {trial_id} is chosen, evaluating it once on the test images")
+        progress.say(chosen.sentence, category)
+        progress.say(f"trial {trial_id} is chosen, evaluating it once on the test images", category)
         search.plan.inputs_of(category).verify()
         local = Path(temporary) / "detector"
         champion, record, remark = save_evaluated_champion(
@@ -358,7 +357,7 @@ def _conclude(
             beats=study.finished[0].objective,
         )
         if remark:
-            progress.say(f"{category}: {remark}")
+            progress.say(remark, category)
         figures = fetch_figures(detector, Path(temporary) / "figures")
         champion, tags = _register(search, result._replace(champion=champion), record, local, figures, pictures)
     tags = {"dskd.champion_trial": trial_id, "dskd.decision": chosen.sentence, **tags}
@@ -394,14 +393,14 @@ def _register(
             delivered=_delivered(plan, record),
         )
     except (TrackingUnavailableError, TrackingRefusedError) as error:
-        progress.say(f"{category}: {error}; the champion is in the storage, the same command registers it")
+        progress.say(f"{error}; the champion is in the storage, the same command registers it", category)
         return champion, {}
     champion = champion._replace(run_id=registered.run_id)
     note_run(search.storage, champion)
     alias = f"alias {registered.alias}" if registered.alias else "no alias"
     if registered.reason:
         name = f"{registered.model} version {registered.version}"
-        progress.say(f"{category}: {name} gets {alias}: {registered.reason}")
+        progress.say(f"{name} gets {alias}: {registered.reason}", category)
     note = category_note(
         category=category,
         trial_id=champion.trial_id,
@@ -480,5 +479,5 @@ def _log_study(search: SharedSearch, category: str, pictures: _Pictures) -> tupl
     try:
         search.tracker.add_study(category, pictures.folder, _TRACKING_PATIENCE)
     except (TrackingUnavailableError, TrackingRefusedError) as error:
-        search.progress.say(f"{category}: {error}; the study's pictures are not logged, the same command does so")
+        search.progress.say(f"{error}; the study's pictures are not logged, the same command does so", category)
     return pictures.missing

@@ -3,15 +3,17 @@
 Elsewhere, as in a job's log, a line says at least every half minute what is being done.
 """
 
+import datetime
+import json
 import logging
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, get_args
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -61,6 +63,15 @@ class TimeShare(NamedTuple):
         )
 
 
+class Counts(NamedTuple):
+    """State of a search, for those who watch it by figures."""
+
+    trials: Mapping[str, Mapping[str, int]]
+    """Number of trials by category and state: running, finished, pruned, failed, interrupted."""
+    seconds_left: float | None
+    """Estimated; None before any epoch was measured."""
+
+
 @dataclass
 class _Trial:
     started: float
@@ -106,8 +117,14 @@ class SearchProgress:
         *,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
+        json_of: str = "",
+        on_change: Callable[["Counts"], object] = lambda counts: None,
     ) -> None:
-        """`epochs`: of a complete trial, 0 if unknown; without a `console`, lines go to the current sys.stderr."""
+        """`epochs`: of a complete trial, 0 if unknown; without a `console`, lines go to the current sys.stderr.
+
+        With `json_of`, the search's name, each line is a JSON object and there is no table. `on_change` is called with
+        the state of the search after every event.
+        """
         self._trials = trials
         self._epochs = epochs
         self._console = console
@@ -121,6 +138,8 @@ class SearchProgress:
         self._is_silent = False
         self._started = clock()
         self._live: Live | None = None
+        self._json_of = json_of
+        self._on_change = on_change
 
     @contextmanager
     def watching(self, categories: Sequence[str]) -> Iterator[None]:
@@ -130,7 +149,7 @@ class SearchProgress:
             for category in categories:
                 self._categories.setdefault(category, _Category())
         console = self._console or Console(stderr=True)
-        if not console.is_terminal:
+        if self._json_of or not console.is_terminal:
             yield
             return
         before = sys.stderr
@@ -209,9 +228,9 @@ class SearchProgress:
             said += ", starting the next"
         return said if category.best is None else f"{said}, best {category.best:.4f}"
 
-    def say(self, line: str) -> None:
-        """Print a line with the time since the start."""
-        self._print(line)
+    def say(self, line: str, category: str = "", trial: str = "") -> None:
+        """Print a line, which may be on one category and one of its trials, with the time since the start."""
+        self._print(line, None, category, trial)
 
     def say_last(self, *lines: str) -> None:
         """Take the table away and print these lines; nothing else is printed any more."""
@@ -232,30 +251,61 @@ class SearchProgress:
                 if not each.is_over and (each.running or each.ended or each.finalists)
             }
 
-    def _print(self, line: str, stream: IO[str] | None = None) -> None:
+    def _print(self, line: str, stream: IO[str] | None = None, category: str = "", trial: str = "") -> None:
         if not self._is_silent:
-            self._write(line, stream)
+            self._write(line, stream, category, trial)
 
-    def _write(self, line: str, stream: IO[str] | None = None) -> None:
+    def _write(self, line: str, stream: IO[str] | None = None, category: str = "", trial: str = "") -> None:
         self._last_line = self._clock()
+        line = shown(line)
+        if self._json_of:
+            told = {"category": category, "trial": trial}
+            document = {
+                "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
+                "search": self._json_of,
+                **{name: value for name, value in told.items() if value},
+                "message": line,
+            }
+            self._put(json.dumps(document, ensure_ascii=False), stream)
+            return
+        line = f"{shown(category)}: {line}" if category else line
         minutes, seconds = divmod(int(self._clock() - self._started), 60)
         stamp = f"[{minutes:3d}:{seconds:02d}] "
-        line = shown(line)
         live = self._live
         if live is not None:
             text = fitted(stamp + line, live.console.width, len(stamp))
             live.console.print(text, markup=False, highlight=False, soft_wrap=True)
             return
+        self._put(stamp + line, stream, len(stamp))
+
+    def _put(self, line: str, stream: IO[str] | None, indent: int | None = None) -> None:
+        """Write a line, broken to the terminal's width with this `indent` if there is one."""
         usual: Any = self._console.file if self._console else sys.stderr
         place: IO[str] = stream or usual
         # as one string, so that lines of two threads do not mix
-        place.write(fitted(stamp + line, line_width(place), len(stamp)) + "\n")
+        place.write((line if indent is None else fitted(line, line_width(place), indent)) + "\n")
         place.flush()
 
     def show(self, event: Event | CategoryContinued) -> None:
         """Count an event; prints a line for remarks and for ended trials, none for trials that had ended before."""
-        if isinstance(event, SearchBegan):
-            return
+        if not isinstance(event, SearchBegan):
+            self._count(event)
+        self._on_change(self.counts())
+
+    def counts(self) -> "Counts":
+        """How many trials are in each state, by category, and the seconds left."""
+        with self._lock:
+            trials = {
+                name: {
+                    "running": len(each.running),
+                    **{status: each.count(status) for status in get_args(Status)},
+                }
+                for name, each in self._categories.items()
+            }
+            return Counts(trials, self.seconds_left())
+
+    def _count(self, event: Event | CategoryContinued) -> None:
+        assert not isinstance(event, SearchBegan)
         with self._lock:
             category = self._categories.setdefault(event.category, _Category())
             if isinstance(event, TrialStarted) and event.role == "finalist":
@@ -275,7 +325,7 @@ class SearchProgress:
             elif isinstance(event, EpochDone):
                 self._count_epoch(category, event)
             elif isinstance(event, Remarked):
-                self.say(f"{event.category}: trial {event.trial_id}: {event.remark}")
+                self.say(f"trial {event.trial_id}: {event.remark}", event.category, event.trial_id)
             elif isinstance(event, TrialEnded):
                 self._count_end(category, event)
 
@@ -287,7 +337,7 @@ class SearchProgress:
         if not is_known:  # else only its process was lost, and not the search's
             best = "" if event.best is None else f", best {event.best:.4f}"
             going_on = f", {event.num_running} go on" if event.num_running else ""
-            self.say(f"{event.category}: continues: {len(event.ended)} of {self._trials} ended{going_on}{best}")
+            self.say(f"continues: {len(event.ended)} of {self._trials} ended{going_on}{best}", event.category)
 
     def _count_start(self, category: _Category, event: TrialStarted) -> None:
         category.ended.pop(event.trial_id, None)  # the time budget had interrupted it
@@ -317,7 +367,7 @@ class SearchProgress:
                     spent.training + trial.training, spent.validation + trial.validation, spent.total + duration
                 )
         trial = trial or _Trial(self._clock(), len(category.ended), "")
-        self.say(f"{event.category}: {self._end_line(category, trial, event)}")
+        self.say(self._end_line(category, trial, event), event.category, event.trial_id)
         if trial.best is not None:
             category.best = max(trial.best, category.best or 0.0)
 
@@ -325,7 +375,7 @@ class SearchProgress:
         category.finalists[event.trial_id] = True
         ended = f"{sum(category.finalists.values())} of {len(category.finalists)} trainings on other folds ended"
         reason = f": {event.error.strip().splitlines()[-1]}" if event.error.strip() else f" at {event.objective:.4f}"
-        self.say(f"{event.category}: {event.trial_id} {event.status}{reason}; {ended}")
+        self.say(f"{event.trial_id} {event.status}{reason}; {ended}", event.category, event.trial_id)
 
     def _end_line(self, category: _Category, trial: _Trial, event: TrialEnded) -> str:
         """How a trial ended: its value, how that compares with the best of those that ended before, what it tried."""

@@ -7,7 +7,6 @@ Ray Tune keeps module-level state that two experiments in one process corrupt (s
 import functools
 import logging
 import os
-import tempfile
 import zlib
 from typing import Any, NamedTuple
 
@@ -37,6 +36,7 @@ from tune.study.hooks import (
     repeat_ended,
 )
 from tune.study.records import TrialRecords, complete_study
+from tune.study.scratch import scratch_folder
 from tune.trial.asha import REDUCTION, grace_period
 from tune.trial.failures import MAX_RETRY_COST
 from tune.trial.spec import EPOCH, OBJECTIVE, TrialSpec
@@ -88,9 +88,9 @@ def search_category(
     repeat_ended()
     left = max(plan.trials - len(records.ended), len(records.unfinished))
     if left:
-        with tempfile.TemporaryDirectory(prefix="dskd-tune-", ignore_cleanup_errors=True) as folder:
+        with scratch_folder() as folder:
             try:
-                _tuner(context, searcher, left, folder, dispatcher).fit()
+                _tuner(context, searcher, left, str(folder), dispatcher).fit()
             except Exception:
                 if context.fault is not None:
                     raise context.fault from None

@@ -442,8 +442,29 @@ def test_examples_of_the_help_run(desk: tuple[Path, dict[str, str]]) -> None:
         examples = [line.strip() for line in shown.stdout.partition("examples:\n")[2].splitlines()]
         assert examples == list(EXAMPLES[command])
         for example in examples:
+            if command == "page":
+                _check_that_it_serves(example, folder, env)
+                continue
             done = subprocess.run(
                 ["bash", "-euo", "pipefail", "-c", example], cwd=folder, env=env, capture_output=True, text=True,
                 timeout=600, check=False,
             )  # fmt: skip
             assert done.returncode == 0, f"{example}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+
+
+def _check_that_it_serves(example: str, folder: Path, env: dict[str, str]) -> None:
+    """Until it says where; it would run until it is stopped."""
+    process = subprocess.Popen(
+        example.split(), cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    with process, process.stderr as lines:
+        try:
+            said = []
+            for line in lines:
+                said.append(line)
+                if "the page: http://127.0.0.1:" in line:
+                    return
+            raise AssertionError("".join(said))
+        finally:
+            process.terminate()

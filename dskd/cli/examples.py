@@ -19,7 +19,7 @@ EXAMPLES: Mapping[str, Sequence[str]] = {
     ),
     "compare": ("dskd compare detectors/flange detectors/fabric my-images/flange/test --out compared",),
     "feedback": (
-        "dskd feedback detectors/flange --good my-images/flange/test/good --defect my-images/flange/test/rust",
+        "dskd feedback detectors/flange --good my-images/flange/test/good --defect my-images/flange/test/chip",
         "dskd feedback detectors/flange --approve",
     ),
     "page": ("dskd page detectors/flange detectors/fabric",),

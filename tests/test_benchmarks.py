@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -286,3 +287,16 @@ def test_the_gpu_benchmark_runs_every_part_goes_on_after_a_failure_and_keeps_to_
     assert failed["failed"] == "RuntimeError: no memory" and after["tflops"] > 0
     assert gpu.main([*words, "--parts", "bf16 peak", "--budget", "0"]) == 0
     assert json.loads(out.read_text().splitlines()[-1]) == {"part": "bf16 peak", "left_out": "the budget is spent"}
+
+
+@pytest.mark.cluster
+def test_what_a_trial_costs_the_driver_is_told_for_every_window(tmp_path: Path) -> None:
+    words = ("--trials", "4", "--window", "2", "--at-once", "2")
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "scale.py"), *words], cwd=tmp_path, capture_output=True, text=True,
+        timeout=300, check=True,
+    )  # fmt: skip
+    rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| ")][1:]
+    assert [int(row[0]) for row in rows] == [2, 4]
+    assert all(float(row[1]) > 0 and float(row[3]) > 0 for row in rows), "MLflow is a part of it"
+    assert "4 trials finished" in done.stdout

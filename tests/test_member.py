@@ -61,6 +61,7 @@ class Script:
         self.over: list[str] = []
         self.ask, self.report = SimpleNamespace(remote=self._ask), SimpleNamespace(remote=self._report)
         self.alive = SimpleNamespace(remote=lambda *_: None)
+        self.is_stopping = SimpleNamespace(remote=lambda: False)
 
     def _ask(self, slot: str, generation: float) -> Order:
         leave_marks()
@@ -241,12 +242,14 @@ def test_checkpoints_of_a_lost_lease_touch_nothing_of_its_successor(tmp_path: Pa
 class Stopping(Script):
     """A search that is stopped after a trial's second report: as the group waits for its verdict, or right after."""
 
-    def __init__(self, assignment: Assignment, *, is_later: bool) -> None:
+    def __init__(self, assignment: Assignment, *, is_later: bool, is_heard: bool) -> None:
+        """Without `is_heard` no sign of life is answered before the group ends."""
         super().__init__([assignment])
         self._is_later = is_later
         self._is_stopping = threading.Event()
         self._has_saved = threading.Event()
-        self.alive = SimpleNamespace(remote=lambda *_: self._is_stopping.wait(0.05))
+        self.alive = SimpleNamespace(remote=lambda *_: self._is_stopping.wait(0.05) and is_heard)
+        self.is_stopping = SimpleNamespace(remote=self._is_stopping.is_set)
         self.saved = SimpleNamespace(remote=lambda slot: self._has_saved.set())
 
     def stop(self, seconds: float) -> None:
@@ -269,13 +272,15 @@ class Stopping(Script):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "is_later", "stored"), [(3600.0, False, [2]), (3600.0, True, [3]), (0.0, True, [2, 3])]
+    ("seconds", "is_later", "is_heard", "stored"),
+    [(3600.0, False, True, [2]), (3600.0, False, False, [2]), (3600.0, True, True, [3]), (0.0, True, True, [2, 3])],
 )
 def test_a_stop_stores_what_was_reported_last(
-    seconds: float, is_later: bool, stored: list[int], mvtec_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    seconds: float, is_later: bool, is_heard: bool, stored: list[int], mvtec_root: Path, tmp_path: Path
 ) -> None:
     """No checkpoint was due before; `seconds`: from which an interval is too long to wait for its end."""
-    script = Stopping(training("one", config(epochs=6), mvtec_root, tmp_path), is_later=is_later)
+    assignment = training("one", config(epochs=6), mvtec_root, tmp_path)
+    script = Stopping(assignment, is_later=is_later, is_heard=is_heard)
     kept: list[int] = []
 
     def keep(trials: str, trial_id: str, epoch: int, folder: Path, generation: int) -> str:

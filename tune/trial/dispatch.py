@@ -242,6 +242,10 @@ class Dispatcher:
         await _within(LIFE_SECONDS, self._stopping)
         return self._stopping.is_set()
 
+    async def is_stopping(self) -> bool:
+        """Whether a group that may not go on must store what it reported, since the search is being stopped."""
+        return self._stopping.is_set()
+
     async def saved(self, slot: str) -> None:
         """After `stop`: all that this group has reported is stored."""
         self._note_saved(slot)

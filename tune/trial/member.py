@@ -134,7 +134,8 @@ class _Member:
                         metrics[CHECKPOINT] = self._work.store(report.checkpoint)
                 is_over = ERROR in metrics or metrics[EPOCH] >= last
                 if not self._shared(lambda: self._tell(assignment, metrics, is_over=is_over)):  # noqa: B023
-                    if self._is_stopping:  # it may have come to be known since the report
+                    # Asked anew: a short interval ends before the sign of life has its answer.
+                    if self._worker.rank == 0 and (self._is_stopping or ray.get(self._post.is_stopping.remote())):
                         self._work.save()
                     return
                 self._work.spare()

@@ -9,7 +9,7 @@ import pytest
 
 from dskd.config import RunConfig, TeacherSource
 from tune.storage import inputs as module
-from tune.storage.files import Storage
+from tune.storage.files import Storage, StoredFile
 from tune.storage.inputs import CategoryInputs, Inputs, InputsChangedError, TrainedOn
 from tune.trial.spec import DATA_SHA256, TEACHER_SHA256, TEXTURES_SHA256, fingerprints
 
@@ -118,3 +118,19 @@ def test_trials_that_say_that_they_were_trained_on_something_else_are_found(tmp_
         with pytest.raises(InputsChangedError, match=f"since the search began: {kind};"):
             TrainedOn(storage, "tile").check(wrong)
     TrainedOn(storage, "wood").check(told("b"))
+
+
+def test_files_in_an_object_storage_are_compared_by_what_it_lists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their contents are not fetched: a change of time alone is left to what the trials report."""
+    listed = [StoredFile("tile/train/good/0.png", 10, 1), StoredFile("tile/train/good/1.png", 10, 1)]
+    monkeypatch.setattr(module, "files_of", lambda data, category, layout: listed)
+    read = Inputs("s3://bucket/data", "auto", (), TeacherSource("random"), "")
+    mine = CategoryInputs(Storage(str(tmp_path)), "try", "tile", read)
+    mine.record(mine.check())
+    listed[0] = listed[0]._replace(modified_ns=2)
+    mine.record(mine.check())
+    listed[0] = listed[0]._replace(num_bytes=11)
+    with pytest.raises(InputsChangedError, match=r"1 changed \(tile/train/good/0.png\)"):
+        mine.check()

@@ -52,6 +52,8 @@ def address(folder: Path) -> Iterator[str]:
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
+        # A shell without job control lets what runs in its background ignore SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert server.stderr is not None
     try:

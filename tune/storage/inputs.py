@@ -68,7 +68,7 @@ class CategoryInputs:
         paths = self._paths()
         now = self._listed(paths)
         if known is None:
-            return {kind: _read(marks, paths[kind], marks) for kind, marks in now.items()}
+            return {kind: _read(marks, paths.get(kind, {}), marks) for kind, marks in now.items()}
         found: dict[str, Mapping[str, Mark]] = {}
         lines = []
         for kind in sorted({*now, *known}):

@@ -533,7 +533,6 @@ def export(
         generated_inputs,
         network_inputs,
     )
-    from dskd.jobs.quantize import export_int8
     from dskd.predict import find_images
 
     check_exportable(onnx, opset)
@@ -544,7 +543,12 @@ def export(
     checked = network_inputs(loaded, find_images(images).images) if images else generated_inputs(loaded)
     source = "given" if images else "generated"
     try:
-        parity = (export_int8 if int8 else export_onnx)(loaded, onnx, checked, opset)
+        if int8:
+            from dskd.jobs.quantize import export_int8
+
+            parity = export_int8(loaded, onnx, checked, opset)
+        else:
+            parity = export_onnx(loaded, onnx, checked, opset)
     except ParityError as error:
         say(f"dskd: export failed, nothing was written: {error}")
         sys.exit(1)

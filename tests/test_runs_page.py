@@ -111,20 +111,22 @@ def test_the_champions_run_has_the_delivered_values_and_no_metric_stands_twice(
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: apt-get install chromium")
 @pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="playwright is not installed")
 def test_the_link_shows_the_champions_in_a_browser_that_was_never_there(
-    searched: tuple[str, Tracker], tmp_path: Path
+    searched: tuple[str, Tracker], detector_folder: Path, tmp_path: Path
 ) -> None:
     from playwright.sync_api import expect, sync_playwright
 
     _, tracker = searched
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page: Any = browser.new_page(viewport={"width": 3000, "height": 1000})
+        page: Any = browser.new_page(viewport={"width": 3600, "height": 1000})
         page.goto(tracker.page(60))
         expect(page.get_by_text("bolt 01 · dskd untuned ★").first).to_be_visible(timeout=60_000)
         page.screenshot(path=tmp_path / "runs.png")
         text = page.locator("body").inner_text()
         browser.close()
-    for wanted in ("test/image_auroc", "threshold/guaranteed_rate", "0.8765", "dskd with blur_sigma 2", "pruned"):
+    weights = str(read_record(detector_folder).config.score.score_level_weights)
+    columns = ("test/image_auroc", "threshold/guaranteed_rate", "delivered.blur_sigma")
+    for wanted in (*columns, "0.8765", weights, "dskd with blur_sigma 2", "pruned"):
         assert wanted in text, wanted
 
 

@@ -41,6 +41,11 @@ _COLUMNS = (
     "metrics.`threshold/expected_rate`",
     "metrics.`threshold/guaranteed_rate`",
     "params.`preset`",
+    "params.`delivered.level_fusion`",
+    "params.`delivered.student_fusion`",
+    "params.`delivered.score_level_weights`",
+    "params.`delivered.blur_sigma`",
+    "params.`delivered.score_top_fraction`",
     f"tags.`{CHANGES}`",
 )
 _WIDTHS = {f"tags.`{CHANGES}`": 420}

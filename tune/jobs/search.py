@@ -30,7 +30,7 @@ from tune.storage.lease import Lease
 from tune.storage.shown import shown
 from tune.storage.uris import absolute
 from tune.study.gauges import SearchGauges
-from tune.study.progress import Counts, SearchProgress
+from tune.study.progress import SearchProgress
 from tune.trial.groups import Groups, worker_groups
 from tune.trial.spec import spec_of
 
@@ -50,20 +50,15 @@ def search(settings: SearchSettings) -> int:
     Ctrl-C and SIGTERM end the process, as `EarlyEnd.stop` says. Raises ValueError, ConnectionError or OSError on bad
     input, with one line per error.
     """
-    gauges: list[SearchGauges] = []  # they need the cluster
-
-    def show(counts: Counts) -> None:
-        for each in gauges:
-            each.show(counts)
-
     named = settings.name if settings.log_format == "json" else ""
-    progress = SearchProgress(settings.trials, settings.num_reports, json_of=named, on_change=show)
+    shown_to = SearchGauges(settings.name).show
+    progress = SearchProgress(settings.trials, settings.num_reports, json_of=named, on_change=shown_to)
     early = EarlyEnd(progress)
     with signals_told_to(early.stop):
         try:
             # Ray prints a message on every lost worker, also to stdout, which is only for the JSON document.
             with ExitStack() as held, redirect_stdout(sys.stderr):
-                results = _search(settings, progress, early, held, gauges)
+                results = _search(settings, progress, early, held)
         except (ValueError, OSError) as error:
             _tell(settings, progress, {"name": settings.name, "status": "failed", "error": shown(str(error))})
             raise
@@ -97,11 +92,7 @@ class _Begun(NamedTuple):
 
 
 def _search(
-    settings: SearchSettings,
-    progress: SearchProgress,
-    early: EarlyEnd,
-    held: ExitStack,
-    gauges: list[SearchGauges],
+    settings: SearchSettings, progress: SearchProgress, early: EarlyEnd, held: ExitStack
 ) -> list["CategoryResult"]:
     began = time.monotonic()
     held.enter_context(progress.beating())
@@ -143,7 +134,6 @@ def _search(
     page = _page(tracker, addresses.tracking)
     progress.say(f"its runs in MLflow: {page}")
     progress.say(f"searching {', '.join(plan.categories)}: {plan.trials} trials each, state in {addresses.home}")
-    gauges.append(SearchGauges(plan.name))
     with progress.watching(plan.categories):
         results = run_search(plan, groups, workers, revision, tracker, progress)
     seconds = {category: progress.seconds_of(category) for category in plan.categories}

@@ -22,6 +22,7 @@ from tune.storage.files import Storage
 from tune.study.categories import CategoryResult
 from tune.tracking.category_page import FEWEST_TO_WEIGH
 from tune.tracking.outbox import TrackingUnavailableError
+from tune.tracking.runs_page import how_to_open
 
 FIGURES = {
     "val/objective": 0.9132, "gain/objective": 0.0, "gain/error": 0.0091, "test/image_auroc": 0.95,
@@ -82,9 +83,9 @@ def trials(space: Space, count: int) -> list[optuna.trial.FrozenTrial]:
     return study.trials
 
 
-def gathered(results: list[CategoryResult], plan: Any) -> Any:
-    arguments = ["--data", "my images", "--tracking-uri", "http://me:secret@mlflow:5000"]
-    return gather(results, plan, Run(0.0, arguments, "abc", PAGE), {"tile": 90.0})
+def gathered(results: list[CategoryResult], plan: Any, *more: str, page: str = PAGE) -> Any:
+    arguments = ["tune/search.py", "--data", "my images", "--tracking-uri", "http://me:secret@mlflow:5000", *more]
+    return gather(results, plan, Run(0.0, arguments, "abc", page), {"tile": 90.0})
 
 
 def test_figures_are_the_storage_s_and_trials_are_the_study_s(
@@ -104,6 +105,12 @@ def test_figures_are_the_storage_s_and_trials_are_the_study_s(
     assert f"sha256 {record.data_sha256}" in [fact.value for fact in tile.trust]
 
 
+def test_without_a_server_no_run_has_a_page(results: list[CategoryResult], plan: Any) -> None:
+    """What the search says instead is a command."""
+    found = gathered(results, plan, page=how_to_open("sqlite:////tmp/mlflow.db", "1"))
+    assert [category.link for category in found.categories] == ["", ""]
+
+
 def test_the_caveats_come_with_the_categories_that_they_are_about(results: list[CategoryResult], plan: Any) -> None:
     report = gathered(results, plan)
     assert report.caveats[0] == "wood has no detector."
@@ -119,6 +126,10 @@ def test_commands_can_be_repeated_and_hold_no_password(results: list[CategoryRes
     commands = {each.what: each.command for each in report.commands}
     assert commands["Repeat or continue the search"].startswith("python tune/search.py --data 'my images'")
     assert "secret" not in json.dumps(commands)
+    for hook in (("--webhook", "https://host/secret"), ("--webhook=https://host/secret",)):
+        told = gathered(results, plan, *hook, "--trials", "8")
+        (again,) = (each.command for each in told.commands if each.what.startswith("Repeat"))
+        assert again.endswith(" --trials 8") and "secret" not in again and "webhook" not in again
     assert "--name parts" in commands["Pull all champions"]
     assert "models:/dskd-tile@champion" in commands["Serve a champion (here the first)"]
 

@@ -55,6 +55,7 @@ class Run(NamedTuple):
     began: float
     """`time.monotonic()` at its start."""
     arguments: Sequence[str]
+    """The script, as `tune/search.py` or `tune/demo.py`, and what was typed behind it."""
     revision: str
     """Of the code; empty if unknown."""
     page: str
@@ -172,7 +173,8 @@ def _record(plan: SearchPlan, champion: Champion) -> DetectorRecord | None:
 def _link(page: str, champion: Champion) -> str:
     """Address of the champion's run, made from that of the search's runs; empty if MLflow is no server."""
     experiment, separator, _ = page.partition("/runs?")
-    return f"{experiment}/runs/{champion.run_id}" if separator and champion.run_id else ""
+    is_address = page.startswith(("http://", "https://"))  # else it is a command that starts a server
+    return f"{experiment}/runs/{champion.run_id}" if is_address and separator and champion.run_id else ""
 
 
 def caveats_of(categories: Sequence[CategoryReport], results: Sequence[CategoryResult], plan: SearchPlan) -> list[str]:
@@ -275,10 +277,21 @@ def _origin(record: DetectorRecord, champion: Champion) -> list[Fact]:
     return [Fact(name=name, value=value) for name, value in values.items()]
 
 
+def _repeated(arguments: Sequence[str]) -> str:
+    """The command, without the address of a webhook: all of that may be a secret."""
+    shown_ones, words = [], iter(arguments)
+    for word in words:
+        if word == "--webhook":
+            next(words, None)
+        elif not word.startswith("--webhook="):
+            shown_ones.append(word)
+    return without_secrets(command(["python", *shown_ones]))
+
+
 def _commands(plan: SearchPlan, categories: Sequence[CategoryReport], run: Run) -> list[Command]:
     tracking = shown_url(plan.addresses.tracking)
     found = {
-        "Repeat or continue the search": without_secrets(command(["python", "tune/search.py", *run.arguments])),
+        "Repeat or continue the search": _repeated(run.arguments),
         "Pull all champions": pull_command(plan, "all"),
         "See its runs in MLflow": run.page,
         "Draw this page again": command(["dskd", "report", REPORT_DOCUMENT, "--out", REPORT_PAGE]),

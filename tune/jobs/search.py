@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, redirect_stdout
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import ray
@@ -138,7 +139,9 @@ def _search(
         results = run_search(plan, groups, workers, revision, tracker, progress)
     seconds = {category: progress.seconds_of(category) for category in plan.categories}
     progress.begin("finishing: the report")
-    report = write_report(results, plan, tracker, Run(began, sys.argv[1:], revision, page), seconds)
+    report = write_report(
+        results, plan, tracker, Run(began, [f"tune/{Path(sys.argv[0]).name}", *sys.argv[1:]], revision, page), seconds
+    )
     if report.remark:
         progress.say(report.remark)
     progress.begin("finishing: the last events to MLflow")

@@ -456,6 +456,10 @@ BAD: dict[str, tuple[Callable[[Place], list[Any]], str]] = {
         lambda p: ["predict", p.detector, image(p), "--out", p.new, "--false-alarm-rate", "0"],
         "--false-alarm-rate must lie in (0, 1)",
     ),
+    "a page that answers nobody": (
+        lambda p: ["page", p.detector, "--requests-per-minute", "0"],
+        "--requests-per-minute must be at least 1",
+    ),
 }
 
 

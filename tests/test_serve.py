@@ -86,7 +86,11 @@ def client(local_ray: None, registry: tuple[str, MlflowClient], tmp_path: Path) 
     from tune.jobs.serve import application
 
     settings = ServeSettings(
-        alias="champion", tracking_uri=registry[0], feedback=str(tmp_path / "feedback"), poll_seconds=0.5
+        alias="champion",
+        tracking_uri=registry[0],
+        feedback=str(tmp_path / "feedback"),
+        poll_seconds=0.5,
+        requests_per_minute=1_000_000,  # four threads without pause pass what one address may ask for by default
     )
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})

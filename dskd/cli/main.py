@@ -476,6 +476,7 @@ def page(
     allowed_host: tuple[str, ...] = (),
     device: str = "auto",
     max_megapixels: float | None = None,
+    requests_per_minute: float = 1200.0,
 ) -> None:
     """Serve the inspector's page on this machine: drop photos, see verdicts, move the threshold, judge.
 
@@ -488,19 +489,24 @@ def page(
         allowed_host: Name under which a proxy on this machine publishes the page.
         device: auto, cpu, cuda or cuda:N.
         max_megapixels: Larger images are refused; 100, or $DSKD_MAX_MEGAPIXELS, unless given.
+        requests_per_minute: Of one address, at least 1; behind a proxy all clients have one address.
     """
+    if not requests_per_minute >= 1:
+        raise ValueError(f"--requests-per-minute must be at least 1, got {requests_per_minute:g}.")
     if not detectors:
         raise ValueError("no detector given; name detector folders after the command.")
     if missing := [name for name in ("fastapi", "uvicorn", "python_multipart") if find_spec(name) is None]:
         raise ValueError(f"the page needs {missing[0]}: .ci/setup page, or pip install -e '.[page]'.")
     from dskd.data.images import MAX_MEGAPIXELS
     from dskd.device import computing_device
+    from dskd.page.guard import Limits
     from dskd.page.server import MEGAPIXELS, serve_page
 
     if max_megapixels is None and MAX_MEGAPIXELS not in os.environ:
         max_megapixels = MEGAPIXELS
     _allow_megapixels(max_megapixels)
-    serve_page(detectors, port=port, device=str(computing_device(device)), hosts=allowed_host, say=say)
+    limits = Limits(requests_per_minute=requests_per_minute)
+    serve_page(detectors, port=port, device=str(computing_device(device)), hosts=allowed_host, limits=limits, say=say)
 
 
 def export(

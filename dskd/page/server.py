@@ -10,6 +10,7 @@ import uvicorn
 
 from dskd.page.app import make_app
 from dskd.page.bench import Bench
+from dskd.page.guard import Limits
 
 TOKEN = "DSKD_PAGE_TOKEN"
 """Environment variable with a token of one's own; else one is drawn at each start."""
@@ -25,6 +26,7 @@ def serve_page(
     port: int,
     device: str,
     hosts: tuple[str, ...] = (),
+    limits: Limits | None = None,
     say: Callable[[str], object],
     on_start: Callable[[uvicorn.Server], object] = lambda server: None,
 ) -> None:
@@ -41,7 +43,7 @@ def serve_page(
     except OSError as error:
         raise OSError(f"port {port} of {LOOPBACK} cannot be taken ({error.strerror}); choose another --port.") from None
     config = uvicorn.Config(
-        make_app(bench, token=token, hosts=hosts),
+        make_app(bench, token=token, hosts=hosts, limits=limits),
         log_level="warning",
         access_log=False,
         server_header=False,

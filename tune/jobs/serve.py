@@ -27,6 +27,7 @@ from dskd.detector import Detector
 from dskd.jobs.feedback import MAX_ENTRIES, judged_note
 from dskd.page.app import make_app
 from dskd.page.bench import answer_each
+from dskd.page.guard import Limits
 from dskd.page.inspector import Category, Judged, Photo, Question, Refusal, unknown_category
 from dskd.page.judging import check_photo, describe_category
 from dskd.page.server import LOOPBACK, TOKEN, page_token
@@ -229,8 +230,8 @@ def _checked(answer: dict[str, Any] | tuple[int, str]) -> dict[str, Any]:
 class Page:
     """The guarded application in front of the champions."""
 
-    def __init__(self, champions: DeploymentHandle[Any], token: str, hosts: tuple[str, ...]) -> None:
-        self._app = make_app(_Replicas(champions), token=token or page_token_of_node(), hosts=hosts)
+    def __init__(self, champions: DeploymentHandle[Any], token: str, hosts: tuple[str, ...], limits: Limits) -> None:
+        self._app = make_app(_Replicas(champions), token=token or page_token_of_node(), hosts=hosts, limits=limits)
 
     def __serve_build_asgi_app__(self) -> Any:
         return self._app
@@ -261,7 +262,8 @@ def application(settings: ServeSettings, token: str) -> serve.Application:
         health_check_period_s=10,
     )(Champions).bind(asdict(settings))
     page = serve.deployment(max_ongoing_requests=_MAX_ONGOING, ray_actor_options={"num_cpus": 0.1})
-    return page(serve.ingress()(Page)).bind(champions, token, settings.allowed_host)
+    limits = Limits(requests_per_minute=settings.requests_per_minute)
+    return page(serve.ingress()(Page)).bind(champions, token, settings.allowed_host, limits)
 
 
 def serve_champions(settings: ServeSettings) -> int:

@@ -48,6 +48,8 @@ Cpus = Annotated[float, Range(0, 1_024, may_be_low=False)]
 Gpus = Annotated[float, Range(0, 64)]
 Gigabytes = Annotated[float, Range(0, 1_000_000)]
 Port = Annotated[int, Range(1, 65_535)]
+Requests = Annotated[float, Range(1, 1_000_000)]
+"""A minute, of one address."""
 Seconds = Annotated[float, Range(0, 86_400, may_be_low=False)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 

@@ -12,6 +12,7 @@ from tune.settings.limits import (
     Gpus,
     Port,
     Processes,
+    Requests,
     Seconds,
     check_name,
     check_ranges,
@@ -55,6 +56,8 @@ class ServeSettings:
     """CPUs of each."""
     gpus_per_replica: Gpus = 0.0
     """GPUs of each, fractions allowed."""
+    requests_per_minute: Requests = 6000.0
+    """Of one address; behind a proxy all clients have one address. More are answered with 429."""
     max_megapixels: float = 100.0
     """Larger images are refused before they are decoded."""
     address: str | None = None

@@ -34,12 +34,17 @@ def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
     keep_checkpoint(f"{storage.uri}/workers/tile", "e5", 3, made, generation=1)  # killed before it was recorded
     storage.upload(made, "workers/tile/d4/lease-000001/epoch-000009")  # killed before it wrote the index
     storage.upload(made, ".reach-1234")
-    storage.write_json("champions/tile.json", {})
+    for name in ("champions/tile/a1", "champions/tile/a1-lease-000002"):
+        storage.upload(made, name)
+    record = {"category": "tile", "trial_id": "a1", "folder": "champions/tile/a1-lease-000002", "metrics": {}}
+    storage.write_json("champions/tile.json", record | {"run_id": ""})
+    storage.write_json("champions/broken.json", {})
     return storage
 
 
 REMOVED = [
-    "workers/tile/b2", "workers/tile/c3", "workers/tile/d4/lease-000001/epoch-000009", "workers/tile/e5", ".reach-1234",
+    "workers/tile/b2", "workers/tile/c3", "workers/tile/d4/lease-000001/epoch-000009", "workers/tile/e5",
+    "champions/tile/a1", ".reach-1234",
 ]  # fmt: skip
 
 
@@ -51,7 +56,7 @@ def test_a_dry_run_lists_what_nobody_needs_with_its_size_and_leaves_it(
     said = capsys.readouterr().err.splitlines()
     assert [line.partition(":")[0] for line in said[:-1]] == REMOVED
     assert "of a trial that was pruned" in said[0] and "replaced by a newer checkpoint" in said[2]
-    assert said[-1] == "5 folders, 0.0 MB: would be removed; --delete does so"
+    assert said[-1] == "6 folders, 0.0 MB: would be removed; --delete does so"
     assert storage.files("") == before
 
 
@@ -60,7 +65,8 @@ def test_deleting_leaves_what_the_search_goes_on_with(storage: Storage, tmp_path
     assert leftovers(storage) == []
     for name in ("a1", "d4", "a1-fold-1"):
         assert newest_checkpoint(f"{storage.uri}/workers/tile", name).endswith("epoch-000003")
-    assert {"champions", "trials", "workers", "lease.json"} == set(storage.names(""))
+    assert storage.names("champions/tile") == ["a1-lease-000002"]
+    assert {"champions", "trials", "workers", "lease.json", ".lock"} == set(storage.names(""))
 
 
 def test_nothing_is_deleted_while_the_search_runs(storage: Storage, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,6 +63,20 @@ def test_the_lease_of_another_machine_is_taken_when_nobody_renews_it(store: Stor
     with only_search(store, "spring", unexpected):
         held = store.read_json("lease.json")
         assert held is not None and held["owner"] != "a1"
+
+
+def test_of_two_that_waited_for_a_lease_one_takes_it(store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.write_json("lease.json", elsewhere(3))
+    replace, other = store.replace_json, elsewhere(0) | {"owner": "b2", "machine": "node-8 b00t"}
+
+    def overtaken(*arguments: Any) -> None:
+        store.write_json("lease.json", other)
+        replace(*arguments)
+
+    monkeypatch.setattr(store, "replace_json", overtaken)
+    with pytest.raises(ValueError, match="on node-8; wait for it"):
+        only_search(store, "spring", unexpected).__enter__()
+    assert store.read_json("lease.json") == other
 
 
 def test_the_lease_of_another_machine_is_respected_while_it_is_renewed(store: Storage) -> None:

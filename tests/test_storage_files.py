@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import json
 import os
 import pickle
@@ -6,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,12 @@ from tune.storage.champions import (
     find_champion,
     note_best,
     note_run,
+    replaced_champions,
     save_champion,
+    store_champion,
 )
 from tune.storage.files import Storage, StorageError, open_search
+from tune.storage.lease import LeaseLostError
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +88,46 @@ def test_documents_are_replaced_whole(store: Storage, monkeypatch: pytest.Monkey
     with pytest.raises(StorageError, match=r"writing deep/a\.json .* failed 3 times: disk full"):
         store.write_json("deep/a.json", {"x": 3})
     assert store.read_json("deep/a.json") == {"x": [2, "ü"]}
+
+
+def test_what_several_write_at_once_is_lost_by_none(store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "RETRY_PAUSE", 0.001)
+    monkeypatch.setattr(module, "RETRY_ATTEMPTS", 12)
+
+    def count(known: dict[str, Any] | None) -> dict[str, Any]:
+        return {"count": (known or {}).get("count", 0) + 1}
+
+    threads = [threading.Thread(target=store.replace_json, args=("deep/a.json", count)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert store.read_json("deep/a.json") == {"count": 4}
+    store.replace_json("deep/a.json", lambda known: None)
+    assert store.read_json("deep/a.json") == {"count": 4}, "None leaves it"
+    store.write("deep/a.json", b"[")
+    store.replace_json("deep/a.json", count)
+    assert store.read_json("deep/a.json") == {"count": 1}, "what cannot be read counts as missing"
+
+
+def test_a_writer_that_stands_still_is_not_waited_for_for_ever(store: Storage) -> None:
+    def blocked(known: object) -> None:
+        with pytest.raises(StorageError, match=r"writing a.json at .* failed 3 times: .*unavailable"):
+            store.replace_json("a.json", lambda known: {"x": 1})
+
+    store.replace_json("a.json", blocked)
+    assert store.read_json("a.json") is None
+
+
+def test_a_file_system_without_locks_is_written_to_all_the_same(
+    store: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    store.replace_json("a.json", lambda known: {"x": 1})
+    assert store.read_json("a.json") == {"x": 1}
 
 
 def test_what_fails_now_and_then_is_tried_again(store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,6 +221,42 @@ def test_a_champion_is_kept_with_its_test_figures_and_downloaded(
     assert record == read_record(tmp_path / "out/tile")
     assert record.metrics == {**read_record(detector_folder).metrics, "test/aupro": 0.25} == dict(champion.metrics)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["tile"]
+
+
+def test_a_driver_that_has_lost_its_lease_writes_no_champion(
+    store: Storage, detector_folder: Path, tmp_path: Path
+) -> None:
+    """Neither over the record nor over the files of the one that has it now."""
+
+    def save(trial: str, generation: int) -> Champion:
+        local = Path(shutil.copytree(detector_folder, tmp_path / f"{trial}-{generation}"))
+        return store_champion(store, "tile", trial, local, {}, generation=generation)[0]
+
+    first = save("t1", 1)
+    store.write_json("lease.json", {"owner": "newer", "generation": 2})
+    assert note_best(store, "tile", "t2", 0.7, f"{store.uri}/workers/tile/t2/lease-000002/detector", 2)
+    newer = save("t1", 2)
+    assert newer.folder != first.folder and store.names(first.folder) == store.names(newer.folder)
+    assert replaced_champions(store, "tile") == [first.folder]
+    for write in (
+        lambda: save("t3", 1),
+        lambda: note_run(store, first),
+        lambda: note_best(store, "tile", "t4", 0.9, f"{store.uri}/workers/tile/t4/detector", 1),
+    ):
+        with pytest.raises(LeaseLostError, match="another search has written the champion of 'tile'; this one ends"):
+            write()
+    assert find_champion(store, "tile") == newer
+    store.write_json("lease.json", {"owner": "restored", "generation": 1})
+    assert save("t5", 1) == find_champion(store, "tile"), "a folder restored without its lease begins to count anew"
+
+
+def test_the_best_so_far_follows_a_trial_that_was_ended_under_a_newer_lease(store: Storage) -> None:
+    before, after = (f"{store.uri}/workers/tile/t1/lease-00000{number}/detector" for number in (1, 2))
+    assert note_best(store, "tile", "t1", 0.7, before, 1) and not note_best(store, "tile", "t1", 0.7, before, 1)
+    assert not note_best(store, "tile", "t2", 0.7, after, 2), "another that is as good changes nothing"
+    assert note_best(store, "tile", "t1", 0.7, after, 2)
+    found = find_best(store, "tile")
+    assert found is not None and f"{store.uri}/{found.folder}" == after
 
 
 def damage_weights(folder: Path) -> None:
@@ -459,6 +540,21 @@ def test_the_least_policy_is_enough_and_the_probe_finds_what_is_less(
         assert storage.names("workers/one") == ["deep"] and storage.read_json("none.json") is None
         storage.remove("workers/one")
         storage.remove("workers/none")
+        writers = iter([{"by": "another"}, {"by": "another once more"}])
+
+        def overtaken(known: dict[str, Any] | None) -> dict[str, Any]:
+            """What is found, before which another process writes twice: where nothing is, and over what is there."""
+            if (theirs := next(writers, None)) is not None:
+                Storage(home).write_json("a.json", theirs)
+            return {"found": known}
+
+        storage.replace_json("a.json", overtaken)
+        assert storage.read_json("a.json") == {"found": {"by": "another once more"}}
+        monkeypatch.setattr(module, "RETRY_ATTEMPTS", 1)
+        with pytest.raises(StorageError, match="another process has written it meanwhile"):
+            storage.replace_json("a.json", lambda known: Storage(home).write_json("a.json", {"by": "x"}) or {})
+        assert storage.read_json("a.json") == {"by": "x"}
+        storage.remove_file("a.json")
         assert storage.files("workers") == []
 
         prefixed = {"StringLike": {"s3:prefix": ["searches/*", "data/*"]}}

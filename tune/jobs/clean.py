@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from tune.settings.clean import CleanSettings
 from tune.settings.entry import say
-from tune.storage.files import Storage, open_search
+from tune.storage.champions import champion_categories, replaced_champions
+from tune.storage.files import Storage, StorageError, open_search
 from tune.storage.lease import only_search
 from tune.study.records import TrialRecords
 from tune.trial.checkpoints import is_checkpoint, newest_checkpoint
@@ -47,6 +48,8 @@ def leftovers(storage: Storage) -> list[Leftover]:
     found: list[Leftover] = []
     for category in sorted(storage.names("workers")):
         found += _of_category(storage, category)
+    for category in champion_categories(storage):
+        found += _of_champions(storage, category)
     others = {name: "left by a check that was killed" for name in storage.names("") if name.startswith(_OF_CHECKS)}
     if _GROUPS in storage.names(""):
         others[_GROUPS] = "notes of worker groups that were killed"
@@ -69,6 +72,15 @@ def _of_category(storage: Storage, category: str) -> Iterator[Leftover]:
             continue
         newest = newest_checkpoint(f"{storage.uri}/{place}", trial_id).removeprefix(f"{storage.uri}/{place}/")
         yield from _replaced(place, trial_id, newest, sizes)
+
+
+def _of_champions(storage: Storage, category: str) -> Iterator[Leftover]:
+    try:
+        folders = replaced_champions(storage, category)
+    except StorageError:  # a broken record: the search writes it anew
+        return
+    for folder in folders:
+        yield Leftover(folder, "replaced by a newer champion", sum(file.num_bytes for file in storage.files(folder)))
 
 
 def _why_not(records: TrialRecords, trial_id: str) -> str:

@@ -22,6 +22,7 @@ from dskd.checkpoint import (
 )
 from dskd.report.document import Inspected, read_inspected, to_json
 from tune.storage.files import Storage, StorageError
+from tune.storage.lease import LeaseLostError, lease_generation
 from tune.storage.uris import DETECTOR_FOLDER, FIGURES_FOLDER
 
 _FOLDER = "champions"
@@ -52,6 +53,8 @@ class Champion(NamedTuple):
     """Why it was chosen, in one sentence; empty in older records."""
     beats: float | None = None
     """Highest validation objective among the trials that it was chosen from; None: its own."""
+    generation: int = 0
+    """Of the lease under which it was written; 0: without a lease."""
 
     @property
     def is_final(self) -> bool:
@@ -70,17 +73,27 @@ def save_champion(
     change: Callable[[DetectorRecord], DetectorRecord] = lambda record: record,
     decision: str = "",
     beats: float | None = None,
+    generation: int = 0,
 ) -> tuple[Champion, DetectorRecord]:
     """Store a trial's detector as the category's champion, with its test figures; also write it to folder `local`.
 
-    `change` gives the record that is delivered.
+    `change` gives the record that is delivered; `generation` is that of the lease under which it is stored.
 
-    The champion's record is written last, so the detector that it names is complete.
+    The champion's record is written last, so the detector that it names is complete. Raises LeaseLostError if a search
+    that has taken the lease since then has written one.
     """
     root, _, name = detector_uri.rpartition("/")
     Storage(root).download(name, local)
     return store_champion(
-        storage, category, trial_id, local, test_metrics, change=change, decision=decision, beats=beats
+        storage,
+        category,
+        trial_id,
+        local,
+        test_metrics,
+        change=change,
+        decision=decision,
+        beats=beats,
+        generation=generation,
     )
 
 
@@ -94,13 +107,17 @@ def store_champion(
     change: Callable[[DetectorRecord], DetectorRecord] = lambda record: record,
     decision: str = "",
     beats: float | None = None,
+    generation: int = 0,
 ) -> tuple[Champion, DetectorRecord]:
     """`save_champion` of a detector in the folder `local`."""
     record = change(read_record(local)).with_metrics(test_metrics)
     rewrite_record(local, record)
-    folder = f"{_FOLDER}/{category}/{trial_id}"
+    # A search that goes on writes to a folder of its own: an older driver may still be writing to the first.
+    folder = f"{_FOLDER}/{category}/{trial_id}" + (f"-lease-{generation:06d}" if generation > 1 else "")
     storage.upload(local, folder)
-    champion = Champion(category, trial_id, folder, dict(record.metrics), "", record.selection, decision, beats)
+    champion = Champion(
+        category, trial_id, folder, dict(record.metrics), "", record.selection, decision, beats, generation
+    )
     _write(storage, _FOLDER, champion)
     return champion, record
 
@@ -110,17 +127,28 @@ def note_run(storage: Storage, champion: Champion) -> None:
     _write(storage, _FOLDER, champion)
 
 
-def note_best(storage: Storage, category: str, trial_id: str, objective: float, detector_uri: str) -> bool:
+def note_best(
+    storage: Storage, category: str, trial_id: str, objective: float, detector_uri: str, generation: int = 0
+) -> bool:
     """Record a finished trial if it is the best so far, so that it can be pulled even if the search is killed.
 
-    Nothing is copied: Ray keeps a trial's last checkpoint in place. Returns whether it was recorded.
+    Nothing is copied: Ray keeps a trial's last checkpoint in place. Returns whether it was recorded. Raises
+    LeaseLostError as `save_champion`.
     """
     known = _read(storage, _SO_FAR, category)
-    if known is not None and known.metrics.get("val/objective", 0.0) >= objective:
-        return False
     folder = detector_uri.removeprefix(f"{storage.uri}/")
-    _write(storage, _SO_FAR, Champion(category, trial_id, folder, {"val/objective": objective}, ""))
+    if known is not None and _is_as_good(known, trial_id, objective, folder):
+        return False
+    metrics = {"val/objective": objective}
+    _write(storage, _SO_FAR, Champion(category, trial_id, folder, metrics, "", generation=generation))
     return True
+
+
+def _is_as_good(known: Champion, trial_id: str, objective: float, folder: str) -> bool:
+    """Whether the best so far stays; a trial that was trained on under another lease has moved."""
+    has_moved = known.trial_id == trial_id and known.folder != folder
+    best = known.metrics.get("val/objective", 0.0)
+    return best > objective or (best == objective and not has_moved)
 
 
 def fetch_figures(detector_uri: str, folder: Path) -> Path | None:
@@ -179,8 +207,24 @@ def champion_categories(storage: Storage) -> tuple[str, ...]:
     return tuple(sorted(found - {"", ".", ".."}))
 
 
+def replaced_champions(storage: Storage, category: str) -> list[str]:
+    """Folders of detectors that were champions of the category before, or were never named by its record."""
+    champion = find_champion(storage, category)
+    folders = [f"{_FOLDER}/{category}/{name}" for name in sorted(storage.names(f"{_FOLDER}/{category}"))]
+    return [] if champion is None else [folder for folder in folders if folder != champion.folder]
+
+
 def _write(storage: Storage, kind: str, champion: Champion) -> None:
-    storage.write_json(f"{kind}/{champion.category}.json", {"schema": 1, **champion._asdict()})
+    """Write a record, but not over one of a search that has taken the lease meanwhile."""
+
+    def replaced(known: dict[str, Any] | None) -> dict[str, Any]:
+        theirs = (known or {}).get("generation")
+        # The lease says whether there was such a search: it may have begun anew, in a folder that was restored in part.
+        if isinstance(theirs, int) and champion.generation < theirs <= lease_generation(storage):
+            raise LeaseLostError(f"another search has written the champion of {champion.category!r}; this one ends")
+        return {"schema": 1, **champion._asdict()}
+
+    storage.replace_json(f"{kind}/{champion.category}.json", replaced)
 
 
 def _read(storage: Storage, kind: str, category: str) -> Champion | None:
@@ -197,7 +241,8 @@ def _read(storage: Storage, kind: str, category: str) -> Champion | None:
     except KeyError as error:
         raise StorageError(f"{place} lacks {error}; search again.") from None
     texts = (champion.category, champion.trial_id, champion.folder, champion.run_id, champion.selection)
-    if not all(isinstance(text, str) for text in texts) or not _are_figures(champion.metrics):
+    is_whole = all(isinstance(text, str) for text in texts) and isinstance(champion.generation, int)
+    if not is_whole or not _are_figures(champion.metrics):
         raise StorageError(f"{place} is damaged: a field has a value of another kind; search again.")
     if champion.category != category:
         raise StorageError(f"{place} is the record of another category, {champion.category!r}.")

@@ -1,6 +1,7 @@
 """Files below a folder or an s3:// address, read and written with pyarrow as Ray does."""
 
 import copy
+import errno
 import fcntl
 import json
 import os
@@ -51,6 +52,8 @@ class Storage:
         self.uri = uri.rstrip("/")
         self._attempts = 0
         """How often an operation is tried; 0: `RETRY_ATTEMPTS`."""
+        self._client: Any = None
+        """boto3's, for what pyarrow cannot do; made when it is first needed."""
         trust_one_authority()
         # pyarrow adds checksums in trailers that many S3-compatible servers refuse with HTTP 411.
         os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
@@ -90,20 +93,99 @@ class Storage:
 
     def write_json(self, name: str, document: dict[str, Any]) -> None:
         """Write a JSON document atomically: a reader sees the old one or the new one."""
-        data = (json.dumps(document, indent=2) + "\n").encode()
+        self._with_retries(lambda: self._put(name, document), f"writing {name}")
 
-        def write() -> None:
-            path = self._path(name)
+    def replace_json(self, name: str, change: Callable[[dict[str, Any] | None], dict[str, Any] | None]) -> None:
+        """Write what `change` makes of the JSON document `name`, unless another process has written it meanwhile.
+
+        Then `change` is called once more, with what is there now. It gets None where there is no document or none that
+        can be read, and returns None to leave things as they are; what it raises is raised here. In a folder writers
+        wait for each other, in S3 the write is conditional (If-Match). Where a server or a file system has neither, the
+        document may change between the call and the write.
+        """
+
+        def replace() -> None:
             if isinstance(self._files, pyarrow.fs.LocalFileSystem):
-                Path(path).parent.mkdir(parents=True, exist_ok=True)
-                partial = Path(f"{path}.partial")
-                partial.write_bytes(data)
-                os.replace(partial, path)
-            else:  # an object appears only when its upload is complete
-                with self._files.open_output_stream(path) as file:
-                    file.write(data)
+                path = Path(self._path(name))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with _one_writer(path.parent):
+                    known = path.read_bytes() if path.is_file() else None
+                    if (document := change(_document(known))) is not None:
+                        self._put(name, document)
+            elif isinstance(self._files, pyarrow.fs.S3FileSystem):
+                self._replace_object(name, change)
+            else:
+                there = self._kind(name) == pyarrow.fs.FileType.File
+                content = self._files.open_input_stream(self._path(name)).readall() if there else None
+                if (document := change(_document(content))) is not None:
+                    self._put(name, document)
 
-        self._with_retries(write, f"writing {name}")
+        self._with_retries(replace, f"writing {name}")
+
+    def _put(self, name: str, document: dict[str, Any]) -> None:
+        """Write a JSON document once."""
+        path, data = self._path(name), _text(document)
+        if isinstance(self._files, pyarrow.fs.LocalFileSystem):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            partial = Path(f"{path}.partial")
+            partial.write_bytes(data)
+            os.replace(partial, path)
+        else:  # an object appears only when its upload is complete
+            with self._files.open_output_stream(path) as file:
+                file.write(data)
+
+    def _replace_object(self, name: str, change: Callable[[dict[str, Any] | None], dict[str, Any] | None]) -> None:
+        """One attempt of `replace_json` at an object in S3; raises OSError if it was changed meanwhile."""
+        from botocore.exceptions import BotoCoreError, ClientError  # slow imports that few processes need
+
+        bucket, _, key = self._path(name).partition("/")
+        try:
+            known, tag = self._object(bucket, key)
+            if (document := change(_document(known))) is None:
+                return
+            # With quotes as in HTTP, and first of all without: Ceph 16 compares them too.
+            conditions = [{"IfMatch": tag.strip('"')}, {"IfMatch": tag}] if tag else [{"IfNoneMatch": "*"}]
+            for condition in conditions:
+                try:
+                    self._s3().put_object(Bucket=bucket, Key=key, Body=_text(document), **condition)
+                    return
+                except ClientError as error:
+                    if _status(error) == 501:  # a server without conditions
+                        self._put(name, document)
+                        return
+                    if _status(error) not in (404, 409, 412):
+                        raise
+            raise OSError("another process has written it meanwhile")
+        except ClientError as error:
+            raise OSError(_first_line(error)) from None
+        except BotoCoreError as error:
+            raise OSError(_first_line(error)) from None
+
+    def _object(self, bucket: str, key: str) -> tuple[bytes | None, str]:
+        """An object's content and ETag; None and an empty one if it is missing."""
+        from botocore.exceptions import ClientError
+
+        try:
+            found = self._s3().get_object(Bucket=bucket, Key=key)
+        except ClientError as error:
+            if error.response["Error"]["Code"] not in ("NoSuchKey", "AccessDenied"):  # as in `_kind`
+                raise
+            return None, ""
+        return found["Body"].read(), found["ETag"]
+
+    def _s3(self) -> Any:
+        """boto3's client of the server that pyarrow uses."""
+        if self._client is None:
+            import boto3
+            from botocore.config import Config
+
+            has_own_endpoint = any(os.environ.get(name) for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"))
+            style = "path" if has_own_endpoint else "auto"
+            # As pyarrow: no proxy of the environment; tried once, as `_with_retries` tries again.
+            config = Config(s3={"addressing_style": style}, proxies={}, retries={"total_max_attempts": 1})
+            session = boto3.session.Session(region_name=self._files.region)
+            self._client = session.client("s3", config=config)
+        return self._client
 
     def upload(self, folder: Path, name: str) -> None:
         """Copy the files of a local folder to `name`."""
@@ -245,7 +327,8 @@ class Storage:
                 missing = once.read_json(f"{name}/missing.json")
                 self._files.create_dir(self._path(f"{name}/folder"))
                 once.upload(Path(temporary), f"{name}/folder")
-                once.write_json(f"{name}/probe.json", {"probe": True})
+                once.replace_json(f"{name}/probe.json", lambda known: {"probe": known})
+                once.replace_json(f"{name}/probe.json", lambda known: {"probe": known == {"probe": None}})
                 found = (once.read_json(f"{name}/probe.json"), once.read_json(f"{name}/folder/probe.json"))
                 listed = once.names(f"{name}/folder")
                 once.remove(name)
@@ -297,7 +380,40 @@ def trust_one_authority() -> None:
 
 
 def _is_denied(error: Exception) -> bool:
-    return "ACCESS_DENIED" in str(error)
+    return "ACCESS_DENIED" in str(error) or "AccessDenied" in str(error)
+
+
+def _status(error: Any) -> int:
+    """HTTP status of a refusal that boto3 raised."""
+    return int(error.response["ResponseMetadata"]["HTTPStatusCode"])
+
+
+def _text(document: dict[str, Any]) -> bytes:
+    return (json.dumps(document, indent=2) + "\n").encode()
+
+
+def _document(content: bytes | None) -> dict[str, Any] | None:
+    """The JSON object in a file; None if there is none."""
+    try:
+        found = json.loads(content or b"null")
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+@contextmanager
+def _one_writer(folder: Path) -> Iterator[None]:
+    """While the block runs, no other process is in such a block for the same folder; raises BlockingIOError if one is.
+
+    A file system that has no locks has none here either.
+    """
+    with (folder / ".lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+        yield
 
 
 def with_retries(act: Callable[[], _T], what: str, attempts: int = 0) -> _T:

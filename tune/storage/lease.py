@@ -7,7 +7,9 @@ A driver that was stopped or cut off may find its lease taken by another. It kno
 of going on, and ends. Before each write to MLflow it looks whether its last renewal began less than 20 s ago, as
 nobody takes a lease that was renewed within 30 s; before each change of the study the lease itself is read. What is
 left is a process that is stopped between this look and its write, for longer than it takes another to take over: it
-finishes that one write. Checkpoints lie in a folder of the lease's generation, so not even that one meets another's.
+finishes that one write to the study or to MLflow. Files are out of its reach: checkpoints and champions lie in folders
+of the lease's generation, and the lease and the champions' records are replaced by `Storage.replace_json`, which writes
+only over what was looked at.
 """
 
 import os
@@ -23,11 +25,11 @@ from typing import Any
 from tune.storage.files import Storage, StorageError
 
 _FILE = "lease.json"
-_RENEW_SECONDS = 5.0
-"""Seconds between two renewals."""
+_RENEW_SECONDS = float(os.environ.get("DSKD_LEASE_SECONDS", "5"))
+"""Seconds between two renewals; the same in all processes that use a storage."""
 _MAX_MISSED_RENEWALS = 6
 """Number of missed renewals after which the owner counts as dead."""
-_SURE_SECONDS = 20.0
+_SURE_SECONDS = 4 * _RENEW_SECONDS
 """Seconds after the beginning of a renewal in which nobody can have taken the lease."""
 _SETTLE_SECONDS = 1.0
 """Seconds to wait after taking the lease; of several processes that took it at once, the last one then holds it."""
@@ -60,10 +62,18 @@ class Lease:
         known = self._storage.read_json(_FILE) or {}
         if known.get("owner"):
             _wait_for_owner_death(self._storage, known, self._name)
-        self.generation = int(known.get("generation", 0)) + 1
+
+        def taken(now: dict[str, Any] | None) -> dict[str, Any]:
+            now = now or {}
+            if now.get("owner") not in (None, "", self.owner) and now != known:
+                raise ValueError(_refusal(self._name, now))  # of several that waited, another was first
+            if now.get("owner") != self.owner:
+                self.generation = int(now.get("generation", 0)) + 1
+            return self._document()
+
         began = _clock()
-        self._storage.write_json(_FILE, self._document())
-        time.sleep(_SETTLE_SECONDS)
+        self._storage.replace_json(_FILE, taken)
+        time.sleep(_SETTLE_SECONDS)  # where the storage cannot write conditionally
         now = _current_lease(self._storage)
         if now is None or now["owner"] != self.owner:
             raise ValueError(_refusal(self._name, now or self._document()))
@@ -79,23 +89,34 @@ class Lease:
         self._has_ended.set()
         if self._renewing.is_alive():
             self._renewing.join()
-        if is_held_by(self._storage, self.owner):
-            self._storage.write_json(_FILE, self._document() | {"owner": ""})
+        self._replace_own(self._storage, self._document() | {"owner": ""})
 
     def _renew(self) -> None:
         storage = self._storage.tried_once()  # the next renewal is the next try
         while not self._has_ended.wait(_RENEW_SECONDS):
             began = _clock()
+            self._renewals += 1
             try:
-                if not is_held_by(storage, self.owner):
-                    self._has_ended.set()
-                    self._on_loss(f"another search has taken {self._name!r} over; this one ends")
-                    return
-                self._renewals += 1
-                storage.write_json(_FILE, self._document())
+                is_own = self._replace_own(storage, self._document())
             except StorageError:
                 continue
+            if not is_own:
+                self._has_ended.set()
+                self._on_loss(f"another search has taken {self._name!r} over; this one ends")
+                return
             self._renewed = began
+
+    def _replace_own(self, storage: Storage, document: dict[str, Any]) -> bool:
+        """Replace the lease if it is this process's; returns whether it is."""
+        is_own = False
+
+        def replaced(now: dict[str, Any] | None) -> dict[str, Any] | None:
+            nonlocal is_own
+            is_own = now is not None and now.get("owner") == self.owner
+            return document if is_own else None
+
+        storage.replace_json(_FILE, replaced)
+        return is_own
 
     def _document(self) -> dict[str, Any]:
         return {
@@ -117,6 +138,11 @@ def only_search(storage: Storage, name: str, on_loss: Callable[[str], None]) -> 
         yield lease
     finally:
         lease.give_back()
+
+
+def lease_generation(storage: Storage) -> int:
+    """Number of the lease that was taken last, as read now; 0 if none was."""
+    return int((storage.read_json(_FILE) or {}).get("generation", 0))
 
 
 def is_held_by(storage: Storage, owner: str) -> bool:

@@ -162,7 +162,7 @@ def study_one(search: SharedSearch, category: str, budget: TimeBudget, shares: A
         finally:
             shares.end_category.remote()  # the steps below use no trial's slot
     except LeaseLostError as error:
-        threading.Event().wait(_LOSS_SECONDS)  # the lease's own thread finds it too, and ends this process
+        _wait_for_the_end()
         return Studied(category, error=_reason(category, error))
     except BudgetSpentError as error:
         return Studied(category, error=str(error), is_unstarted=True)
@@ -187,6 +187,9 @@ def conclude_one(
             result, tags = _conclude(search, studied, common, budget, events)
             if result.champion and studied.spec:
                 result = with_earlier(search, studied.spec, result)
+        except LeaseLostError as error:
+            _wait_for_the_end()
+            result = CategoryResult(category, error=_reason(category, error))
         except Exception as error:  # the other categories continue after any error
             result = CategoryResult(category, error=_reason(category, error))
     if result.champion is None:
@@ -197,6 +200,11 @@ def conclude_one(
     before = {f"earlier/{name}": value for name, value in result.earlier_figures.items()}
     events.put(CategoryEnded(category, status, before, tags))
     return result
+
+
+def _wait_for_the_end() -> None:
+    """Wait until the lease's own thread finds that it is lost, and ends this process."""
+    threading.Event().wait(_LOSS_SECONDS)
 
 
 def _reason(category: str, error: Exception) -> str:
@@ -279,8 +287,9 @@ def with_earlier(search: SharedSearch, spec: TrialSpec, result: CategoryResult) 
 
 def _note_best(search: SharedSearch, event: TrialEnded) -> None:
     try:
-        note_best(search.storage, event.category, event.trial_id, event.objective, event.detector)
-    except StorageError as error:
+        generation = search.plan.generation
+        note_best(search.storage, event.category, event.trial_id, event.objective, event.detector, generation)
+    except (StorageError, LeaseLostError) as error:
         cannot = f"trial {event.trial_id} cannot be pulled before the search ends: {error}"
         search.progress.say(cannot, event.category, event.trial_id)
 

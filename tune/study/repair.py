@@ -73,16 +73,19 @@ def deliver_again(
     that are known, unless it was trained again. `change` gives the record that is delivered.
     """
     figures = {name: value for name, value in known.metrics.items() if name.startswith(_TESTED)}
-    category = trial.spec.category
+    category, generation = trial.spec.category, trial.spec.generation
     with TemporaryDirectory(prefix="dskd-") as temporary:
         local = Path(temporary) / DETECTOR_FOLDER
         if _is_whole(trial.detector_uri, Path(temporary) / "checked"):
+            uri = trial.detector_uri
             champion, _ = save_champion(
-                storage, category, trial.trial_id, trial.detector_uri, figures, local, change=change
+                storage, category, trial.trial_id, uri, figures, local, change=change, generation=generation
             )
             source = "its last checkpoint"
         elif (tracked := _from_mlflow(known.run_id, tracking, Path(temporary) / "tracked")) is not None:
-            champion, _ = store_champion(storage, category, trial.trial_id, tracked, figures, change=change)
+            champion, _ = store_champion(
+                storage, category, trial.trial_id, tracked, figures, change=change, generation=generation
+            )
             source = "its run in MLflow"
         else:
             champion, _, _ = save_evaluated_champion(

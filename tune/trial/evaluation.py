@@ -48,7 +48,16 @@ def save_evaluated_champion(
     """
     figures, remark = evaluated(spec, trial_id, detector_uri, groups, change, keep_at=storage.uri)
     champion, record = save_champion(
-        storage, spec.category, trial_id, detector_uri, figures, local, change=change, decision=decision, beats=beats
+        storage,
+        spec.category,
+        trial_id,
+        detector_uri,
+        figures,
+        local,
+        change=change,
+        decision=decision,
+        beats=beats,
+        generation=spec.generation,
     )
     return champion, record, remark
 

@@ -379,6 +379,29 @@ def test_every_sampler_draws_from_the_space_and_each_category_its_own(sampler: A
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_a_search_that_has_lost_its_lease_records_no_report(tmp_path: Path) -> None:
+    space = build_space({"stfpm": PRESETS["stfpm"]})
+    known = context(tmp_path, space, owner="me")
+    home = Storage(known.plan.addresses.home)
+    home.write_json("lease.json", {"owner": "me"})
+    known.records.put(recorded("a", 1))
+    halving = Halving(time_attr="epoch", metric=OBJECTIVE, mode="max", max_t=10, grace_period=1, reduction_factor=3)
+    trial = cast(Any, SimpleNamespace(trial_id="a", config=space.starting_points()[1], last_result={}))
+    halving.on_trial_add(cast(Any, None), trial)
+    first, second = {"epoch": 1, OBJECTIVE: 0.4, f"{RUNG}1": 0.4}, {"epoch": 3, OBJECTIVE: 0.7, f"{RUNG}3": 0.7}
+    halving.on_trial_result(None, trial, first)
+    home.write_json("lease.json", {"owner": "another"})
+    before = home.read_json("trials/bolt/a.json")
+    assert before is not None and before["rungs"] == {"1": 0.4}
+    halving.on_trial_result(None, trial, {"epoch": 2, OBJECTIVE: 0.5})  # within a second nobody asks again
+    with pytest.raises(LeaseLostError):
+        halving.on_trial_result(None, trial, second)
+    assert home.read_json("trials/bolt/a.json") == before and isinstance(known.fault, LeaseLostError)
+    known.looked -= hooks._LOOK_SECONDS
+    with pytest.raises(LeaseLostError):
+        halving.on_trial_result(None, trial, {"epoch": 4, OBJECTIVE: 0.5})
+
+
 def test_a_search_that_has_lost_its_lease_changes_nothing_in_the_study(searcher: Searcher, tmp_path: Path) -> None:
     searcher.suggest("a")
     study_context().plan = dataclasses.replace(study_context().plan, owner="me")

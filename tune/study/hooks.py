@@ -49,6 +49,8 @@ from tune.trial.spec import (
     tracked_figures,
 )
 
+_LOOK_SECONDS = 1.0
+"""Seconds for which a look at the lease is good enough for a report that is of no consequence."""
 _MOST_CHANGES = 5
 """Changes of a trial that its line names; MLflow has all."""
 
@@ -139,10 +141,13 @@ class Halving(ASHAScheduler):
         if LOST in result:
             return self.CONTINUE  # no objective of its own
         context = study_context()
-        context.check_inputs(trial.trial_id, fingerprints(result, context.space.configuration(trial.config)))
         records, space = context.records, context.space
-        if trial.trial_id in records:
-            records.put(records[trial.trial_id].with_rungs(result))
+        record = records[trial.trial_id].with_rungs(result) if trial.trial_id in records else None
+        is_written = record is not None and record != records[trial.trial_id]
+        context.check_lease(within=0.0 if is_written else _LOOK_SECONDS)
+        context.check_inputs(trial.trial_id, fingerprints(result, space.configuration(trial.config)))
+        if record is not None:
+            records.put(record)
         decision: str = super().on_trial_result(tune_controller, trial, result)
         return self.CONTINUE if space.is_untuned(trial.config) or space.is_shared(trial.config) else decision
 

@@ -1,19 +1,27 @@
 import dataclasses
+import datetime
 import errno
+import ipaddress
 import json
 import os
 import pickle
 import shutil
+import ssl
 import struct
 import subprocess
+import sys
 import tempfile
 import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pyarrow.fs
 import pytest
 import services
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from dskd.checkpoint import PREVIEW_FILE, RECORD_FILE, WEIGHTS_FILE, BrokenDetectorError, read_record, rewrite_record
 from tune.jobs.pull import pull
@@ -495,6 +503,82 @@ def test_one_variable_for_an_own_authority_holds_for_every_client(
     monkeypatch.setenv(other, "/etc/other.pem")
     Storage(store.uri)
     assert (os.environ[given], os.environ[other]) == ("/etc/own.pem", "/etc/other.pem"), "what is set stays"
+
+
+class _OneObject(BaseHTTPRequestHandler):
+    """The requests of S3 for one object, which is always there."""
+
+    content = b'{"x": 1}'
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.content)))
+        self.send_header("ETag", '"1"')
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.do_HEAD()
+        self.wfile.write(self.content)
+
+    def do_PUT(self) -> None:
+        type(self).content = self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def own_authority(folder: Path) -> tuple[Path, Path]:
+    """Certificate and key of 127.0.0.1, which nobody else vouches for."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "own")])
+    now = datetime.datetime.now(datetime.UTC)
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), True)
+        .sign(key, hashes.SHA256())
+    )
+    (folder / "own.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    (folder / "own.key").write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    return folder / "own.pem", folder / "own.key"
+
+
+@pytest.mark.slow
+def test_a_server_with_a_certificate_of_an_own_authority_is_reached_by_every_client(tmp_path: Path) -> None:
+    """By pyarrow, which reads here, and by boto3, which also writes; with either variable."""
+    certificate, key = own_authority(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with ThreadingHTTPServer(("127.0.0.1", 0), _OneObject) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        own = {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_REGION": "us-east-1"}
+        own["AWS_ENDPOINT_URL"] = f"https://127.0.0.1:{server.server_port}"
+        script = (
+            "from tune.storage import files; files.RETRY_ATTEMPTS = 1; store = files.Storage('s3://b/home')\n"
+            "assert store.read_json('a.json')['x'] >= 1\n"
+            "store.replace_json('a.json', lambda known: {'x': known['x'] + 1})"
+        )
+        root = Path(__file__).resolve().parents[1]
+        clean = {name: value for name, value in os.environ.items() if name not in ("AWS_CA_BUNDLE", "SSL_CERT_FILE")}
+        asked = [
+            subprocess.Popen(
+                [sys.executable, "-c", script], env=clean | own | more, cwd=root, stderr=subprocess.PIPE, text=True
+            )
+            for more in ({"AWS_CA_BUNDLE": str(certificate)}, {"SSL_CERT_FILE": str(certificate)})
+        ]
+        said = [each.communicate(timeout=60)[1] for each in asked]
+        server.shutdown()
+    assert [each.returncode for each in asked] == [0, 0], said
+    assert _OneObject.content in (b'{\n  "x": 2\n}\n', b'{\n  "x": 3\n}\n')
 
 
 def rights(bucket: str, user: str, *, condition: object = None, listing: bool = True) -> str:

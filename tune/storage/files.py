@@ -62,6 +62,10 @@ class Storage:
             if "://" not in uri:
                 Path(uri).mkdir(parents=True, exist_ok=True)
             self._files, self._root = pyarrow.fs.FileSystem.from_uri(self.uri)
+            if isinstance(self._files, pyarrow.fs.S3FileSystem) and os.environ.get("SSL_CERT_FILE"):
+                # pyarrow reads the variable when it is imported, which is before `trust_one_authority` has set it.
+                _, (options,) = self._files.__reduce__()
+                self._files = pyarrow.fs.S3FileSystem(**options | {"tls_ca_file_path": os.environ["SSL_CERT_FILE"]})
         except (OSError, pyarrow.ArrowException) as error:
             raise StorageError(f"{flag} {shown_url(uri)} cannot be opened: {_first_line(error)}") from None
 

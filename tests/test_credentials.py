@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 import services
 
 from tune.preflight.checks import check_inputs
 from tune.preflight.draft import drafted
 from tune.settings.search import SearchSettings
-from tune.tracking.client import check_server
+from tune.tracking.client import check_may_write, check_server
 from tune.tracking.events import EpochDone, TrialEnded, TrialStarted
 from tune.tracking.tracker import Tracker
 
@@ -33,9 +34,10 @@ def test_a_server_that_is_away_is_named_without_its_password(mvtec_root: Path, t
 
 
 @pytest.mark.services
-def test_a_tracking_server_with_users_takes_a_search_that_says_who_it_is(
+def test_a_tracking_server_with_users_takes_a_search_that_says_who_it_is_and_may_write(
     detector_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Who may only read is told so before the search; where the right is taken away later, the events are kept."""
     reason = services.mlflow_unavailable()
     if reason is None and importlib.util.find_spec("flask_wtf") is None:
         reason = "MLflow's basic-auth app is not installed: pip install 'mlflow[auth]'"
@@ -62,3 +64,23 @@ def test_a_tracking_server_with_users_takes_a_search_that_says_who_it_is(
         tracker.put(TrialEnded("bolt", "one", "finished", ""))
         done = tracker.register_champion("bolt", "one", detector_folder, {"val/objective": 0.5}, "data", patience=60)
         assert tracker.close(60) == 0 and done.is_champion
+
+        known = {"username": "ann", "password": secrets.token_hex(12)}
+        made = requests.post(f"{uri}/api/2.0/mlflow/users/create", json=known, auth=("admin", password), timeout=60)
+        assert made.status_code == 200, made.text
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ann")
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", known["password"])
+        check_server(uri)
+        check_may_write(uri, "another", [])
+        for experiment, model in (("parts", "dskd-none"), ("another", "dskd-bolt")):
+            with pytest.raises(ConnectionError, match=r"does not let this search write: .*Permission denied") as denied:
+                check_may_write(uri, experiment, [model])
+            assert "\n" not in str(denied.value)
+        reader = Tracker(uri, "parts", artifact_location=None, tags={}, unsent=unsent)
+        reader.put(TrialStarted("bolt", "two", {}))
+        reader.put(TrialEnded("bolt", "two", "finished", ""))
+        assert reader.close(60) == 2 and "Permission denied" in reader.trouble and unsent.exists()
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
+        assert Tracker(uri, "parts", artifact_location=None, tags={}, unsent=unsent).close(60) == 0
+        assert not unsent.exists()

@@ -51,6 +51,8 @@ def plan_of(asked: SearchSettings) -> SearchPlan:
         ({"time_budget": ""}, "--time-budget must be a time"),
         ({"workers_per_trial": 2, "min_workers_per_trial": 2}, "--min-workers-per-trial must be at least 1 and below"),
         ({"workers_per_trial": 2, "min_workers_per_trial": 0}, "--min-workers-per-trial must be at least 1"),
+        ({"study_storage": "postgres://p/o"}, "--study-storage begins with postgres://.*; write postgresql://"),
+        ({"tracking_uri": "postgres://p/o"}, "--tracking-uri begins with postgres://.*; write postgresql://"),
         ({"name": ""}, "--name"),
         ({"name": "a/b"}, "--name"),
         ({"name": "a\\b"}, "--name"),

@@ -11,10 +11,12 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow.data
 import pytest
 import requests
+import sqlalchemy
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
@@ -578,6 +580,29 @@ def test_a_deleted_experiment_is_found_before_the_search_and_its_events_are_kept
     again = tracker(uri, "gone", tmp_path)
     assert again.close(60) == 0 and not (tmp_path / "unsent.jsonl").exists()
     assert runs(uri, "gone")["tile-a"].data.metrics["val/best_objective"] == 0.7
+
+
+def test_a_database_file_that_another_locks_during_the_search_costs_a_line_and_no_event(
+    uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox, "_WARNING_PAUSE", 0.0)
+    check_server(uri)
+    hurried = SimpleNamespace(text=lambda said: sqlalchemy.text(said.replace("= 20000", "= 100")))
+    monkeypatch.setattr("mlflow.store.db.utils.sql", hurried)  # MLflow lets SQLite wait for a lock for 20 s
+    with closing(sqlite3.connect(uri.removeprefix("sqlite:///"), isolation_level=None)) as holder:
+        holder.execute("BEGIN IMMEDIATE")
+        writer = tracker(uri, "locked", tmp_path)
+        with caplog.at_level(logging.WARNING, "tune.tracking.outbox"):
+            for event in one_trial("tile", "a", 0.5, 0.7):
+                writer.put(event)
+            while not caplog.records:
+                time.sleep(0.05)
+            assert writer.close(0.1) == 3
+        (said,) = [record.getMessage() for record in caplog.records]
+        assert "database is locked" in said and "\n" not in said
+        holder.execute("ROLLBACK")
+    assert tracker(uri, "locked", tmp_path).close(60) == 0 and not (tmp_path / "unsent.jsonl").exists()
+    assert runs(uri, "locked")["tile-a"].data.metrics["val/best_objective"] == 0.7
 
 
 @pytest.mark.parametrize("flag", ["--tracking-uri", "--study-storage"])

@@ -27,8 +27,9 @@ def prepare_client() -> None:
     # MLflow's links would mix with the JSON document on stdout.
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    # On the tables that a new database gets, on packages of a model: nothing that a user could act on.
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    # On the tables that a new database gets, on packages of a model: nothing that a user could act on. A database's
+    # errors come with a traceback, and are raised too.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     for name in ("mlflow.pyfunc", "mlflow.utils.environment", "mlflow.utils.requirements_utils"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("mlflow.utils.requests_utils").setLevel(logging.ERROR)

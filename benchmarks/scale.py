@@ -5,7 +5,8 @@
 One category, its study code, Optuna and MLflow as in a search, each in a file; the worker groups are replaced by an
 actor that answers at once. Every `--window` ended trials a row tells CPU seconds of this process per trial: in all,
 of `suggest`, of what is written to MLflow, and of the rest (Ray Tune, the trials' records). Tune's relays and Ray's own
-processes are not in it. The wall time per trial says how many such trials one driver can drive.
+processes are not in it. The wall time per trial says how many such trials one driver can drive. At the end the memory
+that each kind of process has of its own, and what lies in Ray's object store.
 """
 
 import os
@@ -14,11 +15,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import optuna
+import psutil
 import ray
 import tyro
 
@@ -162,10 +165,26 @@ def drive(options: Options, folder: Path) -> int:
             )
         if num_unsent := tracker.close(600):
             print(f"{num_unsent} events were not written to MLflow", file=sys.stderr)
+        print(f"\n{memory()}", flush=True)
     finally:
         ray.kill(cast(Any, held))
         ray.shutdown()
     return len(found.finished)
+
+
+def memory() -> str:
+    """MiB of their own of this process and of those below it, by name, and the bytes in the object store."""
+    whole, free = ray.cluster_resources(), ray.available_resources()
+    stored = (whole["object_store_memory"] - free.get("object_store_memory", 0.0)) / 2**20
+    found: dict[str, list[float]] = {}
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        is_this = process.pid == os.getpid()
+        with suppress(psutil.NoSuchProcess):
+            # A Ray worker's name holds what it does now, such as ray::ImplicitFunc.train.
+            name = "this process" if is_this else process.name().partition(".")[0]
+            found.setdefault(name, []).append(process.memory_full_info().uss / 2**20)
+    rows = [f"{len(each)} x {name}: {max(each):.0f} MiB" for name, each in sorted(found.items())]
+    return "\n".join([*rows, f"object store: {stored:.1f} MiB"])
 
 
 if __name__ == "__main__":

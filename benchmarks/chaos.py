@@ -289,6 +289,9 @@ def run(options: Options, folder: Path) -> bool:
 
     results = options.results or folder / "results.jsonl"
     records = read(results)
+    size = [options.categories, options.trials, options.epochs, options.image_size]
+    if any(record["size"] != size for record in records):
+        sys.exit(f"{results} was measured with other categories, trials, epochs or image size; name another file.")
     left = schedule(options)
     for name in (fault["name"] for record in records for fault in record["faults"]):
         with suppress(ValueError):
@@ -314,7 +317,9 @@ def run(options: Options, folder: Path) -> bool:
                 num_empty += 1
                 continue
             say(f"{setup}: {', '.join(fault.name for fault in faults) or 'undisturbed'}")
-            record = bench.run(setup, faults, f"{options.seed} {len(records)}") | {"is_reference": is_reference}
+            record = bench.run(setup, faults, f"{options.seed} {len(records)}") | {
+                "is_reference": is_reference, "size": size,
+            }  # fmt: skip
             if reference and record.get("champions") and record["champions"] != reference["champions"]:
                 record["wrong"].append(f"other champions than undisturbed: {_difference(record, reference)}")
             say(f"wrong: {record['wrong']}" if record["wrong"] else "nothing lost, doubled or left behind")

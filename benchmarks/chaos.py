@@ -16,6 +16,7 @@ import json
 import os
 import random
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -149,7 +150,7 @@ class Bench:
         found |= {"servers"} if len(self._links) == len(_ADDRESSES) else set()
         found |= {"disk"} if self._disk is not None else set()
         found |= {"root"} if os.geteuid() == 0 else set()
-        return found | ({"faketime"} if _has("faketime") else set())
+        return found | ({"faketime"} if shutil.which("faketime") else set())
 
     def run(self, setup: Setup, faults: Sequence[Fault], seed: str) -> dict[str, Any]:
         """A search that meets the faults, or as many of them as it lives to see; its record."""
@@ -271,10 +272,6 @@ def schedule(options: Options) -> list[str]:
 def chosen(names: Sequence[str], abilities: set[str], number: int) -> list[Fault]:
     """The next faults that can be brought about."""
     return [FAULTS[name] for name in names if FAULTS[name].needs <= abilities][:number]
-
-
-def _has(program: str) -> bool:
-    return subprocess.run(["sh", "-c", f"command -v {program}"], capture_output=True, check=False).returncode == 0
 
 
 def run(options: Options, folder: Path) -> bool:

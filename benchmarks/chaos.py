@@ -232,6 +232,8 @@ class Bench:
             if outcome["num_trials"] != trials or outcome["num_failed"]:
                 wrong.append(f"{category}: {outcome['num_trials']} trials, {outcome['num_failed']} failed")
             champions[category] = [list(each) for each in found.champion]
+        if "Traceback" in search.said:
+            wrong.append("a traceback in what the driver said")
         records = Storage(f"{search.env['DSKD_STORAGE']}/{search.name}").files("trials")
         if len(records) != trials * len(champions):
             wrong.append(f"{len(records)} records of trials")

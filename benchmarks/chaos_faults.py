@@ -377,7 +377,7 @@ def _upgraded(world: World) -> str:
 def _all_faults() -> Iterator[Fault]:
     servers, pair, lone = frozenset({"servers"}), frozenset({"two workers"}), frozenset({"one worker"})
     for how in _SIGNALS:
-        for kind in ("worker", "relay", "dispatcher", "study"):
+        for kind in ("worker", "relay", "dispatcher", "study", "queue"):
             yield Fault(f"{kind} {how}", _of_process(kind, how))
         yield Fault(f"controller {how}", _of_process("controller", how), pair)
     yield Fault("driver killed", _driver_killed)

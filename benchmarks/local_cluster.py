@@ -26,6 +26,7 @@ TARGETS = {
     "dispatcher": ("ray::DispatcherActor",),
     "relay": ("ray::ImplicitFunc",),
     "study": ("ray::search_category",),
+    "queue": ("ray::_QueueActor",),
 }
 """First words of a process's title: only workers compute; a controller exists only if trials have several of them."""
 PATIENCE = 300.0

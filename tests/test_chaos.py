@@ -26,11 +26,7 @@ from tune.storage.files import Storage
 from tune.storage.uris import Addresses
 
 ROOT = Path(__file__).resolve().parents[1]
-SHORT_FAULTS = (
-    "worker killed", "study killed", "driver killed", "worker's node killed", "node ended", "disk full",
-    "storage moved", "second driver",
-)  # fmt: skip
-"""Of those that a search of a minute can meet, one after the other."""
+SHORT_FAULTS = ("worker killed", "queue killed", "driver killed", "head killed", "disk full", "storage moved")
 TINY = ["--teacher-weights", "random", "--image-size", "32", "--batch-size", "4", "--preset", "stfpm",
         "--folds", "0"]  # fmt: skip
 

@@ -107,7 +107,7 @@ def run_search(
                 noting.submit(_note_best, search, event)
 
         with (
-            relayed(handle) as events,
+            relayed(handle, groups.on_loss) as events,
             ThreadPoolExecutor(side_by_side, thread_name_prefix="category") as pool,
         ):
             studied = list(pool.map(lambda each: study_one(search, each, budget, shares, events), plan.categories))
@@ -167,6 +167,7 @@ def study_one(search: SharedSearch, category: str, budget: TimeBudget, shares: A
     except BudgetSpentError as error:
         return Studied(category, error=str(error), is_unstarted=True)
     except Exception as error:  # the other categories continue after any error
+        search.groups.end_if_lost()
         return Studied(category, error=_reason(category, error))
 
 
@@ -188,6 +189,7 @@ def conclude_one(
             if result.champion and studied.spec:
                 result = with_earlier(search, studied.spec, result)
         except Exception as error:  # the other categories continue after any error
+            search.groups.end_if_lost()
             result = CategoryResult(category, error=_reason(category, error))
     if result.champion is None:
         tags = {"dskd.error": result.error}

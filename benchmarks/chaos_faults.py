@@ -85,10 +85,10 @@ class World:
         """
         said: list[str] = []
         since = time.monotonic()
-        while self.search.driver.poll() != 0 and self.search.checkpoints() == before:
-            if self.search.has_ended:
+        while (code := self.search.driver.poll()) != 0 and self.search.checkpoints() == before:
+            if code is not None:
                 lines = self.search.said.strip().splitlines()
-                said.append(f"{self.search.driver.returncode}: {lines[-1] if lines else ''}")
+                said.append(f"{code}: {lines[-1] if lines else ''}")
                 if len(said) > _MAX_STARTS:
                     raise RuntimeError(f"the driver ended {len(said)} times: {said[-1]}")
                 self.make_whole()

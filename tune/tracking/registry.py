@@ -187,7 +187,12 @@ def register(
     else:
         source = f"{client.get_run(run_id).info.artifact_uri}/{MODEL_FOLDER}"
         version = client.create_model_version(
-            model, source, run_id, tags=dict(tags), description=_about(category, run_id, tags)
+            model,
+            source,
+            run_id,
+            tags=dict(tags),
+            description=_about(category, run_id, tags),
+            await_creation_for=0,  # it is ready at once, and waiting says so in a line of MLflow's own
         )
     alias = ORACLE if tags.get("dskd.selection") == ORACLE else CHAMPION
     holder = next((other for other in versions if str(other.version) == held.get(alias)), None)

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import sqlite3
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -18,6 +17,7 @@ import pyarrow.fs
 import tenacity
 
 from tune.storage.shown import shown, shown_url
+from tune.storage.temporary import temporary_folder
 from tune.storage.uris import absolute, is_address
 
 _T = TypeVar("_T")
@@ -325,12 +325,12 @@ class Storage:
         if isinstance(self._files, pyarrow.fs.LocalFileSystem) and not Path(self._root).is_dir():
             raise StorageError(f"--storage {self.uri} is not usable: it is no folder any more.")
         once = self.tried_once()
-        with tempfile.TemporaryDirectory(prefix="dskd-") as temporary:
-            (Path(temporary) / "probe.json").write_text('{"probe": true}')
+        with temporary_folder() as temporary:
+            (temporary / "probe.json").write_text('{"probe": true}')
             try:
                 missing = once.read_json(f"{name}/missing.json")
                 self._files.create_dir(self._path(f"{name}/folder"))
-                once.upload(Path(temporary), f"{name}/folder")
+                once.upload(temporary, f"{name}/folder")
                 once.replace_json(f"{name}/probe.json", lambda known: {"probe": known})
                 once.replace_json(f"{name}/probe.json", lambda known: {"probe": known == {"probe": None}})
                 found = (once.read_json(f"{name}/probe.json"), once.read_json(f"{name}/folder/probe.json"))

@@ -47,12 +47,20 @@ class Groups:
     """The groups of a driver, all of the same size, and the dispatcher that they take assignments from."""
 
     def __init__(
-        self, workers: Workers, min_workers: int | None, home: str, limit: Callable[[], int], first: TrialSpec | None
+        self,
+        workers: Workers,
+        min_workers: int | None,
+        home: str,
+        limit: Callable[[], int],
+        first: TrialSpec | None,
+        on_loss: Callable[[str], object],
     ) -> None:
         """Start the dispatcher, and a first group, which prepares the images of the trial `first`.
 
         `limit`: how many groups there may be at once. `home`: folder or address where Ray Train keeps its notes.
+        `on_loss` is called with the reason if the cluster is gone, from any thread and perhaps more than once.
         """
+        self.on_loss = on_loss
         self._workers, self._min_workers, self._home, self._limit = workers, min_workers, home, limit
         self.dispatcher = f"dispatcher-{secrets.token_hex(4)}"
         """Name of the dispatcher's actor."""
@@ -94,6 +102,20 @@ class Groups:
         """Drop an assignment, finished or not."""
         ray.get(self._post.drop.remote(assignment.key))
 
+    def end_if_lost(self) -> None:
+        """Call `on_loss` if the dispatcher is gone for good: Ray restarts it as long as the cluster lives."""
+        if not self._is_closing:
+            self._ask(lambda: self._post.demand.remote(-1))
+
+    def _ask(self, call: Callable[[], Any]) -> Any:
+        """The dispatcher's answer; None, after `on_loss`, if it is gone."""
+        try:
+            return ray.get(call())
+        except ray.exceptions.RayError:
+            if not self._is_closing:
+                self.on_loss("the Ray cluster is gone")
+            return None
+
     def send_home(self) -> None:
         """Let idle groups leave and start no other: no assignment will follow."""
         self._is_closing = True
@@ -126,7 +148,9 @@ class Groups:
         """Start a group whenever an assignment waits for one."""
         version = -1
         while not self._is_closing:
-            demand: Demand = ray.get(self._post.demand.remote(version))
+            demand: Demand | None = self._ask(lambda: self._post.demand.remote(version))  # noqa: B023
+            if demand is None:
+                return
             version = demand.version
             for _ in range(groups_to_start(demand, list(self._running), self._limit())):
                 if not self._is_closing:
@@ -145,13 +169,14 @@ class Groups:
             (self._run_lone if self._workers.number == 1 else self._run_job)(slot, first)
         except Exception as error:  # whatever ends a group, its assignment goes on in another
             if not self._is_closing:
-                ray.get(self._post.failed.remote(slot, str(error)))
+                reason = str(error)
+                self._ask(lambda: self._post.failed.remote(slot, reason))
         finally:
             with self._lock:
                 self._running.pop(slot, None)
                 self._actors.pop(slot, None)
             if not self._is_closing:
-                ray.get(self._post.gone.remote(slot))
+                self._ask(lambda: self._post.gone.remote(slot))
 
     def _run_lone(self, slot: str, first: TrialSpec | None) -> None:
         made: Any = ray.remote(LoneWorker)
@@ -171,10 +196,23 @@ class Groups:
 
 @contextmanager
 def worker_groups(
-    workers: Workers, *, min_workers: int | None, home: str, max_groups: int | None, first: TrialSpec | None
+    workers: Workers,
+    *,
+    min_workers: int | None,
+    home: str,
+    max_groups: int | None,
+    first: TrialSpec | None,
+    on_loss: Callable[[str], object] = lambda reason: None,
 ) -> Iterator[Groups]:
-    """Groups as long as the block runs; without `max_groups` as many as the cluster can hold at that time."""
-    groups = Groups(workers, min_workers, home, lambda: max_groups or count_trials(cluster_nodes(), workers), first)
+    """Groups as long as the block runs; without `max_groups` as many as the cluster can hold at that time.
+
+    `on_loss` is called with the reason if the cluster is gone.
+    """
+
+    def limit() -> int:
+        return max_groups or count_trials(cluster_nodes(), workers)
+
+    groups = Groups(workers, min_workers, home, limit, first, on_loss)
     try:
         yield groups
     finally:

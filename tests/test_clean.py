@@ -1,6 +1,7 @@
 """What is removed of a search's storage, and what is not."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,8 +37,13 @@ def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
     storage.upload(made, ".reach-1234")
     for name in ("champions/tile/a1", "champions/tile/a1-lease-000002"):
         storage.upload(made, name)
-    record = {"category": "tile", "trial_id": "a1", "folder": "champions/tile/a1-lease-000002", "metrics": {}}
-    storage.write_json("champions/tile.json", record | {"run_id": ""})
+    champion: dict[str, Any] = {
+        "category": "tile",
+        "trial_id": "a1",
+        "folder": "champions/tile/a1-lease-000002",
+        "metrics": {},
+    }
+    storage.write_json("champions/tile.json", champion | {"run_id": ""})
     storage.write_json("champions/broken.json", {})
     return storage
 

@@ -9,7 +9,7 @@ import pytest
 
 from tune.storage import lease as module
 from tune.storage.files import Storage
-from tune.storage.lease import only_search
+from tune.storage.lease import LeaseLostError, only_search
 
 
 @pytest.fixture
@@ -144,3 +144,16 @@ def test_a_search_whose_lease_was_taken_over_ends_and_leaves_it(store: Storage) 
             time.sleep(0.01)
     assert reasons == ["another search has taken 'spring' over; this one ends"]
     assert store.read_json("lease.json") == elsewhere(1)
+
+
+def test_the_lease_is_read_before_what_only_its_owner_may_write(
+    store: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_RENEW_SECONDS", 3600.0)
+    monkeypatch.setattr(module, "_LOSS_SECONDS", 0.0)
+    with only_search(store, "spring", unexpected) as lease:
+        lease.check()
+        store.write_json("lease.json", elsewhere(1))
+        with pytest.raises(LeaseLostError):
+            lease.check()
+        monkeypatch.setattr(module, "_RENEW_SECONDS", 0.05)

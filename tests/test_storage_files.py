@@ -14,7 +14,7 @@ import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow.fs
 import pytest
@@ -529,6 +529,54 @@ class _OneObject(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
+
+
+class _Conditional(_OneObject):
+    """Keeps to If-Match, with the quotes that HTTP asks for, or knows no conditions."""
+
+    knows_conditions = True
+    tag = 1
+    others: ClassVar[list[bytes]] = []
+    """What another process writes just before each of the next writes."""
+
+    def do_HEAD(self) -> None:
+        self.answer(200, len(self.content))
+
+    def do_PUT(self) -> None:
+        kind, condition = type(self), self.headers.get("If-Match")
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.others:
+            kind.content, kind.tag = self.others.pop(), kind.tag + 1
+        if condition and not self.knows_conditions:
+            self.answer(501, 0)
+        elif condition and condition != f'"{self.tag}"':
+            self.answer(412, 0)
+        else:
+            kind.content, kind.tag = content, kind.tag + 1
+            self.answer(200, 0)
+
+    def answer(self, status: int, length: int) -> None:
+        self.send_response(status)
+        self.send_header("ETag", f'"{self.tag}"')
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
+
+
+@pytest.mark.parametrize(("knows_conditions", "found"), [(True, 11), (False, 2)])
+def test_an_object_is_written_only_over_what_was_read_where_the_server_can(
+    knows_conditions: bool, found: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_Conditional, "knows_conditions", knows_conditions)
+    monkeypatch.setattr(_Conditional, "content", b'{"x": 1}')
+    monkeypatch.setattr(_Conditional, "others", [b'{"x": 10}'])
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Conditional) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        own = {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_REGION": "us-east-1"}
+        for name, value in (own | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}"}).items():
+            monkeypatch.setenv(name, value)
+        Storage("s3://b/home").replace_json("a.json", lambda known: {"x": known["x"] + 1 if known else 0})
+        server.shutdown()
+    assert json.loads(_Conditional.content) == {"x": found}
 
 
 def own_authority(folder: Path) -> tuple[Path, Path]:

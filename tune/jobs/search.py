@@ -139,6 +139,7 @@ def _search(
         results = run_search(plan, groups, workers, revision, tracker, progress)
     seconds = {category: progress.seconds_of(category) for category in plan.categories}
     progress.begin("finishing: the report")
+    lease.check()
     report = write_report(
         results, plan, tracker, Run(began, [f"tune/{Path(sys.argv[0]).name}", *sys.argv[1:]], revision, page), seconds
     )

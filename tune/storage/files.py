@@ -3,6 +3,7 @@
 import copy
 import errno
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -24,6 +25,8 @@ _T = TypeVar("_T")
 RETRY_PAUSE = 0.5
 """Seconds between the first attempt and the second; each pause is twice the one before, up to 30 s."""
 RETRY_ATTEMPTS = 8
+_CONNECT_SECONDS, _ANSWER_SECONDS = 5.0, 10.0
+"""Seconds that boto3 waits for a server: what it reads and writes is small."""
 _SQLITE_SECONDS = 5.0
 """Seconds to wait for another process's transaction."""
 
@@ -149,13 +152,14 @@ class Storage:
                 return
             # With quotes as in HTTP, and first of all without: Ceph 16 compares them too.
             conditions = [{"IfMatch": tag.strip('"')}, {"IfMatch": tag}] if tag else [{"IfNoneMatch": "*"}]
+            write = functools.partial(self._s3().put_object, Bucket=bucket, Key=key, Body=_text(document))
             for condition in conditions:
                 try:
-                    self._s3().put_object(Bucket=bucket, Key=key, Body=_text(document), **condition)
+                    write(**condition)
                     return
                 except ClientError as error:
                     if _status(error) == 501:  # a server without conditions
-                        self._put(name, document)
+                        write()
                         return
                     if _status(error) not in (404, 409, 412):
                         raise
@@ -186,7 +190,13 @@ class Storage:
             has_own_endpoint = any(os.environ.get(name) for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"))
             style = "path" if has_own_endpoint else "auto"
             # As pyarrow: no proxy of the environment; tried once, as `_with_retries` tries again.
-            config = Config(s3={"addressing_style": style}, proxies={}, retries={"total_max_attempts": 1})
+            config = Config(
+                s3={"addressing_style": style},
+                proxies={},
+                retries={"total_max_attempts": 1},
+                connect_timeout=_CONNECT_SECONDS,
+                read_timeout=_ANSWER_SECONDS,
+            )
             session = boto3.session.Session(region_name=self._files.region)
             self._client = session.client("s3", config=config)
         return self._client

@@ -35,6 +35,10 @@ _SETTLE_SECONDS = 1.0
 """Seconds to wait after taking the lease; of several processes that took it at once, the last one then holds it."""
 
 
+_LOSS_SECONDS = 60.0
+"""Seconds in which the renewing thread finds that the lease is lost, and ends the process."""
+
+
 class LeaseLostError(RuntimeError):
     """Another search has taken the lease, so this one must not write any more."""
 
@@ -84,6 +88,15 @@ class Lease:
         """Whether nobody can have taken the lease, as it was renewed a moment ago."""
         return not self._has_ended.is_set() and _clock() - self._renewed < _SURE_SECONDS
 
+    def check(self) -> None:
+        """Read the lease; if another has it, wait until `on_loss` has ended this process.
+
+        Raises LeaseLostError if it does not.
+        """
+        if not is_held_by(self._storage, self.owner):
+            wait_for_the_end()
+            raise LeaseLostError(f"another search has taken {self._name!r} over; this one ends")
+
     def give_back(self) -> None:
         """Let others take the lease at once; nothing happens if another has it."""
         self._has_ended.set()
@@ -127,6 +140,11 @@ class Lease:
             "process": _process("self"),
             "renewals": self._renewals,
         }
+
+
+def wait_for_the_end() -> None:
+    """Wait, in a search that has lost its lease, until its renewing thread has found it too and ended the process."""
+    threading.Event().wait(_LOSS_SECONDS)
 
 
 @contextmanager

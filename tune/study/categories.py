@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 import math
-import threading
 import traceback
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +21,7 @@ from tune.settings.workers import Workers
 from tune.storage.champions import Champion, fetch_figures, find_champion, note_best, note_run
 from tune.storage.files import Storage, StorageError, open_search
 from tune.storage.inputs import TrainedOn
-from tune.storage.lease import LeaseLostError
+from tune.storage.lease import LeaseLostError, wait_for_the_end
 from tune.storage.shown import command, shown, without_secrets
 from tune.storage.temporary import temporary_folder
 from tune.study.budget import BudgetSpentError, Share, Shares, TimeBudget
@@ -52,10 +51,6 @@ _Shares = ray.remote(num_cpus=0)(Shares)
 
 _TRACKING_PATIENCE = 300.0
 """Seconds to wait for an absent tracking server after a category has finished."""
-
-
-_LOSS_SECONDS = 60.0
-"""Seconds in which the driver itself finds that it has lost its lease."""
 
 
 class CategoryResult(NamedTuple):
@@ -162,7 +157,7 @@ def study_one(search: SharedSearch, category: str, budget: TimeBudget, shares: A
         finally:
             shares.end_category.remote()  # the steps below use no trial's slot
     except LeaseLostError as error:
-        _wait_for_the_end()
+        wait_for_the_end()
         return Studied(category, error=_reason(category, error))
     except BudgetSpentError as error:
         return Studied(category, error=str(error), is_unstarted=True)
@@ -189,7 +184,7 @@ def conclude_one(
             if result.champion and studied.spec:
                 result = with_earlier(search, studied.spec, result)
         except LeaseLostError as error:
-            _wait_for_the_end()
+            wait_for_the_end()
             result = CategoryResult(category, error=_reason(category, error))
         except Exception as error:  # the other categories continue after any error
             search.groups.end_if_lost()
@@ -202,11 +197,6 @@ def conclude_one(
     before = {f"earlier/{name}": value for name, value in result.earlier_figures.items()}
     events.put(CategoryEnded(category, status, before, tags))
     return result
-
-
-def _wait_for_the_end() -> None:
-    """Wait until the lease's own thread finds that it is lost, and ends this process."""
-    threading.Event().wait(_LOSS_SECONDS)
 
 
 def _reason(category: str, error: Exception) -> str:

@@ -122,9 +122,8 @@ def test_an_unexpected_error_ends_its_category_alone_and_leaves_its_traceback_in
     events: Any = SimpleNamespace(put=lambda event: None)
     monkeypatch.setattr(categories, "search_task", task)
     monkeypatch.setattr(categories, "driver_resources", dict)
-    search = SharedSearch(
-        plan, cast(Any, SimpleNamespace(dispatcher="")), Workers(1, 1.0, 0.0), "", cast(Any, None), SearchProgress(1)
-    )
+    groups = cast(Any, SimpleNamespace(dispatcher="", end_if_lost=lambda: None))
+    search = SharedSearch(plan, groups, Workers(1, 1.0, 0.0), "", cast(Any, None), SearchProgress(1))
     budget = TimeBudget(None, 2, 1)
     with caplog.at_level(logging.ERROR):
         studied = [study_one(search, name, budget, shares, events) for name in errors]

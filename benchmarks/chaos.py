@@ -43,7 +43,7 @@ from tune.storage.files import Storage
 
 NODES = 3
 _CATEGORIES = ("board", "fabric", "flange")
-_DISK_MEGABYTES = 600
+_DISK_MEGABYTES = 2000
 _ADDRESSES = {"s3": "AWS_ENDPOINT_URL", "mlflow": "MLFLOW_TRACKING_URI", "database": "DSKD_STUDY_STORAGE"}
 
 
@@ -65,7 +65,7 @@ SETUPS = (
     Setup("dskd", 2, 1),
     Setup("aand", 1, 1),
     Setup("rd4ad", 2, 1),
-    Setup("dskd", 1, 3),
+    Setup("stfpm", 1, 3),
 )
 
 
@@ -133,6 +133,7 @@ class Bench:
         self.options, self._folder, self._say, self._stack = options, folder, say, stack
         self._direct = environment(folder)
         self._env, self._links = linked(self._direct)
+        self._env["DSKD_CHECKPOINT_SECONDS"] = "2"  # all checkpoints of the larger presets would be all there is to do
         for link in self._links.values():
             stack.callback(link.close)
         self._disk = stack.enter_context(small_disk(folder / "disk"))
@@ -159,9 +160,12 @@ class Bench:
         record: dict[str, Any] = {"setup": str(setup), "faults": [], "wrong": []}
         try:
             for fault in faults:
+                met: dict[str, Any] = {"name": fault.name, "remark": "", "said": [], "starts": 0}
+                record["faults"].append(met)
                 try:
-                    record["faults"].append(self._meet(world, fault))
+                    self._meet(world, fault, met)
                 except MissedError as missed:
+                    record["faults"].remove(met)
                     self._say(f"{fault.name}: {missed}")
                 if world.search.driver.poll() == 0:
                     break
@@ -198,8 +202,8 @@ class Bench:
             links=self._links, disk=self._disk,
         )  # fmt: skip
 
-    def _meet(self, world: World, fault: Fault) -> dict[str, Any]:
-        """Strike once the search has got on, and wait until it gets on again; what came of it."""
+    def _meet(self, world: World, fault: Fault, met: dict[str, Any]) -> None:
+        """Strike once the search has got on, and wait until it gets on again; writes into `met` what came of it."""
         world.wait_until_it_goes_on(world.search.checkpoints())
         time.sleep(world.rng.uniform(0, self.options.longest_pause))
         if world.search.driver.poll() == 0:
@@ -208,15 +212,12 @@ class Bench:
         before, starts = world.search.checkpoints(), world.num_starts
         began = time.monotonic()
         self._say(f"{fault.name} …")
-        found: dict[str, Any] = {"name": fault.name, "remark": fault.strike(world)}
-        found["struck"] = round(time.monotonic() - began, 1)
-        if fault.name.startswith("lease"):
-            before = {}
-        found["said"] = world.wait_until_it_goes_on(before)
-        found["seconds"] = round(time.monotonic() - began, 1)
-        found["starts"] = world.num_starts - starts
-        self._say(f"{fault.name}: went on after {found['seconds']} s; {found['remark']} {found['said'] or ''}")
-        return found
+        met["remark"] = fault.strike(world)
+        if not fault.has_gone_on:
+            met["said"] = world.wait_until_it_goes_on(before)
+        met["seconds"] = round(time.monotonic() - began, 1)
+        met["starts"] = world.num_starts - starts
+        self._say(f"{fault.name}: went on after {met['seconds']} s; {met['remark']} {met['said'] or ''}")
 
     def _judge(self, world: World, setup: Setup) -> dict[str, Any]:
         """What the search came to, and what is wrong with it."""
@@ -276,8 +277,64 @@ def chosen(names: Sequence[str], abilities: set[str], number: int) -> list[Fault
     return [FAULTS[name] for name in names if FAULTS[name].needs <= abilities][:number]
 
 
+class Run:
+    """Searches that meet the faults of a list, and what was found of each."""
+
+    def __init__(self, options: Options, results: Path) -> None:
+        """Goes on with the records in the file `results`; exits if they are of other searches."""
+        self._options, self._results = options, results
+        self.records = read(results)
+        self._size = [options.categories, options.trials, options.epochs, options.image_size]
+        if any(record["size"] != self._size for record in self.records):
+            sys.exit(f"{results} was measured with other categories, trials, epochs or image size; name another file.")
+        self.left = schedule(options)
+        for record in self.records:
+            self._strike_off(record)
+        self._num_empty = 0
+
+    def leave_out_impossible(self, bench: Bench) -> list[str]:
+        """Names of the faults that no setup can meet here; they are no longer in the list."""
+        possible = {
+            fault.name
+            for index in self._options.setups
+            for fault in chosen(self.left, bench.abilities(SETUPS[index]), len(self.left))
+        }
+        impossible = sorted(set(self.left) - possible)
+        self.left = [name for name in self.left if name in possible]
+        return impossible
+
+    def is_over(self, seconds: float) -> bool:
+        """Whether the list is through, the time is up, or no search met any fault in a whole round."""
+        return not self.left or seconds > self._options.hours * 3600 or self._num_empty > len(self._options.setups)
+
+    def next_search(self, bench: Bench, say: Callable[[str], None]) -> None:
+        """Run the next search: the first of a setup, if its champions are to be compared, is left alone."""
+        number = sum(not record["is_reference"] for record in self.records) + self._num_empty
+        setup = SETUPS[self._options.setups[number % len(self._options.setups)]]
+        reference = _reference(self.records, setup)
+        is_reference = setup.at_once == 1 and reference is None
+        faults = [] if is_reference else chosen(self.left, bench.abilities(setup), self._options.per_search)
+        say(f"{setup}: {', '.join(fault.name for fault in faults) or 'undisturbed'}")
+        record = bench.run(setup, faults, f"{self._options.seed} {len(self.records)}")
+        record |= {"is_reference": is_reference, "size": self._size}
+        if reference and record.get("champions", reference["champions"]) != reference["champions"]:
+            record["wrong"].append(f"other champions than undisturbed: {_difference(record, reference)}")
+        say(f"wrong: {record['wrong']}" if record["wrong"] else "nothing lost, doubled or left behind")
+        has_got_on = bool(record["faults"]) or (is_reference and not record["wrong"])
+        self._num_empty = 0 if has_got_on else self._num_empty + 1
+        self.records.append(record)
+        with self._results.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        self._strike_off(record)
+
+    def _strike_off(self, record: Mapping[str, Any]) -> None:
+        for fault in record["faults"]:
+            with suppress(ValueError):
+                self.left.remove(fault["name"])
+
+
 def run(options: Options, folder: Path) -> bool:
-    """Disturb searches until the list is through or the time is up; whether nothing was wrong.
+    """Disturb searches until the list is through or the time is up; whether it is through and nothing was wrong.
 
     Adds a line to `options.results` for each search.
     """
@@ -286,50 +343,15 @@ def run(options: Options, folder: Path) -> bool:
     def say(line: str) -> None:
         print(f"[{time.monotonic() - started:5.0f} s] {line}", flush=True)
 
-    results = options.results or folder / "results.jsonl"
-    records = read(results)
-    size = [options.categories, options.trials, options.epochs, options.image_size]
-    if any(record["size"] != size for record in records):
-        sys.exit(f"{results} was measured with other categories, trials, epochs or image size; name another file.")
-    left = schedule(options)
-    for name in (fault["name"] for record in records for fault in record["faults"]):
-        with suppress(ValueError):
-            left.remove(name)
+    searches = Run(options, options.results or folder / "results.jsonl")
     with ExitStack() as stack:
         bench = Bench(options, folder, stack, say)
-        impossible = set(left) - {
-            fault.name for index in options.setups for fault in chosen(left, bench.abilities(SETUPS[index]), len(left))
-        }
-        left = [name for name in left if name not in impossible]
-        for name in sorted(impossible):
+        for name in searches.leave_out_impossible(bench):
             say(f"left out, as it needs {', '.join(sorted(FAULTS[name].needs))}: {name}")
-        num_empty = 0
-        while left and time.monotonic() - started < options.hours * 3600 and num_empty < 4:
-            number = len([record for record in records if not record["is_reference"]])
-            setup = SETUPS[options.setups[(number + num_empty) % len(options.setups)]]
-            faults = chosen(left, bench.abilities(setup), options.per_search)
-            reference = _reference(records, setup)
-            if setup.at_once == 1 and reference is None:
-                faults = []
-            is_reference = not faults and setup.at_once == 1 and reference is None
-            if not faults and not is_reference:
-                num_empty += 1
-                continue
-            say(f"{setup}: {', '.join(fault.name for fault in faults) or 'undisturbed'}")
-            record = bench.run(setup, faults, f"{options.seed} {len(records)}") | {
-                "is_reference": is_reference, "size": size,
-            }  # fmt: skip
-            if reference and record.get("champions") and record["champions"] != reference["champions"]:
-                record["wrong"].append(f"other champions than undisturbed: {_difference(record, reference)}")
-            say(f"wrong: {record['wrong']}" if record["wrong"] else "nothing lost, doubled or left behind")
-            num_empty = num_empty + 1 if not (is_reference or record["faults"]) else 0
-            records.append(record)
-            with results.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-            for fault in record["faults"]:
-                left.remove(fault["name"])
-    print(table(records))
-    return not left and not any(record["wrong"] for record in records)
+        while not searches.is_over(time.monotonic() - started):
+            searches.next_search(bench, say)
+    print(table(searches.records))
+    return not searches.left and not any(record["wrong"] for record in searches.records)
 
 
 def _reference(records: Sequence[Mapping[str, Any]], setup: Setup) -> Mapping[str, Any] | None:
@@ -380,6 +402,11 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
         f"{sum(bool(record['wrong']) for record in disturbed)}"
     )
     return "\n".join(lines)
+
+
+def _median(met: Sequence[Mapping[str, Any]]) -> str:
+    seconds = [fault["seconds"] for fault in met if "seconds" in fault]
+    return f"{median(seconds):.0f}" if seconds else "never"
 
 
 def main() -> None:

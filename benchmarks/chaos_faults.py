@@ -119,7 +119,9 @@ class Fault(NamedTuple):
     strike: Callable[[World], str]
     """Brings it about and ends it; returns a remark, or raises MissedError, or AssertionError on a wrong answer."""
     needs: frozenset[str] = frozenset()
-    """"servers", "disk", "faketime", "two workers", "one worker"."""
+    """"servers", "disk", "faketime", "root", "two workers", "one worker"."""
+    has_gone_on: bool = False
+    """Whether the search has got on when it is over."""
 
 
 _SIGNALS = MappingProxyType({"killed": signal.SIGKILL, "ended (SIGTERM)": signal.SIGTERM, "hangs": signal.SIGSTOP})
@@ -401,7 +403,7 @@ def _all_faults() -> Iterator[Fault]:
     yield Fault("node's clock ahead", _node_with_another_clock, frozenset({"faketime"}))
     yield Fault("driver's clock ahead", _driver_with_another_clock, frozenset({"faketime"}))
     yield Fault("second driver", _second_driver)
-    yield Fault("lease taken", _lease_taken, lone | {"root"})
+    yield Fault("lease taken", _lease_taken, lone | {"root"}, has_gone_on=True)
     yield Fault("ray job stop", _job_stopped)
     yield Fault("storage moved", _storage_moved)
     yield Fault("upgraded", _upgraded)

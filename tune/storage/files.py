@@ -164,9 +164,7 @@ class Storage:
                     if _status(error) not in (404, 409, 412):
                         raise
             raise OSError("another process has written it meanwhile")
-        except ClientError as error:
-            raise OSError(_first_line(error)) from None
-        except BotoCoreError as error:
+        except (BotoCoreError, ClientError) as error:
             raise OSError(_first_line(error)) from None
 
     def _object(self, bucket: str, key: str) -> tuple[bytes | None, str]:

@@ -246,6 +246,7 @@ def test_slots_count_whole_workers_on_whole_nodes() -> None:
     assert count_trials(nodes, Workers(1, cpus=2.0, gpus=0.0)) == 4
     assert count_trials(nodes, Workers(1, cpus=2.0, gpus=resolve_gpus(None, nodes))) == 2, "one GPU each"
     assert count_trials(nodes, Workers(2, cpus=1.0, gpus=0.5)) == 2
+    assert count_trials(nodes, Workers(1, cpus=1.0, gpus=0.5, trials=3)) == 12, "three share a worker"
     assert count_trials([], Workers(1, cpus=1.0, gpus=0.0)) == 1, "a cluster may grow once something waits"
     assert resolve_gpus(0.5, nodes) == 0.5 and resolve_gpus(None, [{"CPU": 3.0}]) == 0.0
 

@@ -1,591 +1,420 @@
-"""Compares a search whose processes are killed at random moments with the same search left undisturbed.
+"""Disturbs searches in every way that is known to happen, and counts what they lose.
 
-`python benchmarks/chaos.py` starts a Ray head and three nodes on this machine. It runs one search undisturbed, and one
-while it kills processes and whole nodes with SIGKILL and replaces them as a cluster manager would. At the end it
-pulls the champion. With `--submit` both searches are jobs (`ray job submit`). The servers are SQLite and a folder, or
-those of the environment (`python tests/services.py DIR &  . DIR/env`). The seed determines the schedule of kills.
+`python benchmarks/chaos.py --results FILE.jsonl` starts a Ray head and three nodes on this machine and draws a list of
+faults (`chaos_faults.py`) by a seed. Searches of three categories, by several presets, with one and with two workers
+per trial, meet a few of them each: processes are killed, ended or stand still, nodes and the head as well, servers are
+away, slow or silent, a disk is full, a clock wrong, another driver comes, the storage is moved. The driver is started
+again with the same command whenever it ends with an error, and nothing else is done. Each search is then compared with
+one that was left alone: trials, champions, the bits of their weights, and what was left behind.
+
+Servers are SQLite and a folder, or those of the environment (`python tests/services.py DIR &  . DIR/env`), reached
+through links that can be cut. What was measured stands in the file, and the same command goes on where it was stopped.
 Linux only: it finds its processes in /proc.
 """
 
-import itertools
 import json
 import os
 import random
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
+from statistics import median
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
-import optuna
 import tyro
-from mlflow.entities import Run
-from mlflow.tracking import MlflowClient
+from chaos_faults import FAULTS, Fault, MissedError, World
+from faulty_link import FaultyLink
+from local_cluster import Cluster, census, start_cluster
+from watched_search import Search, account, environment, pull
 
+from dskd.checkpoint import WEIGHTS_FILE, sha256_of
 from dskd.demo.dataset import draw_dataset
-from dskd.detector import Detector
 from tune.storage.files import Storage
-from tune.trial.checkpoints import newest_checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
-TARGETS = {
-    "worker": ("ray::RayTrainWorker", "ray::LoneWorker"),
-    "controller": ("ray::TrainController",),
-    "dispatcher": ("ray::DispatcherActor",),
-    "relay": ("ray::ImplicitFunc",),
-    "study": ("ray::search_category",),
-}
-"""First words of a process's title: only workers compute; a controller exists only if trials have several of them."""
-KINDS = ("worker", "node", "driver", "relay", "study", "worker's node", "controller", "dispatcher")
-_PATIENCE = 300.0
-"""Maximum seconds to wait for anything to appear."""
+NODES = 3
+_CATEGORIES = ("board", "fabric", "flange")
+_DISK_MEGABYTES = 600
+_ADDRESSES = {"s3": "AWS_ENDPOINT_URL", "mlflow": "MLFLOW_TRACKING_URI", "database": "DSKD_STUDY_STORAGE"}
+
+
+class Setup(NamedTuple):
+    """How a search is run."""
+
+    preset: str
+    workers: int
+    """Of each trial."""
+    at_once: int
+    """Trials at once; with several, pruning depends on their speed, and so may the champion."""
+
+    def __str__(self) -> str:
+        return f"{self.preset}, {self.workers} worker{'s' * (self.workers > 1)}, {self.at_once} at once"
+
+
+SETUPS = (
+    Setup("stfpm", 1, 1),
+    Setup("dskd", 2, 1),
+    Setup("aand", 1, 1),
+    Setup("rd4ad", 2, 1),
+    Setup("stfpm", 1, 3),
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """Kill processes of a search and count its losses."""
+    """Disturb searches, and count what they lose."""
 
-    kills: int = 21
+    results: Path | None = None
+    """File of what was measured, to which this run adds; a temporary one by default."""
+    faults: int = 60
     seed: int = 0
-    """Seed of the schedule of kills."""
-    trials: int = 4
-    epochs: int = 160
-    """Epochs of a trial; enough that the search does not end before the last kill."""
-    workers_per_trial: int = 2
-    max_concurrent: int = 1
-    """Trials at once; with several, pruning depends on their speed, and so may the champion."""
-    nodes: int = 3
-    cpus_per_node: int = 1
+    """Seed of the faults' order and of when they strike."""
+    only: tuple[str, ...] = ()
+    """Names of the faults to draw from, or the beginnings of their names; all by default."""
+    per_search: int = 3
+    """Faults that a search meets."""
+    hours: float = 2.0
+    """No other search begins after this time."""
+    categories: int = 3
+    trials: int = 2
+    """Per category."""
+    epochs: int = 60
     image_size: int = 32
-    data: Path | None = None
-    """Folder of categories, of which the first is searched; drawn by default."""
-    preset: str = "stfpm"
-    longest_pause: float = 8.0
-    """Maximum seconds between a target's appearance and its kill."""
-    submit: bool = False
-    """Run the search as a job on the head, with uploaded code, not as a child process."""
+    longest_pause: float = 6.0
+    """Maximum seconds between a checkpoint and the next fault."""
+    setups: tuple[int, ...] = tuple(range(len(SETUPS)))
+    """Which of the setups take turns."""
     folder: Path | None = None
-    """Folder for logs and results; a temporary one by default."""
+    """Folder for logs and searches, of a short path; a temporary one by default."""
+    table: bool = False
+    """Only print the table of --results."""
 
 
-class Process(NamedTuple):
-    pid: int
-    parent: int
-    started: str
-    """Start time in clock ticks since boot; with the pid it identifies a process uniquely."""
-    title: str
-
-
-def processes() -> dict[int, Process]:
-    """Every running process of this machine, by its id."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            state, parent, *rest = (folder / "stat").read_text().rpartition(")")[2].split()
-            title = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-        except OSError:  # it has ended
+def linked(env: Mapping[str, str]) -> tuple[dict[str, str], dict[str, FaultyLink]]:
+    """The environment in which all servers are reached through links, and the links."""
+    changed, links = dict(env), {}
+    for server, variable in _ADDRESSES.items():
+        address = urlsplit(env.get(variable, ""))
+        if not address.port:
             continue
-        if state != "Z":
-            found[int(folder.name)] = Process(int(folder.name), int(parent), rest[17], title)
-    return found
-
-
-def below(pid: int, among: dict[int, Process]) -> list[Process]:
-    """The descendants of a process."""
-    children = [each for each in among.values() if each.parent == pid]
-    return [*children, *(each for child in children for each in below(child.pid, among))]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-class Cluster:
-    """A token-protected Ray head without CPUs, and nodes that can be killed."""
-
-    def __init__(self, folder: Path, env: dict[str, str], head_words: Sequence[str] = (), port: int = 0) -> None:
-        """`head_words`: arguments of `ray start` for the head only; without a `port` a free one is used."""
-        self.address = f"127.0.0.1:{port or free_port()}"
-        dashboard_port = free_port()
-        self.dashboard = f"http://127.0.0.1:{dashboard_port}"
-        # Ray Train's cleaner finds a cluster by this variable, and this machine may run several.
-        self.env, self._folder = env | {"RAY_ADDRESS": self.address}, folder
-        self._temporary: list[str] = []
-        self.seen: set[Process] = set()
-        """All processes seen here; one that outlives its node is a zombie."""
-        self.nodes: list[subprocess.Popen[bytes]] = []
-        self._numbers = itertools.count(1)
-        self._head = self._start(
-            "--head", f"--port={self.address.partition(':')[2]}", f"--dashboard-port={dashboard_port}", "--num-cpus=0",
-            f"--ray-client-server-port={free_port()}", *head_words,
-        )  # fmt: skip
-
-    def add(self, cpus: int, *, prefix: Sequence[str] = (), env: Mapping[str, str] = MappingProxyType({})) -> None:
-        """Start a node; `prefix` is put before its command, `env` is added to its environment."""
-        self.nodes.append(self._start(f"--address={self.address}", f"--num-cpus={cpus}", prefix=prefix, env=env))
-
-    def _start(
-        self, *words: str, prefix: Sequence[str] = (), env: Mapping[str, str] = MappingProxyType({})
-    ) -> subprocess.Popen[bytes]:
-        path = self._folder / f"node-{next(self._numbers)}.log"
-        # A short path, since it also holds sockets, whose paths have at most 107 bytes. One folder per node, as on
-        # separate machines: in a shared folder a node would remove the code of a job that other nodes run.
-        temporary = tempfile.mkdtemp(prefix="ray-")
-        self._temporary.append(temporary)
-        ports = ("--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0")
-        with path.open("wb") as log:
-            process = subprocess.Popen(
-                [*prefix, "ray", "start", "--block", "--disable-usage-stats", f"--temp-dir={temporary}",
-                 *ports, *words],
-                env=self.env | dict(env), stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
-        wait_for(lambda: "Ray runtime started" in path.read_text() or process.poll() is not None, "a node")
-        if process.poll() is not None:
-            raise RuntimeError(f"a node did not start: {path.read_text()[-2000:]}")
-        return process
-
-    def all(self) -> list[Process]:
-        """Processes on the head and the nodes."""
-        among = processes()
-        mine = [each for node in (self._head, *self.nodes) for each in below(node.pid, among)]
-        self.seen.update(mine)
-        return mine
-
-    def find(self, kind: str) -> list[Process]:
-        """Processes of one kind on the head and the nodes."""
-        return [each for each in self.all() if each.title.startswith(TARGETS[kind])]
-
-    def raylets(self) -> set[int]:
-        """Ids of all raylets below the head: its own and those of nodes that its autoscaler started."""
-        found = [
-            each for each in below(self._head.pid, processes()) if each.title.partition(" ")[0].endswith("/raylet")
-        ]
-        self.seen.update(found)
-        return {each.pid for each in found}
-
-    def kill_node(self, node: subprocess.Popen[bytes]) -> None:
-        """Kill a node's raylet and its parent process with SIGKILL; its workers are left to notice it."""
-        for each in processes().values():
-            if each.parent == node.pid:
-                os.kill(each.pid, signal.SIGKILL)
-        self.nodes.remove(node)
-        node.kill()
-        node.wait()
-
-    def announce(self, leaving: subprocess.Popen[bytes], seconds: int) -> None:
-        """Announce to the cluster that a node will go in `seconds`, as a cloud does before it reclaims one."""
-        words = ("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "reclaimed")
-        titles = [each.title for each in below(leaving.pid, processes())]
-        (node_id,) = (
-            node["NodeID"]
-            for node in census(self)["alive"]
-            if any(f"--raylet_socket_name={node['RayletSocketName']} " in title for title in titles)
-        )
-        done = subprocess.run(
-            ["ray", "drain-node", "--address", self.address, "--node-id", node_id, *words,
-             "--deadline-remaining-seconds", str(seconds)],
-            env=self.env, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        if done.returncode != 0:
-            raise RuntimeError(f"ray drain-node refused: {done.stderr[-500:]}")
-
-    def node_of(self, process: Process) -> "subprocess.Popen[bytes] | None":
-        among = processes()
-        return next((node for node in self.nodes if process.pid in {each.pid for each in below(node.pid, among)}), None)
-
-    def zombies(self) -> list[Process]:
-        """Processes that still compute although no search runs, and remains of killed nodes."""
-        computing = [each for kind in TARGETS for each in self.find(kind)]
-        among = processes()
-        here = {each.pid for node in (self._head, *self.nodes) for each in below(node.pid, among)}
-        known = {(each.pid, each.started) for each in self.seen}
-        left = [each for each in among.values() if (each.pid, each.started) in known and each.pid not in here]
-        return computing + left
-
-    def stop(self) -> None:
-        self.all()  # processes that outlive their node are killed below
-        for process in (*self.nodes, self._head):
-            process.send_signal(signal.SIGTERM)
-        for process in (*self.nodes, self._head):
-            try:
-                process.wait(5)  # a head that ran a search would take half a minute
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        for each in self.seen:
-            if (now := processes().get(each.pid)) and now.started == each.started:
-                os.kill(each.pid, signal.SIGKILL)
-        for number, temporary in enumerate(map(Path, self._temporary), 1):
-            for logs in temporary.glob("session_2*/logs"):
-                shutil.copytree(logs, self._folder / f"logs-{number}", symlinks=True, dirs_exist_ok=True)
-            shutil.rmtree(temporary, ignore_errors=True)
+        links[server] = link = FaultyLink(str(address.hostname), address.port)
+        old, new = f"{address.hostname}:{address.port}", f"127.0.0.1:{link.port}"
+        changed = {name: value.replace(old, new) for name, value in changed.items()}
+    return changed, links
 
 
 @contextmanager
-def cluster(folder: Path, env: dict[str, str], nodes: int, cpus: int) -> Iterator[Cluster]:
-    """A head and `nodes` nodes of `cpus` CPUs each."""
-    made = Cluster(folder, env)
+def small_disk(folder: Path) -> Iterator[Path | None]:
+    """A disk of its own at the folder; None without the right to mount one."""
+    folder.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", f"size={_DISK_MEGABYTES}m", "tmpfs", str(folder)]
+    if subprocess.run(words, capture_output=True, check=False).returncode != 0:
+        yield None
+        return
     try:
-        with ThreadPoolExecutor(max(1, nodes)) as pool:
-            list(pool.map(made.add, [cpus] * nodes))
-        wait_for(lambda: census(made)["nodes"] == nodes + 1, "the cluster")
-        yield made
+        yield folder
     finally:
-        made.stop()
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-_WHAT_IS_HELD = """
-import json, ray
-from ray.util.state import list_actors
-ray.init(log_to_driver=False, logging_level="ERROR")
-groups = [group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
-alive = [actor.class_name for actor in list_actors(limit=10000, timeout=30) if actor.state != "DEAD"]
-alive = [name for name in alive if name != "_AutoscalingCoordinatorActor"]  # Ray's own, one per cluster
-nodes = [node for node in ray.nodes() if node["Alive"]]
-have, free = ray.cluster_resources(), ray.available_resources()
-held = {name: have[name] - free.get(name, 0) for name in ("CPU", "memory") if have.get(name, 0) != free.get(name, 0)}
-print(json.dumps({"nodes": len(nodes), "alive": nodes, "held": held, "groups": len(groups), "actors": alive}))
-"""
+class Bench:
+    """The cluster and servers of a run, on which one search after the other is disturbed."""
+
+    def __init__(self, options: Options, folder: Path, stack: ExitStack, say: Callable[[str], None]) -> None:
+        self.options, self._folder, self._say, self._stack = options, folder, say, stack
+        self._direct = environment(folder)
+        self._env, self._links = linked(self._direct)
+        self._env["DSKD_CHECKPOINT_SECONDS"] = "2"  # all checkpoints of the larger presets would be all there is to do
+        for link in self._links.values():
+            stack.callback(link.close)
+        self._disk = stack.enter_context(small_disk(folder / "disk"))
+        if self._disk is not None:
+            self._env |= {"TMPDIR": str(self._disk), "XDG_CACHE_HOME": str(self._disk / "cache")}
+        self._data = folder / "data"
+        names = _CATEGORIES[: options.categories]
+        draw_dataset(self._data, categories=names, num_train=16, num_test=12, image_size=64)
+        self._made: Cluster = start_cluster(folder, dict(self._env), NODES, 1)
+        stack.callback(lambda: self._made.stop())
+
+    def abilities(self, setup: Setup) -> set[str]:
+        """What faults may need, and there is."""
+        found = {"two workers" if setup.workers > 1 else "one worker"}
+        found |= {"servers"} if len(self._links) == len(_ADDRESSES) else set()
+        found |= {"disk"} if self._disk is not None else set()
+        found |= {"root"} if os.geteuid() == 0 else set()
+        return found | ({"faketime"} if shutil.which("faketime") else set())
+
+    def run(self, setup: Setup, faults: Sequence[Fault], seed: str) -> dict[str, Any]:
+        """A search that meets the faults, or as many of them as it lives to see; its record."""
+        began = time.monotonic()
+        world = self._begin(setup, seed)
+        record: dict[str, Any] = {"setup": str(setup), "faults": [], "wrong": []}
+        try:
+            for fault in faults:
+                met: dict[str, Any] = {"name": fault.name, "remark": "", "said": [], "starts": 0}
+                record["faults"].append(met)
+                try:
+                    self._meet(world, fault, met)
+                except MissedError as missed:
+                    record["faults"].remove(met)
+                    self._say(f"{fault.name}: {missed}")
+                if world.search.driver.poll() == 0:
+                    break
+            said: list[str] = []
+            while world.search.driver.poll() != 0:
+                said += world.wait_until_it_goes_on(world.search.checkpoints())
+            record["seconds"] = round(time.monotonic() - began, 1)
+            record["starts"] = world.num_starts
+            record |= self._judge(world, setup)
+        except (AssertionError, TimeoutError, RuntimeError, OSError, subprocess.SubprocessError) as error:
+            self._say(f"wrong: {error}")
+            record["wrong"].append(f"{type(error).__name__}: {error}")
+        finally:
+            world.search.end()
+            self._made = world.made
+        if record["wrong"] or self._made.env.get("PYTHONPATH") != self._env["PYTHONPATH"]:
+            world.made.env = dict(self._env)
+            world.replace_cluster()
+            self._made = world.made
+        return record
+
+    def _begin(self, setup: Setup, seed: str) -> World:
+        options = self.options
+        words = [
+            "--data", str(self._data), "--address", self._made.address, "--storage", self._env["DSKD_STORAGE"],
+            "--teacher-weights", "random", "--folds", "0", "--image-size", str(options.image_size), "--batch-size", "4",
+            "--epochs", str(options.epochs), "--trials", str(options.trials), "--preset", setup.preset, "--json",
+            "--workers-per-trial", str(setup.workers), "--max-concurrent", str(setup.at_once),
+        ]  # fmt: skip
+        # Servers may hold what earlier runs left under the same name.
+        search = Search(f"chaos-{secrets.token_hex(4)}", words, self._env, self._folder).start()
+        return World(
+            search=search, made=self._made, folder=self._folder, nodes=NODES, rng=random.Random(seed),
+            links=self._links, disk=self._disk,
+        )  # fmt: skip
+
+    def _meet(self, world: World, fault: Fault, met: dict[str, Any]) -> None:
+        """Strike once the search has got on, and wait until it gets on again; writes into `met` what came of it."""
+        world.wait_until_it_goes_on(world.search.checkpoints())
+        time.sleep(world.rng.uniform(0, self.options.longest_pause))
+        if world.search.driver.poll() == 0:
+            raise MissedError("the search ended before")
+        world.made.all()
+        before, starts = world.search.checkpoints(), world.num_starts
+        began = time.monotonic()
+        self._say(f"{fault.name} …")
+        met["remark"] = fault.strike(world)
+        if not fault.has_gone_on:
+            met["said"] = world.wait_until_it_goes_on(before)
+        met["seconds"] = round(time.monotonic() - began, 1)
+        met["starts"] = world.num_starts - starts
+        self._say(f"{fault.name}: went on after {met['seconds']} s; {met['remark']} {met['said'] or ''}")
+
+    def _judge(self, world: World, setup: Setup) -> dict[str, Any]:
+        """What the search came to, and what is wrong with it."""
+        search, trials = world.search, self.options.trials
+        wrong: list[str] = []
+        champions: dict[str, list[Any]] = {}
+        counts: Counter[str] = Counter()
+        for outcome in search.outcomes(60):
+            category = outcome["category"]
+            found = account(self._direct, search.name, category, trials)
+            lost = trials - (sum(found.statuses.values()) - found.statuses["lost"])
+            counts.update(lost=lost, doubled=found.doubled, redone=found.redone, untracked=found.untracked)
+            if outcome["num_trials"] != trials or outcome["num_failed"]:
+                wrong.append(f"{category}: {outcome['num_trials']} trials, {outcome['num_failed']} failed")
+            champions[category] = [list(each) for each in found.champion]
+        if "Traceback" in search.said:
+            wrong.append("a traceback in what the driver said")
+        records = Storage(f"{search.env['DSKD_STORAGE']}/{search.name}").files("trials")
+        if len(records) != trials * len(champions):
+            wrong.append(f"{len(records)} records of trials")
+        detectors = self._folder / f"{search.name}-detectors"
+        pulled = pull(self._direct | {"DSKD_STORAGE": search.env["DSKD_STORAGE"]}, search.name, detectors)
+        if pulled != sorted(champions):
+            wrong.append(f"pulled {pulled}")
+        for category in pulled:
+            champions[category].append(["weights", sha256_of(detectors / category / WEIGHTS_FILE)])
+        wrong += [f"{count} trials {what}" for what, count in counts.items() if what in ("lost", "doubled") and count]
+        wrong += self._left_behind(world)
+        return {"champions": champions, **counts, "wrong": wrong}
+
+    def _left_behind(self, world: World) -> list[str]:
+        """Processes, resources and files of searches although none runs."""
+        deadline = time.monotonic() + 60  # Ray's own cleaners look every few seconds
+        while True:
+            held, zombies = census(world.made), world.made.zombies()
+            files = self._temporary()
+            left = [f"zombie {each.title}" for each in zombies] + [f"file {name}" for name in files]
+            left += [f"held {held[kind]}" for kind in ("held", "groups", "actors") if held[kind]]
+            if not left or time.monotonic() > deadline:
+                return left
+            time.sleep(2)
+
+    def _temporary(self) -> list[str]:
+        return [] if self._disk is None else sorted(each.name for each in self._disk.glob("dskd-*"))
 
 
-def census(made: Cluster) -> dict[str, Any]:
-    """Nodes of the cluster, and resources, groups and actors in use; `nodes` is 0 if it does not answer yet."""
-    done = subprocess.run(
-        [sys.executable, "-c", _WHAT_IS_HELD], env=made.env, capture_output=True, text=True, check=False
-    )  # fmt: skip
-    lines = [line for line in done.stdout.splitlines() if line.startswith('{"nodes"')]  # Ray prints lines too
-    if not lines:
-        return {"nodes": 0, "held": {"?": 0}, "groups": -1, "actors": [done.stderr[-300:]]}
-    answer: dict[str, Any] = json.loads(lines[0])
-    return answer
-
-
-def wait_for(ready: Callable[[], Any], what: str, patience: float = _PATIENCE) -> Any:
-    """Wait until `ready` returns a true value, and return it; raises TimeoutError after `patience` seconds."""
-    deadline = time.monotonic() + patience
-    while not (found := ready()):
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{what} did not appear within {patience:.0f} s.")
-        time.sleep(0.2)
-    return found
-
-
-@dataclass
-class Search:
-    """The driver process of one search, restarted whenever it was killed."""
-
-    name: str
-    words: list[str]
-    env: dict[str, str]
-    folder: Path
-    driver: "subprocess.Popen[bytes]" = field(init=False)
-
-    def start(self) -> "Search":
-        with (
-            (self.folder / f"{self.name}.json").open("wb") as out,
-            (self.folder / f"{self.name}.log").open("ab") as log,
-        ):
-            self.driver = subprocess.Popen(
-                [sys.executable, "tune/search.py", "--name", self.name, *self.words],
-                cwd=ROOT, env=self.env, stdout=out, stderr=log, start_new_session=True,
-            )  # fmt: skip
-        return self
-
-    def kill(self) -> None:
-        os.killpg(self.driver.pid, signal.SIGKILL)
-        self.driver.wait()
-
-    def end(self) -> None:
-        """Leave nothing running."""
-        if not self.has_ended:
-            self.kill()
-
-    @property
-    def has_ended(self) -> bool:
-        return self.driver.poll() is not None
-
-    def checkpoints(self) -> dict[str, str]:
-        """The last checkpoint of every trial."""
-        workers = Storage(f"{self.env['DSKD_STORAGE']}/{self.name}/workers")
-        trials = [(f"{workers.uri}/{name}", each) for name in workers.names("") for each in workers.names(name)]
-        return {f"{place}/{trial}": newest_checkpoint(place, trial) for place, trial in trials}
-
-    def outcome(self, seconds: float) -> dict[str, Any]:
-        """The first category's result in the search's JSON document.
-
-        Raises RuntimeError with the end of its log if it failed.
-        """
-        code = self.driver.wait(seconds)
-        log = (self.folder / f"{self.name}.log").read_text()
-        if code != 0:
-            raise RuntimeError(f"{self.name} ended with exit code {code}:\n{log[-3000:]}")
-        outcome: dict[str, Any] = json.loads(self._document())["categories"][0]
-        return outcome
-
-    def _document(self) -> str:
-        return (self.folder / f"{self.name}.json").read_text()
-
-
-@dataclass
-class Job(Search):
-    """A search submitted as a job: the head runs it with uploaded code."""
-
-    made: Cluster
-
-    def start(self) -> "Job":
-        with (self.folder / f"{self.name}.log").open("ab") as log:
-            self.driver = subprocess.Popen(
-                ["ray", "job", "submit", "--address", self.made.dashboard, "--working-dir", ".", "--",
-                 "python", "tune/search.py", "--name", self.name, *self.words],
-                cwd=ROOT, env=self.env, stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
-        return self
-
-    def kill(self) -> None:
-        """Kill the job's process on the head; the submitting command then ends."""
-        for each in wait_for(lambda: self.has_ended or self._entrypoints(), "the job's process") or ():
-            with suppress(ProcessLookupError):
-                os.kill(each.pid, signal.SIGKILL)
-        self.driver.wait(_PATIENCE)
-
-    def _entrypoints(self) -> list[Process]:
-        return [each for each in self.made.all() if each.title.startswith(f"python tune/search.py --name {self.name} ")]
-
-    def _document(self) -> str:
-        log = (self.folder / f"{self.name}.log").read_text()
-        start = log.rindex(f'{{\n  "name": "{self.name}"')
-        return log[start : log.index("\n}\n", start) + 2]
-
-
-def disturb(made: Cluster, search: Search, options: Options, say: Callable[[str], None]) -> Counter[str]:
-    """Kill by the schedule until it is complete or the search has ended; returns the number of kills by kind."""
+def schedule(options: Options) -> list[str]:
+    """Names of the faults in the order in which they are to strike: every one before any comes again."""
     rng = random.Random(options.seed)
-    kinds = [kind for kind in KINDS if options.workers_per_trial > 1 or kind != "controller"]
-    schedule = [kind for _ in range(-(-options.kills // len(kinds))) for kind in rng.sample(kinds, len(kinds))]
-    killed: Counter[str] = Counter()
-    for kind in schedule[: options.kills]:
-        # Wait until a trial has got on; otherwise several kills would act as one.
-        before = search.checkpoints()
-        wait_for(lambda: search.has_ended or search.checkpoints() != before, "another checkpoint")  # noqa: B023
-        deadline = time.monotonic() + rng.uniform(0, options.longest_pause)
-        while time.monotonic() < deadline and not search.has_ended:
-            made.all()
-            time.sleep(0.2)
-        if search.has_ended:
-            break
-        struck = False
-        while not (struck or search.has_ended):
-            struck = _strike(kind, made, search, rng, options.cpus_per_node)
-        if not struck:
-            break
-        killed[kind] += 1
-        say(f"kill {sum(killed.values())}: {kind}")
-    return killed
+    names = [name for name in FAULTS if not options.only or name.startswith(options.only)]
+    drawn = [name for _ in range(-(-options.faults // len(names))) for name in rng.sample(names, len(names))]
+    return drawn[: options.faults]
 
 
-def _strike(kind: str, made: Cluster, search: Search, rng: random.Random, cpus: int) -> bool:
-    """Kill one target of a kind, and restart it if Ray would not; False if there is none now."""
-    if kind == "driver":
-        search.kill()
-        search.start()
-        return True
-    if kind == "node":
-        made.kill_node(rng.choice(made.nodes))
-        made.add(cpus)
-        return True
-    if kind == "worker's node":
-        found = {made.node_of(each) for each in made.find("worker")}
-        nodes = [node for node in made.nodes if node in found]
-        if not nodes:
-            time.sleep(0.2)
-            return False
-        made.kill_node(rng.choice(nodes))
-        made.add(cpus)
-        return True
-    targets = made.find(kind)
-    if not targets:
-        time.sleep(0.2)
-        return False
-    try:
-        os.kill(rng.choice(targets).pid, signal.SIGKILL)
-    except ProcessLookupError:  # it has ended
-        return False
-    return True
+def chosen(names: Sequence[str], abilities: set[str], number: int) -> list[Fault]:
+    """The next faults that can be brought about."""
+    return [FAULTS[name] for name in names if FAULTS[name].needs <= abilities][:number]
 
 
-class Account(NamedTuple):
-    """State of a search's trials, as recorded by MLflow and Optuna."""
+class Run:
+    """Searches that meet the faults of a list, and what was found of each."""
 
-    statuses: Counter[str]
-    doubled: int
-    """Extra runs of the same trial, and extra finished trials of the study."""
-    redone: int
-    """Epochs that were reported twice."""
-    untracked: int
-    """Epochs before a trial's last that are missing in MLflow."""
-    champion: tuple[tuple[str, str], ...]
-    """Configuration and objective of the best finished trial."""
+    def __init__(self, options: Options, results: Path) -> None:
+        """Goes on with the records in the file `results`; exits if they are of other searches."""
+        self._options, self._results = options, results
+        self.records = read(results)
+        self._size = [options.categories, options.trials, options.epochs, options.image_size]
+        if any(record["size"] != self._size for record in self.records):
+            sys.exit(f"{results} was measured with other categories, trials, epochs or image size; name another file.")
+        self.left = schedule(options)
+        for record in self.records:
+            self._strike_off(record)
+        self._num_empty = 0
 
+    def leave_out_impossible(self, bench: Bench) -> list[str]:
+        """Names of the faults that no setup can meet here; they are no longer in the list."""
+        possible = {
+            fault.name
+            for index in self._options.setups
+            for fault in chosen(self.left, bench.abilities(SETUPS[index]), len(self.left))
+        }
+        impossible = sorted(set(self.left) - possible)
+        self.left = [name for name in self.left if name in possible]
+        return impossible
 
-def study_of(url: str, name: str, category: str) -> optuna.Study:
-    """The study of a search's category, whose name in a shared database has a part of its own at its end."""
-    (found,) = [known for known in optuna.get_all_study_names(url) if known.split("/")[:2] == [name, category]]
-    return optuna.load_study(study_name=found, storage=url)
+    def is_over(self, seconds: float) -> bool:
+        """Whether the list is through, the time is up, or no search met any fault in a whole round."""
+        return not self.left or seconds > self._options.hours * 3600 or self._num_empty > len(self._options.setups)
 
+    def next_search(self, bench: Bench, say: Callable[[str], None]) -> None:
+        """Run the next search: the first of a setup, if its champions are to be compared, is left alone."""
+        number = sum(not record["is_reference"] for record in self.records) + self._num_empty
+        setup = SETUPS[self._options.setups[number % len(self._options.setups)]]
+        reference = _reference(self.records, setup)
+        is_reference = setup.at_once == 1 and reference is None
+        faults = [] if is_reference else chosen(self.left, bench.abilities(setup), self._options.per_search)
+        say(f"{setup}: {', '.join(fault.name for fault in faults) or 'undisturbed'}")
+        record = bench.run(setup, faults, f"{self._options.seed} {len(self.records)}")
+        record |= {"is_reference": is_reference, "size": self._size}
+        if reference and record.get("champions", reference["champions"]) != reference["champions"]:
+            record["wrong"].append(f"other champions than undisturbed: {_difference(record, reference)}")
+        say(f"wrong: {record['wrong']}" if record["wrong"] else "nothing lost, doubled or left behind")
+        has_got_on = bool(record["faults"]) or (is_reference and not record["wrong"])
+        self._num_empty = 0 if has_got_on else self._num_empty + 1
+        self.records.append(record)
+        with self._results.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        self._strike_off(record)
 
-def account(env: dict[str, str], name: str, category: str, trials: int) -> Account:
-    """Count the trials of a search that has ended."""
-    client = MlflowClient(tracking_uri=env["MLFLOW_TRACKING_URI"])
-    experiment = client.get_experiment_by_name(name)
-    assert experiment is not None, name
-    runs = [run for run in client.search_runs([experiment.experiment_id], max_results=5000) if _is_trial(run)]
-    known = [run for run in runs if run.data.tags["dskd.status"] != "lost"]
-    redone = untracked = 0
-    for run in known:
-        steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "train/loss")]
-        redone += len(steps) - len(set(steps))
-        untracked += max(steps, default=0) - len(set(steps))
-    names = Counter(run.data.tags["dskd.trial"] for run in runs)
-    study = study_of(env["DSKD_STUDY_STORAGE"], name, category)
-    complete = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE]
-    best = max(
-        (run for run in known if run.data.tags["dskd.status"] == "finished"),
-        key=lambda run: float(run.data.metrics["val/best_objective"]),
-    )
-    return Account(
-        statuses=Counter(run.data.tags["dskd.status"] for run in runs),
-        doubled=sum(count - 1 for count in names.values()) + max(0, len(complete) - trials),
-        redone=redone,
-        untracked=untracked,
-        champion=(*sorted(best.data.params.items()), ("objective", f"{best.data.metrics['val/best_objective']:.6f}")),
-    )
-
-
-def pull(env: dict[str, str], name: str, folder: Path) -> list[str]:
-    """Pull every champion of a search; returns the categories whose detector loads."""
-    subprocess.run(
-        [sys.executable, "tune/pull.py", "all", "--name", name, "--storage", env["DSKD_STORAGE"], "--out", str(folder)],
-        cwd=ROOT, env=env, check=True, capture_output=True,
-    )  # fmt: skip
-    arrived = sorted(each for each in folder.iterdir() if each.is_dir())
-    return [each.name for each in arrived if Detector.load(each)]
-
-
-def _is_trial(run: Run) -> bool:
-    return "mlflow.parentRunId" in run.data.tags
-
-
-def environment(folder: Path) -> dict[str, str]:
-    """Environment of all processes: servers of this process's environment if any, a token, a checkpoint every epoch."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "DSKD_CHECKPOINT"))}
-    embedded = {
-        "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
-        "DSKD_STUDY_STORAGE": f"sqlite:///{folder}/optuna.db",
-        "DSKD_STORAGE": str(folder / "results"),
-    }
-    return embedded | kept | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "XDG_CACHE_HOME": str(folder / "cache"),
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(16),
-        "DSKD_CHECKPOINT_SECONDS": "0",
-        "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+    def _strike_off(self, record: Mapping[str, Any]) -> None:
+        for fault in record["faults"]:
+            with suppress(ValueError):
+                self.left.remove(fault["name"])
 
 
 def run(options: Options, folder: Path) -> bool:
-    """Run both searches; True if nothing was lost, doubled or left behind."""
+    """Disturb searches until the list is through or the time is up; whether it is through and nothing was wrong.
+
+    Adds a line to `options.results` for each search.
+    """
     started = time.monotonic()
 
     def say(line: str) -> None:
         print(f"[{time.monotonic() - started:5.0f} s] {line}", flush=True)
 
-    data = options.data
-    if data is None:
-        data = folder / "data"
-        draw_dataset(data, categories=("flange",), num_train=16, num_test=12, image_size=64)
-    category = sorted(each.name for each in data.iterdir() if each.is_dir())[0]
-    env = environment(folder)
-    if options.submit:
-        del env["PYTHONPATH"]  # the job must use its uploaded code
+    searches = Run(options, options.results or folder / "results.jsonl")
     with ExitStack() as stack:
-        made = stack.enter_context(cluster(folder, env, options.nodes, options.cpus_per_node))
-        words = [
-            "--data", str(data), "--categories", category, "--address", made.address, "--storage", env["DSKD_STORAGE"],
-            "--teacher-weights", "random", "--folds", "0", "--image-size", str(options.image_size), "--batch-size", "4",
-            "--epochs", str(options.epochs), "--trials", str(options.trials), "--json",
-            "--workers-per-trial", str(options.workers_per_trial), "--preset", options.preset,
-            "--max-concurrent", str(options.max_concurrent),
-        ]  # fmt: skip
-        suffix = secrets.token_hex(3)  # servers may hold data of earlier runs
-
-        def begin(name: str) -> Search:
-            args = (f"{name}-{suffix}", words, env, folder)
-            begun = (Job(*args, made) if options.submit else Search(*args)).start()
-            stack.callback(begun.end)
-            return begun
-
-        calm = begin("calm")
-        calm.outcome(3600)
-        reference = account(env, calm.name, category, options.trials)
-        say(f"undisturbed: {dict(reference.statuses)}")
-        search = begin("chaos")
-        killed = disturb(made, search, options, say)
-        outcome = search.outcome(3600)
-        say("the disturbed search has ended")
-        found = account(env, search.name, category, options.trials)
-        # Ray's own cleaners look every few seconds.
-        deadline = time.monotonic() + 60
-        while (held := census(made)) and time.monotonic() < deadline:
-            if not (held["held"] or held["groups"] or held["actors"] or made.zombies()):
-                break
-            time.sleep(2)
-        zombies = made.zombies()
-    pulled = pull(env, search.name, folder / "detectors")
-    total = sum(killed.values())
-    lost = options.trials - (sum(found.statuses.values()) - found.statuses["lost"])
-    is_same = found.champion == reference.champion
-    judged = [
-        (f"kills              {total} of {options.kills}: {dict(killed)}", total == options.kills),
-        (f"trials             {outcome['num_trials']} of {options.trials}: {dict(found.statuses)}",
-         outcome["num_trials"] == options.trials),
-        (f"trials lost        {lost}", lost == 0),
-        (f"trials doubled     {found.doubled}", found.doubled == 0),
-        (f"epochs redone      {found.redone}", found.redone <= total * options.max_concurrent),
-        (f"epochs untracked   {found.untracked}", True),
-        (f"champion           {'the same' if is_same else _difference(found.champion, reference.champion)}", is_same),
-        (f"zombie processes   {len(zombies)} {[each.title for each in zombies]}", not zombies),
-        (f"still held         {held['held'] or '-'} groups {held['groups']} actors {held['actors'] or '-'}",
-         not held["held"] and not held["groups"] and not held["actors"]),
-        (f"pulled             {', '.join(pulled) or '-'}", pulled == [category]),
-    ]  # fmt: skip
-    for line, is_right in judged:
-        print(line if is_right else f"{line}   WRONG")
-    return all(is_right for _, is_right in judged)
+        bench = Bench(options, folder, stack, say)
+        for name in searches.leave_out_impossible(bench):
+            say(f"left out, as it needs {', '.join(sorted(FAULTS[name].needs))}: {name}")
+        while not searches.is_over(time.monotonic() - started):
+            searches.next_search(bench, say)
+    print(table(searches.records))
+    return not searches.left and not any(record["wrong"] for record in searches.records)
 
 
-def _difference(found: Sequence[tuple[str, str]], reference: Sequence[tuple[str, str]]) -> str:
-    pairs = zip(found, reference, strict=True)
-    return ", ".join(f"{name} {mine} instead of {other}" for (name, mine), (_, other) in pairs if mine != other)
+def _reference(records: Sequence[Mapping[str, Any]], setup: Setup) -> Mapping[str, Any] | None:
+    known = (record for record in records if record["is_reference"] and record["setup"] == str(setup))
+    return next((record for record in known if not record["wrong"]), None)
+
+
+def _difference(record: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
+    pairs = [(category, dict(found), dict(reference["champions"][category]))
+             for category, found in record["champions"].items()]  # fmt: skip
+    return "; ".join(
+        f"{category} {name} {found.get(name)} instead of {other.get(name)}"
+        for category, found, other in pairs
+        for name in sorted(found.keys() | other.keys())
+        if found.get(name) != other.get(name)
+    )
+
+
+def read(results: Path) -> list[dict[str, Any]]:
+    """The records in a file; none if it does not exist."""
+    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+
+
+def table(records: Sequence[Mapping[str, Any]]) -> str:
+    """In Markdown: each kind of fault, how often it struck, how long until the search went on, and what was wrong."""
+    met: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    wrong: dict[str, list[str]] = defaultdict(list)
+    disturbed = [record for record in records if not record["is_reference"]]
+    for record in disturbed:
+        for fault in record["faults"]:
+            met[fault["name"]].append(fault)
+            wrong[fault["name"]] += record["wrong"]
+    lines = ["| fault | times | s until it went on | driver started again | remark | wrong |", f"|{'---|' * 6}"]
+    for name in sorted(met, key=list(FAULTS).index):
+        each = met[name]
+        remarks = sorted({fault["remark"] for fault in each if fault["remark"]})
+        lines.append(
+            f"| {name} | {len(each)} | {median(fault['seconds'] for fault in each):.0f} | "
+            f"{sum(fault['starts'] for fault in each)} | {'; '.join(remarks)} | {'; '.join(sorted(set(wrong[name])))} |"
+        )
+    total = Counter[str]()
+    for record in disturbed:
+        total.update({name: record.get(name, 0) for name in ("lost", "doubled", "redone", "untracked")})
+    num_faults = sum(map(len, met.values()))
+    lines.append(
+        f"\n{num_faults} faults in {len(disturbed)} searches; trials lost {total['lost']}, doubled {total['doubled']}; "
+        f"epochs redone {total['redone']}, untracked {total['untracked']}; searches with something wrong "
+        f"{sum(bool(record['wrong']) for record in disturbed)}"
+    )
+    return "\n".join(lines)
+
+
+def _median(met: Sequence[Mapping[str, Any]]) -> str:
+    seconds = [fault["seconds"] for fault in met if "seconds" in fault]
+    return f"{median(seconds):.0f}" if seconds else "never"
 
 
 def main() -> None:
-    """Exit with code 1 if a search lost, doubled or left something."""
+    """Exit with code 1 if a search lost, doubled or left something, or faults are left for another run."""
     options = tyro.cli(Options)
+    if options.table:
+        print(table(read(options.results or Path("results.jsonl"))))
+        return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # otherwise the cluster would keep running
     if options.folder is not None:
         options.folder.mkdir(parents=True, exist_ok=True)

@@ -156,7 +156,7 @@ def drive(options: Options, folder: Path) -> int:
                 print(costs.row(), flush=True)
 
     try:
-        with relayed(handle) as events:
+        with relayed(handle, print) as events:
             found = search_category(
                 plan.of_category("bolt", plan.spaces["bolt"]), spec, Share(shares), events, None, _DISPATCHER
             )

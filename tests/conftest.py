@@ -31,13 +31,10 @@ install_import_hook(
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
 
-import importlib.util
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -161,18 +158,6 @@ def detector_folder(tiny: RunConfig, inputs: TrainingData, tmp_path_factory: pyt
     folder = tmp_path_factory.mktemp("detectors") / "tile"
     write_detector(folder, *run.detector())
     return folder
-
-
-@pytest.fixture(scope="session")
-def chaos() -> ModuleType:
-    """The benchmark that kills: its cluster of several nodes serves other tests too."""
-    path = Path(__file__).resolve().parents[1] / "benchmarks" / "chaos.py"
-    spec = importlib.util.spec_from_file_location("benchmarks_chaos", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture

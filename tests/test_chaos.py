@@ -6,46 +6,42 @@ import re
 import secrets
 import shutil
 import signal
-import socket
-import socketserver
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
 
+import chaos
 import pytest
 import services
+from faulty_link import FaultyLink
+from local_cluster import Cluster, cluster, wait_for
+from watched_search import Search, account, environment, study_of
 
 from tune.storage.files import Storage
 from tune.storage.uris import Addresses
 
 ROOT = Path(__file__).resolve().parents[1]
+SHORT_FAULTS = ("worker killed", "queue killed", "driver killed", "head killed", "disk full", "storage moved")
 TINY = ["--teacher-weights", "random", "--image-size", "32", "--batch-size", "4", "--preset", "stfpm",
         "--folds", "0"]  # fmt: skip
 
 
 @pytest.mark.cluster
-def test_five_kills_cost_a_search_neither_a_trial_nor_its_champion(
-    chaos: ModuleType,
-    mvtec_root: Path,
-    cluster_folder: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+def test_six_faults_cost_a_search_neither_a_trial_nor_a_bit_of_its_champions(
+    cluster_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: dict[str, str] = {}
-    environment = chaos.environment
     canaries = {name: secrets.token_hex(16) for name in ("AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD")}
     for name, canary in canaries.items():
         monkeypatch.setenv(name, canary)
     monkeypatch.setattr(chaos, "environment", lambda of: used.update(environment(of)) or used)
     options = chaos.Options(
-        kills=5, trials=3, epochs=80, workers_per_trial=1, nodes=3, data=mvtec_root, preset="stfpm", longest_pause=2.0
+        faults=6, only=SHORT_FAULTS, per_search=6, setups=(0,), categories=2, epochs=40, longest_pause=2.0
     )
     is_whole = chaos.run(options, cluster_folder)
     assert is_whole, capsys.readouterr().out
@@ -60,23 +56,23 @@ def test_five_kills_cost_a_search_neither_a_trial_nor_its_champion(
 @pytest.mark.cluster
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_search_outlives_a_node_that_was_announced_to_go_and_uses_those_that_join(
-    workers: int, chaos: ModuleType, mvtec_root: Path, cluster_folder: Path
+    workers: int, mvtec_root: Path, cluster_folder: Path
 ) -> None:
     """The only node of all, or one of the two on which a trial's two workers are."""
-    env = chaos.environment(cluster_folder) | {"DSKD_CHECKPOINT_SECONDS": "3600"}
+    env = environment(cluster_folder) | {"DSKD_CHECKPOINT_SECONDS": "3600"}
     trials, epochs = (4, 40) if workers == 1 else (1, 24)
     kind = "worker"
-    with chaos.cluster(cluster_folder, env, workers, 1) as made:
+    with cluster(cluster_folder, env, workers, 1) as made:
         words = [
             "--data", str(mvtec_root), "--categories", "tile", "--address", made.address, "--trials", str(trials),
             "--epochs", str(epochs), "--storage", env["DSKD_STORAGE"], "--workers-per-trial", str(workers), "--json",
             *TINY,
         ]  # fmt: skip
-        search = chaos.Search("shrinks", words, env, cluster_folder).start()
+        search = Search("shrinks", words, env, cluster_folder).start()
         try:
             states = cluster_folder / "results" / "shrinks"
             leaving = made.nodes[0]
-            chaos.wait_for(lambda: made.find("relay") and len(made.find(kind)) == workers, "a trial")
+            wait_for(lambda: made.find("relay") and len(made.find(kind)) == workers, "a trial")
             with _standing_still(made.find(kind)):
                 again = subprocess.run(
                     search.driver.args, cwd=ROOT, env=env, capture_output=True, text=True, check=False
@@ -87,22 +83,22 @@ def test_a_search_outlives_a_node_that_was_announced_to_go_and_uses_those_that_j
                 made.announce(leaving, 120)
             # One that is there may not be known yet; once the next one is there, it is.
             kept: set[Path] = set()
-            chaos.wait_for(lambda: kept.update(states.rglob("training.pt")) or len(kept) > 1, "a second checkpoint")  # type: ignore[func-returns-value]
+            wait_for(lambda: kept.update(states.rglob("training.pt")) or len(kept) > 1, "a second checkpoint")  # type: ignore[func-returns-value]
             made.kill_node(leaving)
             time.sleep(5)
             assert not search.has_ended, "a search waits for nodes"
             made.add(1)
             if workers == 1:
                 # It leaves the other trials to the node that joins next.
-                with _standing_still(chaos.wait_for(lambda: made.find(kind), "a trial on a node that joined")):
+                with _standing_still(wait_for(lambda: made.find(kind), "a trial on a node that joined")):
                     made.add(1)
-                    _wait_for_work_everywhere(chaos, made, kind)
+                    _wait_for_work_everywhere(made, kind)
             else:
-                _wait_for_work_everywhere(chaos, made, kind)
+                _wait_for_work_everywhere(made, kind)
             outcome = search.outcome(300)
         finally:
             search.end()
-        found = chaos.account(env, search.name, "tile", trials)
+        found = account(env, search.name, "tile", trials)
         assert outcome["num_trials"] == trials and found.doubled == 0 and found.redone <= 1, (outcome, found)
         assert found.statuses["finished"] + found.statuses["pruned"] == trials
 
@@ -121,15 +117,15 @@ def _standing_still(processes: Iterable[Any]) -> Iterator[None]:
                 os.kill(pid, signal.SIGCONT)
 
 
-def _wait_for_work_everywhere(chaos: ModuleType, made: Any, kind: str) -> None:
-    chaos.wait_for(
+def _wait_for_work_everywhere(made: Any, kind: str) -> None:
+    wait_for(
         lambda: {made.node_of(each) for each in made.find(kind)} >= set(made.nodes), "work on every node that joined"
     )
 
 
 @pytest.mark.cluster
 def test_a_category_of_which_every_trial_fails_is_reported_and_the_other_is_searched(
-    mvtec_root: Path, cluster_folder: Path, chaos: ModuleType
+    mvtec_root: Path, cluster_folder: Path
 ) -> None:
     shutil.copytree(mvtec_root, cluster_folder / "data")
     # Sound at both ends, which is all that is looked at before a search begins.
@@ -137,7 +133,7 @@ def test_a_category_of_which_every_trial_fails_is_reported_and_the_other_is_sear
     content = bytearray(spoilt_file.read_bytes())
     content[len(content) // 2 : len(content) // 2 + 64] = b"x" * 64
     spoilt_file.write_bytes(content)
-    env = chaos.environment(cluster_folder) | {"RAY_AUTH_MODE": "disabled"}
+    env = environment(cluster_folder) | {"RAY_AUTH_MODE": "disabled"}
     done = subprocess.run(
         [
             sys.executable, "tune/search.py", "--data", str(cluster_folder / "data"), "--name", "spoilt",
@@ -150,26 +146,24 @@ def test_a_category_of_which_every_trial_fails_is_reported_and_the_other_is_sear
     assert spoilt["champion"] is None and spoilt["num_failed"] == 2 and "003.png" in spoilt["error"]
     assert sound["champion"] and sound["num_failed"] == 0, (sound, done.stderr)
     assert "tile: no champion: " in done.stderr
-    study = chaos.study_of(env["DSKD_STUDY_STORAGE"], "spoilt", "tile")
+    study = study_of(env["DSKD_STUDY_STORAGE"], "spoilt", "tile")
     assert [(trial.state.name, trial.value) for trial in study.trials] == [("COMPLETE", 0.0)] * 2
 
 
 @pytest.mark.cluster
 def test_a_node_without_enough_memory_for_a_worker_ends_the_search_with_the_reason_and_costs_no_trial(
-    chaos: ModuleType, mvtec_root: Path, cluster_folder: Path
+    mvtec_root: Path, cluster_folder: Path
 ) -> None:
     """What is lost before it takes a trial is charged to none; the same command goes on once there is memory."""
-    env = chaos.environment(cluster_folder)
-    made = chaos.Cluster(
-        cluster_folder, env, ['--resources={"dskd_driver": 1}']
-    )  # the study stays where memory suffices
+    env = environment(cluster_folder)
+    made = Cluster(cluster_folder, env, ['--resources={"dskd_driver": 1}'])  # the study stays where memory suffices
     try:
         made.add(1, env={"RAY_memory_usage_threshold": "0.01"})  # the machine's use is always above that
         words = [
             "--data", str(mvtec_root), "--categories", "tile", "--address", made.address, "--trials", "2",
             "--epochs", "2", "--max-concurrent", "1", "--storage", env["DSKD_STORAGE"], "--json", *TINY,
         ]  # fmt: skip
-        search = chaos.Search("starves", words, env, cluster_folder).start()
+        search = Search("starves", words, env, cluster_folder).start()
         log = cluster_folder / "starves.log"
         try:
             assert search.driver.wait(200) == 1, log.read_text()
@@ -184,68 +178,13 @@ def test_a_node_without_enough_memory_for_a_worker_ends_the_search_with_the_reas
     finally:
         made.stop()
     assert (outcome["num_failed"], outcome["num_trials"]) == (0, 2) and outcome["champion"], log.read_text()
-    found = chaos.account(env, "starves", "tile", 2)
+    found = account(env, "starves", "tile", 2)
     assert found.doubled == 0 and found.statuses["finished"] == 2, found
-
-
-class FaultyLink:
-    """A TCP connection to a server that can be cut, slow, or answered by an overloaded gateway instead."""
-
-    def __init__(self, host: str, port: int) -> None:
-        self.state = "sound"
-        self.num_refused = 0
-        link = self
-
-        class Handler(socketserver.BaseRequestHandler):
-            def handle(self) -> None:
-                if link.state == "cut":
-                    link.num_refused += 1
-                    return
-                if link.state == "503":
-                    link.num_refused += 1
-                    self.request.recv(1 << 16)
-                    self.request.sendall(b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-                    return
-                with socket.create_connection((host, port)) as server:
-                    back = threading.Thread(target=link.carry, args=(server, self.request), daemon=True)
-                    back.start()
-                    link.carry(self.request, server)
-                    back.join()
-
-        self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.port = int(self._server.server_address[1])
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def carry(self, source: socket.socket, sink: socket.socket) -> None:
-        with suppress(OSError):
-            while data := source.recv(1 << 16):
-                if self.state in ("cut", "503"):
-                    break
-                if self.state == "slow":
-                    time.sleep(0.3)
-                sink.sendall(data)
-        for end in (source, sink):
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-
-    @contextmanager
-    def faulty(self, state: str, seconds: float) -> Iterator[None]:
-        """Faulty from now on, for so many seconds; waits for their end."""
-        self.state = state
-        timer = threading.Timer(seconds, setattr, (self, "state", "sound"))
-        timer.start()
-        yield
-        timer.join()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
 
 
 @pytest.mark.services
 def test_an_s3_server_that_is_slow_overloaded_or_away_for_a_minute_costs_a_search_nothing(
-    mvtec_root: Path, cluster_folder: Path, chaos: ModuleType, monkeypatch: pytest.MonkeyPatch
+    mvtec_root: Path, cluster_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if reason := services.s3_unavailable():
         pytest.skip(reason)
@@ -262,15 +201,15 @@ def test_an_s3_server_that_is_slow_overloaded_or_away_for_a_minute_costs_a_searc
             assert storage.read_json(f"{state}.json") == {"state": state}
         assert link.num_refused > 0
 
-        env = chaos.environment(cluster_folder) | {"DSKD_STORAGE": uri, "RAY_AUTH_MODE": "disabled"}
+        env = environment(cluster_folder) | {"DSKD_STORAGE": uri, "RAY_AUTH_MODE": "disabled"}
         words = [
             "--data", str(mvtec_root), "--categories", "tile", "--trials", "3", "--epochs", "30", "--storage", uri,
             "--json", *TINY,
         ]  # fmt: skip
-        search = chaos.Search("away", words, env, cluster_folder).start()
+        search = Search("away", words, env, cluster_folder).start()
         log = cluster_folder / "away.log"
         try:
-            chaos.wait_for(lambda: " of 3 (" in log.read_text() or search.has_ended, "a trial's end")
+            wait_for(lambda: " of 3 (" in log.read_text() or search.has_ended, "a trial's end")
             assert not search.has_ended, log.read_text()
             refused = link.num_refused
             with link.faulty("cut", 60):
@@ -281,36 +220,36 @@ def test_an_s3_server_that_is_slow_overloaded_or_away_for_a_minute_costs_a_searc
             search.end()
             link.close()
         assert outcome["num_trials"] == 3 and outcome["num_failed"] == 0, log.read_text()
-        assert chaos.account(env, "away", "tile", 3).doubled == 0
+        assert account(env, "away", "tile", 3).doubled == 0
 
 
 @pytest.mark.services
 def test_a_driver_killed_while_mlflow_is_away_loses_neither_a_trial_nor_an_epoch(
-    mvtec_root: Path, cluster_folder: Path, chaos: ModuleType
+    mvtec_root: Path, cluster_folder: Path
 ) -> None:
     if reason := services.mlflow_unavailable():
         pytest.skip(reason)
     database, artifacts = f"sqlite:///{cluster_folder}/tracked.db", str(cluster_folder / "artifacts")
     with services.mlflow_server(cluster_folder / "m", backend_uri=database, artifact_root=artifacts) as url:
         link = FaultyLink("127.0.0.1", int(url.rpartition(":")[2]))
-        env = chaos.environment(cluster_folder) | {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{link.port}"}
+        env = environment(cluster_folder) | {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{link.port}"}
         log = cluster_folder / "dark.log"
         unsent = Addresses.resolve(env["DSKD_STORAGE"], "dark", env["MLFLOW_TRACKING_URI"]).unsent_events("dark")
-        with chaos.cluster(cluster_folder, env, 1, 1) as made:
+        with cluster(cluster_folder, env, 1, 1) as made:
             words = [
                 "--data", str(mvtec_root), "--categories", "tile", "--address", made.address, "--trials", "3",
                 "--epochs", "9", "--storage", env["DSKD_STORAGE"], "--json", *TINY,
             ]  # fmt: skip
-            search = chaos.Search("dark", words, env, cluster_folder).start()
+            search = Search("dark", words, env, cluster_folder).start()
             try:
-                chaos.wait_for(lambda: made.find("relay"), "a trial")
+                wait_for(lambda: made.find("relay"), "a trial")
                 with _standing_still(made.find("worker")):
                     link.state = "cut"
 
                 def kept() -> list[str]:
                     return re.findall(r'"event": "(\w+)"', unsent.read_text()) if unsent.is_file() else []
 
-                chaos.wait_for(lambda: kept().count("TrialEnded") >= 2 or search.has_ended, "a second trial's end")
+                wait_for(lambda: kept().count("TrialEnded") >= 2 or search.has_ended, "a second trial's end")
                 assert not search.has_ended, log.read_text()
                 assert kept().count("EpochDone") >= 9
                 search.kill()
@@ -323,7 +262,7 @@ def test_a_driver_killed_while_mlflow_is_away_loses_neither_a_trial_nor_an_epoch
             finally:
                 search.end()
                 link.close()
-        found = chaos.account(env | {"MLFLOW_TRACKING_URI": url}, "dark", "tile", 3)
+        found = account(env | {"MLFLOW_TRACKING_URI": url}, "dark", "tile", 3)
     assert outcome["num_trials"] == 3 and outcome["num_failed"] == 0 and not unsent.exists()
     assert found.doubled == 0 and found.untracked == 0 and found.redone <= 1, found
     assert found.statuses["finished"] + found.statuses["pruned"] == 3, found

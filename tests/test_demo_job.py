@@ -44,7 +44,8 @@ def ended(line: str, monkeypatch: pytest.MonkeyPatch) -> int:
 def test_flags_reach_the_search_and_default_to_the_demo_of_the_readme() -> None:
     usual = DemoSettings().search("hub")
     assert (usual.data, usual.storage, usual.name) == ("dskd-demo/data", "dskd-demo/results", "demo-hub")
-    assert (usual.trials, usual.steps, usual.epochs, usual.image_size, usual.batch_size) == (3, 120, None, 128, 8)
+    assert (usual.trials, usual.steps, usual.epochs, usual.image_size, usual.batch_size) == (3, 160, None, 192, 8)
+    assert usual.preset == "rd4ad"
     small = DemoSettings().search("lite0")
     assert (small.preset, small.steps, small.image_size, small.name) == ("rd4ad", 320, 256, "demo-lite0")
     asked = DemoSettings(

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from tune.jobs import stop as module
-from tune.jobs.stop import LEASE_LOST, STOPPED, EarlyEnd
+from tune.jobs.stop import CLUSTER_LOST, LEASE_LOST, STOPPED, EarlyEnd
 from tune.runtime.stopping import signals_told_to
 from tune.storage.files import created_by_one
 from tune.study.progress import SearchProgress
@@ -101,6 +101,16 @@ def test_a_search_that_has_lost_its_lease_writes_nothing_and_leaves_the_lease(tm
     assert ended.done == ["abandoned", "groups"] and ended.codes[0] == LEASE_LOST
     assert ended.said() == [
         "another search has taken 'spring' over; this one ends", "ended; the other search goes on with its trials",
+    ]  # fmt: skip
+    ended.close()
+
+
+def test_a_search_without_its_cluster_closes_its_runs_and_gives_the_lease_back(tmp_path: Path) -> None:
+    ended = Ended(tmp_path)
+    ended.early.lose_cluster("the Ray cluster is gone")
+    assert set(ended.done) == {f"runs {{'tile': ['a']}} {STOPPED}", "lease"} and ended.codes[0] == CLUSTER_LOST
+    assert ended.said() == [
+        "the Ray cluster is gone", "ended; once the cluster is there again, the same command continues",
     ]  # fmt: skip
     ended.close()
 

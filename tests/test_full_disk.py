@@ -6,9 +6,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from local_cluster import cluster, wait_for
+from watched_search import Search, account, environment
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--teacher-weights", "random", "--batch-size", "4", "--preset", "stfpm"]
@@ -76,12 +77,12 @@ def test_a_training_whose_disk_is_full_says_so_and_leaves_nothing_half_written(
 
 @pytest.mark.cluster
 def test_a_node_whose_disk_fills_up_loses_no_trial(
-    on_a_disk_of: Callable[[str], list[str]], chaos: ModuleType, mvtec_root: Path, cluster_folder: Path, tmp_path: Path
+    on_a_disk_of: Callable[[str], list[str]], mvtec_root: Path, cluster_folder: Path, tmp_path: Path
 ) -> None:
     """Cache and checkpoints of the one node lie on a full disk, until somebody makes room."""
     disk = tmp_path / "disk"
-    env = chaos.environment(cluster_folder)
-    with chaos.cluster(cluster_folder, env, 0, 1) as made:
+    env = environment(cluster_folder)
+    with cluster(cluster_folder, env, 0, 1) as made:
         # A little stays free: Python looks for another place where it can write no temporary file at all.
         ballast = f"{disk}/ballast"
         fill = ["sh", "-c", f'cat /dev/zero > {ballast} 2> /dev/null; truncate -s -400K {ballast}; exec "$@"', "sh"]
@@ -90,10 +91,10 @@ def test_a_node_whose_disk_fills_up_loses_no_trial(
             "--data", str(mvtec_root), "--categories", "tile", "--address", made.address, "--trials", "2",
             "--epochs", "4", "--storage", env["DSKD_STORAGE"], "--image-size", "128", "--json", *TINY,
         ]  # fmt: skip
-        search = chaos.Search("full", words, env, cluster_folder).start()
+        search = Search("full", words, env, cluster_folder).start()
         try:
             (node,) = made.nodes
-            chaos.wait_for(lambda: made.find("worker"), "a worker")
+            wait_for(lambda: made.find("worker"), "a worker")
             time.sleep(20)  # its first checkpoint finds no room
             assert not search.has_ended and " of 2 (" not in (cluster_folder / "full.log").read_text()
             assert not list(cluster_folder.rglob("training.pt"))
@@ -104,4 +105,4 @@ def test_a_node_whose_disk_fills_up_loses_no_trial(
         log = (cluster_folder / "full.log").read_text()
         assert outcome["num_trials"] == 2 and outcome["num_failed"] == 0 and outcome["champion"], log
         assert "are kept only in memory: no room for " in log
-        assert chaos.account(env, "full", "tile", 2).redone == 0, "the checkpoint waited, no trial began again"
+        assert account(env, "full", "tile", 2).redone == 0, "the checkpoint waited, no trial began again"

@@ -3,9 +3,10 @@
 import json
 import time
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from local_cluster import Cluster, census, free_port, wait_for
+from watched_search import Search, environment
 
 HEAD = "f" * 51 + "00000"
 """What the provider below calls the head, and what the head must call itself, or it counts as a node too many."""
@@ -38,20 +39,20 @@ def zero_to_two(port: int) -> dict[str, object]:
 
 @pytest.mark.cluster
 def test_trials_of_two_workers_make_a_cluster_grow_from_zero_nodes_and_leave_it_at_zero(
-    chaos: ModuleType, mvtec_root: Path, cluster_folder: Path
+    mvtec_root: Path, cluster_folder: Path
 ) -> None:
-    port = chaos.free_port()
+    port = free_port()
     (cluster_folder / "autoscaling.json").write_text(json.dumps(zero_to_two(port)))
-    env = chaos.environment(cluster_folder)
+    env = environment(cluster_folder)
     # The second autoscaler, as with `ray up` and KubeRay; `ray start` alone takes the first.
     of_autoscaler = {
         "RAY_FAKE_CLUSTER": "1", "RAY_CLOUD_INSTANCE_ID": HEAD, "RAY_enable_autoscaler_v2": "1",
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
     }  # fmt: skip
     offered = ['--resources={"dskd_driver": 1}', f"--autoscaling-config={cluster_folder / 'autoscaling.json'}"]
-    made = chaos.Cluster(cluster_folder, env | of_autoscaler, offered, port)
+    made = Cluster(cluster_folder, env | of_autoscaler, offered, port)
     try:
-        (head,) = chaos.census(made)["alive"]
+        (head,) = census(made)["alive"]
         assert "CPU" not in head["Resources"], "no trial finds a place yet"
         (home,) = made.raylets()
         words = [
@@ -60,7 +61,7 @@ def test_trials_of_two_workers_make_a_cluster_grow_from_zero_nodes_and_leave_it_
             "--teacher-weights", "random", "--image-size", "32", "--batch-size", "4", "--preset", "stfpm", "--json",
             "--folds", "0",
         ]  # fmt: skip
-        search = chaos.Search("grows", words, env, cluster_folder).start()
+        search = Search("grows", words, env, cluster_folder).start()
         nodes, computed_on, waited_on = set(), set(), set()
         try:
             while not search.has_ended:
@@ -76,8 +77,8 @@ def test_trials_of_two_workers_make_a_cluster_grow_from_zero_nodes_and_leave_it_
         assert outcome["num_trials"] == 3 and outcome["num_failed"] == 0 and outcome["champion"], outcome
         assert len(computed_on) >= 2 and computed_on <= nodes, "a trial's workers lie on nodes that came for them"
         assert waited_on == {home}, "what only waits keeps no node from going"
-        chaos.wait_for(lambda: made.raylets() == {home}, "an empty cluster", 120)
-        left = chaos.census(made)
+        wait_for(lambda: made.raylets() == {home}, "an empty cluster", 120)
+        left = census(made)
         assert left["nodes"] == 1 and not left["held"] and not left["groups"], left
     finally:
         made.stop()

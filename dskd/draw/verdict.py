@@ -7,7 +7,7 @@ nothing is drawn over the image.
 
 import io
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,7 @@ _QUALITIES = (85, 70, 55, 40, 25)
 
 Box = tuple[int, int, int, int]
 Colour = tuple[int, int, int]
+_Value = TypeVar("_Value", bound=np.generic)
 
 
 class Panel(NamedTuple):
@@ -96,12 +97,13 @@ def draw_panel(panel: Panel, longest: int = LONGEST) -> Image.Image:
     """
     width, height = _view_size(panel, longest)
     image = Image.fromarray(panel.picture).resize((width, height), Image.Resampling.BICUBIC)
-    heat = _resized(panel.heat, width, height)
+    heat = _reduced(panel.heat, width, height)
     unit = max(panel.threshold, 1e-12)
     floor = min(unit, unit if panel.floor is None else panel.floor)
     plain, mapped = np.array(image), np.array(image)
-    is_drawn = heat > floor
-    mapped[is_drawn] = heat_colours(heat[is_drawn], unit)
+    colours = _enlarged(heat_colours(heat, unit), width, height)  # of few values, before each is repeated
+    heat = _enlarged(heat, width, height)
+    np.copyto(mapped, colours, where=(heat > floor)[..., None])
     for view in (plain, mapped):
         if panel.is_anomalous:
             _draw_edge(view, heat > panel.threshold, _DECIDED)
@@ -155,7 +157,7 @@ def to_webp(image: Image.Image, max_bytes: int | None = None) -> bytes:
     while True:
         for quality in _QUALITIES if max_bytes else _QUALITIES[:1]:
             file = io.BytesIO()
-            image.save(file, "WEBP", quality=quality, method=4 if max_bytes else 2)
+            image.save(file, "WEBP", quality=quality, method=4 if max_bytes else 0)
             if max_bytes is None or file.tell() <= max_bytes:
                 return file.getvalue()
         image = image.resize((max(1, image.width * 3 // 4), max(1, image.height * 3 // 4)))
@@ -168,17 +170,36 @@ def _view_size(panel: Panel, longest: int) -> tuple[int, int]:
     return width, height
 
 
-def _resized(heat: npt.NDArray[np.float32], width: int, height: int) -> npt.NDArray[np.float32]:
-    """The map at another size: no value is mixed with its neighbours, and of those that fall together the highest."""
-    rows, columns = (np.arange(side) * there // side for side, there in zip((height, width), heat.shape, strict=True))
+def _reduced(heat: npt.NDArray[np.float32], width: int, height: int) -> npt.NDArray[np.float32]:
+    """The map at this size, unless it is smaller: of the values that fall together the highest, none is mixed."""
     if width >= heat.shape[1] and height >= heat.shape[0]:
-        return np.asarray(heat[rows][:, columns])
+        return heat
+    rows, columns = _places(heat.shape, (height, width))
     reduced: npt.NDArray[np.float32] = np.maximum.reduceat(np.maximum.reduceat(heat, rows, axis=0), columns, axis=1)
     return reduced
 
 
+def _enlarged(values: npt.NDArray[_Value], width: int, height: int) -> npt.NDArray[_Value]:
+    """Values (h, w, …) at a size of at least that, each repeated."""
+    if values.shape[:2] == (height, width):
+        return values
+    rows, columns = _places(values.shape[:2], (height, width))
+    return np.asarray(values[rows][:, columns])
+
+
+def _places(there: tuple[int, ...], wanted: tuple[int, int]) -> tuple[npt.NDArray[np.int_], npt.NDArray[np.int_]]:
+    """The row and column from which each of the `wanted` ones begins."""
+    rows, columns = (np.arange(side) * old // side for side, old in zip(wanted, there, strict=True))
+    return rows, columns
+
+
 def _draw_edge(view: npt.NDArray[np.uint8], region: npt.NDArray[np.bool_], colour: Colour) -> None:
     """Draw a line of two pixels around a region (H, W) into a view (H, W, 3), on a dark one that any image shows."""
+    if not region.any():
+        return
+    lines = (np.flatnonzero(region.any(axis)) for axis in (1, 0))
+    part = tuple(slice(max(each[0] - 3, 0), each[-1] + 4) for each in lines)
+    view, region = view[part], region[part]  # defects are small; the line has three pixels with its dark one
     outside = ~region
     line = ndimage.binary_dilation(region, iterations=2) & outside
     view[ndimage.binary_dilation(line) & outside & ~line] = PAPER

@@ -8,7 +8,6 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import optuna
@@ -24,6 +23,7 @@ from tune.settings.space import describe_changes
 from tune.storage.champions import Champion, find_inspected
 from tune.storage.files import Storage
 from tune.storage.shown import command, shown, shown_url, without_secrets
+from tune.storage.temporary import temporary_folder
 from tune.study.categories import CategoryResult, pull_command
 from tune.tracking.outbox import TrackingRefusedError, TrackingUnavailableError
 from tune.tracking.registry import model_name
@@ -81,8 +81,8 @@ def write_report(
     address = f"{plan.addresses.home}/{REPORT_PAGE}"
     categories = [result.category for result in results if result.champion and result.champion.run_id]
     try:
-        with TemporaryDirectory(prefix="dskd-") as temporary:
-            file = Path(temporary) / REPORT_PAGE
+        with temporary_folder() as temporary:
+            file = temporary / REPORT_PAGE
             file.write_bytes(drawn)
             tracker.add_report(categories, file, _TRACKING_PATIENCE)
     except (TrackingUnavailableError, TrackingRefusedError) as error:

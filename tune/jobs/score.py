@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -42,6 +41,7 @@ from tune.settings.entry import say
 from tune.settings.score import ScoringSettings
 from tune.settings.workers import Workers
 from tune.storage.files import Storage, StorageError
+from tune.storage.temporary import temporary_folder
 from tune.storage.uris import absolute, is_address
 from tune.tracking.client import download
 
@@ -120,8 +120,8 @@ def _scored(settings: ScoringSettings) -> dict[str, Any]:
     notes: list[str] = []
     names = image_names(settings.images, notes.append)
     out.probe()
-    with TemporaryDirectory(prefix="dskd-") as temporary:
-        folder = fetch_detector(settings, Path(temporary))
+    with temporary_folder() as temporary:
+        folder = fetch_detector(settings, temporary)
         detector = Detector.load(folder)
         limit, note = chosen_limit(detector, settings.false_alarm_rate, None)
         if detector.record.is_untrained_teacher:
@@ -328,8 +328,8 @@ def read_image(images: str, name: str, geometry: Geometry, scale: PixelScale | N
     try:
         if not is_address(images):
             return load_framed(Path(images) / name, geometry, scale)
-        with TemporaryDirectory(prefix="dskd-") as temporary:
-            file = Path(temporary) / PurePosixPath(name).name
+        with temporary_folder() as temporary:
+            file = temporary / PurePosixPath(name).name
             Storage(images, "--images").fetch(name, file)
             try:
                 return load_framed(file, geometry, scale)
@@ -352,10 +352,10 @@ class Inspector:
         workers: Workers,
     ) -> None:
         torch.set_num_threads(max(1, int(workers.cpus)))
-        with TemporaryDirectory(prefix="dskd-") as temporary:
+        with temporary_folder() as temporary:
             for name, data in ray.get(detector).items():
-                (Path(temporary) / name).write_bytes(data)
-            self._detector = Detector.load(Path(temporary), str(computing_device("cuda" if workers.gpus else "cpu")))
+                (temporary / name).write_bytes(data)
+            self._detector = Detector.load(temporary, str(computing_device("cuda" if workers.gpus else "cpu")))
         self._limit, self._images, self._overlays = limit, images.rstrip("/"), overlays
         self._source = absolute(images)
         self._out = Storage(out, "--out")

@@ -231,6 +231,7 @@ def _first_group(plan: SearchPlan, early: EarlyEnd, held: ExitStack, say: Callab
         home=plan.addresses.home,
         max_trials=plan.max_concurrent,
         first=spec_of(plan, plan.categories[0], workers, revision=""),
+        on_loss=early.lose_cluster,
     )
     begun = _Begun(plan, workers, held.enter_context(groups), {})
     early.groups = begun.groups

@@ -12,7 +12,6 @@ from concurrent.futures import Future
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
@@ -37,6 +36,7 @@ from tune.settings.serve import ServeSettings
 from tune.storage.champions import champion_categories, download_detector, download_detector_files, find_champion
 from tune.storage.files import Storage, open_search
 from tune.storage.shown import shown
+from tune.storage.temporary import temporary_folder
 from tune.storage.uris import absolute
 from tune.tracking.client import check_server, embedded_tracking, registry_client
 from tune.tracking.registry import fetch, find_registered, registered_categories
@@ -111,8 +111,8 @@ class Champions:
         for name, (stamp, download) in current.items():
             if name in self._detectors and self._detectors[name][0] == stamp:
                 continue
-            with TemporaryDirectory(prefix="dskd-champion-") as temporary:
-                folder = Path(temporary, "detector")
+            with temporary_folder() as temporary:
+                folder = temporary / "detector"
                 download(folder)
                 detector = Detector.load(folder, self._device)
             self._detectors = {**self._detectors, name: (stamp, detector)}  # one step: who reads sees old or new

@@ -1,4 +1,4 @@
-"""How a search ends before its time: on Ctrl-C or SIGTERM, or because another search has taken its lease.
+"""How a search ends before its time: on Ctrl-C or SIGTERM, without its cluster, or because another has its lease.
 
 The main thread, which may wait for anything, takes no part in it: the process is ended from here. What a kill would
 leave to the next start is done at once: the runs in MLflow are closed and the lease is given back, within 3 s, as
@@ -25,6 +25,8 @@ STOPPED = "stopped; the same command continues"
 """Why a run was closed, in MLflow."""
 LEASE_LOST = 1
 """Exit code of a search whose lease another took."""
+CLUSTER_LOST = 1
+"""That of a search whose Ray cluster is gone."""
 _SECONDS = 9.0
 """Seconds from the signal to the end of the process, whatever does not answer."""
 _FIRST_SECONDS = 1.0
@@ -72,6 +74,17 @@ class EarlyEnd:
         _Beside(self._save).wait(_SECONDS - 1)
         self._progress.say_last("ended; the other search goes on with its trials")
         self._end(LEASE_LOST)
+
+    def lose_cluster(self, reason: str) -> None:
+        """End because the Ray cluster or a part of it that the driver needs is gone: what is stored has to do."""
+        began = time.monotonic()
+        self._begin(CLUSTER_LOST, reason)
+        closing, leaving = _Beside(self._close_runs), _Beside(self._give_back)
+        for each in (closing, leaving):
+            each.wait(began + _SECONDS - 0.5 - time.monotonic())
+        kept = f"; MLflow does not answer, the rest is in {self.unsent}" if closing.result else ""
+        self._progress.say_last(f"ended; once the cluster is there again, the same command continues{kept}")
+        self._end(CLUSTER_LOST)
 
     def wait_if_ending(self) -> None:
         """Called before the process ends by itself: never returns if it is being ended here."""

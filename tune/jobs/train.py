@@ -5,7 +5,6 @@ import hashlib
 import json
 import time
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import ray
@@ -24,6 +23,7 @@ from tune.settings.workers import Workers
 from tune.storage.champions import download_detector, find_champion, note_run
 from tune.storage.files import Storage
 from tune.storage.staging import listing_key, outline
+from tune.storage.temporary import temporary_folder
 from tune.storage.uris import DETECTOR_FOLDER, absolute
 from tune.tracking.client import check_server, run_link
 from tune.tracking.events import EpochDone, Remarked, TrialEnded, TrialStarted
@@ -168,8 +168,8 @@ def _conclude(
             tracker.put(TrialEnded(category, key, "failed", str(error)))
             raise
         say("evaluating once on the test images")
-        with TemporaryDirectory(prefix="dskd-") as temporary:
-            local = Path(temporary) / "detector"
+        with temporary_folder() as temporary:
+            local = temporary / "detector"
             champion, _, remark = save_evaluated_champion(storage, spec, key, detector, local, groups)
         if remark:
             say(remark)

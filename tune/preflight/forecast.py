@@ -5,7 +5,6 @@ import heapq
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from dskd.config import RunConfig
@@ -17,6 +16,7 @@ from dskd.data.datasets import (
 )
 from dskd.data.folds import num_folds, split_images
 from tune.settings.workers import Workers
+from tune.storage.temporary import temporary_folder
 from tune.trial.asha import expected_reports
 
 
@@ -109,7 +109,7 @@ def _measured(task: SpeedTask) -> Speed:
     uses_gpu = num_gpus > 0 if task.gpus_per_worker is None else task.gpus_per_worker > 0
     device = computing_device("cuda" if uses_gpu else "cpu")
     plain = build_teacher(config.model.backbone, config.model.levels, task.teacher_weights).to(device)
-    with TemporaryDirectory(prefix="dskd-") as temporary:
+    with temporary_folder() as temporary:
         files = [Path(temporary, str(number)) for number in range(len(task.images))]
         for file, content in zip(files, task.images, strict=True):
             file.write_bytes(content)

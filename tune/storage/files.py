@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import sqlite3
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -17,6 +16,7 @@ import pyarrow.fs
 import tenacity
 
 from tune.storage.shown import shown, shown_url
+from tune.storage.temporary import temporary_folder
 from tune.storage.uris import absolute, is_address
 
 _T = TypeVar("_T")
@@ -239,12 +239,12 @@ class Storage:
         if isinstance(self._files, pyarrow.fs.LocalFileSystem) and not Path(self._root).is_dir():
             raise StorageError(f"--storage {self.uri} is not usable: it is no folder any more.")
         once = self.tried_once()
-        with tempfile.TemporaryDirectory(prefix="dskd-") as temporary:
-            (Path(temporary) / "probe.json").write_text('{"probe": true}')
+        with temporary_folder() as temporary:
+            (temporary / "probe.json").write_text('{"probe": true}')
             try:
                 missing = once.read_json(f"{name}/missing.json")
                 self._files.create_dir(self._path(f"{name}/folder"))
-                once.upload(Path(temporary), f"{name}/folder")
+                once.upload(temporary, f"{name}/folder")
                 once.write_json(f"{name}/probe.json", {"probe": True})
                 found = (once.read_json(f"{name}/probe.json"), once.read_json(f"{name}/folder/probe.json"))
                 listed = once.names(f"{name}/folder")

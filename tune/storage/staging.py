@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from tempfile import TemporaryDirectory
 from typing import IO
 
 from dskd.atomic import folder_in_making
@@ -22,6 +21,7 @@ from dskd.config import LayoutName
 from dskd.data.cache import default_folder
 from dskd.data.datasets import find_categories
 from tune.storage.files import Storage, StorageError, StoredFile
+from tune.storage.temporary import temporary_folder
 from tune.storage.uris import absolute, is_address
 
 _CONNECTIONS = 16
@@ -53,8 +53,8 @@ def content(data: str, root: Path, file: Path) -> bytes:
     """Bytes of `file`, a path below the `root` that `outline` returned."""
     if not is_address(data):
         return file.read_bytes()
-    with TemporaryDirectory(prefix="dskd-") as temporary:
-        fetched = Path(temporary) / file.name
+    with temporary_folder() as temporary:
+        fetched = temporary / file.name
         Storage(data, "--data").fetch(file.relative_to(root).as_posix(), fetched)
         return fetched.read_bytes()
 
@@ -118,8 +118,8 @@ def _listed(storage: Storage) -> list[StoredFile]:
 @contextmanager
 def _empty_tree(files: Sequence[StoredFile], name: str) -> Iterator[Path]:
     """A temporary folder called `name` with an empty file for each of `files`."""
-    with TemporaryDirectory(prefix="dskd-") as temporary:
-        root = Path(temporary).resolve() / name
+    with temporary_folder() as temporary:
+        root = temporary.resolve() / name
         for file in files:
             (root / file.name).parent.mkdir(parents=True, exist_ok=True)
             (root / file.name).touch()

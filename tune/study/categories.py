@@ -8,7 +8,6 @@ import traceback
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import ray
@@ -25,6 +24,7 @@ from tune.storage.files import Storage, StorageError, open_search
 from tune.storage.inputs import TrainedOn
 from tune.storage.lease import LeaseLostError
 from tune.storage.shown import command, shown, without_secrets
+from tune.storage.temporary import temporary_folder
 from tune.study.budget import BudgetSpentError, Share, Shares, TimeBudget
 from tune.study.category import StudyResult, search_category
 from tune.study.finalists import CommonWinner, find_common_winner
@@ -107,7 +107,7 @@ def run_search(
                 noting.submit(_note_best, search, event)
 
         with (
-            relayed(handle) as events,
+            relayed(handle, groups.on_loss) as events,
             ThreadPoolExecutor(side_by_side, thread_name_prefix="category") as pool,
         ):
             studied = list(pool.map(lambda each: study_one(search, each, budget, shares, events), plan.categories))
@@ -167,6 +167,7 @@ def study_one(search: SharedSearch, category: str, budget: TimeBudget, shares: A
     except BudgetSpentError as error:
         return Studied(category, error=str(error), is_unstarted=True)
     except Exception as error:  # the other categories continue after any error
+        search.groups.end_if_lost()
         return Studied(category, error=_reason(category, error))
 
 
@@ -188,6 +189,7 @@ def conclude_one(
             if result.champion and studied.spec:
                 result = with_earlier(search, studied.spec, result)
         except Exception as error:  # the other categories continue after any error
+            search.groups.end_if_lost()
             result = CategoryResult(category, error=_reason(category, error))
     if result.champion is None:
         tags = {"dskd.error": result.error}
@@ -323,8 +325,8 @@ def _conclude(
     result = result._replace(decision=chosen.sentence)
     trial_id, known = chosen.trial_id, readable_champion(search.storage, category, progress.say)
     trial = Trial(trial_id, chosen.detector, spec.with_config(chosen.config))
-    with TemporaryDirectory(prefix="dskd-") as temporary, ThreadPoolExecutor(1) as beside:
-        pictures = beside.submit(_draw_study, search, category, Path(temporary) / "study")
+    with temporary_folder() as temporary, ThreadPoolExecutor(1) as beside:
+        pictures = beside.submit(_draw_study, search, category, temporary / "study")
         if known is not None and known.trial_id == trial_id and known.run_id and known.decision == chosen.sentence:
             if fault := find_fault(search.storage, known):
                 progress.say(f"the champion's detector is not whole, delivering it again: {fault}", category)
@@ -344,7 +346,7 @@ def _conclude(
         progress.say(chosen.sentence, category)
         progress.say(f"trial {trial_id} is chosen, evaluating it once on the test images", category)
         search.plan.inputs_of(category).verify()
-        local = Path(temporary) / "detector"
+        local = temporary / "detector"
         champion, record, remark = save_evaluated_champion(
             search.storage,
             spec,
@@ -358,7 +360,7 @@ def _conclude(
         )
         if remark:
             progress.say(remark, category)
-        figures = fetch_figures(detector, Path(temporary) / "figures")
+        figures = fetch_figures(detector, temporary / "figures")
         champion, tags = _register(search, result._replace(champion=champion), record, local, figures, pictures)
     tags = {"dskd.champion_trial": trial_id, "dskd.decision": chosen.sentence, **tags}
     return result._replace(champion=champion), tags

@@ -22,6 +22,7 @@ from tune.settings.search import SamplerName
 from tune.settings.space import Space
 from tune.storage.files import Storage
 from tune.storage.inputs import TrainedOn
+from tune.storage.temporary import temporary_folder
 from tune.study.budget import Share
 from tune.study.context import StudyContext, enter_study
 from tune.study.finalists import FinishedTrial
@@ -36,7 +37,6 @@ from tune.study.hooks import (
     repeat_ended,
 )
 from tune.study.records import TrialRecords, complete_study
-from tune.study.scratch import scratch_folder
 from tune.trial.asha import REDUCTION, grace_period
 from tune.trial.failures import MAX_RETRY_COST
 from tune.trial.spec import EPOCH, OBJECTIVE, TrialSpec
@@ -88,7 +88,7 @@ def search_category(
     repeat_ended()
     left = max(plan.trials - len(records.ended), len(records.unfinished))
     if left:
-        with scratch_folder() as folder:
+        with temporary_folder() as folder:
             try:
                 _tuner(context, searcher, left, str(folder), dispatcher).fit()
             except Exception:

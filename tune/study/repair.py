@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from dskd.checkpoint import RECORD_FILE, WEIGHTS_FILE, BrokenDetectorError, DetectorRecord, read_detector
@@ -15,6 +14,7 @@ from tune.storage.champions import (
     store_champion,
 )
 from tune.storage.files import Storage, StorageError
+from tune.storage.temporary import temporary_folder
 from tune.storage.uris import DETECTOR_FOLDER
 from tune.tracking.client import download, first_line
 from tune.trial.assignment import Training
@@ -45,9 +45,9 @@ def readable_champion(storage: Storage, category: str, say: Callable[[str], obje
 
 def find_fault(storage: Storage, champion: Champion) -> str:
     """Why the champion's stored detector cannot be used; empty if it is whole."""
-    with TemporaryDirectory(prefix="dskd-") as temporary:
+    with temporary_folder() as temporary:
         try:
-            download_detector(storage, champion, Path(temporary) / DETECTOR_FOLDER)
+            download_detector(storage, champion, temporary / DETECTOR_FOLDER)
         except (BrokenDetectorError, StorageError, ValueError) as error:
             return first_line(error)
     return ""
@@ -74,14 +74,14 @@ def deliver_again(
     """
     figures = {name: value for name, value in known.metrics.items() if name.startswith(_TESTED)}
     category = trial.spec.category
-    with TemporaryDirectory(prefix="dskd-") as temporary:
-        local = Path(temporary) / DETECTOR_FOLDER
-        if _is_whole(trial.detector_uri, Path(temporary) / "checked"):
+    with temporary_folder() as temporary:
+        local = temporary / DETECTOR_FOLDER
+        if _is_whole(trial.detector_uri, temporary / "checked"):
             champion, _ = save_champion(
                 storage, category, trial.trial_id, trial.detector_uri, figures, local, change=change
             )
             source = "its last checkpoint"
-        elif (tracked := _from_mlflow(known.run_id, tracking, Path(temporary) / "tracked")) is not None:
+        elif (tracked := _from_mlflow(known.run_id, tracking, temporary / "tracked")) is not None:
             champion, _ = store_champion(storage, category, trial.trial_id, tracked, figures, change=change)
             source = "its run in MLflow"
         else:

@@ -23,6 +23,7 @@ import dskd
 from dskd.checkpoint import DetectorRecord
 from tune.settings.search import Promote
 from tune.storage.shown import printable
+from tune.storage.temporary import temporary_folder
 from tune.tracking.client import first_line
 from tune.tracking.runs import TEACHER, UNTRAINED
 
@@ -119,9 +120,9 @@ def pack(detector: Path, folder: Path) -> None:
     if read_record(detector).part_thresholds:
         kinds = {"part": "string", "part_verdict": "string", "part_score": "double", "part_threshold": "double"}
         parts = [ColSpec(kind, name, required=False) for name, kind in kinds.items()]
-    with TemporaryDirectory(prefix="dskd-") as temporary:
+    with temporary_folder() as temporary:
         # MLflow keeps the folder's own name, and refuses a link.
-        named = shutil.copytree(detector, Path(temporary) / _DETECTOR)
+        named = shutil.copytree(detector, temporary / _DETECTOR)
         mlflow.pyfunc.save_model(
             folder,
             python_model=str(Path(__file__).with_name("served_model.py")),
@@ -186,7 +187,12 @@ def register(
     else:
         source = f"{client.get_run(run_id).info.artifact_uri}/{MODEL_FOLDER}"
         version = client.create_model_version(
-            model, source, run_id, tags=dict(tags), description=_about(category, run_id, tags)
+            model,
+            source,
+            run_id,
+            tags=dict(tags),
+            description=_about(category, run_id, tags),
+            await_creation_for=0,  # it is ready at once, and waiting says so in a line of MLflow's own
         )
     alias = ORACLE if tags.get("dskd.selection") == ORACLE else CHAMPION
     holder = next((other for other in versions if str(other.version) == held.get(alias)), None)

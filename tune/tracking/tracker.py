@@ -4,13 +4,13 @@ import json
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.tracking import MlflowClient
 
 from tune.settings.search import Promote
+from tune.storage.temporary import temporary_folder
 from tune.tracking.client import CUSTOM, EXPERIMENT_KIND, prepare_client
 from tune.tracking.events import (
     CategoryEnded,
@@ -162,8 +162,8 @@ class Tracker:
         def write(insist: Any) -> Registration:
             run_id = insist(lambda: self._trial_run(category, trial_id))
             parent = insist(lambda: self._category_run(category))
-            with TemporaryDirectory(prefix="dskd-") as temporary:
-                packed = Path(temporary) / MODEL_FOLDER
+            with temporary_folder() as temporary:
+                packed = temporary / MODEL_FOLDER
                 pack(detector, packed)
                 insist(lambda: self._client.log_artifacts(run_id, str(packed), MODEL_FOLDER))
             if figures is not None:

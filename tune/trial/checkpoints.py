@@ -8,10 +8,10 @@ successor writes. The highest generation that has an index counts.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from tune.storage.files import Storage
+from tune.storage.temporary import temporary_folder
 from tune.storage.uris import is_address
 
 _INDEX = "checkpoint.json"
@@ -85,6 +85,6 @@ def opened(checkpoint: str) -> Iterator[Path | None]:
         yield Path(checkpoint)
         return
     trial, _, name = checkpoint.rpartition("/")
-    with TemporaryDirectory(prefix="dskd-") as temporary:
-        Storage(trial).download(name, Path(temporary))
-        yield Path(temporary)
+    with temporary_folder() as temporary:
+        Storage(trial).download(name, temporary)
+        yield temporary

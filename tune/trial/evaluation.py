@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from dskd.checkpoint import RECORD_FILE, DetectorRecord
@@ -11,6 +10,7 @@ from dskd.report.document import SCORES_FILE, read_scores
 from tune.storage.champions import Champion, save_champion, write_inspected
 from tune.storage.files import Storage, StorageError
 from tune.storage.staging import local_copy
+from tune.storage.temporary import temporary_folder
 from tune.storage.uris import DETECTOR_FOLDER, FIGURES_FOLDER
 from tune.trial.assignment import Evaluation
 from tune.trial.spec import REMARK, TrialSpec
@@ -97,8 +97,8 @@ def evaluate_on_test(assignment: Evaluation, device: "torch.device") -> dict[str
     from dskd.detector import Detector  # a slow import that the driver does not need
 
     root, _, name = assignment.detector_uri.rpartition("/")
-    with TemporaryDirectory(prefix="dskd-") as temporary:
-        folder = Path(temporary) / "detector"
+    with temporary_folder() as temporary:
+        folder = temporary / "detector"
         Storage(root).download(name, folder)
         detector = Detector.load(folder, str(device))
         layout = detector.record.config.data.layout

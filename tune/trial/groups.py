@@ -52,12 +52,20 @@ class Groups:
     """The groups of a driver, all of the same size, and the dispatcher that they take assignments from."""
 
     def __init__(
-        self, workers: Workers, min_workers: int | None, home: str, limit: Callable[[], int], first: TrialSpec | None
+        self,
+        workers: Workers,
+        min_workers: int | None,
+        home: str,
+        limit: Callable[[], int],
+        first: TrialSpec | None,
+        on_loss: Callable[[str], object],
     ) -> None:
         """Start the dispatcher, and a first group, which prepares the images of the trial `first`.
 
         `limit`: how many groups there may be at once. `home`: folder or address where Ray Train keeps its notes.
+        `on_loss` is called with the reason if the cluster is gone, from any thread and perhaps more than once.
         """
+        self.on_loss = on_loss
         self._workers, self._min_workers, self._home, self._limit = workers, min_workers, home, limit
         self.dispatcher = f"dispatcher-{secrets.token_hex(4)}"
         """Name of the dispatcher's actor."""
@@ -99,6 +107,20 @@ class Groups:
         """Drop an assignment, finished or not."""
         ray.get(self._post.drop.remote(assignment.key))
 
+    def end_if_lost(self) -> None:
+        """Call `on_loss` if the dispatcher is gone for good: Ray restarts it as long as the cluster lives."""
+        if not self._is_closing:
+            self._ask(lambda: self._post.demand.remote(-1))
+
+    def _ask(self, call: Callable[[], Any]) -> Any:
+        """The dispatcher's answer; None, after `on_loss`, if it is gone."""
+        try:
+            return ray.get(call())
+        except ray.exceptions.RayError:
+            if not self._is_closing:
+                self.on_loss("the Ray cluster is gone")
+            return None
+
     def send_home(self) -> None:
         """Let idle groups leave and start no other: no assignment will follow."""
         self._is_closing = True
@@ -131,7 +153,9 @@ class Groups:
         """Start a group whenever an assignment waits for one."""
         version = -1
         while not self._is_closing:
-            demand: Demand = ray.get(self._post.demand.remote(version))
+            demand: Demand | None = self._ask(lambda: self._post.demand.remote(version))  # noqa: B023
+            if demand is None:
+                return
             version = demand.version
             for _ in range(groups_to_start(demand, list(self._running), self._limit(), self._workers.trials)):
                 if not self._is_closing:
@@ -151,13 +175,15 @@ class Groups:
             (self._run_lone if self._workers.number == 1 else self._run_job)(group, first)
         except Exception as error:  # whatever ends a group, its assignments go on in others
             if not self._is_closing:
-                ray.get(self._post.lost.remote(slots, str(error)))
+                reason = str(error)
+                self._ask(lambda: self._post.lost.remote(slots, reason))
         finally:
             with self._lock:
                 self._running.pop(group, None)
                 self._actors.pop(group, None)
             if not self._is_closing:
-                ray.get([self._post.gone.remote(slot) for slot in slots])
+                for slot in slots:
+                    self._ask(lambda: self._post.gone.remote(slot))  # noqa: B023
 
     def _run_lone(self, group: str, first: TrialSpec | None) -> None:
         made: Any = ray.remote(LoneWorker)
@@ -178,14 +204,23 @@ class Groups:
 
 @contextmanager
 def worker_groups(
-    workers: Workers, *, min_workers: int | None, home: str, max_trials: int | None, first: TrialSpec | None
+    workers: Workers,
+    *,
+    min_workers: int | None,
+    home: str,
+    max_trials: int | None,
+    first: TrialSpec | None,
+    on_loss: Callable[[str], object] = lambda reason: None,
 ) -> Iterator[Groups]:
-    """Groups as long as the block runs: for `max_trials` at once, or as many as the cluster can hold at that time."""
+    """Groups as long as the block runs: for `max_trials` at once, or as many as the cluster can hold at that time.
+
+    `on_loss` is called with the reason if the cluster is gone.
+    """
 
     def limit() -> int:
         return -(-(max_trials or count_trials(cluster_nodes(), workers)) // workers.trials)
 
-    groups = Groups(workers, min_workers, home, limit, first)
+    groups = Groups(workers, min_workers, home, limit, first, on_loss)
     try:
         yield groups
     finally:

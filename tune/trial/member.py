@@ -7,7 +7,6 @@ import contextlib
 import datetime
 import functools
 import gc
-import tempfile
 import threading
 import time
 import traceback
@@ -28,6 +27,7 @@ from dskd.model.seeding import reseed
 from dskd.training.loop import Join, alone
 from dskd.training.stack import SharedSteps
 from tune.runtime.ray_internals import node_is_leaving
+from tune.storage.temporary import temporary_folder
 from tune.trial.assignment import Assignment, Evaluation, Order, Training
 from tune.trial.checkpoints import keep_checkpoint, newest_checkpoint, opened
 from tune.trial.dispatch import LIFE_SECONDS
@@ -315,7 +315,8 @@ class _Work:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._spare: tempfile.TemporaryDirectory[str] | None = None
+        self._spare: Path | None = None
+        self._keeping_spare = contextlib.ExitStack()
         self.begin()
 
     def begin(self) -> None:
@@ -346,17 +347,17 @@ class _Work:
         """Store the state of the last report, unless it is; only before the training goes on."""
         with self._lock:
             if self._stored < self._epoch and self._report is not None and self._report.save is not None:
-                with tempfile.TemporaryDirectory(prefix="dskd-") as temporary:
-                    self._report.save(Path(temporary))
-                    self.store(Path(temporary))
+                with temporary_folder() as temporary:
+                    self._report.save(temporary)
+                    self.store(temporary)
 
     def spare(self) -> None:
         """Write the state of the last report beside the training, if its interval was long."""
         with self._lock:
             if self._stored < self._epoch and self._seconds >= SPARE_SECONDS and self._report and self._report.save:
-                self._spare = tempfile.TemporaryDirectory(prefix="dskd-")
+                self._spare = self._keeping_spare.enter_context(temporary_folder())
                 try:
-                    self._report.save(Path(self._spare.name))
+                    self._report.save(self._spare)
                 except OSError:  # a full disk: the last checkpoint has to do
                     self._drop_spare()
             self._began = time.monotonic()
@@ -365,14 +366,13 @@ class _Work:
         """Whether all that was reported is stored, at the latest now from the spare state."""
         with self._lock:
             if self._stored < self._epoch and self._spare is not None:
-                self.store(Path(self._spare.name))
+                self.store(self._spare)
                 self._drop_spare()
             return self._stored == self._epoch
 
     def _drop_spare(self) -> None:
-        if self._spare is not None:
-            self._spare.cleanup()
-            self._spare = None
+        self._spare = None
+        self._keeping_spare.close()
 
 
 class _ProcessState:

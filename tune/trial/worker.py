@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import psutil
 import ray.train.torch
@@ -23,6 +22,7 @@ from dskd.training.loop import Join, NonFiniteLossError, alone
 from dskd.training.run import IntervalResult, TrainingRun
 from tune.storage.files import with_retries
 from tune.storage.staging import local_copy
+from tune.storage.temporary import temporary_folder
 from tune.storage.uris import DETECTOR_FOLDER, EVIDENCE_FILE, FIGURES_FOLDER
 from tune.trial.asha import rungs
 from tune.trial.failures import OUT_OF_MEMORY
@@ -147,16 +147,16 @@ def _train(
         if worker.rank != 0 or not is_due:
             yield Report(metrics, None, run.save if worker.rank == 0 else None)
             continue
-        with TemporaryDirectory(prefix="dskd-") as temporary:
-            write = functools.partial(run.save, Path(temporary))
+        with temporary_folder() as temporary:
+            write = functools.partial(run.save, temporary)
             if is_last:
                 record, weights = run.detector(spec.revision)
                 # Metrics of the final detector, whose score parameters may be better than those used in training.
                 metrics |= {OBJECTIVE: record.metrics["val/objective"], **record.metrics}
-                write = functools.partial(_write_result, Path(temporary), run, record, weights)
+                write = functools.partial(_write_result, temporary, run, record, weights)
             # A full disk may have room again soon, for example after the upload of another trial's checkpoint.
             with_retries(write, f"writing a checkpoint to {temporary}")
-            yield Report(metrics, Path(temporary))
+            yield Report(metrics, temporary)
         saved = time.monotonic()
 
 

@@ -5,19 +5,18 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
 
-from tune.study import scratch
-from tune.study.scratch import scratch_folder
+from tune.storage import temporary as module
+from tune.storage.temporary import temporary_folder
 
 ROOT = Path(__file__).parents[1]
 HOLDS = """
 import time
-from tune.study.scratch import scratch_folder
-with scratch_folder() as folder:
+from tune.storage.temporary import temporary_folder
+with temporary_folder() as folder:
     print(folder, flush=True)
     time.sleep(60)
 """
@@ -26,12 +25,12 @@ with scratch_folder() as folder:
 @pytest.fixture
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(scratch, "_YOUNG_SECONDS", 0.0)
+    module._remove_left.cache_clear()  # a process looks once
     return tmp_path
 
 
 def test_a_folder_is_gone_after_its_use(temporary: Path) -> None:
-    with scratch_folder() as folder:
+    with temporary_folder() as folder:
         (folder / "snapshot").write_text("")
     assert list(temporary.iterdir()) == []
 
@@ -45,8 +44,7 @@ def test_what_a_killed_process_left_is_removed_and_what_is_in_use_stays(temporar
         processes[0].send_signal(signal.SIGKILL)
         processes[0].wait()
         assert killed.is_dir() and alive.is_dir()
-        time.sleep(0.01)
-        with scratch_folder() as mine:
+        with temporary_folder() as mine:
             assert {each for each in temporary.iterdir()} == {alive, mine}
     finally:
         for process in processes:

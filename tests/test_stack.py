@@ -235,6 +235,15 @@ def test_one_that_is_pruned_leaves_and_one_that_diverges_ends_alone(
     assert [each.interval.loss for each in pruned] == pytest.approx([whole[0].interval.loss], rel=1e-6)
 
 
+def test_students_that_are_built_in_several_threads_have_the_weights_of_their_seeds() -> None:
+    seeds = range(6)
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda seed: build_students(MODEL, TEACHER, seed), seeds))
+    for seed, students in zip(seeds, found, strict=True):
+        expected = build_students(MODEL, TEACHER, seed).state_dict()
+        assert all(torch.equal(value, expected[name]) for name, value in students.state_dict().items())
+
+
 def test_different_architectures_do_not_meet(
     tiny: RunConfig, inputs: TrainingData, solo: Callable[[RunConfig], TrainingRun]
 ) -> None:

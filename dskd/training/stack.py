@@ -242,6 +242,8 @@ class SharedSteps:
         finally:
             with self._changed:
                 self._trainings[mine.kind].remove(mine)
+                if not self._trainings[mine.kind]:
+                    del self._trainings[mine.kind]
                 self._changed.notify_all()
             mine.leave()
 

@@ -1,5 +1,6 @@
 """The main job for real: Ray on this machine, real studies, real MLflow stores; with real servers where they run."""
 
+import contextlib
 import json
 import os
 import secrets
@@ -315,6 +316,16 @@ def test_a_search_killed_while_it_compares_finalists_ends_with_the_same_champion
     assert again.returncode == 0 and "is the champion already" in again.stderr, again.stderr
 
 
+def lone_workers(pid: int) -> list[psutil.Process]:
+    """The processes of one worker each below this process."""
+    found = []
+    for each in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if " ".join(each.cmdline()).startswith("ray::LoneWorker"):
+                found.append(each)
+    return found
+
+
 @pytest.mark.cluster
 def test_trials_whose_shared_worker_is_killed_end_with_the_champion_that_they_have_one_by_one(
     mvtec_root: Path, tmp_path: Path, token_file: Path
@@ -330,13 +341,13 @@ def test_trials_whose_shared_worker_is_killed_end_with_the_champion_that_they_ha
     shared = search(mvtec_root, killed, *words, "--max-concurrent", "2", "--trials-per-gpu", "2")
     with (tmp_path / "out").open("w+") as out, (tmp_path / "log").open("w+") as log:
         process = subprocess.Popen([str(word) for word in shared], env=env, cwd=ROOT, stdout=out, stderr=log)
-        deadline = time.monotonic() + 240
-        while not list((killed / "try" / "workers" / "tile").glob("*/epoch-000001*")):
+        deadline, workers = time.monotonic() + 240, list[psutil.Process]()
+        while not workers or not list((killed / "try" / "workers" / "tile").glob("*/epoch-*")):
             assert time.monotonic() < deadline and process.poll() is None, (tmp_path / "log").read_text()
-            time.sleep(0.02)
-        (worker,) = (each for each in psutil.Process(process.pid).children(recursive=True)
-                     if " ".join(each.cmdline()).startswith("ray::LoneWorker"))  # fmt: skip
-        worker.kill()
+            workers = workers or lone_workers(process.pid)
+            time.sleep(0.005)
+        (worker,) = workers
+        worker.kill()  # at a trial's first checkpoint, of which it makes two
         assert process.wait(240) == 0, (tmp_path / "log").read_text()
 
     (expected,), (found,) = (json.loads(told)["categories"] for told in (alone.stdout, (tmp_path / "out").read_text()))

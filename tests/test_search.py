@@ -342,7 +342,7 @@ def test_trials_whose_shared_worker_is_killed_end_with_the_champion_that_they_ha
     with (tmp_path / "out").open("w+") as out, (tmp_path / "log").open("w+") as log:
         process = subprocess.Popen([str(word) for word in shared], env=env, cwd=ROOT, stdout=out, stderr=log)
         deadline, workers = time.monotonic() + 240, list[psutil.Process]()
-        while not workers or not list((killed / "try" / "workers" / "tile").glob("*/epoch-*")):
+        while not workers or not list((killed / "try" / "workers" / "tile").glob("*/*/checkpoint.json")):
             assert time.monotonic() < deadline and process.poll() is None, (tmp_path / "log").read_text()
             workers = workers or lone_workers(process.pid)
             time.sleep(0.005)

@@ -43,7 +43,7 @@ from tune.storage.files import Storage
 
 NODES = 3
 _CATEGORIES = ("board", "fabric", "flange")
-_DISK_MEGABYTES = 600
+_DISK_MEGABYTES = 2000
 _ADDRESSES = {"s3": "AWS_ENDPOINT_URL", "mlflow": "MLFLOW_TRACKING_URI", "database": "DSKD_STUDY_STORAGE"}
 
 

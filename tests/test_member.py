@@ -1,6 +1,7 @@
 """A worker that takes one assignment after the other: each as if it were alone in a fresh process."""
 
 import base64
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -22,6 +23,7 @@ from dskd.checkpoint import read_record
 from dskd.config import AmplificationConfig, DataConfig, LossConfig, ModelConfig, RunConfig, ScoreConfig, TrainConfig
 from dskd.device import WorkerRank
 from dskd.report.inspected import MAX_PICTURE_BYTES
+from dskd.training.loop import TakeStep
 from dskd.training.stack import SharedSteps
 from tune.storage.champions import Champion, find_inspected
 from tune.storage.files import Storage
@@ -300,19 +302,16 @@ def test_a_stop_stores_what_was_reported_last(
 
 
 class Crew(Script):
-    """A dispatcher of a process with two slots, whose trials must be at work at the same time before they report."""
+    """A dispatcher of a process with two slots."""
 
-    def __init__(self, assignments: list[Assignment], dropped: tuple[str, ...] = (), number: int = 2) -> None:
+    def __init__(self, assignments: list[Assignment], dropped: tuple[str, ...] = ()) -> None:
         super().__init__(assignments, dropped)
-        self.both = threading.Barrier(number)
         self.failed = SimpleNamespace(remote=lambda slot, text: self.failures.append((slot, text)))
         self.retire = SimpleNamespace(remote=lambda slot: self.retired.add(slot))
         self.failures: list[tuple[str, str]] = []
         self.retired: set[str] = set()
-        self.asked: list[str] = []
 
     def _ask(self, slot: str, generation: float) -> Order:
-        self.asked.append(slot)
         return Order(self.assignments.pop(0)) if self.assignments else Order(must_leave=True)
 
     def work(self) -> "Crew":
@@ -326,6 +325,22 @@ class Crew(Script):
         return self
 
 
+class Meeting(SharedSteps):
+    """The first intervals of two trials begin at the same moment: they are so short that they might not meet."""
+
+    def __init__(self) -> None:
+        super().__init__(patience=60)
+        self._both, self._met = threading.Barrier(2), set[int]()
+
+    @contextlib.contextmanager
+    def join(self, *given: Any) -> Iterator[TakeStep]:
+        with super().join(*given) as take_step:
+            if threading.get_ident() not in self._met:
+                self._met.add(threading.get_ident())
+                self._both.wait(60)
+            yield take_step
+
+
 @pytest.mark.slow
 def test_trials_that_share_a_process_end_as_alone_and_steps_are_taken_together(
     mvtec_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -335,15 +350,14 @@ def test_trials_that_share_a_process_end_as_alone_and_steps_are_taken_together(
         "one": config(epochs=3), "diverging": config(learning_rate=1e30), "pruned": config(epochs=3, seed=1),
         "last": config(seed=2, learning_rate=0.002),
     }  # fmt: skip
-    meetings: list[SharedSteps] = []
-    monkeypatch.setattr(member, "SharedSteps", lambda: (meetings.append(SharedSteps()), meetings[-1])[1])
+    meeting = Meeting()
+    monkeypatch.setattr(member, "SharedSteps", lambda: meeting)
     told = Crew([training(name, each, mvtec_root, tmp_path) for name, each in chosen.items()], ("pruned",)).work()
     assert {name: [each[EPOCH] for each in reports] for name, reports in told.reports.items()} == {
         "one": [1, 2, 3], "diverging": [1], "pruned": [1], "last": [1, 2],
     }  # fmt: skip
     assert "1e+30 is probably too high" in told.reports["diverging"][0][ERROR]
     assert sorted(told.over) == ["diverging", "last", "one"] and not told.failures
-    (meeting,) = meetings
     assert meeting.num_together > 0
     for name in ("one", "last"):
         alone = serve(Script([training(name, chosen[name], mvtec_root, tmp_path / "alone")]))
@@ -355,10 +369,10 @@ def test_a_failure_ends_one_trial_of_a_shared_process_which_then_takes_nothing_m
     mvtec_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also one for want of memory: beside others, or in a fresh process, it may suffice."""
-    both, train = threading.Barrier(2), member.train
+    both = threading.Barrier(2)
 
     def broken(spec: TrialSpec, *given: Any) -> Iterator[Any]:
-        for report in train(spec, *given):
+        for report in worker.train(spec, *given):
             if report.metrics[EPOCH] == 1:
                 both.wait(60)
             if report.metrics[EPOCH] == 1 and spec.config["train"]["seed"] == 1:

@@ -213,8 +213,7 @@ class Bench:
         began = time.monotonic()
         self._say(f"{fault.name} …")
         met["remark"] = fault.strike(world)
-        if not fault.has_gone_on:
-            met["said"] = world.wait_until_it_goes_on(before)
+        met["said"] = world.wait_until_it_goes_on(before)
         met["seconds"] = round(time.monotonic() - began, 1)
         met["starts"] = world.num_starts - starts
         self._say(f"{fault.name}: went on after {met['seconds']} s; {met['remark']} {met['said'] or ''}")

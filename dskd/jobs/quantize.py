@@ -20,6 +20,7 @@ from dskd.export import DEFAULT_OPSET, INPUT, INSIDE, Parity, build_model, check
 if TYPE_CHECKING:
     import onnx
 
+_IMAGE_CHANNELS = 3
 MAX_IMAGES = 64
 """Good images by which the ranges are chosen; more change them little and take time."""
 
@@ -61,6 +62,7 @@ def build_int8_model(detector: Detector, good_images: Sequence[Framed], opset: i
             Images(),
             quant_format=QuantFormat.QDQ,
             nodes_to_quantize=_layers(onnx.load(prepared)),
+            extra_options={"TensorQuantOverrides": _image_ranges(onnx.load(prepared), detector, good_images[0])},
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
@@ -76,6 +78,31 @@ def _layers(model: "onnx.ModelProto") -> list[str]:
     """Names of the network's convolutions: all but those that sum over channels, where 8 bits would cost too much."""
     widths = {tensor.name: tensor.dims[0] for tensor in model.graph.initializer if tensor.dims}
     return [node.name for node in model.graph.node if node.op_type == "Conv" and widths.get(node.input[1], 1) > 1]
+
+
+def _image_ranges(model: "onnx.ModelProto", detector: Detector, like: Framed) -> dict[str, list[dict[str, Any]]]:
+    """The whole range of pixels, from black to white, for what enters the convolutions that read the image.
+
+    Good images may reach neither; a scratch that is brighter than all of them would be cut down to their brightest.
+    """
+    import onnx
+    import onnxruntime
+    from onnxruntime.quantization import QuantType
+
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    convolutions = (node for node in model.graph.node if node.op_type == "Conv")
+    names = sorted({node.input[0] for node in convolutions if shapes.get(node.input[1], (0, 0))[1] == _IMAGE_CHANNELS})
+    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    one = next(_inputs(detector, [like]))
+    seen = [session.run(names, one | {INPUT: np.full_like(one[INPUT], value)}) for value in (0, 255)]
+    return {
+        name: [
+            {"rmin": min(each.min() for each in values), "rmax": max(each.max() for each in values),
+             "quant_type": QuantType.QUInt8}
+        ]
+        for name, values in zip(names, zip(*seen, strict=True), strict=True)
+    }  # fmt: skip
 
 
 def _inputs(detector: Detector, images: Sequence[Framed]) -> Iterator[dict[str, Any]]:

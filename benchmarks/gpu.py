@@ -58,6 +58,7 @@ from dskd.presets import PRESETS
 from dskd.training.inputs import TrainingData, prepare
 from dskd.training.loop import Interval, Step, build_optimizer, fit
 from dskd.training.run import TrainingRun
+from dskd.training.stack import Batch as StackBatch
 from dskd.training.stack import StudentStack
 
 Result = dict[str, Any]
@@ -494,26 +495,30 @@ def as_graphs(setup: Setup, preset: str, batch: Batch, count: int) -> Group:
 
 
 def stacked(setup: Setup, preset: str, batch: Batch, count: int, *, is_captured: bool = False) -> Group:
-    """torch.func.stack_module_state and vmap, as `dskd.training.stack` has them."""
+    """torch.func.vmap over the students' weights, as `dskd.training.stack` has it."""
     network = setup.network(preset)
     config, precision = network.config, torch.bfloat16 if setup.on_gpu else torch.float32
     students = [build_students(config.model, network.teacher, seed).to(setup.device) for seed in range(count)]
-    stack = StudentStack(students, [config.train] * count)
+    stack = StudentStack(students)
+    optimizers = [build_optimizer(each, config.train) for each in students]
+    seen = StackBatch(batch.pixels, batch.targets)
 
     def step() -> None:
-        stack.step(batch.pixels, batch.targets, [config.loss] * count, precision=precision)
+        stack.backward([seen] * count, [config.loss] * count, precision)
+        for optimizer in optimizers:
+            optimizer.step()
 
     act: Callable[[], object] = step
     if is_captured:
-        for optimizer in stack.optimizers:
+        for optimizer in optimizers:
             if isinstance(optimizer, torch.optim.Adam):
                 optimizer.param_groups[0]["capturable"] = True
-        start = [stack.state_dict(index) for index in range(count)]
+        start = [copy.deepcopy(each.state_dict()) for each in students]
         act = captured(step).replay
-        for index, optimizer in enumerate(stack.optimizers):
-            stack.set_weights(index, start[index])
+        for each, optimizer, weights in zip(students, optimizers, start, strict=True):
+            each.load_state_dict(weights)
             clear(optimizer)
-    return Group(act, lambda: [stack.state_dict(index) for index in range(count)])
+    return Group(act, lambda: [each.state_dict() for each in students])
 
 
 def stacked_as_graph(setup: Setup, preset: str, batch: Batch, count: int) -> Group:

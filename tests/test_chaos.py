@@ -41,7 +41,7 @@ def test_six_faults_cost_a_search_neither_a_trial_nor_a_bit_of_its_champions(
         monkeypatch.setenv(name, canary)
     monkeypatch.setattr(chaos, "environment", lambda of: used.update(environment(of)) or used)
     options = chaos.Options(
-        faults=6, only=SHORT_FAULTS, per_search=6, setups=(0,), categories=2, epochs=40, longest_pause=2.0
+        faults=6, only=SHORT_FAULTS, per_search=6, setups=(0,), categories=2, epochs=24, longest_pause=1.0
     )
     is_whole = chaos.run(options, cluster_folder)
     assert is_whole, capsys.readouterr().out

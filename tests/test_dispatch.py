@@ -16,6 +16,7 @@ from tune.trial.dispatch import (
     SETTLE_SECONDS,
     Dispatcher,
     groups_to_start,
+    slots_of,
 )
 from tune.trial.spec import EPOCH, TrialSpec
 
@@ -352,6 +353,67 @@ def test_groups_are_started_for_what_waits_and_no_more_than_there_is_room_for() 
     assert needed(2, "ab", seen="ab", idle="a") == 1
     assert needed(2, "abc", seen="abc") == 0
     assert needed(1, "abc", seen="abc", limit=2) == 0, "a cluster that shrank"
+
+
+def test_a_group_that_trials_share_counts_for_as_many() -> None:
+    def needed(waiting: int, groups: str, *, seen: str = "", idle: str = "", limit: int = 3) -> int:
+        demand = Demand(0, waiting, frozenset(seen.split()), frozenset(idle.split()))
+        return groups_to_start(demand, list(groups), limit, 2)
+
+    assert slots_of("a", 2) == ["a.1", "a.2"] and slots_of("a", 1) == ["a"]
+    assert needed(3, "") == 2 and needed(9, "") == 3
+    assert needed(2, "a") == 0 and needed(3, "a") == 1
+    assert needed(1, "a", seen="a.1 a.2", idle="a.2") == 0
+    assert needed(2, "a", seen="a.1 a.2", idle="a.2") == 1
+    assert needed(9, "ab", seen="a.1 a.2 b.1 b.2", limit=2) == 0
+
+
+def test_processes_that_trials_share_are_filled_evenly_and_one_that_retires_is_not_counted_on() -> None:
+    async def scene(bench: Bench) -> None:
+        asking = {name: asyncio.ensure_future(bench.taken(name)) for name in ("a.1", "a.2", "b.1", "b.2")}
+        await asyncio.sleep(0)
+        one, two, three = training("one"), training("two"), training("three")
+        await bench.it.submit(one)
+        await bench.it.submit(two)
+        assert await asking["a.1"] == one and await asking["b.1"] == two
+        await bench.it.retire("a.2")
+        assert await asking["a.2"] is None
+        assert (await bench.it.demand(-1)).idle == {"b.2"}
+        await bench.it.submit(three)
+        assert await asking["b.2"] == three
+        assert (await bench.it.demand(-1))[2:] == (frozenset(asking), frozenset())
+
+    run(scene)
+
+
+@pytest.mark.parametrize(("text", "survived"), [(KILLED, 9), (BUG, 3)])
+def test_a_process_that_is_lost_puts_all_its_trials_back_and_blames_none_for_the_memory(
+    text: str, survived: int
+) -> None:
+    async def scene(bench: Bench) -> None:
+        trials, slots = [training("one"), training("two")], ["a.1", "a.2", "a.3"]
+        for each in trials:
+            await bench.it.submit(each)
+        for number in range(survived + 1):
+            taken = [await bench.taken(slot, number) for slot in slots[:2]]
+            assert sorted(each.trial_id for each in taken) == ["one", "two"]
+            await bench.it.lost(slots, text)
+        found = [(await bench.news(each)).failure for each in trials]
+        for failure in found:
+            assert failure is not None and not failure.is_own
+            assert "2 trials shared the process: lower --trials-per-gpu" in failure.reason
+
+    run(scene)
+
+
+def test_a_process_that_trials_would_share_and_that_never_asks_is_charged_once() -> None:
+    async def scene(bench: Bench) -> None:
+        for number in range(4):
+            assert not bench.it._fault
+            await bench.it.lost([f"{number}.1", f"{number}.2"], BUG)
+        assert await bench.it.fault() == BUG
+
+    run(scene)
 
 
 def test_the_demand_is_told_as_soon_as_it_changes() -> None:

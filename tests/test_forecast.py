@@ -13,6 +13,7 @@ from dskd.config import AmplificationConfig, RunConfig
 from dskd.data.datasets import read_category
 from dskd.presets import PRESETS
 from dskd.training.inputs import TrainingData
+from dskd.training.stack import StudentStack
 from tune.preflight.forecast import (
     CategoryPlan,
     Slots,
@@ -135,6 +136,15 @@ def test_times_add_up(mvtec_root: Path) -> None:
     pairs = forecast(plans, only_steps, Slots(1, 1), config=config, trials=6, workers=ONE._replace(number=2))
     assert pairs.cpu_hours_full == 2 * one.cpu_hours_full
 
+    shared = forecast(plans, only_steps, Slots(1, 3), config=config, trials=6, workers=ONE._replace(trials=3))
+    assert shared.wall_seconds_full == one.wall_seconds_full / 3, "a step was measured for three trials at once"
+    assert shared.cpu_hours_full == pytest.approx(one.cpu_hours_full / 3), "which take the CPUs of one"
+    only_validations = still._replace(validation=1.0)
+    alone = forecast(plans, only_validations, Slots(1, 1), config=config, trials=6, workers=ONE)
+    shared = forecast(plans, only_validations, Slots(1, 3), config=config, trials=6, workers=ONE._replace(trials=3))
+    tests = sum(plan.num_test for plan in plans)
+    assert shared.wall_seconds_full - tests == alone.wall_seconds_full - tests, "they validate one after the other"
+
 
 @pytest.mark.parametrize(("categories", "slots", "expected"), [(3, 2, (2, 1)), (2, 8, (2, 4)), (5, 1, (1, 1))])
 def test_slots_are_shared(categories: int, slots: int, expected: tuple[int, int]) -> None:
@@ -175,6 +185,22 @@ def test_a_step_is_measured_on_as_much_of_a_batch_as_there_is_time_for(
     assert (speed.device, speed.amplification) == ("CPU", 0.0)
     # Two images and two copies with defects; two decoded; two defects drawn.
     assert (speed.validation, speed.decoding, speed.defects) == (0.25, 0.5, 0.5) and speed.teacher > 0
+
+
+def test_a_step_of_trials_that_share_a_worker_is_measured_for_all_of_them(
+    mvtec_root: Path, tiny: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+    backward = StudentStack.backward
+
+    def counted(stack: StudentStack, *given: Any) -> Any:
+        sizes.append(len(stack))
+        return backward(stack, *given)
+
+    monkeypatch.setattr(StudentStack, "backward", counted)
+    monkeypatch.setattr("dskd.training.speed.seconds_of", lambda act: (act(), 1.0)[1])
+    speed = measure_speed(task(mvtec_root, tiny, trials_per_gpu=3))
+    assert (speed.images_measured, speed.step) == (2, 2.0) and set(sizes) == {3}
 
 
 def test_stage_one_is_measured_where_there_is_one(mvtec_root: Path, tiny: RunConfig) -> None:

@@ -91,7 +91,7 @@ def test_a_lone_worker_and_the_dispatcher_are_killed_in_a_trial_and_between_two(
     ray_here: None, trial: Any, tmp_path: Path
 ) -> None:
     with worker_groups(
-        Workers(1, 1.0, 0.0), min_workers=None, home=str(tmp_path), max_groups=2, first=trial("first", 1, 1).spec
+        Workers(1, 1.0, 0.0), min_workers=None, home=str(tmp_path), max_trials=2, first=trial("first", 1, 1).spec
     ) as groups:
         told = trained(
             groups, trial("one", 40, 1), {5: "ray::DispatcherActor", 15: "ray::LoneWorker", 25: "ray::DispatcherActor"}
@@ -122,7 +122,7 @@ def test_a_lone_worker_and_the_dispatcher_are_killed_in_a_trial_and_between_two(
 def test_ddp_workers_are_killed_between_two_trials_and_in_one(ray_here: None, trial: Any, tmp_path: Path) -> None:
     """Either rank: the group is begun anew, and no new job or placement group is made for a trial."""
     with worker_groups(
-        Workers(2, 1.0, 0.0), min_workers=None, home=str(tmp_path), max_groups=1, first=trial("first", 1, 2).spec
+        Workers(2, 1.0, 0.0), min_workers=None, home=str(tmp_path), max_trials=1, first=trial("first", 1, 2).spec
     ) as groups:
         assert trained(groups, trial("one", 3, 2), {}) == [1, 2, 3]
         for number in range(2):
@@ -140,7 +140,7 @@ def test_ddp_workers_are_killed_between_two_trials_and_in_one(ray_here: None, tr
 def test_workers_that_die_at_their_import_end_with_the_reason(ray_here: None, trial: Any, tmp_path: Path) -> None:
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "timm.py").write_text("raise ImportError('this node has no timm')")
-    with worker_groups(Workers(1, 1.0, 0.0), min_workers=None, home=str(tmp_path), max_groups=1, first=None) as groups:
+    with worker_groups(Workers(1, 1.0, 0.0), min_workers=None, home=str(tmp_path), max_trials=1, first=None) as groups:
         post: Any = ray.get_actor(groups.dispatcher)
         ray.get(post.submit.remote(trial("one", 3, 1)))
         assert "this node has no timm" in ray.get(groups.fault(), timeout=150)

@@ -1,6 +1,7 @@
 """A worker that takes one assignment after the other: each as if it were alone in a fresh process."""
 
 import base64
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -20,7 +21,10 @@ from PIL import Image
 
 from dskd.checkpoint import read_record
 from dskd.config import AmplificationConfig, DataConfig, LossConfig, ModelConfig, RunConfig, ScoreConfig, TrainConfig
+from dskd.device import WorkerRank
 from dskd.report.inspected import MAX_PICTURE_BYTES
+from dskd.training.loop import TakeStep
+from dskd.training.stack import SharedSteps
 from tune.storage.champions import Champion, find_inspected
 from tune.storage.files import Storage
 from tune.trial import member, worker
@@ -295,6 +299,105 @@ def test_a_stop_stores_what_was_reported_last(
     assert kept == stored
     newest = newest_checkpoint(str(tmp_path), "one")
     assert newest.endswith(f"epoch-{stored[-1]:06d}") and (Path(newest) / "training.pt").is_file()
+
+
+class Crew(Script):
+    """A dispatcher of a process with two slots."""
+
+    def __init__(self, assignments: list[Assignment], dropped: tuple[str, ...] = ()) -> None:
+        super().__init__(assignments, dropped)
+        self.failed = SimpleNamespace(remote=lambda slot, text: self.failures.append((slot, text)))
+        self.retire = SimpleNamespace(remote=lambda slot: self.retired.add(slot))
+        self.failures: list[tuple[str, str]] = []
+        self.retired: set[str] = set()
+
+    def _ask(self, slot: str, generation: float) -> Order:
+        return Order(self.assignments.pop(0)) if self.assignments else Order(must_leave=True)
+
+    def work(self) -> "Crew":
+        """Let one process with two slots take all assignments; returns once both have left."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ray, "get_actor", lambda name: self)
+            patch.setattr(ray, "get", lambda answer: answer)
+            patch.setattr(member, "node_is_leaving", lambda: False)
+            patch.setattr(worker, "CHECKPOINT_SECONDS", 0.0)
+            member.serve_together("dispatcher", ["group-1.1", "group-1.2"], None, "cpu")
+        return self
+
+
+class Meeting(SharedSteps):
+    """The first intervals of two trials begin at the same moment: they are so short that they might not meet."""
+
+    def __init__(self) -> None:
+        super().__init__(patience=60)
+        self._both, self._met = threading.Barrier(2), set[int]()
+
+    @contextlib.contextmanager
+    def join(self, *given: Any) -> Iterator[TakeStep]:
+        with super().join(*given) as take_step:
+            if threading.get_ident() not in self._met:
+                self._met.add(threading.get_ident())
+                self._both.wait(60)
+            yield take_step
+
+
+@pytest.mark.slow
+def test_trials_that_share_a_process_end_as_alone_and_steps_are_taken_together(
+    mvtec_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is pruned, one diverges, and each slot takes the next as soon as it is free; nobody leaves before."""
+    chosen = {
+        "one": config(epochs=3), "diverging": config(learning_rate=1e30), "pruned": config(epochs=3, seed=1),
+        "last": config(seed=2, learning_rate=0.002),
+    }  # fmt: skip
+    meeting = Meeting()
+    monkeypatch.setattr(member, "SharedSteps", lambda: meeting)
+    told = Crew([training(name, each, mvtec_root, tmp_path) for name, each in chosen.items()], ("pruned",)).work()
+    assert {name: [each[EPOCH] for each in reports] for name, reports in told.reports.items()} == {
+        "one": [1, 2, 3], "diverging": [1], "pruned": [1], "last": [1, 2],
+    }  # fmt: skip
+    assert "1e+30 is probably too high" in told.reports["diverging"][0][ERROR]
+    assert sorted(told.over) == ["diverging", "last", "one"] and not told.failures
+    assert meeting.num_together > 0
+    for name in ("one", "last"):
+        alone = serve(Script([training(name, chosen[name], mvtec_root, tmp_path / "alone")]))
+        assert told.reports[name][0]["train/loss"] == pytest.approx(alone.reports[name][0]["train/loss"], rel=0.01)
+        assert read_record(Path(told.reports[name][-1][CHECKPOINT]) / "detector").config == chosen[name]
+
+
+def test_a_failure_ends_one_trial_of_a_shared_process_which_then_takes_nothing_more(
+    mvtec_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one for want of memory: beside others, or in a fresh process, it may suffice."""
+    both = threading.Barrier(2)
+
+    def broken(spec: TrialSpec, *given: Any) -> Iterator[Any]:
+        for report in worker.train(spec, *given):
+            if report.metrics[EPOCH] == 1:
+                both.wait(60)
+            if report.metrics[EPOCH] == 1 and spec.config["train"]["seed"] == 1:
+                raise torch.OutOfMemoryError("GPU full")
+            yield report
+
+    monkeypatch.setattr(member, "train", broken)
+    assignments = [training(str(seed), config(epochs=3, seed=seed), mvtec_root, tmp_path) for seed in range(3)]
+    crew = Crew([*assignments]).work()
+    ((slot, text),) = crew.failures
+    assert "OutOfMemoryError: GPU full" in text.splitlines()[-1] and slot in crew.retired
+    assert [each[EPOCH] for each in crew.reports["0"]] == [1, 2, 3], "the other goes on to its end"
+    assert crew.assignments == assignments[2:], "what waits is for a fresh process"
+
+
+def test_want_of_memory_beside_others_is_no_fault_of_the_trial(
+    mvtec_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("GPU full")
+
+    monkeypatch.setattr("dskd.training.loop.distillation_loss", full)
+    spec = training("one", config(), mvtec_root, tmp_path).spec
+    with pytest.raises(torch.OutOfMemoryError):
+        list(worker.train(dataclasses.replace(spec, trials_per_gpu=2), WorkerRank(), torch.device("cpu"), None))
 
 
 if __name__ == "__main__":

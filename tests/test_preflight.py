@@ -20,6 +20,7 @@ from tune.preflight.checks import check_inputs, read_categories
 from tune.preflight.draft import drafted
 from tune.preflight.room import Cluster, PreflightError, check_cluster, wait_for_room
 from tune.runtime.cluster import count_trials, resolve_gpus
+from tune.runtime.ray_internals import cpus_of_this_machine
 from tune.settings.plan import SearchPlan, plan_search, resolve_addresses
 from tune.settings.search import SearchSettings
 from tune.settings.workers import Workers
@@ -122,17 +123,20 @@ def test_a_dry_run_prints_plan_and_forecast_and_leaves_no_trace(
 
 
 @pytest.mark.slow
-def test_a_dry_run_counts_the_steps_on_tiles(
+def test_a_dry_run_counts_the_steps_on_tiles_and_the_trials_that_share_a_worker(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert dry_run.dry_run(settings(data, tmp_path / "results", json=True, tile=32, overlap=0)) == 0
+    assert dry_run.dry_run(settings(data, tmp_path / "results", json=True, tile=32, overlap=0, trials_per_gpu=2)) == 0
     said = capsys.readouterr()
     document = json.loads(said.out)
     for each in document["categories"]:  # 4 tiles of an image of 64 pixels, and 4 of them in a batch
         assert each["num_steps"] == 3 * each["num_train"]
     assert document["forecast"]["steps_full"] == 2 * sum(each["num_steps"] for each in document["categories"])
     assert "tiles of 32 pixels" in said.err
+    assert document["trials_per_gpu"] == 2 and "2 trials share 1 × (1 CPUs, " in said.err
+    assert document["slots"]["concurrency"] == int(cpus_of_this_machine()), "two of each CPU, half for each category"
+    assert "s for 2 trials at once, " in said.err
 
 
 @pytest.mark.slow
@@ -246,6 +250,7 @@ def test_slots_count_whole_workers_on_whole_nodes() -> None:
     assert count_trials(nodes, Workers(1, cpus=2.0, gpus=0.0)) == 4
     assert count_trials(nodes, Workers(1, cpus=2.0, gpus=resolve_gpus(None, nodes))) == 2, "one GPU each"
     assert count_trials(nodes, Workers(2, cpus=1.0, gpus=0.5)) == 2
+    assert count_trials(nodes, Workers(1, cpus=1.0, gpus=0.5, trials=3)) == 12, "three share a worker"
     assert count_trials([], Workers(1, cpus=1.0, gpus=0.0)) == 1, "a cluster may grow once something waits"
     assert resolve_gpus(0.5, nodes) == 0.5 and resolve_gpus(None, [{"CPU": 3.0}]) == 0.0
 

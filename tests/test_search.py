@@ -1,5 +1,6 @@
 """The main job for real: Ray on this machine, real studies, real MLflow stores; with real servers where they run."""
 
+import contextlib
 import json
 import os
 import secrets
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import optuna
+import psutil
 import pytest
 import services
 from mlflow.tracking import MlflowClient
@@ -312,6 +314,55 @@ def test_a_search_killed_while_it_compares_finalists_ends_with_the_same_champion
     assert len(studied(f"sqlite:///{killed}/optuna.db", "try/tile")) == 3, "a fold is no trial of the study"
     again = run(*search(mvtec_root, killed, *words), env=env)
     assert again.returncode == 0 and "is the champion already" in again.stderr, again.stderr
+
+
+def lone_workers(pid: int) -> list[psutil.Process]:
+    """The processes of one worker each below this process."""
+    found = []
+    for each in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if " ".join(each.cmdline()).startswith("ray::LoneWorker"):
+                found.append(each)
+    return found
+
+
+@pytest.mark.cluster
+def test_trials_whose_shared_worker_is_killed_end_with_the_champion_that_they_have_one_by_one(
+    mvtec_root: Path, tmp_path: Path, token_file: Path
+) -> None:
+    """Random suggestions, and no rung before the end: so the trials are the same in any order."""
+    env = environment(tmp_path, DSKD_CHECKPOINT_SECONDS="0")
+    words = ("--trials", "4", "--epochs", "2", "--categories", "tile", "--sampler", "random", "--score-candidates", "0",
+             "--backbone", "test_resnet", "--levels", "1", "2", "--json")  # fmt: skip
+    calm, killed = tmp_path / "calm", tmp_path / "killed"
+    alone = run(*search(mvtec_root, calm, *words, "--max-concurrent", "1"), env=env)
+    assert alone.returncode == 0, alone.stderr
+
+    shared = search(mvtec_root, killed, *words, "--max-concurrent", "2", "--trials-per-gpu", "2")
+    with (tmp_path / "out").open("w+") as out, (tmp_path / "log").open("w+") as log:
+        process = subprocess.Popen([str(word) for word in shared], env=env, cwd=ROOT, stdout=out, stderr=log)
+        deadline, workers = time.monotonic() + 240, list[psutil.Process]()
+        while not workers or not list((killed / "try" / "workers" / "tile").glob("*/*/checkpoint.json")):
+            assert time.monotonic() < deadline and process.poll() is None, (tmp_path / "log").read_text()
+            workers = workers or lone_workers(process.pid)
+            time.sleep(0.005)
+        (worker,) = workers
+        worker.kill()  # at a trial's first checkpoint, of which it makes two
+        assert process.wait(240) == 0, (tmp_path / "log").read_text()
+
+    (expected,), (found,) = (json.loads(told)["categories"] for told in (alone.stdout, (tmp_path / "out").read_text()))
+    assert (found["num_trials"], found["num_failed"], found["num_pruned"]) == (4, 0, 0)
+    records = [read_record(storage / "try" / outcome["champion"]["folder"])
+               for storage, outcome in ((calm, expected), (killed, found))]  # fmt: skip
+    assert records[0].config == records[1].config
+    runs = tracked(f"sqlite:///{killed}/mlflow.db", "try")[1]
+    assert [each.data.tags["dskd.status"] for each in runs] == ["finished"] * 4
+    assert {trial.state.name for trial in studied(f"sqlite:///{killed}/optuna.db", "try/tile")} == {"COMPLETE"}
+    losses = [
+        sorted(each.data.metrics["train/loss"] for each in tracked(f"sqlite:///{storage}/mlflow.db", "try")[1])
+        for storage in (calm, killed)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
 
 
 @pytest.mark.cluster

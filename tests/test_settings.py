@@ -53,6 +53,8 @@ def plan_of(asked: SearchSettings) -> SearchPlan:
         ({"workers_per_trial": 2, "min_workers_per_trial": 0}, "--min-workers-per-trial must be at least 1"),
         ({"study_storage": "postgres://p/o"}, "--study-storage begins with postgres://.*; write postgresql://"),
         ({"tracking_uri": "postgres://p/o"}, "--tracking-uri begins with postgres://.*; write postgresql://"),
+        ({"trials_per_gpu": 0}, "--trials-per-gpu must be at least 1 and at most 64, got 0"),
+        ({"trials_per_gpu": 2, "workers_per_trial": 3}, "--trials-per-gpu 2 lets trials share .*--workers-per-trial 3"),
         ({"name": ""}, "--name"),
         ({"name": "a/b"}, "--name"),
         ({"name": "a\\b"}, "--name"),

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dskd.model.distances import Pyramid
+from dskd.model.seeding import seeded
 from dskd.model.teacher import Teacher
 
 MAX_HIDDEN = 1024
@@ -116,8 +117,7 @@ def build_amplifier(teacher: Teacher, memory_size: int, seed: int) -> Amplifier:
     standard normal distribution, as in the released code. The caller's random state is not changed.
     Raises ValueError if a level's channels are no multiple of 4.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         amplifier = Amplifier(teacher.channels, memory_size)
         for module in amplifier.modules():
             if isinstance(module, nn.Conv2d):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dskd.config import ModelConfig
 from dskd.model.distances import Pyramid
 from dskd.model.embedding import DeepFeatureEmbedding
+from dskd.model.seeding import seeded
 from dskd.model.students import StudentDecoder, StudentEncoder, block_style
 from dskd.model.teacher import Teacher, negative_levels
 
@@ -83,9 +84,7 @@ def build_students(config: ModelConfig, teacher: Teacher, seed: int) -> Students
     The caller's random state is not changed. Weights are in torch.channels_last order, like the images from
     `normalize`: safetensors needs them contiguous.
     """
-    with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed, which would reseed the caller's accelerators as well.
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         students = Students(config, teacher)
         for module in students.modules():
             if isinstance(module, nn.Conv2d):

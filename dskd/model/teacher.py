@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dskd.config import TeacherSource
 from dskd.model.distances import Pyramid
+from dskd.model.seeding import seeded
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -119,10 +120,10 @@ def build_teacher(backbone: str, levels: tuple[int, ...], weights: str) -> Teach
         path = _hub_file(backbone)
         # Loaded by timm itself, since it translates older parameter names of each architecture.
         overlay = {"file": str(path)}
-        features = create_features(backbone, levels, pretrained=True, pretrained_cfg_overlay=overlay)
+        with seeded(RANDOM_TEACHER_SEED):
+            features = create_features(backbone, levels, pretrained=True, pretrained_cfg_overlay=overlay)
         return Teacher(features, image_statistics(backbone))
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(RANDOM_TEACHER_SEED)
+    with seeded(RANDOM_TEACHER_SEED):
         features = create_features(backbone, levels)
     if source.weights == "lite0":
         _load_weights(features, _lite0_state_dict(backbone), "lite0")

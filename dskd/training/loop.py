@@ -4,10 +4,12 @@ An interval is the steps from one validation to the next. An epoch, one pass ove
 few images it is so short that a validation after each would cost as much as the training itself.
 """
 
+import functools
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -15,9 +17,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from dskd.config import RunConfig, TrainConfig
+from dskd.config import LossConfig, RunConfig, TrainConfig
 from dskd.device import WorkerRank, mean_over_workers, to_device
-from dskd.losses import distillation_loss
+from dskd.losses import LossTerms, distillation_loss
+from dskd.model.distances import Pyramid
 from dskd.model.features import FeatureTable
 from dskd.model.teacher import normalize
 
@@ -103,6 +106,33 @@ def draw_batches(
         left = order[num_full:]
 
 
+TakeStep = Callable[[Tensor, Pyramid], LossTerms]
+"""Takes one optimiser step on a batch, images from `normalize` and their teacher pyramid; the loss before it."""
+Join = Callable[[nn.Module, torch.optim.Optimizer, LossConfig, Hashable], AbstractContextManager[TakeStep]]
+"""Begins the steps of one interval. Trainings whose last value, their kind, is equal may take them together."""
+
+
+def step_alone(
+    students: nn.Module, optimizer: torch.optim.Optimizer, loss: LossConfig, images: Tensor, targets: Pyramid
+) -> LossTerms:
+    """One optimiser step, the convolutions in bfloat16 on a GPU; the loss before it."""
+    with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=images.is_cuda):
+        outputs = students(images, targets)
+    terms = distillation_loss(targets, outputs.encoder, outputs.decoder, loss)
+    optimizer.zero_grad(set_to_none=True)
+    terms.total.backward()
+    optimizer.step()
+    return terms
+
+
+@contextmanager
+def alone(
+    students: nn.Module, optimizer: torch.optim.Optimizer, loss: LossConfig, kind: Hashable
+) -> Iterator[TakeStep]:
+    """The `Join` of a training that takes its steps by itself."""
+    yield functools.partial(step_alone, students, optimizer, loss)
+
+
 def fit(
     students: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -113,17 +143,19 @@ def fit(
     device: torch.device,
     worker: WorkerRank = WorkerRank(),  # noqa: B008 - an immutable tuple
     first_interval: int = 0,
+    join: Join = alone,
 ) -> Iterator[Step | Interval]:
     """Train `students` in place on normal images (N, S, S, 3); yields every step, and each interval after its steps.
 
-    `students` maps (images, teacher pyramid) to student pyramids and may be wrapped for DDP. The whole
+    `students` maps (images, teacher pyramid) to student pyramids and may be wrapped for DDP; `join` lets several
+    trainings of one process take their steps together (`dskd.training.stack`). The whole
     state is in `students` and `optimizer`: save both after an interval, later restore them and pass the
     next index as `first_interval`; the remaining intervals are then equal to those of an uninterrupted run.
 
     Raises NonFiniteLossError at the end of an interval in which a loss is not a finite number.
     """
-    on_gpu = device.type == "cuda"
     train = config.train
+    kind = config.model, min(train.batch_size, len(images)), images.shape[1:], teacher_features.shapes
     ends = (0, *train.interval_ends(len(images)))
     batches = draw_batches(len(images), train.batch_size, train.seed, worker)
     batches = itertools.islice(batches, ends[first_interval], None)
@@ -131,21 +163,16 @@ def fit(
         started = time.perf_counter()
         students.train()
         losses, seen = [], []
-        for step, indices in zip(range(ends[number], ends[number + 1]), batches, strict=False):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(train, step / ends[-1])
-            pixels = normalize(to_device(device, images, indices))
-            targets = teacher_features.pyramid(indices, device)
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=on_gpu):
-                outputs = students(pixels, targets)
-            terms = distillation_loss(targets, outputs.encoder, outputs.decoder, config.loss)
-            optimizer.zero_grad(set_to_none=True)
-            terms.total.backward()
-            optimizer.step()
-            scalars = torch.stack([terms.total, terms.encoder, terms.decoder, terms.hard]).detach()
-            losses.append(torch.cat([scalars, terms.levels.flatten()]))
-            seen.append(indices)
-            yield Step(len(indices) * worker.world_size, scalars[0])
+        with join(students, optimizer, config.loss, kind) as take_step:
+            for step, indices in zip(range(ends[number], ends[number + 1]), batches, strict=False):
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(train, step / ends[-1])
+                pixels = normalize(to_device(device, images, indices))
+                terms = take_step(pixels, teacher_features.pyramid(indices, device))
+                scalars = torch.stack([terms.total, terms.encoder, terms.decoder, terms.hard]).detach()
+                losses.append(torch.cat([scalars, terms.levels.flatten()]))
+                seen.append(indices)
+                yield Step(len(indices) * worker.world_size, scalars[0])
         # Read once per interval: reading every step would make the host wait for the GPU.
         table = mean_over_workers(torch.stack(losses).double()).cpu()  # (steps, 4 + 2 * levels)
         loss, encoder, decoder, hard = table[:, :4].mean(dim=0).tolist()

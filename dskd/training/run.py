@@ -32,10 +32,11 @@ from dskd.metrics import Scores
 from dskd.model.batchnorm import share_batchnorm
 from dskd.model.folding import folded_pair
 from dskd.model.network import build_students
+from dskd.model.seeding import seeded
 from dskd.model.teacher import UNREADABLE, normalize
 from dskd.training.evidence import Evidence, resampled_objectives
 from dskd.training.inputs import TrainingData
-from dskd.training.loop import Interval, NonFiniteLossError, Step, build_optimizer, fit
+from dskd.training.loop import Interval, Join, NonFiniteLossError, Step, alone, build_optimizer, fit
 from dskd.training.score_search import CoarseImages, search_scores
 
 STATE_FILE = "training.pt"
@@ -119,18 +120,20 @@ class TrainingRun:
         self,
         trained: nn.Module | None = None,
         worker: WorkerRank = WorkerRank(),  # noqa: B008 - an immutable tuple
+        join: Join = alone,
     ) -> Iterator[IntervalResult]:
         """Train to the end, with a validation after each interval.
 
         `trained` is `students` wrapped for DDP if several workers train together; every worker
-        then yields the same results.
+        then yields the same results. `join` as in `fit`.
         """
-        return (each for each in self.steps(trained, worker) if isinstance(each, IntervalResult))
+        return (each for each in self.steps(trained, worker, join) if isinstance(each, IntervalResult))
 
     def steps(
         self,
         trained: nn.Module | None = None,
         worker: WorkerRank = WorkerRank(),  # noqa: B008 - an immutable tuple
+        join: Join = alone,
     ) -> Iterator[Step | IntervalResult]:
         """Like `intervals`, but also yields every optimiser step, before its interval."""
         if self.is_finished:  # restored
@@ -145,6 +148,7 @@ class TrainingRun:
             device=self.device,
             worker=worker,
             first_interval=self.next_interval,
+            join=join,
         )
         for each in training:
             if isinstance(each, Step):
@@ -363,7 +367,7 @@ def _check_batch_of_one(students: nn.Module, config: RunConfig, inputs: Training
     if min(config.train.batch_size, len(inputs.train_images)) > 1:
         return
     trial = copy.deepcopy(students).train()  # a copy: a forward pass in train mode changes BatchNorm's statistics
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), seeded(0):
         try:
             first = np.zeros(1, np.int64)
             pixels = normalize(to_device(device, inputs.train_images, first))

@@ -224,12 +224,13 @@ def _first_group(plan: SearchPlan, early: EarlyEnd, held: ExitStack, say: Callab
     nodes = cluster_nodes()
     if plan.ray_address is None:
         check_cluster(plan, nodes)
-    workers = Workers(plan.num_workers, plan.cpus_per_worker, resolve_gpus(plan.gpus_per_worker, nodes))
+    gpus = resolve_gpus(plan.gpus_per_worker, nodes)
+    workers = Workers(plan.num_workers, plan.cpus_per_worker, gpus, plan.trials_per_gpu)
     groups = worker_groups(
         workers,
         min_workers=plan.min_workers,
         home=plan.addresses.home,
-        max_groups=plan.max_concurrent,
+        max_trials=plan.max_concurrent,
         first=spec_of(plan, plan.categories[0], workers, revision=""),
         on_loss=early.lose_cluster,
     )

@@ -141,7 +141,7 @@ def _trained(settings: TrainingSettings, repeated: TrackedRun | None) -> Trained
         has_parents=False,
     )
     try:
-        with worker_groups(spec.workers, min_workers=None, home=storage.uri, max_groups=1, first=spec) as groups:
+        with worker_groups(spec.workers, min_workers=None, home=storage.uri, max_trials=1, first=spec) as groups:
             return _conclude(settings, storage, key, spec, tracker, groups, repeated)
     finally:
         if num_unsent := tracker.close(_TRACKING_PATIENCE):

@@ -140,6 +140,7 @@ def _tasks(draft: Draft) -> list[SpeedTask]:
             num_workers=plan.num_workers,
             cpus_per_worker=plan.cpus_per_worker,
             gpus_per_worker=plan.gpus_per_worker,
+            trials_per_gpu=plan.trials_per_gpu,
         )
         for config in plan.teachers.values()
     ]
@@ -209,7 +210,7 @@ def _planned(
         raise PreflightError(errors)
     categories = plan_categories(inputs.categories, plan.config)
     gpus = resolve_gpus(plan.gpus_per_worker, nodes)
-    workers = Workers(plan.num_workers, plan.cpus_per_worker, gpus)
+    workers = Workers(plan.num_workers, plan.cpus_per_worker, gpus, plan.trials_per_gpu)
     slots = share_slots(len(categories), plan.max_concurrent or count_trials(nodes, workers))
     teachers = {
         backbone: _Measured(
@@ -242,6 +243,7 @@ def _document(found: _DryRun) -> dict[str, Any]:
         "varied": {name: space.describe() for name, space in plan.spaces.items()},
         "slots": found.slots._asdict(),
         "workers_per_trial": plan.num_workers,
+        "trials_per_gpu": plan.trials_per_gpu,
         "cpus_per_worker": plan.cpus_per_worker,
         "gpus_per_worker": found.workers.gpus,
         "storage": plan.addresses.home,
@@ -291,8 +293,9 @@ def _show(found: _DryRun, settings: SearchSettings) -> None:
         "trains": f"{', '.join(plan.configs)}, {shape}, batches of {config.train.batch_size}, "
         f"{config.train.num_validations} validations, teacher {' or '.join(plan.teachers)} ({settings.teacher_weights})"
         + (f", stage I of {config.amplification.amplification_epochs} epochs" if _has_stage_one(config) else ""),
-        "at once": f"{slots.side_by_side} categories, {slots.concurrency} trials of each; a trial takes "
-        f"{workers.number} × ({workers.cpus:g} CPUs, {workers.gpus:g} GPUs)",
+        "at once": f"{slots.side_by_side} categories, {slots.concurrency} trials of each; "
+        + (f"{workers.trials} trials share" if workers.trials > 1 else "a trial takes")
+        + f" {workers.number} × ({workers.cpus:g} CPUs, {workers.gpus:g} GPUs)",
         "varies": ", ".join(f"{name} {span}" for name, span in usual.describe().items())
         + (f"; {len(others)} categories otherwise (--json)" if others else ""),
         "chooses": _choice_line(found),
@@ -368,8 +371,9 @@ def _speed_line(found: _DryRun, teacher: _Measured) -> str:
     speed = teacher.speed
     share = max(1, found.plan.config.train.batch_size // found.workers.number)
     scaled = "" if speed.images_measured == share else f" (scaled up from {speed.images_measured})"
+    together = f" for {found.workers.trials} trials at once" if found.workers.trials > 1 else ""
     return (
-        f"{speed.device}: a step of {share} images{scaled} {speed.step:.3g} s, "
+        f"{speed.device}: a step of {share} images{scaled} {speed.step:.3g} s{together}, "
         f"validation {speed.validation:.3g} s an image"
     )
 

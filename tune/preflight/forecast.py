@@ -33,6 +33,8 @@ class SpeedTask:
     cpus_per_worker: float
     gpus_per_worker: float | None
     """None: 1 if this machine has GPUs, else 0."""
+    trials_per_gpu: int = 1
+    """Trials that share a worker."""
 
 
 class Speed(NamedTuple):
@@ -44,7 +46,8 @@ class Speed(NamedTuple):
     images_measured: int
     """Images in the timed step; if fewer than a worker's share of the batch, the time was scaled up."""
     step: float
-    """One optimiser step on the worker's share of a batch, without communication between workers."""
+    """One optimiser step on the worker's share of a batch, without communication between workers; of all trials that
+    share the worker together."""
     validation: float
     """Per image: students, maps and metrics."""
     decoding: float
@@ -79,7 +82,8 @@ def measure_speed(task: SpeedTask) -> Speed:
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f"a worker's share of a batch does not fit into the device's memory ({str(error).splitlines()[0]}); "
-            "lower --batch-size or --image-size, or raise --workers-per-trial."
+            "lower --batch-size or --image-size, or "
+            + ("--trials-per-gpu." if task.trials_per_gpu > 1 else "raise --workers-per-trial.")
         ) from None
 
 
@@ -129,7 +133,7 @@ def _measured(task: SpeedTask) -> Speed:
         teacher = AmplifiedTeacher(plain, amplifier)
 
     share = max(1, config.train.batch_size // task.num_workers)
-    measured, step = step_speed(config, teacher, images, share, device)
+    measured, step = step_speed(config, teacher, images, share, device, task.trials_per_gpu)
     students = build_students(config.model, teacher, config.train.seed).to(device)
 
     defects = seconds_of(lambda: synthetic_validation(images[:1], seed=0, num_defective=2)) / 2
@@ -249,9 +253,10 @@ def forecast(
 ) -> Forecast:
     """Forecast of a search of all `plans` on `slots`, with workers of the measured `speed`.
 
-    A trial takes its optimiser steps + its validations + its thresholds; a category takes its preparation once
-    (decoding, teacher, synthetic defects, stage I), then its trials on `concurrency` slots, then `finalists` and the
-    untuned preset on each other fold, with a preparation of its own, then the test images.
+    A trial takes its optimiser steps + its validations + its thresholds, which trials that share a worker do one after
+    the other; a category takes its preparation once (decoding, teacher, synthetic defects, stage I), then its trials on
+    `concurrency` slots, then `finalists` and the untuned preset on each other fold, with a preparation of its own, then
+    the test images.
     Not included: effects of suggested values (embedding depth, hard loss), communication between workers, the start
     of Ray and its processes, writing to the storage, and other load on the machines.
     """
@@ -264,8 +269,9 @@ def forecast(
         steps = config.train.num_steps(plan.num_train)
         steps_full += trials * steps
         step = speed.step * min(1.0, plan.num_train / config.train.batch_size)  # a batch holds no image twice
-        training = steps * step + reports * plan.num_validation * speed.validation / workers.number
-        finish = plan.num_calibration * speed.validation
+        inspection = speed.validation * workers.trials
+        training = steps * step + reports * plan.num_validation * inspection / workers.number
+        finish = plan.num_calibration * inspection
         preparation = _preparation(plan, config, speed)
         test = plan.num_test * (speed.decoding + speed.teacher + speed.validation)
         trial = training + finish
@@ -279,8 +285,9 @@ def forecast(
         again = others * preparation + -(-repeated // slots.concurrency) * trial
         walls_full.append(preparation + rounds * trial + again + test)
         walls_pruned.append(preparation + max(trial, pruned / slots.concurrency) + again + test)
-        compute_full += preparation + full + others * preparation + repeated * trial + test
-        compute_pruned += preparation + pruned + others * preparation + repeated * trial + test
+        other = preparation + others * preparation + repeated * trial / workers.trials + test
+        compute_full += full / workers.trials + other
+        compute_pruned += pruned / workers.trials + other
     hours = workers.number / 3600
     return Forecast(
         trial_seconds=longest,

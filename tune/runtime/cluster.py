@@ -123,7 +123,7 @@ def count_workers(nodes: Sequence[Resources], workers: Workers) -> int:
 
 def count_trials(nodes: Sequence[Resources], workers: Workers) -> int:
     """How many trials of `workers` the nodes can hold at once; at least 1, as a cluster may grow when a trial waits."""
-    return max(1, count_workers(nodes, workers) // workers.number)
+    return max(1, count_workers(nodes, workers) // workers.number) * workers.trials
 
 
 def describe_shortage(nodes: Sequence[Resources], workers: Workers) -> list[str]:

@@ -40,6 +40,8 @@ Processes = Annotated[int, Range(1, 1_000)]
 """Workers of a trial, or of an inspection."""
 Together = Annotated[int, Range(1, 10_000)]
 """Trials that run at once."""
+Sharing = Annotated[int, Range(1, 64)]
+"""Trials of one process."""
 Finalists = Annotated[int, Range(0, 1_000)]
 Errors = Annotated[float, Range(0, 100)]
 """Standard errors."""

@@ -53,6 +53,8 @@ class SearchPlan:
     cpus_per_worker: float
     gpus_per_worker: float | None
     """None: 1 if the cluster has GPUs, else 0."""
+    trials_per_gpu: int
+    """Trials that share a worker."""
     max_concurrent: int | None
     """None: as many trials as the cluster can hold at that time."""
     cache_gb: float
@@ -143,6 +145,7 @@ def plan_search(settings: SearchSettings, addresses: Addresses, root: Path) -> S
         min_workers=settings.min_workers_per_trial,
         cpus_per_worker=settings.cpus_per_worker,
         gpus_per_worker=settings.gpus_per_worker,
+        trials_per_gpu=settings.trials_per_gpu,
         max_concurrent=settings.max_concurrent,
         cache_gb=settings.cache_gb,
         promote=settings.promote,

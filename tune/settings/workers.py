@@ -11,6 +11,8 @@ class Workers(NamedTuple):
     """CPUs of one worker."""
     gpus: float
     """GPUs of one worker, fractions allowed."""
+    trials: int = 1
+    """Trials that share one worker, its CPUs and its GPUs; with several the number of workers is 1."""
 
     @property
     def needs(self) -> dict[str, float]:

@@ -4,13 +4,14 @@ A search has one dispatcher. Its state is soft: a new one learns what is running
 from followers, who submit again what it does not know. So it may be killed at any time.
 
 A group is known by its slot; a group that Ray restarts keeps its slot and asks with a later generation, which voids
-what the earlier one left open.
+what the earlier one left open. A group whose process several trials share has a slot for each of them.
 """
 
 import asyncio
 import math
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from tune.trial.assignment import Assignment, Demand, Evaluation, Failure, Metrics, News, Order
@@ -68,6 +69,8 @@ class _Slot:
     """Its open question."""
     has_asked: bool = False
     """Whether it has asked for anything since it last failed."""
+    is_retired: bool = False
+    """Whether it takes nothing more, although its process still works for other slots."""
     idle_since: float = 0.0
     category: str = ""
     """Category of its last assignment, whose images it holds in memory."""
@@ -257,6 +260,28 @@ class Dispatcher:
 
         `text` is Ray's on the failure; `reason`, if given, says why the assignment would fail again anywhere.
         """
+        if self._charge(slot, text, reason):
+            self._charge_start(text)
+        self._match()
+
+    async def lost(self, slots: Sequence[str], text: str) -> None:
+        """Charge the failure of a process to the assignments of all its slots.
+
+        None of them can be blamed for the memory that they have used together.
+        """
+        busy = [slot for slot in slots if (known := self._slots.get(slot)) is not None and known.key is not None]
+        shared = ""
+        if len(busy) > 1:
+            shared = f"; {len(busy)} trials shared the process: lower --trials-per-gpu if memory was too small"
+        if all([self._charge(slot, text, shared=shared) for slot in slots]):
+            self._charge_start(text)
+        self._match()
+
+    def _charge(self, slot: str, text: str, reason: str = "", shared: str = "") -> bool:
+        """Void what a group works on; whether it ended before it had asked for anything.
+
+        `shared`: what to add to the reason where others were in its process.
+        """
         known = self._slots.setdefault(slot, _Slot())
         key, has_asked, known.has_asked = known.key, known.has_asked, False
         self._close(known, Order(must_leave=True))
@@ -264,20 +289,26 @@ class Dispatcher:
         known.generation = math.nextafter(known.generation, math.inf)  # what the lost group still says is void
         job = self._jobs.get(key) if key is not None else None
         if job is None or key is None:
-            if not has_asked:
-                self._charge_start(text)
-        elif job.is_dropped:
+            return not has_asked
+        if job.is_dropped:
             self._forget(key)
+            return False
+        job.cost += retry_cost(text)
+        if reason:
+            job.failure = Failure(reason, is_own=True)
+        elif job.cost > MAX_RETRY_COST:
+            memory = out_of_memory_reason(text)
+            job.failure = Failure((memory or last_line(text)) + shared, is_own=bool(memory) and not shared)
         else:
-            job.cost += retry_cost(text)
-            if reason:
-                job.failure = Failure(reason, is_own=True)
-            elif job.cost > MAX_RETRY_COST:
-                memory = out_of_memory_reason(text)
-                job.failure = Failure(memory or last_line(text), is_own=bool(memory))
-            else:
-                self._queue.insert(0, key)
-            job.changed.set()
+            self._queue.insert(0, key)
+        job.changed.set()
+        return False
+
+    async def retire(self, slot: str) -> None:
+        """Give a slot nothing more, and do not count on it, although its process has not ended."""
+        known = self._slots.setdefault(slot, _Slot())
+        known.is_retired = True
+        self._close(known, Order(must_leave=True))
         self._match()
 
     async def gone(self, slot: str) -> None:
@@ -294,7 +325,7 @@ class Dispatcher:
         if version == self._version and not self._is_closing:
             self._changed.clear()
             await _within(POLL_SECONDS, self._changed)
-        idle = frozenset(slot for slot, known in self._slots.items() if known.key is None)
+        idle = frozenset(slot for slot, known in self._slots.items() if known.key is None and not known.is_retired)
         is_ending = bool(self._fault) or self._stopping.is_set()
         num_waiting = 0 if is_ending or self._clock() < self._next_start else len(self._queue)
         return Demand(self._version, num_waiting, frozenset(self._slots), idle)
@@ -400,11 +431,17 @@ class Dispatcher:
             return
         for key in [key for key in self._queue if self._is_abandoned(self._jobs[key])]:
             self._forget(key)
-        for slot, known in self._slots.items():
-            if known.asks is not None and not known.asks.done() and self._queue:
-                job = self._jobs[self._next_for(known)]
-                self._lease(known, slot, job)
-                self._close(known, Order(job.assignment))
+        while self._queue and (slot := self._free_slot()) is not None:
+            known = self._slots[slot]
+            job = self._jobs[self._next_for(known)]
+            self._lease(known, slot, job)
+            self._close(known, Order(job.assignment))
+
+    def _free_slot(self) -> str | None:
+        """A slot that waits for an assignment, in the process with the fewest."""
+        busy = Counter(group_of(slot) for slot, known in self._slots.items() if known.key is not None)
+        free = [slot for slot, known in self._slots.items() if known.asks is not None and not known.asks.done()]
+        return min(free, key=lambda slot: busy[group_of(slot)], default=None)
 
     def _next_for(self, known: _Slot) -> str:
         def rank(key: str) -> tuple[bool, bool, bool]:
@@ -452,11 +489,20 @@ async def _within(seconds: float, event: asyncio.Event) -> None:
     waiting.cancel()
 
 
-def groups_to_start(demand: Demand, groups: Iterable[str], limit: int) -> int:
+def slots_of(group: str, size: int) -> list[str]:
+    """The slots of a group whose process is shared by `size` trials."""
+    return [group] if size == 1 else [f"{group}.{number}" for number in range(1, size + 1)]
+
+
+def group_of(slot: str) -> str:
+    return slot.partition(".")[0]
+
+
+def groups_to_start(demand: Demand, groups: Collection[str], limit: int, size: int = 1) -> int:
     """How many more groups to start: as many as assignments wait for one, all groups together at most `limit`.
 
-    `groups` are the slots of all that have been started and have not ended.
+    `groups` are all that have been started and have not ended; each takes `size` assignments at once.
     """
-    mine = set(groups)
+    mine = {slot for group in groups for slot in slots_of(group, size)}
     free = mine & demand.idle | mine - demand.seen  # idle, or still starting
-    return max(0, min(demand.num_waiting - len(free), limit - len(mine)))
+    return max(0, min(math.ceil((demand.num_waiting - len(free)) / size), limit - len(groups)))

@@ -1,12 +1,13 @@
 """Worker groups that stay warm: each is started once and takes one assignment after the other.
 
 Two or more workers are a Ray Train job (DDP); one worker is an actor with the same loop, because a job costs seven
-processes beside its workers. A group that fails is replaced when an assignment waits for one.
+processes beside its workers. Trials that share a worker are threads of that actor. A group that fails is replaced when
+an assignment waits for one.
 """
 
 import secrets
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -18,7 +19,7 @@ from tune.runtime.relay import this_node
 from tune.settings.workers import Workers
 from tune.storage.files import Storage, StorageError
 from tune.trial.assignment import Assignment, Demand, Metrics
-from tune.trial.dispatch import Dispatcher, groups_to_start
+from tune.trial.dispatch import Dispatcher, groups_to_start, slots_of
 from tune.trial.follower import follow
 from tune.trial.spec import TrialSpec
 
@@ -36,11 +37,15 @@ class DispatcherActor(Dispatcher):
 class LoneWorker:
     """A group of one worker."""
 
-    def serve(self, dispatcher: str, slot: str, first: TrialSpec | None, gpus: float) -> None:
+    def serve(self, dispatcher: str, slots: Sequence[str], first: TrialSpec | None, gpus: float) -> None:
         """Work until the dispatcher sends it home."""
-        from tune.trial.member import serve_alone  # torch, which only workers need
+        from tune.trial.member import serve_alone, serve_together  # torch, which only workers need
 
-        serve_alone(dispatcher, slot, first, "cuda" if gpus > 0 else "cpu")
+        device = "cuda" if gpus > 0 else "cpu"
+        if len(slots) == 1:
+            serve_alone(dispatcher, slots[0], first, device)
+        else:
+            serve_together(dispatcher, slots, first, device)
 
 
 class Groups:
@@ -152,39 +157,42 @@ class Groups:
             if demand is None:
                 return
             version = demand.version
-            for _ in range(groups_to_start(demand, list(self._running), self._limit())):
+            for _ in range(groups_to_start(demand, list(self._running), self._limit(), self._workers.trials)):
                 if not self._is_closing:
                     self._start(None)
 
     def _start(self, first: TrialSpec | None) -> None:
         with self._lock:
             self._number += 1
-            slot = f"group-{self._number}"
-            thread = threading.Thread(target=self._run, args=(slot, first), name=slot, daemon=True)
-            self._running[slot] = thread
+            group = f"group-{self._number}"
+            thread = threading.Thread(target=self._run, args=(group, first), name=group, daemon=True)
+            self._running[group] = thread
         thread.start()
 
-    def _run(self, slot: str, first: TrialSpec | None) -> None:
+    def _run(self, group: str, first: TrialSpec | None) -> None:
+        slots = slots_of(group, self._workers.trials)
         try:
-            (self._run_lone if self._workers.number == 1 else self._run_job)(slot, first)
-        except Exception as error:  # whatever ends a group, its assignment goes on in another
+            (self._run_lone if self._workers.number == 1 else self._run_job)(group, first)
+        except Exception as error:  # whatever ends a group, its assignments go on in others
             if not self._is_closing:
                 reason = str(error)
-                self._ask(lambda: self._post.failed.remote(slot, reason))
+                self._ask(lambda: self._post.lost.remote(slots, reason))
         finally:
             with self._lock:
-                self._running.pop(slot, None)
-                self._actors.pop(slot, None)
+                self._running.pop(group, None)
+                self._actors.pop(group, None)
             if not self._is_closing:
-                self._ask(lambda: self._post.gone.remote(slot))
+                for slot in slots:
+                    self._ask(lambda: self._post.gone.remote(slot))  # noqa: B023
 
-    def _run_lone(self, slot: str, first: TrialSpec | None) -> None:
+    def _run_lone(self, group: str, first: TrialSpec | None) -> None:
         made: Any = ray.remote(LoneWorker)
         actor = made.options(num_cpus=self._workers.cpus, num_gpus=self._workers.gpus).remote()
         with self._lock:
-            self._actors[slot] = actor
+            self._actors[group] = actor
         try:
-            ray.get(actor.serve.remote(self.dispatcher, slot, first, self._workers.gpus))
+            slots = slots_of(group, self._workers.trials)
+            ray.get(actor.serve.remote(self.dispatcher, slots, first, self._workers.gpus))
         finally:
             ray.kill(actor)  # it may live on although its node does not answer
 
@@ -200,17 +208,17 @@ def worker_groups(
     *,
     min_workers: int | None,
     home: str,
-    max_groups: int | None,
+    max_trials: int | None,
     first: TrialSpec | None,
     on_loss: Callable[[str], object] = lambda reason: None,
 ) -> Iterator[Groups]:
-    """Groups as long as the block runs; without `max_groups` as many as the cluster can hold at that time.
+    """Groups as long as the block runs: for `max_trials` at once, or as many as the cluster can hold at that time.
 
     `on_loss` is called with the reason if the cluster is gone.
     """
 
     def limit() -> int:
-        return max_groups or count_trials(cluster_nodes(), workers)
+        return -(-(max_trials or count_trials(cluster_nodes(), workers)) // workers.trials)
 
     groups = Groups(workers, min_workers, home, limit, first, on_loss)
     try:

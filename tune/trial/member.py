@@ -9,7 +9,8 @@ import functools
 import gc
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,13 +23,17 @@ import torch.distributed
 
 from dskd.config import RunConfig
 from dskd.device import WorkerRank, computing_device
+from dskd.model.seeding import reseed
+from dskd.training.loop import Join, alone
+from dskd.training.stack import SharedSteps
 from tune.runtime.ray_internals import node_is_leaving
 from tune.storage.temporary import temporary_folder
 from tune.trial.assignment import Assignment, Evaluation, Order, Training
 from tune.trial.checkpoints import keep_checkpoint, newest_checkpoint, opened
+from tune.trial.dispatch import LIFE_SECONDS
 from tune.trial.evaluation import evaluate_on_test
 from tune.trial.spec import CHECKPOINT, EPOCH, ERROR, Report, TrialSpec
-from tune.trial.worker import data_of, shared_inputs, train
+from tune.trial.worker import inputs_of, train
 
 _PAUSE_SECONDS = 0.2
 """Pause in seconds between two signs of life, which the dispatcher answers late."""
@@ -51,6 +56,42 @@ def serve_alone(dispatcher: str, slot: str, first: TrialSpec | None, device: str
     member.serve(torch.device(device), first)
 
 
+def serve_together(dispatcher: str, slots: Sequence[str], first: TrialSpec | None, device: str) -> None:
+    """The life of a worker that trials share: a thread for each slot, and training steps taken together.
+
+    Returns once all of them are told to leave, or should make room for a fresh process.
+    """
+    company = _Company(len(slots))
+    threads = [
+        threading.Thread(
+            target=_serve_in_company,
+            args=(company, _Member(dispatcher, slot, WorkerRank(), None, node_is_leaving, company), device),
+            kwargs={"first": first if number == 0 else None},
+            name=slot,
+        )
+        for number, slot in enumerate(slots)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def _serve_in_company(company: "_Company", member: "_Member", device: str, first: TrialSpec | None) -> None:
+    """A failure ends what this member works on; the others finish what they have begun."""
+    try:
+        member.serve(torch.device(device), first)
+    except Exception:
+        company.make_room()
+        with contextlib.suppress(ray.exceptions.RayError):
+            member.tell_failure(traceback.format_exc())
+    finally:
+        company.leave()
+    with contextlib.suppress(ray.exceptions.RayError):
+        while not company.have_left():
+            member.retire()
+
+
 def serve_with_others(dispatcher: str, slot: str, first: TrialSpec | None) -> None:
     """The life of one of several DDP workers that Ray Train has started as a group."""
     context = ray.train.get_context()
@@ -70,10 +111,17 @@ class _Member:
     """One worker of a group."""
 
     def __init__(
-        self, dispatcher: str, slot: str, worker: WorkerRank, control: Any, is_leaving: Callable[[], bool]
+        self,
+        dispatcher: str,
+        slot: str,
+        worker: WorkerRank,
+        control: Any,
+        is_leaving: Callable[[], bool],
+        company: "_Company | None" = None,
     ) -> None:
         self._post: Any = ray.get_actor(dispatcher)
         self._slot, self._worker, self._control, self._is_leaving = slot, worker, control, is_leaving
+        self._company = company or _Company(1)
         self._generation = time.time()
         self._current: Assignment | None = None
         self._is_stopping = False
@@ -86,20 +134,28 @@ class _Member:
         with self._signs_of_life():
             if first is not None:
                 _prepare(first, device)
-            own_memory, num_done = 0, 0
-            while not (order := self._shared(self._ask)).must_leave:
+            while not self._shared(self._company.is_full):
+                order = self._shared(self._ask)
+                if order.must_leave and self._shared(self._company.may_leave):
+                    return
                 if order.assignment is None:
                     continue
-                initial.restore(_cpus(order.assignment), device)
-                self._current = order.assignment
-                self._perform(order.assignment, device)
-                self._current = None
-                num_done += 1
-                own_memory = own_memory or _own_memory()
-                grown = _own_memory() - own_memory
-                is_leaving = self._is_leaving()  # on every rank: they agree on it
-                if self._shared(lambda: is_leaving or num_done >= _MAX_ASSIGNMENTS or grown > _MAX_GROWTH):  # noqa: B023
-                    return
+                with self._company.working():
+                    initial.restore(_cpus(order.assignment), device)
+                    self._current = order.assignment
+                    self._perform(order.assignment, device)
+                    self._current = None
+                if self._is_leaving():  # on every rank: they agree on it
+                    self._company.make_room()
+
+    def tell_failure(self, text: str) -> None:
+        """Charge what this member works on with a failure."""
+        ray.get(self._post.failed.remote(self._slot, text))
+
+    def retire(self) -> None:
+        """Take nothing more, as this dispatcher and one that replaces it must know."""
+        ray.get(self._post.retire.remote(self._slot))
+        self._company.wait_a_while()
 
     def _ask(self) -> Order:
         order: Order = ray.get(self._post.ask.remote(self._slot, self._generation))
@@ -123,7 +179,9 @@ class _Member:
         last = RunConfig.from_dict(spec.config).train.num_validations
         with (
             opened(newest) as resumed,
-            contextlib.closing(train(spec, self._worker, device, resumed, self._must_save)) as reports,
+            contextlib.closing(
+                train(spec, self._worker, device, resumed, self._must_save, self._company.join)
+            ) as reports,
         ):
             for report in reports:
                 metrics = dict(report.metrics)
@@ -176,6 +234,76 @@ class _Member:
             yield
         finally:
             has_ended.set()
+
+
+class _Company:
+    """The members of one process, of which each may work on something else: when all of them leave.
+
+    A process that one member wants to make room for a fresh one takes nothing more.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size, self._changed = size, threading.Condition()
+        self._num_working = self._num_told = self._num_left = self._num_done = 0
+        self._makes_room = False
+        self._own_memory = 0
+        self.join: Join = alone if size == 1 else SharedSteps().join
+        """How its members' trainings take their steps."""
+
+    def is_full(self) -> bool:
+        """Whether the process is to take nothing more."""
+        return self._makes_room
+
+    def make_room(self) -> None:
+        """Take nothing more."""
+        with self._changed:
+            self._makes_room = True
+            self._changed.notify_all()
+
+    def may_leave(self) -> bool:
+        """Whether a member that is told to leave does so: as soon as all are told; False once one works."""
+        with self._changed:
+            self._num_told += 1
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._num_working or self._num_told + self._num_left >= self._size)
+            if not self._num_working:
+                return True
+            self._num_told -= 1
+            self._changed.wait_for(lambda: self._makes_room or not self._num_working, _PAUSE_SECONDS)
+            return False
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """Around an assignment; a failure in it is not caught."""
+        with self._changed:
+            self._num_working += 1
+            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._num_working -= 1
+                self._num_done += 1
+                self._own_memory = self._own_memory or _own_memory()
+                grown = _own_memory() - self._own_memory
+                is_old = self._num_done >= self._size * _MAX_ASSIGNMENTS or grown > self._size * _MAX_GROWTH
+                self._makes_room = self._makes_room or is_old
+                self._changed.notify_all()
+
+    def leave(self) -> None:
+        """Of a member that takes nothing more."""
+        with self._changed:
+            self._num_left += 1
+            self._changed.notify_all()
+
+    def have_left(self) -> bool:
+        """Whether all have."""
+        return self._num_left >= self._size
+
+    def wait_a_while(self) -> None:
+        """Until all have left, at most some seconds."""
+        with self._changed:
+            self._changed.wait_for(self.have_left, LIFE_SECONDS)
 
 
 class _Work:
@@ -259,7 +387,7 @@ class _ProcessState:
         """Make the next trial independent of those before it."""
         gc.collect()
         torch.set_num_threads(max(1, int(cpus)))
-        torch.manual_seed(0)
+        reseed(0)
         torch.set_grad_enabled(True)
         torch.set_default_dtype(self._dtype)
         torch.use_deterministic_algorithms(self._is_deterministic)
@@ -274,7 +402,7 @@ def _prepare(spec: TrialSpec, device: torch.device) -> None:
     """Read the images of a trial that is likely to come, while the search still begins."""
     torch.set_num_threads(max(1, int(spec.cpus_per_worker)))
     with contextlib.suppress(Exception):  # the trial itself reports it
-        shared_inputs(RunConfig.from_dict(spec.config).for_inputs(), data_of(spec), spec.cache_gb, device)
+        inputs_of(spec, device)
 
 
 def _cpus(assignment: Assignment) -> float:

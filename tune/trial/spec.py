@@ -65,12 +65,14 @@ class TrialSpec:
     selection: Selection = "val"
     min_workers: int | None = None
     """Smallest number of DDP workers that the trial may run with; None: always `num_workers`."""
+    trials_per_gpu: int = 1
+    """Trials that share the trial's process."""
     generation: int = 0
     """Of the lease under which the trial runs, whose folder its checkpoints lie in; 0: without a lease."""
 
     @property
     def workers(self) -> Workers:
-        return Workers(self.num_workers, self.cpus_per_worker, self.gpus_per_worker)
+        return Workers(self.num_workers, self.cpus_per_worker, self.gpus_per_worker, self.trials_per_gpu)
 
     def with_config(self, config: RunConfig) -> "TrialSpec":
         """The same trial with another configuration."""
@@ -117,6 +119,7 @@ def build_spec(
         exclude=exclude,
         selection=selection,
         min_workers=min_workers,
+        trials_per_gpu=workers.trials,
         generation=generation,
     )
 

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from dskd.device import WorkerRank, computing_device
 from dskd.show.overlays import preview_of
 from dskd.show.validation import write_figures
 from dskd.training.inputs import TrainingData, prepare
-from dskd.training.loop import NonFiniteLossError
+from dskd.training.loop import Join, NonFiniteLossError, alone
 from dskd.training.run import IntervalResult, TrainingRun
 from tune.storage.files import with_retries
 from tune.storage.staging import local_copy
@@ -45,6 +46,11 @@ CHECKPOINT_SECONDS = float(os.environ.get("DSKD_CHECKPOINT_SECONDS", "60"))
 """Seconds between checkpoints: a killed trial loses at most this much, or the steps between two validations."""
 
 
+_PREPARING = threading.Lock()
+_DRAWING = threading.Lock()
+"""matplotlib takes one thread at a time."""
+
+
 def _never_leaves() -> bool:
     return False
 
@@ -55,6 +61,7 @@ def train(
     device: torch.device,
     resumed: Path | None,
     is_leaving: Callable[[], bool] = _never_leaves,
+    join: Join = alone,
 ) -> Generator[Report, None, None]:
     """Train to the end, from the checkpoint in the folder `resumed` if given; yields a report after every validation.
 
@@ -62,18 +69,19 @@ def train(
     `CHECKPOINT_SECONDS`, or every one once `is_leaving` returns True because a node will go. All workers call it
     after every validation. A failure that would occur on every attempt, such as a diverged training or too little
     memory, ends the trial with objective 0 and the reason under `error`. If only one of several workers meets it, it
-    is raised as UnrecoverableTrialError.
+    is raised as UnrecoverableTrialError. Where trials share a process, too little memory is raised, as it may suffice
+    beside others; `join` lets them take their steps together.
     """
     last = 0
     try:
-        for report in _train(spec, worker, device, resumed, is_leaving):
+        for report in _train(spec, worker, device, resumed, is_leaving, join):
             last = int(report.metrics[EPOCH])
             yield report
     except NonFiniteLossError as error:  # on all workers at once
         yield Report({EPOCH: last + 1, OBJECTIVE: 0.0, ERROR: str(error)}, None)
     except (RuntimeError, MemoryError, ValueError) as error:
         reason = _unrecoverable_reason(error)
-        if reason is None:
+        if reason is None or (spec.trials_per_gpu > 1 and reason.startswith(OUT_OF_MEMORY)):
             raise
         if worker.world_size > 1:
             raise UnrecoverableTrialError(reason) from error
@@ -95,6 +103,7 @@ def _train(
     device: torch.device,
     resumed: Path | None,
     is_leaving: Callable[[], bool],
+    join: Join,
 ) -> Iterator[Report]:
     torch.set_num_threads(max(1, int(spec.cpus_per_worker)))
     device = computing_device(str(device))
@@ -102,14 +111,14 @@ def _train(
     if resumed is not None and (resumed / DETECTOR_FOLDER / RECORD_FILE).is_file():
         yield _finished(resumed / DETECTOR_FOLDER, config.train.num_validations)
         return
-    inputs, remark = shared_inputs(config.for_inputs(), data_of(spec), spec.cache_gb, device)
+    inputs, remark = inputs_of(spec, device)
     run = TrainingRun.begin(config, inputs, device, worker.world_size)
     if resumed is not None:
         run.restore(resumed)
     trained = ray.train.torch.prepare_model(run.students) if worker.world_size > 1 else run.students
     saved = time.monotonic()
     machine_usage(device, default_folder())  # starts the measuring period of the next call
-    for result, seconds in _timed(run.intervals(trained, worker)):
+    for result, seconds in _timed(run.intervals(trained, worker, join)):
         epoch = result.interval
         metrics = {
             # One that ends early, by its patience, is complete all the same.
@@ -156,7 +165,8 @@ def _write_result(folder: Path, run: TrainingRun, record: DetectorRecord, weight
     if record.config.data.fold > 0:  # of a finalist, which nobody looks at
         (folder / EVIDENCE_FILE).write_text(run.evidence(record).to_json())
     else:
-        write_figures(folder / FIGURES_FOLDER, run, record)
+        with _DRAWING:
+            write_figures(folder / FIGURES_FOLDER, run, record)
 
 
 def _passed(run: TrainingRun) -> list[int]:
@@ -191,6 +201,12 @@ def data_of(spec: TrialSpec) -> DataSpec:
         exclude=spec.exclude,
         selection=spec.selection,
     )
+
+
+def inputs_of(spec: TrialSpec, device: torch.device) -> tuple[TrainingData, str]:
+    """What `shared_inputs` gives for a trial; of several threads one prepares it, and the others wait."""
+    with _PREPARING:
+        return shared_inputs(RunConfig.from_dict(spec.config).for_inputs(), data_of(spec), spec.cache_gb, device)
 
 
 @functools.lru_cache(maxsize=2)

@@ -175,6 +175,8 @@ class Bench:
             record["seconds"] = round(time.monotonic() - began, 1)
             record["starts"] = world.num_starts
             record |= self._judge(world, setup)
+            if not record["wrong"]:  # else it is kept, to be looked at
+                Storage(world.search.env["DSKD_STORAGE"]).remove(world.search.name)
         except (AssertionError, TimeoutError, RuntimeError, OSError, subprocess.SubprocessError) as error:
             self._say(f"wrong: {error}")
             record["wrong"].append(f"{type(error).__name__}: {error}")

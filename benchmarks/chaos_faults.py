@@ -24,7 +24,7 @@ HANG_SECONDS = 60.0
 """How long what is stopped with SIGSTOP stands still."""
 FOREVER_SECONDS = 150.0
 """A server that is away for ever is away until the driver ends, at most for so long."""
-FAKE_TIME = ("faketime", "--exclude-monotonic", "-f", "+10m")
+FAKE_TIME = ("faketime", "-f", "+10m")
 _APPEAR_SECONDS = 60.0
 _MAX_STARTS = 8
 """How often the driver may have to be started again after one fault."""

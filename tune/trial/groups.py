@@ -23,6 +23,8 @@ from tune.trial.dispatch import Dispatcher, groups_to_start, slots_of
 from tune.trial.follower import follow
 from tune.trial.spec import TrialSpec
 
+_HANG_SECONDS = 90.0
+"""Seconds without an answer after which the dispatcher is replaced; it answers within 10."""
 _LEAVE_SECONDS = 5.0
 """Seconds that the driver waits at its end for idle groups to leave by themselves."""
 
@@ -112,10 +114,15 @@ class Groups:
         if not self._is_closing:
             self._ask(lambda: self._post.demand.remote(-1))
 
-    def _ask(self, call: Callable[[], Any]) -> Any:
-        """The dispatcher's answer; None, after `on_loss`, if it is gone."""
+    def _ask(self, call: Callable[[], Any], seconds: float | None = None) -> Any:
+        """The dispatcher's answer; None, after `on_loss`, if it is gone.
+
+        Raises GetTimeoutError if it does not answer within so many seconds.
+        """
         try:
-            return ray.get(call())
+            return ray.get(call(), timeout=seconds)
+        except ray.exceptions.GetTimeoutError:
+            raise
         except ray.exceptions.RayError:
             if not self._is_closing:
                 self.on_loss("the Ray cluster is gone")
@@ -153,7 +160,12 @@ class Groups:
         """Start a group whenever an assignment waits for one."""
         version = -1
         while not self._is_closing:
-            demand: Demand | None = self._ask(lambda: self._post.demand.remote(version))  # noqa: B023
+            try:
+                demand: Demand | None = self._ask(lambda: self._post.demand.remote(version), _HANG_SECONDS)  # noqa: B023
+            except ray.exceptions.GetTimeoutError:
+                # It stands still, or was asked to end (SIGTERM) and waits for questions that it no longer answers.
+                ray.kill(self._post, no_restart=False)
+                continue
             if demand is None:
                 return
             version = demand.version

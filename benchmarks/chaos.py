@@ -392,7 +392,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
         each = met[name]
         remarks = sorted({fault["remark"] for fault in each if fault["remark"]})
         lines.append(
-            f"| {name} | {len(each)} | {median(fault['seconds'] for fault in each):.0f} | "
+            f"| {name} | {len(each)} | {_median(each)} | "
             f"{sum(fault['starts'] for fault in each)} | {'; '.join(remarks)} | {'; '.join(sorted(set(wrong[name])))} |"
         )
     total = Counter[str]()

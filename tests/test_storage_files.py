@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import socket
 import ssl
 import struct
 import subprocess
@@ -597,6 +598,22 @@ def own_authority(folder: Path) -> tuple[Path, Path]:
         key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )
     return folder / "own.pem", folder / "own.key"
+
+
+def test_a_server_that_takes_a_document_and_never_answers_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pickled after its first request, too: what asks a server stays behind."""
+    monkeypatch.setattr(module, "_ANSWER_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "test")
+        monkeypatch.setenv("AWS_REGION", "us-east-1")
+        store = Storage("s3://bucket/searches").tried_once()
+        for each in (store, pickle.loads(pickle.dumps(store))):
+            with pytest.raises(StorageError, match=r"writing a\.json at .* failed 1 times: Read timeout"):
+                each.write_json("a.json", {"a": 1})
 
 
 @pytest.mark.slow

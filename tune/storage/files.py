@@ -72,6 +72,10 @@ class Storage:
         except (OSError, pyarrow.ArrowException) as error:
             raise StorageError(f"{flag} {shown_url(uri)} cannot be opened: {_first_line(error)}") from None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without boto3's client, which every process makes for itself."""
+        return self.__dict__ | {"_client": None}
+
     def tried_once(self) -> "Storage":
         """The same files, with no second attempt at a failed operation."""
         once = copy.copy(self)
@@ -137,9 +141,21 @@ class Storage:
             partial = Path(f"{path}.partial")
             partial.write_bytes(data)
             os.replace(partial, path)
-        else:  # an object appears only when its upload is complete
+        elif isinstance(self._files, pyarrow.fs.S3FileSystem):
+            self._put_object(path, data)
+        else:
             with self._files.open_output_stream(path) as file:
                 file.write(data)
+
+    def _put_object(self, path: str, data: bytes) -> None:
+        """Write an object in S3 in one request; pyarrow takes three, and waits for a server that never answers."""
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        bucket, _, key = path.partition("/")
+        try:
+            self._s3().put_object(Bucket=bucket, Key=key, Body=data)
+        except (BotoCoreError, ClientError) as error:
+            raise OSError(_first_line(error)) from None
 
     def _replace_object(self, name: str, change: Callable[[dict[str, Any] | None], dict[str, Any] | None]) -> None:
         """One attempt of `replace_json` at an object in S3; raises OSError if it was changed meanwhile."""

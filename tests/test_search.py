@@ -204,7 +204,9 @@ def test_embedded_search_tracks_its_trials_and_its_champions_can_be_pulled(
     again = run(*search(mvtec_root, storage, "--trials", "3", "--epochs", "2", "--json"), env=env)
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("delivered again from its last checkpoint") == 1
-    restored = read_record(storage / "try" / outcomes[0]["champion"]["folder"])
+    champion = json.loads(again.stdout)["categories"][0]["champion"]
+    assert champion["folder"] == f"{outcomes[0]['champion']['folder']}-lease-000002", "in a folder of its own"
+    restored = read_record(storage / "try" / champion["folder"])
     assert restored.metrics == outcomes[0]["champion"]["metrics"]
     assert [each["champion"]["trial_id"] for each in json.loads(again.stdout)["categories"]] == [
         each["champion"]["trial_id"] for each in outcomes

@@ -7,6 +7,7 @@ an assignment waits for one.
 
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -25,6 +26,8 @@ from tune.trial.spec import TrialSpec
 
 _HANG_SECONDS = 90.0
 """Seconds without an answer after which the dispatcher is replaced; it answers within 10."""
+_JOB_SECONDS = 30.0
+"""Seconds that the driver waits at its end for groups of several workers."""
 _LEAVE_SECONDS = 5.0
 """Seconds that the driver waits at its end for idle groups to leave by themselves."""
 
@@ -143,8 +146,10 @@ class Groups:
     def close(self) -> None:
         """End every group; what does not leave within seconds is killed."""
         self.send_home()
+        # Ray Train's jobs cannot be killed from here, and must not find Ray shut down.
+        deadline = time.monotonic() + (_LEAVE_SECONDS if self._workers.number == 1 else _JOB_SECONDS)
         for thread in list(self._running.values()):
-            thread.join(_LEAVE_SECONDS)
+            thread.join(max(0.0, deadline - time.monotonic()))
         with self._lock:
             actors = list(self._actors.values())
         for actor in actors:

@@ -130,7 +130,7 @@ class Bench:
     """The cluster and servers of a run, on which one search after the other is disturbed."""
 
     def __init__(self, options: Options, folder: Path, stack: ExitStack, say: Callable[[str], None]) -> None:
-        self.options, self._folder, self._say, self._stack = options, folder, say, stack
+        self.options, self._folder, self._say = options, folder, say
         self._direct = environment(folder)
         self._env, self._links = linked(self._direct)
         self._env["DSKD_CHECKPOINT_SECONDS"] = "2"  # all checkpoints of the larger presets would be all there is to do
@@ -169,9 +169,8 @@ class Bench:
                     self._say(f"{fault.name}: {missed}")
                 if world.search.driver.poll() == 0:
                     break
-            said: list[str] = []
             while world.search.driver.poll() != 0:
-                said += world.wait_until_it_goes_on(world.search.checkpoints())
+                world.wait_until_it_goes_on(world.search.checkpoints())
             record["seconds"] = round(time.monotonic() - began, 1)
             record["starts"] = world.num_starts
             record |= self._judge(world, setup)

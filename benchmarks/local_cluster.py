@@ -61,6 +61,11 @@ def below(pid: int, among: dict[int, Process]) -> list[Process]:
     return [*children, *(each for child in children for each in below(child.pid, among))]
 
 
+def titled(pid: int, title: str) -> list[Process]:
+    """The descendants of a process whose title begins like this."""
+    return [each for each in below(pid, processes()) if each.title.startswith(title)]
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -42,8 +42,6 @@ class _Uncached:
 
     def __init__(self, teacher: Teacher, images: npt.NDArray[np.uint8]) -> None:
         self.teacher, self.images = teacher, images
-        self.shapes = ()
-        """Of levels: none are kept."""
 
     def pyramid(self, indices: npt.NDArray[np.int64], device: torch.device) -> tuple[Tensor, ...]:
         pyramid: tuple[Tensor, ...] = self.teacher(normalize(to_device(device, self.images, indices)))

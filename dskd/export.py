@@ -263,17 +263,17 @@ def compare(detector: Detector, model: bytes, images: Sequence[Framed], toleranc
     """
     maps, values = detector.score_framed(images)
     expected, peaks = np.array(values), np.array([np.abs(heat).max() for heat in maps])
-    map_errors, score_errors, found = [], [], []
     try:
         graph = OnnxDetector(model)
-        for size in BATCH_SIZES:
-            heats, scores = graph.score_framed(images, size)
-            apart = [np.abs(heat - other).max() for heat, other in zip(heats, maps, strict=True)]
-            map_errors.append(_share(np.array(apart), peaks))
-            found.append(np.array(scores))
-            score_errors.append(_share(np.abs(found[-1] - expected), np.abs(expected)))
+        answers = [graph.score_framed(images, size) for size in BATCH_SIZES]
     except Exception as error:  # onnxruntime's errors have no other common base class
         raise ParityError(f"onnxruntime cannot run the graph: {str(error).splitlines()[0]}") from error
+    map_errors, score_errors, found = [], [], []
+    for heats, scores in answers:
+        apart = [np.abs(heat - other).max() for heat, other in zip(heats, maps, strict=True)]
+        map_errors.append(_share(np.array(apart), peaks))
+        found.append(np.array(scores))
+        score_errors.append(_share(np.abs(found[-1] - expected), np.abs(expected)))
     map_error, score_error = max(map_errors), max(score_errors)
     verdicts, num_unequal = [], 0
     undecided = TOLERANCE if tolerance is None else tolerance

@@ -8,12 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import ray
+from local_cluster import Process, titled, wait_for
 
 from dskd.config import RunConfig
 from tune.settings.workers import Workers
+from tune.trial import groups as module
 from tune.trial.assignment import Training
 from tune.trial.follower import AssignmentFailedError
 from tune.trial.groups import Groups, worker_groups
@@ -53,26 +54,16 @@ def trial(tiny: RunConfig, mvtec_root: Path, tmp_path: Path) -> Any:
     return make
 
 
-def processes(title: str) -> list[psutil.Process]:
+def processes(title: str) -> list[Process]:
     """Processes of this Ray, by the beginning of their title."""
-    found = []
-    for each in psutil.Process().children(recursive=True):
-        try:
-            if " ".join(each.cmdline()).startswith(title):
-                found.append(each)
-        except psutil.Error:
-            continue
-    return found
+    return titled(os.getpid(), title)
 
 
-def kill(title: str) -> int:
+def kill(title: str, number: signal.Signals = signal.SIGKILL) -> int:
     """Kill one; returns its pid."""
-    deadline = time.monotonic() + 60
-    while not (found := processes(title)):
-        assert time.monotonic() < deadline, f"no {title}"
-        time.sleep(0.1)
-    os.kill(found[0].pid, signal.SIGKILL)
-    return int(found[0].pid)
+    (first, *_) = wait_for(lambda: processes(title), title, 60)
+    os.kill(first.pid, number)
+    return int(first.pid)
 
 
 def trained(groups: Groups, assignment: Training, kills: dict[int, str]) -> list[int]:
@@ -88,8 +79,10 @@ def trained(groups: Groups, assignment: Training, kills: dict[int, str]) -> list
 
 @pytest.mark.cluster
 def test_a_lone_worker_and_the_dispatcher_are_killed_in_a_trial_and_between_two(
-    ray_here: None, trial: Any, tmp_path: Path
+    ray_here: None, trial: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """One dispatcher is told to end (SIGTERM), which it never does: it is replaced."""
+    monkeypatch.setattr(module, "_HANG_SECONDS", 12.0)  # it answers within 10
     with worker_groups(
         Workers(1, 1.0, 0.0), min_workers=None, home=str(tmp_path), max_trials=2, first=trial("first", 1, 1).spec
     ) as groups:
@@ -104,6 +97,10 @@ def test_a_lone_worker_and_the_dispatcher_are_killed_in_a_trial_and_between_two(
         assert worker.pid != before
         assert trained(groups, trial("three", 3, 1), {}) == [1, 2, 3]
         assert [each.pid for each in processes("ray::LoneWorker")] == [worker.pid], "no process is started for a trial"
+
+        before = kill("ray::DispatcherActor", signal.SIGTERM)
+        assert trained(groups, trial("after", 3, 1), {}) == [1, 2, 3]
+        assert [each.pid for each in processes("ray::DispatcherActor")] != [before]
 
         with ThreadPoolExecutor(2) as pool:  # two at once: a second group is started, and one is lost
             both = [pool.submit(trained, groups, trial(name, 60, 1), {}) for name in ("four", "five")]

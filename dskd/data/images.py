@@ -491,7 +491,7 @@ def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8; 1 if there is none or it cannot be read."""
     try:
         found = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # damaged metadata of an intact image
+    except Exception:  # damaged metadata, of an image that may be intact, make Pillow raise errors of any type
         return 1
     return int(found) if found in _TURNS else 1
 

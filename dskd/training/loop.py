@@ -155,7 +155,7 @@ def fit(
     Raises NonFiniteLossError at the end of an interval in which a loss is not a finite number.
     """
     train = config.train
-    kind = config.model, min(train.batch_size, len(images)), images.shape[1:], teacher_features.shapes
+    kind = config.model, min(train.batch_size, len(images)), images.shape[1:]
     ends = (0, *train.interval_ends(len(images)))
     batches = draw_batches(len(images), train.batch_size, train.seed, worker)
     batches = itertools.islice(batches, ends[first_interval], None)

@@ -104,7 +104,7 @@ class Storage:
 
     def write_json(self, name: str, document: dict[str, Any]) -> None:
         """Write a JSON document atomically: a reader sees the old one or the new one."""
-        self._with_retries(lambda: self._put(name, document), f"writing {name}")
+        self._with_retries(lambda: self._put(name, _text(document)), f"writing {name}")
 
     def replace_json(self, name: str, change: Callable[[dict[str, Any] | None], dict[str, Any] | None]) -> None:
         """Write what `change` makes of the JSON document `name`, unless another process has written it meanwhile.
@@ -122,20 +122,20 @@ class Storage:
                 with _one_writer(path.parent):
                     known = path.read_bytes() if path.is_file() else None
                     if (document := change(_document(known))) is not None:
-                        self._put(name, document)
+                        self._put(name, _text(document))
             elif isinstance(self._files, pyarrow.fs.S3FileSystem):
                 self._replace_object(name, change)
             else:
                 there = self._kind(name) == pyarrow.fs.FileType.File
                 content = self._files.open_input_stream(self._path(name)).readall() if there else None
                 if (document := change(_document(content))) is not None:
-                    self._put(name, document)
+                    self._put(name, _text(document))
 
         self._with_retries(replace, f"writing {name}")
 
-    def _put(self, name: str, document: dict[str, Any]) -> None:
-        """Write a JSON document once."""
-        path, data = self._path(name), _text(document)
+    def _put(self, name: str, data: bytes) -> None:
+        """Write one file, once; a reader sees the old one or the new one."""
+        path = self._path(name)
         if isinstance(self._files, pyarrow.fs.LocalFileSystem):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             partial = Path(f"{path}.partial")
@@ -299,14 +299,8 @@ class Storage:
         self._with_retries(copy, f"downloading {name}")
 
     def write(self, name: str, data: bytes) -> None:
-        """Write one file; atomic only on object stores, not in a local folder."""
-
-        def send() -> None:
-            self._prepared(str(PurePosixPath(name).parent))
-            with self._files.open_output_stream(self._path(name)) as file:
-                file.write(data)
-
-        self._with_retries(send, f"writing {name}")
+        """Write one file atomically."""
+        self._with_retries(lambda: self._put(name, data), f"writing {name}")
 
     def remove(self, folder: str) -> None:
         """Remove a folder and all files below it; nothing happens if there is none."""

@@ -157,6 +157,7 @@ def test_what_fails_on_a_fold_is_out_and_without_the_preset_the_first_fold_choos
     [
         ({"num_finalists": 0}, "--finalists 0"),
         ({"num_folds": 0}, "not cut into folds"),
+        ({"num_folds": 0, "num_finalists": 0}, "not cut into folds"),
         ({"trials": TRIALS[1:]}, "no untuned preset finished"),
     ],
 )

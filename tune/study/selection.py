@@ -194,10 +194,10 @@ def _fixed(config: RunConfig) -> RunConfig:
 
 
 def _why_alone(num_finalists: int, num_folds: int) -> str:
+    if num_folds < 2:  # then there are no finalists either
+        return "one held-out set chose alone: the images are not cut into folds"
     if num_finalists < 1:
         return "the first fold chose alone (--finalists 0)"
-    if num_folds < 2:
-        return "one held-out set chose alone: the images are not cut into folds"
     return "the first fold chose alone: no untuned preset finished to compare with"
 
 

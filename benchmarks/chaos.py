@@ -151,7 +151,7 @@ class Bench:
         found |= {"servers"} if len(self._links) == len(_ADDRESSES) else set()
         found |= {"disk"} if self._disk is not None else set()
         found |= {"root"} if os.geteuid() == 0 else set()
-        return found | ({"faketime"} if shutil.which("faketime") else set())
+        return found | ({"cc"} if shutil.which("cc") else set())
 
     def run(self, setup: Setup, faults: Sequence[Fault], seed: str) -> dict[str, Any]:
         """A search that meets the faults, or as many of them as it lives to see; its record."""

@@ -11,6 +11,7 @@ from unittest.mock import Mock, call
 
 import optuna
 import pytest
+import ray
 
 from dskd.config import RunConfig
 from dskd.presets import PRESETS
@@ -24,7 +25,7 @@ from tune.storage.inputs import InputsChangedError, TrainedOn
 from tune.storage.lease import LeaseLostError
 from tune.study import hooks
 from tune.study.budget import Share, Shares
-from tune.study.category import make_sampler, not_yet_asked_for
+from tune.study.category import make_sampler, monotonic_deadline, not_yet_asked_for
 from tune.study.context import StudyContext, enter_study, study_context
 from tune.study.hooks import Deadline, Halving, Observe, Searcher, StudyStorage, Suggestions, repeat_ended
 from tune.study.records import TrialRecord, TrialRecords
@@ -352,11 +353,20 @@ def test_a_continued_search_compares_trials_at_the_epochs_that_the_undisturbed_o
     assert decide(killed=True) == decide(killed=False) == ["CONTINUE", "STOP", "CONTINUE", "CONTINUE", "STOP"]
 
 
+def test_a_deadline_counts_by_the_clock_of_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the clock of the study's node shows."""
+    monkeypatch.setattr(ray, "get", lambda answer: answer)
+    driver = 1000.0
+    post = SimpleNamespace(now=SimpleNamespace(remote=lambda: driver))
+    begun = time.monotonic()
+    assert begun + 30 <= monotonic_deadline(driver + 30, post) <= time.monotonic() + 30
+
+
 def test_the_deadline_interrupts_tune_once_it_is_over(tmp_path: Path) -> None:
     seen: list[int] = []
     before = signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
     try:
-        for deadline, expected in ((None, 0), (time.time() + 600, 0), (time.time() - 1, 1)):
+        for deadline, expected in ((None, 0), (time.monotonic() + 600, 0), (time.monotonic() - 1, 1)):
             known = context(tmp_path, deadline=deadline)
             assert not Deadline().stop_all(), "to stop the trials would end them for good"
             assert len(seen) == expected == known.is_over

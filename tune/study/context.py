@@ -32,7 +32,7 @@ class StudyContext:
     events: Queue
     """Queue of the trials' events to the driver."""
     deadline: float | None
-    """Seconds since 1970; None: no limit."""
+    """On the clock of `time.monotonic`; None: no limit."""
     dispatcher: Any
     """Handle of the actor that gives the trials to worker groups."""
     records: TrialRecords

@@ -182,7 +182,7 @@ class Deadline(ray.tune.Stopper):
 
     def stop_all(self) -> bool:
         context = study_context()
-        if context.deadline is not None and time.time() >= context.deadline:
+        if context.deadline is not None and time.monotonic() >= context.deadline:
             assert signal.getsignal(signal.SIGUSR1) is not signal.SIG_DFL, "Tune handles it while it runs a study"
             signal.raise_signal(signal.SIGUSR1)
             context.is_over = True

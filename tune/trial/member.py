@@ -122,7 +122,7 @@ class _Member:
         self._post: Any = ray.get_actor(dispatcher)
         self._slot, self._worker, self._control, self._is_leaving = slot, worker, control, is_leaving
         self._company = company or _Company(1)
-        self._generation = time.time()
+        self._generation: float = ray.get(self._post.now.remote()) if worker.rank == 0 else 0.0
         self._current: Assignment | None = None
         self._is_stopping = False
         self._work = _Work()

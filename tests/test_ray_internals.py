@@ -94,12 +94,12 @@ def test_a_trial_is_started_again_whose_process_died_after_the_trial_before(loca
             self.pids: list[int] = []
 
         def suggest(self, trial_id: str) -> dict[str, Any]:
-            if self.pids:
+            if self.pids and self.pids[-1]:
                 os.kill(self.pids[-1], signal.SIGKILL)
             return {}
 
         def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-            self.pids.append(0 if error or result is None else int(result["pid"]))
+            self.pids.append(0 if error or result is None else int(result["pid"]))  # 0: it failed
 
     searcher = Killing()
     tuner = ray.tune.Tuner(

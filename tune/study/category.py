@@ -26,13 +26,13 @@ from tune.storage.inputs import TrainedOn
 from tune.storage.temporary import temporary_folder
 from tune.study.budget import Share
 from tune.study.context import StudyContext, enter_study
+from tune.study.database import StudyStorage
 from tune.study.finalists import FinishedTrial
 from tune.study.hooks import (
     Deadline,
     Halving,
     Observe,
     Searcher,
-    StudyStorage,
     Suggestions,
     detector_uri,
     repeat_ended,

@@ -89,6 +89,13 @@ def enter_study(context: StudyContext) -> None:
     _contexts[:] = [context]
 
 
+def give_up(fault: Exception) -> Exception:
+    """`fault`, which is now why the study of this process must end, if it runs one."""
+    for context in _contexts:
+        context.fault = context.fault or fault
+    return fault
+
+
 def study_context() -> StudyContext:
     """The context of this process."""
     assert _contexts, "search_category calls enter_study first"

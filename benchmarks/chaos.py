@@ -418,6 +418,8 @@ def main() -> None:
         print(table(read(options.results or Path("results.jsonl"))))
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # otherwise the cluster would keep running
+    # A shell's job in the background ignores Ctrl-C, and so would every driver that it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if options.folder is not None:
         options.folder.mkdir(parents=True, exist_ok=True)
         sys.exit(0 if run(options, options.folder.resolve()) else 1)

@@ -179,11 +179,11 @@ def lost_relays_replaced() -> Iterator[None]:
         else:
             handle(self, trial, exception)
 
-    TuneController._trial_task_failure = once
+    TuneController._trial_task_failure = once  # type: ignore[method-assign]
     try:
         yield
     finally:
-        TuneController._trial_task_failure = handle
+        TuneController._trial_task_failure = handle  # type: ignore[method-assign]
 
 
 def fill_rungs(scheduler: "ASHAScheduler", reported: Mapping[str, Mapping[int, float]]) -> None:

@@ -39,7 +39,7 @@ def _restore_storage() -> StudyStorage:
 def connect_patiently(url: str) -> Any:
     """A connection of the URL's driver to its server; errors as `StudyStorage`."""
     address = sqlalchemy.make_url(url)
-    kind = address.get_dialect()
+    kind: Any = address.get_dialect()
     driver = kind.import_dbapi()
     dialect = kind(dbapi=driver)
     words, options = dialect.create_connect_args(address)

@@ -1,5 +1,6 @@
 """The bookkeeping of recorded steps and inspections, with a stand-in for graphs; test_gpu.py has the real ones."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -159,4 +160,4 @@ def test_a_lower_precision_is_a_gpus_alone(tiny: RunConfig, inputs: TrainingData
     with pytest.raises(ValueError, match="--precision float16 needs a GPU, got the device cpu; use float32"):
         Detector(record, inputs.teacher, run.students, CPU, "float16")
     with pytest.raises(ValueError, match=r"--precision must be one of float32, .*got 'int8'"):
-        frozen.check_precision("int8", CPU)  # type: ignore[arg-type]
+        inspect.unwrap(frozen.check_precision)("int8", CPU)  # without the tests' own check of types

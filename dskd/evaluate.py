@@ -16,7 +16,7 @@ from dskd import metrics
 from dskd.anomaly import BLUR_REFERENCE, anomaly_maps, image_scores
 from dskd.config import LayoutName, RunConfig
 from dskd.data.datasets import read_test_split
-from dskd.data.defects import add_defects
+from dskd.data.defects import add_defects, find_foreground
 from dskd.data.depth import PixelScale
 from dskd.data.geometry import Frame, Geometry, LargeCanvas
 from dskd.data.images import checked_mask, load_framed, load_images, load_inside, load_masks
@@ -198,8 +198,9 @@ def synthetic_validation(
     repeats = -(-max(num_defective, len(normals)) // len(normals))
     count = max(num_defective, len(normals))
     scored = None if inside is None else np.concatenate([inside] * repeats)[:count]
+    objects = ([find_foreground(image) for image in normals] * repeats)[:count]
     defective, masks = add_defects(
-        np.concatenate([normals] * repeats)[:count], seed=seed, textures=textures, inside=scored
+        np.concatenate([normals] * repeats)[:count], seed=seed, textures=textures, inside=scored, objects=objects
     )
     return LabelledImages(
         np.concatenate([normals, defective]),

@@ -50,6 +50,19 @@ def test_a_copy_with_other_times_is_the_same_and_is_not_read_again(
     begin(folder)
 
 
+def test_a_teacher_of_all_categories_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have hundreds of megabytes, and a search hundreds of categories."""
+    read: list[str] = []
+    fingerprint = module.fingerprint
+    monkeypatch.setattr(module, "fingerprint", lambda paths: read.append(paths[0].name) or fingerprint(paths))
+    inputs = Inputs(f"{folder}/data", "auto", (), TeacherSource(f"{folder}/teacher.safetensors"), "")
+    marks = {
+        name: CategoryInputs(Storage(f"{folder}/results"), "try", name, inputs).check() for name in ("tile", "wood")
+    }
+    assert marks["tile"]["teacher"] == marks["wood"]["teacher"] and len(read) > 10
+    assert read.count("teacher.safetensors") == 1
+
+
 @pytest.mark.parametrize(
     ("kind", "act", "said"),
     [

@@ -82,19 +82,28 @@ class Options:
 
 @ray.remote(num_cpus=0)
 class AnswersAtOnce:
-    """In place of the dispatcher and its worker groups: each assignment is known, and all its reports are there."""
+    """In place of the dispatcher and its worker groups: each assignment is known, and all its reports are there.
 
-    def __init__(self, epochs: int) -> None:
-        self._epochs = epochs
+    The first ones have none until there are `at_once`: a relay would have ended its trial, and taken the next one,
+    before Ray has started a second relay, and Ray would start processes in vain all the time.
+    """
+
+    def __init__(self, epochs: int, at_once: int) -> None:
+        self._epochs, self._num_awaited = epochs, at_once
         self._known: dict[str, float] = {}
 
     def submit(self, assignment: Training) -> None:
         rate = float(assignment.spec.config["train"]["learning_rate"])
         self._known[assignment.key] = 0.5 + min(rate, 0.01)
+        if len(self._known) >= self._num_awaited:
+            self._num_awaited = 0
 
     def follow(self, key: str, after: int) -> News:
         if key not in self._known:
             return News(is_known=False)
+        if self._num_awaited:
+            time.sleep(0.1)
+            return News()
         reports = tuple(
             {EPOCH: epoch, OBJECTIVE: self._known[key] + epoch / 100, CHECKPOINT: f"workers/{key}"}
             for epoch in range(max(after, 0) + 1, self._epochs + 1)
@@ -366,7 +375,7 @@ def drive(options: Options, folder: Path) -> int:
     costs = Costs()
     Searcher.suggest = costs.counting("suggest", Searcher.suggest)  # type: ignore[method-assign]
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
-    held = AnswersAtOnce.options(name=_DISPATCHER).remote(options.epochs)  # type: ignore[attr-defined]
+    held = AnswersAtOnce.options(name=_DISPATCHER).remote(options.epochs, min(options.at_once, options.trials))  # type: ignore[attr-defined]
     shares = ray.remote(Shares).options(num_cpus=0).remote(1, 1)
     Tracker._write = costs.counting("MLflow", Tracker._write)  # type: ignore[method-assign]
     tracker = Tracker(addresses.tracking, "scale", artifact_location=None, tags={}, unsent=folder / "unsent.jsonl")

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import optuna
@@ -153,12 +153,12 @@ class TrainsAtOnce(LoneWorker):
     """A worker that takes assignments from the real dispatcher, and has their results without any training."""
 
     def serve(self, dispatcher: str, slots: Sequence[str], first: TrialSpec | None, gpus: float) -> None:
-        from tune.trial import member
+        import tune.trial.member
 
-        member.train = trained_at_once  # type: ignore[assignment]
-        member.evaluate_on_test = lambda assignment, device: {  # type: ignore[assignment]
-            f"test/{name}": 0.9 for name in ("image_auroc", "pixel_auroc", "aupro")
-        }
+        member: Any = tune.trial.member
+        member.train = trained_at_once
+        figures = {f"test/{name}": 0.9 for name in ("image_auroc", "pixel_auroc", "aupro")}
+        member.evaluate_on_test = lambda assignment, device: figures
         super().serve(dispatcher, slots, None, gpus)
 
 
@@ -197,6 +197,18 @@ def trained_at_once(spec: TrialSpec, *_: Any) -> Iterator[Any]:
         evidence = Evidence(objective, (objective,) * NUM_REPLICATES, names, scores)
         (folder / EVIDENCE_FILE).write_text(evidence.to_json())
         yield Report(metrics, folder)
+
+
+class Used(NamedTuple):
+    """What was used since the start, in seconds."""
+
+    cpu: float
+    """Of this process."""
+    wall: float
+    parts: dict[str, float]
+    """CPU seconds of parts of it."""
+    studies: float
+    """CPU seconds of the processes of the categories' studies."""
 
 
 class Whole:
@@ -245,16 +257,16 @@ class Whole:
             has_ended.set()
             thread.join()
 
-    def _now(self) -> tuple[float, float, dict[str, float], float]:
+    def _now(self) -> Used:
         studies = sum(used for kind, used in self.of_kinds.items() if "search_category" in kind)
-        return time.process_time() - self._looking, time.perf_counter(), dict(self.costs.parts), studies
+        return Used(time.process_time() - self._looking, time.perf_counter(), dict(self.costs.parts), studies)
 
     def row(self, what: str, number: int, last: int) -> str:
         """Since the last row, divided by `number`; `last` is what to count up to."""
-        before, self._before = self._before, self._now()
-        cpu, wall = (self._before[index] - before[index] for index in (0, 1))
-        parts = [self._before[2][name] - before[2][name] for name in self.parts]
-        figures = [cpu, *parts, cpu - sum(parts), self._before[3] - before[3], wall]
+        before, now = self._before, self._now()
+        self._before = now
+        cpu, parts = now.cpu - before.cpu, [now.parts[name] - before.parts[name] for name in self.parts]
+        figures = [cpu, *parts, cpu - sum(parts), now.studies - before.studies, now.wall - before.wall]
         process = psutil.Process()
         cells = [f"{figure / number * 1000:.0f}" for figure in figures]
         cells += [f"{process.num_threads()}", f"{process.num_fds()}", f"{process.memory_full_info().uss / 2**20:.0f}"]
@@ -284,7 +296,8 @@ def drive_many(options: Options, folder: Path) -> int:
         cpus_per_worker=(os.cpu_count() or 1) / options.at_once,
     )  # fmt: skip
     whole = Whole()
-    counting, categories = whole.costs.counting, tune.study.categories
+    categories: Any = tune.study.categories
+    counting = whole.costs.counting
     Tracker._write = counting("MLflow", Tracker._write)  # type: ignore[method-assign]
     Outbox.write_now = counting("MLflow", Outbox.write_now)  # type: ignore[method-assign]
     SearchProgress.show = counting("progress", SearchProgress.show)  # type: ignore[method-assign]

@@ -17,6 +17,7 @@ from dskd.data.datasets import (
 )
 from dskd.data.geometry import Geometry
 from dskd.data.images import load_masks
+from dskd.data.layouts import Layout, recognised
 from dskd.data.samples import Sample
 
 
@@ -58,8 +59,12 @@ def test_a_category_is_looked_for_among_all_only_when_it_is_not_where_it_was(
     for name in ("nut", "bolt", "ring"):
         category(tmp_path / "old" / name)
     looked: list[Path] = []
-    recognised = datasets.recognised
-    monkeypatch.setattr(datasets, "recognised", lambda folder: looked.append(folder) or recognised(folder))
+
+    def look(folder: Path) -> tuple[Layout, ...]:
+        looked.append(folder)
+        return recognised(folder)
+
+    monkeypatch.setattr(datasets, "recognised", look)
 
     def folder_of(name: str) -> Path:
         return read_category(tmp_path, name).folder.relative_to(tmp_path.resolve())

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import mlflow.data
 import pytest
@@ -162,11 +163,11 @@ def test_a_new_search_looks_for_no_runs_but_for_those_whose_answer_was_lost(
     looked: list[str] = []
     search_runs, create_run = MlflowClient.search_runs, MlflowClient.create_run
 
-    def look(self: MlflowClient, ids: list[str], wanted: str = "", **more: object) -> object:
+    def look(self: MlflowClient, ids: list[str], wanted: str = "", **more: Any) -> object:
         looked.append(wanted)
         return search_runs(self, ids, wanted, **more)
 
-    def create_and_lose(self: MlflowClient, *args: object, **more: object) -> Run:
+    def create_and_lose(self: MlflowClient, *args: Any, **more: Any) -> Run:
         made = create_run(self, *args, **more)
         if more["run_name"] == "tile-b" and "lost" not in looked:
             looked.append("lost")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.tracking import MlflowClient
 
 from tune.settings.search import Promote
@@ -321,7 +321,7 @@ class Tracker:
         if key in self._runs:
             return self._runs[key]
         experiment = self._experiment_id()
-        found = []
+        found: list[Run] = []
         if not self._is_first or key in self._asked_for:  # MLflow looks at all runs: of 10,000 that takes 35 ms
             wanted = f"tags.`dskd.category` = {quoted(category)} and tags.`dskd.trial` = '{trial_id or '-'}'"
             # The oldest, should a request that seemed lost have made a second one.

@@ -37,7 +37,7 @@ from runs import add_run, field_values, finished_runs, print_commands
 from scipy import ndimage
 
 from dskd import metrics
-from dskd.anomaly import BLUR_REFERENCE, anomaly_maps, discrepancies
+from dskd.anomaly import BLUR_REFERENCE, anomaly_maps
 from dskd.config import DataSpec, RunConfig, TeacherSource
 from dskd.data.cache import ArrayCache, default_folder
 from dskd.data.datasets import read_category, read_test_split
@@ -49,6 +49,7 @@ from dskd.data.tiles import MAP_STRIDE
 from dskd.demo.dataset import draw_dataset
 from dskd.detector import Detector
 from dskd.metrics import MetricState
+from dskd.model.distances import discrepancies
 from dskd.model.teacher import normalize
 from dskd.presets import PRESETS
 from dskd.training.inputs import prepare

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from dskd.anomaly import Discrepancies, anomaly_maps
+from dskd.anomaly import anomaly_maps
 from dskd.config import ScoreConfig
 from dskd.evaluate import AnomalyScores
+from dskd.model.distances import Discrepancies
 from dskd.model.features import FeatureTable
 
 _BATCH = 16

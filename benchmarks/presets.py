@@ -38,6 +38,7 @@ from dskd.config import DataSpec, RunConfig, TeacherSource
 from dskd.data.cache import ArrayCache, default_folder
 from dskd.data.datasets import find_categories
 from dskd.data.geometry import Geometry
+from dskd.device import computing_device
 from dskd.evaluate import AnomalyScores, LabelledImages, compute_metrics, labelled_test_split, score_images
 from dskd.model.features import feature_table
 from dskd.presets import PRESETS
@@ -236,7 +237,7 @@ def key_of(name: str, config: RunConfig, inputs: TrainingData) -> str:
 
 def missing_and_known(options: Options) -> Iterator[dict[str, Any]]:
     """The record of every requested run; a run that is not in the results file is trained."""
-    device = torch.device(options.device)
+    device = computing_device(options.device)
     cache = ArrayCache(options.cache_dir, int(options.cache_gb * 1e9)) if options.cache_gb > 0 else None
     known = finished_runs(options.results)
     wanted = methods(options)

@@ -2,8 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -12,46 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dskd.config import Fusion, ScoreConfig
-from dskd.model.distances import Pyramid, position_distances
+from dskd.device import constant
+from dskd.model.distances import Discrepancies
 
 BLUR_REFERENCE = 256
 """Map side, in pixels, that `blur_sigma` is meant for."""
 BLUR_TRUNCATE = 4.0
 """Radius of the Gaussian in standard deviations; scipy's default, as in RD4AD's code."""
-
-
-class Discrepancies(NamedTuple):
-    """How far each student is from the teacher at every position; None without that student.
-
-    Cosine distances in [0, 2], one map per level, shallowest first: all that scoring needs, whatever the
-    score configuration, and a fraction of the pyramids' size.
-    """
-
-    encoder: tuple[Float[Tensor, "b _ _"], ...] | None
-    decoder: tuple[Float[Tensor, "b _ _"], ...] | None
-
-
-Distances = Callable[[Tensor, Tensor], Tensor]
-
-
-def discrepancies(
-    teacher: Pyramid, encoder: Pyramid | None, decoder: Pyramid | None, distances: Distances = position_distances
-) -> Discrepancies:
-    """1 - cos per position and level (Wang et al., arXiv 2103.04257, equation 1), in float32.
-
-    >>> teacher, encoder = torch.tensor([[[[1.0]], [[0.0]]]]), torch.tensor([[[[0.0]], [[2.0]]]])
-    >>> discrepancies((teacher,), (encoder,), None)
-    Discrepancies(encoder=(tensor([[[1.]]]),), decoder=None)
-    """
-
-    def compare(student: Pyramid) -> tuple[Tensor, ...]:
-        return tuple(
-            # Rounding can leave a negative distance, of which a product's fractional power is not a number.
-            distances(target, level).clamp_min(0)
-            for target, level in zip(teacher, student, strict=True)
-        )
-
-    return Discrepancies(None if encoder is None else compare(encoder), None if decoder is None else compare(decoder))
 
 
 def anomaly_maps(
@@ -131,7 +97,7 @@ def _between(level: Tensor, size: tuple[int, int], sigma: float, weight: float =
     if sigma == 0 and tuple(level.shape[-2:]) == size:
         return level if weight == 1 else weight * level
     rows, columns = (
-        torch.tensor(_resized_rows(small, side, sigma), device=level.device)
+        constant(level.device, _resized_rows, small, side, sigma)
         for small, side in zip(level.shape[-2:], size, strict=True)
     )
     with torch.autocast(level.device.type, enabled=False):
@@ -158,7 +124,7 @@ def _blur(maps: Tensor, sigma: float) -> Tensor:
         return maps
     # As two matrix products: exact borders without padding, and float32 where autocast or cuDNN's
     # TF32 would round a convolution.
-    rows, columns = (torch.tensor(_blur_matrix(side, sigma), device=maps.device) for side in maps.shape[-2:])
+    rows, columns = (constant(maps.device, _blur_matrix, side, sigma) for side in maps.shape[-2:])
     with torch.autocast(maps.device.type, enabled=False):
         return rows @ maps @ columns.T
 

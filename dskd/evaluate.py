@@ -1,9 +1,10 @@
 """Maps, scores and metrics of labelled images; the only module that reads test labels."""
 
 import dataclasses
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,24 +13,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dskd import metrics
-from dskd.anomaly import BLUR_REFERENCE, Discrepancies, anomaly_maps, discrepancies, image_scores
+from dskd.anomaly import BLUR_REFERENCE, anomaly_maps, image_scores
 from dskd.config import LayoutName, RunConfig
 from dskd.data.datasets import read_test_split
-from dskd.data.defects import add_defects
+from dskd.data.defects import add_defects, find_foreground
 from dskd.data.depth import PixelScale
 from dskd.data.geometry import Frame, Geometry, LargeCanvas
 from dskd.data.images import checked_mask, load_framed, load_images, load_inside, load_masks
 from dskd.data.samples import Sample
 from dskd.data.tiles import MAP_STRIDE, TilePlace, on_map, stitched_map, tile_masks, tiled_score, tiles_inside
-from dskd.device import to_device
+from dskd.device import to_device, to_host
 from dskd.metrics import MetricState, Scores
+from dskd.model.distances import Discrepancies, discrepancies
 from dskd.model.features import FeatureTable
+from dskd.model.frozen import FrozenNetworks
 from dskd.model.teacher import Teacher, normalize
 
 _BATCH = 16
-_BATCH_PIXELS = 1 << 18
-"""Of a batch on the CPU: a ResNet's first layer then stays below the 32 MiB from which on glibc fetches memory from the
-system at every call, which takes longer than what larger batches gain."""
 
 
 class LabelledImages(NamedTuple):
@@ -198,8 +198,9 @@ def synthetic_validation(
     repeats = -(-max(num_defective, len(normals)) // len(normals))
     count = max(num_defective, len(normals))
     scored = None if inside is None else np.concatenate([inside] * repeats)[:count]
+    objects = ([find_foreground(image) for image in normals] * repeats)[:count]
     defective, masks = add_defects(
-        np.concatenate([normals] * repeats)[:count], seed=seed, textures=textures, inside=scored
+        np.concatenate([normals] * repeats)[:count], seed=seed, textures=textures, inside=scored, objects=objects
     )
     return LabelledImages(
         np.concatenate([normals, defective]),
@@ -259,20 +260,19 @@ def test_samples(
 
 
 def inspect_images(
-    networks: tuple[Teacher, nn.Module],
+    networks: FrozenNetworks,
     images: npt.NDArray[np.uint8],
     config: RunConfig,
     device: torch.device,
     inside: npt.NDArray[np.bool_] | None = None,
 ) -> AnomalyScores:
-    """As `score_images`, with networks from `folded_pair` and in the batches of an inspection."""
-    batch_size = _BATCH
-    if device.type == "cpu":
-        batch_size = max(1, min(_BATCH, _BATCH_PIXELS // (images.shape[1] * images.shape[2])))
-    return score_images(*networks, images, config, device, inside=inside, batch_size=batch_size)
+    """As `score_images`, in the batches of an inspection."""
+    size = networks.batch_size(images.shape[1], images.shape[2])
+    starts = range(0, len(images), size)
+    compared = (networks.compare(to_device(device, images, slice(start, start + size))) for start in starts)
+    return _scores_of(compared, len(images), images.shape[1:3], config, device, inside)
 
 
-@torch.inference_mode()
 def score_images(
     teacher: Teacher | FeatureTable,
     students: nn.Module,
@@ -289,24 +289,49 @@ def score_images(
     maps are 0.
     """
     order = np.arange(len(images)) if indices is None else np.asarray(indices, np.int64)
-    size = (images.shape[1], images.shape[2])
-    maps = np.empty((len(order), *size), np.float32)
-    scores = np.empty(len(order), np.float32)
-    start = 0
-    for found in _compared(teacher, students, images, device, order, batch_size):
-        batch = anomaly_maps(found, config.score, size)
+    chosen = inside if inside is None else inside[order]
+    compared = _compared(teacher, students, images, device, order, batch_size)
+    return _scores_of(compared, len(order), images.shape[1:3], config, device, chosen)
+
+
+@torch.inference_mode()
+def _scores_of(
+    compared: Iterator[Discrepancies],
+    count: int,
+    size: tuple[int, ...],
+    config: RunConfig,
+    device: torch.device,
+    inside: npt.NDArray[np.bool_] | None,
+) -> AnomalyScores:
+    """Maps and scores of `count` images of that (height, width), whose batches follow each other."""
+    height, width = size
+    maps = np.empty((count, height, width), np.float32)
+    scores = np.empty(count, np.float32)
+    num_read = num_seen = 0
+    unread: deque[tuple[Callable[[], npt.NDArray[Any]], ...]] = deque()
+
+    def read() -> None:
+        nonlocal num_read
+        batch, pooled = (wait() for wait in unread.popleft())
+        end = num_read + len(batch)
+        maps[num_read:end], scores[num_read:end] = batch, pooled
+        num_read = end
+
+    for found in compared:
+        batch = anomaly_maps(found, config.score, (height, width))
         if inside is not None:
-            batch = batch * to_device(device, inside, order[start : start + len(batch)])
-        maps[start : start + len(batch)] = batch.float().cpu().numpy()
-        pooled = image_scores(batch, config.score.score_top_fraction)
-        scores[start : start + len(batch)] = pooled.float().cpu().numpy()
-        start += len(batch)
+            batch = batch * to_device(device, inside, slice(num_seen, num_seen + len(batch)))
+        num_seen += len(batch)
+        unread.append((to_host(batch.float()), to_host(image_scores(batch, config.score.score_top_fraction).float())))
+        if len(unread) > 1:  # a GPU works on this batch while the one before it is read
+            read()
+    while unread:
+        read()
     return AnomalyScores(maps, scores)
 
 
 def score_canvas(
-    teacher: Teacher,
-    students: nn.Module,
+    networks: FrozenNetworks,
     canvas: npt.NDArray[np.uint8] | LargeCanvas,
     frame: Frame,
     config: RunConfig,
@@ -319,7 +344,7 @@ def score_canvas(
 
     @torch.inference_mode()
     def score_tiles(tiles: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        (found,) = _compared(teacher, students, tiles, device, np.arange(len(tiles)))
+        found = networks.compare(to_device(device, tiles, slice(None)))
         maps: npt.NDArray[np.float32] = anomaly_maps(found, sharp, side).float().cpu().numpy()
         return maps
 
@@ -329,8 +354,7 @@ def score_canvas(
 
 
 def score_files(
-    teacher: Teacher,
-    students: nn.Module,
+    networks: FrozenNetworks,
     paths: Sequence[Path],
     config: RunConfig,
     geometry: Geometry,
@@ -341,13 +365,12 @@ def score_files(
     scores = []
     for path in paths:
         framed = load_framed(path, geometry, scale)
-        scores.append(score_canvas(teacher, students, framed.rgb, framed.frame, config, geometry, device)[1])
+        scores.append(score_canvas(networks, framed.rgb, framed.frame, config, geometry, device)[1])
     return scores
 
 
 def evaluate_tiled(
-    teacher: Teacher,
-    students: nn.Module,
+    networks: FrozenNetworks,
     samples: Sequence[Sample],
     config: RunConfig,
     geometry: Geometry,
@@ -360,7 +383,7 @@ def evaluate_tiled(
     seen: list[SeenImage] = []
     for sample in samples:
         framed = load_framed(sample.path, geometry, scale)
-        heat, score = score_canvas(teacher, students, framed.rgb, framed.frame, config, geometry, device)
+        heat, score = score_canvas(networks, framed.rgb, framed.frame, config, geometry, device)
         mask, is_defective = np.zeros(heat.shape, np.bool_), sample.is_defective
         if sample.mask is not None:
             marked = checked_mask(sample, on_note)

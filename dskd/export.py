@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, UInt8
 from scipy import ndimage
 from torch import Tensor, nn
 
-from dskd.anomaly import BLUR_REFERENCE, anomaly_maps, discrepancies, image_scores
+from dskd.anomaly import BLUR_REFERENCE, anomaly_maps, image_scores
 from dskd.atomic import check_can_be_made, file_in_making
 from dskd.checkpoint import Origin
 from dskd.config import VERSION, RunConfig
@@ -26,6 +26,7 @@ from dskd.data.geometry import NEUTRAL, Geometry, RegionOfInterest, whole_frame
 from dskd.data.images import Framed, load_framed
 from dskd.data.tiles import MAP_STRIDE, stitched_map, tiled_score
 from dskd.detector import Detector, Prediction, Unreadable, inside_of, predictions
+from dskd.model.distances import discrepancies
 from dskd.model.teacher import IMAGENET_MEAN, IMAGENET_STD
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class DetectorGraph(nn.Module):
 
     def __init__(self, detector: Detector) -> None:
         super().__init__()
-        self.teacher, self.students = detector.frozen
+        self.teacher, self.students = detector.frozen.teacher, detector.frozen.students
         self.config = detector.record.config
         self.geometry = detector.geometry
         mean, std = torch.tensor(IMAGENET_MEAN)[:, None, None], torch.tensor(IMAGENET_STD)[:, None, None]

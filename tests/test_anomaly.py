@@ -8,8 +8,9 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from dskd.anomaly import Discrepancies, anomaly_maps, discrepancies, image_scores
+from dskd.anomaly import anomaly_maps, image_scores
 from dskd.config import ScoreConfig
+from dskd.model.distances import Discrepancies, discrepancies
 
 SHARP = {"blur_sigma": 0.0}
 

@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -306,7 +307,9 @@ def test_what_a_trial_costs_the_driver_is_told_for_every_window(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("seconds", [600, -600])
-@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+@pytest.mark.skipif(
+    shutil.which("cc") is None or platform.machine() != "x86_64", reason="needs a C compiler, and this kernel's numbers"
+)
 def test_a_shifted_clock_shows_another_time_and_leaves_waits_alone(
     seconds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -331,3 +334,20 @@ def test_a_shifted_clock_shows_another_time_and_leaves_waits_alone(
     )  # fmt: skip
     shown, taken = map(float, done.stdout.split())
     assert abs(shown - time.time() - seconds) < 60 and taken < 60
+
+
+@pytest.mark.cluster
+def test_what_a_category_costs_the_driver_is_told_for_its_trials_and_its_champion(tmp_path: Path) -> None:
+    words = ("--categories", "2", "--trials", "2", "--window", "1", "--at-once", "2")
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "scale.py"), *words], cwd=tmp_path, capture_output=True, text=True,
+        timeout=500, check=True,
+    )  # fmt: skip
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line]
+    head, _, *told = rows
+    stages = [("prepared", 2), ("trials", 1), ("trials", 2), ("champions", 1), ("champions", 2), ("reported", 2)]
+    assert [(row[0], int(row[1])) for row in told] == stages
+    cost_of = {name: [float(row[head.index(name)]) for row in told] for name in head[2:]}
+    assert min(cost_of["CPU ms each"]) > 0 and max(cost_of["pictures"]) > 0 and max(cost_of["inputs"]) > 0
+    assert max(cost_of["studies"][1:3]) > 0, "in processes of their own"
+    assert "2 categories have a champion" in done.stdout

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from dskd.data import datasets
 from dskd.data.datasets import (
     Category,
     find_categories,
@@ -16,6 +17,7 @@ from dskd.data.datasets import (
 )
 from dskd.data.geometry import Geometry
 from dskd.data.images import load_masks
+from dskd.data.layouts import Layout, recognised
 from dskd.data.samples import Sample
 
 
@@ -49,6 +51,34 @@ def test_two_categories_of_one_name_are_refused_naming_both(tmp_path: Path) -> N
     category(tmp_path / "new/nut")
     with pytest.raises(ValueError, match=r"two categories are named nut: .*new/nut and .*old/nut"):
         find_categories(tmp_path)
+
+
+def test_a_category_is_looked_for_among_all_only_when_it_is_not_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("nut", "bolt", "ring"):
+        category(tmp_path / "old" / name)
+    looked: list[Path] = []
+
+    def look(folder: Path) -> tuple[Layout, ...]:
+        looked.append(folder)
+        return recognised(folder)
+
+    monkeypatch.setattr(datasets, "recognised", look)
+
+    def folder_of(name: str) -> Path:
+        return read_category(tmp_path, name).folder.relative_to(tmp_path.resolve())
+
+    assert folder_of("nut") == Path("old/nut") and len(looked) == 5
+    looked.clear()
+    assert folder_of("bolt") == Path("old/bolt") and folder_of("nut") == Path("old/nut") and len(looked) == 2
+    (tmp_path / "new").mkdir()
+    (tmp_path / "old/nut").rename(tmp_path / "new/nut")
+    category(tmp_path / "new/screw")
+    assert folder_of("nut") == Path("new/nut") and folder_of("screw") == Path("new/screw")
+    paint(tmp_path / "new/nut/train/ok/0.png")
+    with pytest.raises(ValueError, match="nut is ambiguous"):
+        folder_of("nut")
 
 
 def test_missing_data_folder_and_unknown_category_name_what_there_is(mvtec_root: Path, tmp_path: Path) -> None:

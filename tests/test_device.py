@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dskd.device import computing_device, to_device
+from dskd.device import computing_device, constant, resident, to_device, to_host
 
 
 @pytest.mark.parametrize("wanted", ["tpu", "cuda:", "cuda0", "CPU", ""])
@@ -49,6 +49,16 @@ def test_rows_of_a_read_only_file_are_a_copy(tmp_path: Path, recwarn: pytest.War
     to_device(cpu, table, slice(1, 3)).zero_()
     np.testing.assert_array_equal(table, values)
     assert not list(recwarn)
+
+
+def test_a_cpu_keeps_nothing_resident_and_reads_what_is() -> None:
+    values, cpu = np.arange(12.0).reshape(4, 3), torch.device("cpu")
+    assert resident(cpu, values) is values
+    there = torch.from_numpy(values)
+    np.testing.assert_array_equal(to_device(cpu, there, np.array([2, 0])).numpy(), values[[2, 0]])
+    np.testing.assert_array_equal(to_device(cpu, there, slice(1, 3)).numpy(), values[1:3])
+    np.testing.assert_array_equal(to_host(there)(), values)
+    assert constant(cpu, tuple, (1.0, 2.0)) is not constant(cpu, tuple, (1.0, 2.0))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")

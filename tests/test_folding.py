@@ -16,6 +16,7 @@ from dskd.evaluate import score_canvas, score_images
 from dskd.export import as_inputs, generated_images
 from dskd.model import AmplifiedTeacher, build_amplifier, build_students, build_teacher
 from dskd.model.folding import folded, folded_pair
+from dskd.model.frozen import FrozenNetworks
 from dskd.presets import PRESETS
 
 CPU = torch.device("cpu")
@@ -67,7 +68,7 @@ def test_scores_are_those_of_the_trained_networks(preset: str, shape: dict[str, 
         inside[:, :16] = False
     expected = score_images(detector.teacher, detector.students, images, config, CPU, inside=inside)
     found = detector.score_images(images, inside)
-    assert not any(has_batchnorm(part) for part in detector.frozen)
+    assert not any(has_batchnorm(part) for part in (detector.frozen.teacher, detector.frozen.students))
     np.testing.assert_allclose(found.maps, expected.maps, rtol=0, atol=1e-5 * expected.maps.max())
     np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-5)
 
@@ -77,8 +78,7 @@ def test_tiles_are_scored_as_by_the_trained_networks() -> None:
     canvas = generated_images(160, 96)[4]
     (image,) = as_inputs(canvas[None])
     heat, score = score_canvas(
-        detector.teacher,
-        detector.students,
+        FrozenNetworks(detector.teacher, detector.students),
         canvas,
         whole_frame(160, 96),
         detector.record.config,

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from dskd.anomaly import Discrepancies
 from dskd.config import DataConfig, ScoreConfig
 from dskd.data.datasets import Category
 from dskd.data.folds import cut_folds, num_folds, split_images
 from dskd.data.samples import Sample
+from dskd.model.distances import Discrepancies
 from dskd.training.evidence import NUM_REPLICATES, Evidence, paired_gain, resampled_objectives
 from dskd.training.score_search import CoarseImages
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dskd.config import RunConfig, TeacherSource
+from dskd.data.datasets import fingerprint
 from tune.storage import inputs as module
 from tune.storage.files import Storage, StoredFile
 from tune.storage.inputs import CategoryInputs, Inputs, InputsChangedError, TrainedOn
@@ -48,6 +49,23 @@ def test_a_copy_with_other_times_is_the_same_and_is_not_read_again(
     begin(folder)
     monkeypatch.setattr(module, "fingerprint", lambda paths: pytest.fail(f"{paths} are read"))
     begin(folder)
+
+
+def test_a_teacher_of_all_categories_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have hundreds of megabytes, and a search hundreds of categories."""
+    read: list[str] = []
+
+    def read_one(paths: list[Path]) -> str:
+        read.extend(path.name for path in paths)
+        return fingerprint(paths)
+
+    monkeypatch.setattr(module, "fingerprint", read_one)
+    inputs = Inputs(f"{folder}/data", "auto", (), TeacherSource(f"{folder}/teacher.safetensors"), "")
+    marks = {
+        name: CategoryInputs(Storage(f"{folder}/results"), "try", name, inputs).check() for name in ("tile", "wood")
+    }
+    assert marks["tile"]["teacher"] == marks["wood"]["teacher"] and len(read) > 10
+    assert read.count("teacher.safetensors") == 1
 
 
 @pytest.mark.parametrize(

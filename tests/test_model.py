@@ -3,6 +3,7 @@ import socket
 import struct
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -426,3 +427,13 @@ def test_level_halvings() -> None:
 def test_student_encoder_has_no_pretrained_stage(teacher: Teacher) -> None:
     encoder = StudentEncoder(RESNET18, (1, 2, 3))
     assert encoder.features.state_dict().keys() == teacher.features.state_dict().keys()
+
+
+def test_students_that_are_built_in_several_threads_have_the_weights_of_their_seeds() -> None:
+    model, seeds = ModelConfig(backbone="test_resnet", levels=(1, 2), embedding_depth=1), range(6)
+    taught = build_teacher(model.backbone, model.levels, "random")
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda seed: build_students(model, taught, seed), seeds))
+    for seed, students in zip(seeds, found, strict=True):
+        expected = build_students(model, taught, seed).state_dict()
+        assert all(torch.equal(value, expected[name]) for name, value in students.state_dict().items())

@@ -342,16 +342,47 @@ def test_lines_for_programs_are_json_with_search_category_and_trial(clock: Clock
     assert "category" not in second and datetime.fromisoformat(second["time"]).tzinfo is not None
 
 
-def test_whoever_watches_by_figures_is_told_after_every_event(clock: Clock) -> None:
+def test_whoever_watches_by_figures_is_told_of_all_events_but_not_of_each_at_once(clock: Clock) -> None:
+    """What is told has a figure for each category and state: after each event that would be all of a driver's time."""
     told: list[Counts] = []
     progress = SearchProgress(2, 2, console=screen(), clock=clock, on_change=told.append)
     progress.show(TrialStarted("tile", "a", {}))
     clock.now += 10
     progress.show(EpochDone("tile", "a", 1, {OBJECTIVE: 0.5}, 1))
     progress.show(TrialEnded("tile", "a", "pruned", ""))
-    assert [each.trials["tile"]["running"] for each in told] == [1, 1, 0]
-    assert told[-1].trials["tile"]["pruned"] == 1 and told[0].seconds_left is None
-    assert told[1].seconds_left is not None and told[1].seconds_left > 0
+    assert [each.trials["tile"]["running"] for each in told] == [1, 1]
+    assert told[0].seconds_left is None and told[1].seconds_left is not None and told[1].seconds_left > 0
+    clock.now += 1
+    progress.beat()
+    assert len(told) == 3 and told[-1].trials["tile"]["running"] == 0 and told[-1].trials["tile"]["pruned"] == 1
+    clock.now += 1
+    progress.beat()
+    assert len(told) == 3, "nothing has changed"
+    with progress.beating():
+        progress.show(TrialStarted("tile", "b", {}))
+        progress.show(TrialEnded("tile", "b", "failed", ""))
+    assert told[-1].trials["tile"]["failed"] == 1, "the last event is told at the latest at the end"
+
+
+def test_of_many_categories_the_table_and_the_line_show_those_that_run(clock: Clock) -> None:
+    console = silent()
+    progress = SearchProgress(1, 10, console=console, clock=clock)
+    names = [f"part-{number:03}" for number in range(500)]
+    with progress.watching(names):
+        for name in names[:300]:
+            progress.show(TrialStarted(name, "a", {}, 1))
+        for name in names[:290]:
+            progress.show(TrialEnded(name, "a", "finished", ""))
+        for name in names[:250]:
+            progress.show(CategoryEnded(name, "finished", {}, {}))
+        shown = Console(file=io.StringIO(), width=100, color_system=None)
+        shown.print(progress.table(12))
+        rows = [line.split("│")[1].strip() for line in written(shown).splitlines() if "│" in line]
+        assert rows == [*names[250:252], *names[290:300]], "ten run, and two wait for their champions"
+        assert "488 more of 500 categories, 250 of all are over" in written(shown)
+        parts = progress.status().split("; ")
+    assert [part.partition(":")[0] for part in parts[:8]] == names[290:298]
+    assert parts[8:10] == ["42 more categories begun", "200 categories starting or waiting"]
 
 
 def test_figures_reach_the_gauges_of_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:

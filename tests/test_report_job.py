@@ -145,6 +145,19 @@ def test_the_report_lies_in_the_storage_and_in_mlflow_and_is_written_again(
     assert tracker.logged == {"tile": (home / REPORT_PAGE).read_bytes()}
 
 
+def test_of_many_categories_the_run_of_each_gets_a_page_of_its_own(results: list[CategoryResult], plan: Any) -> None:
+    """Else MLflow would hold as many pages of all of them as there are categories."""
+    tile, wood = results
+    names = ["wood", *(f"part-{number}" for number in range(10))]
+    many = dataclasses.replace(plan, spaces=plan.spaces | dict.fromkeys(names, plan.spaces["tile"]))
+    tracker = FakeTracker()
+    write_report([tile, *(wood._replace(category=name) for name in names)], many, tracker, Run(0.0, [], "", ""), {})  # type: ignore[arg-type]
+    whole = (Path(plan.addresses.home) / REPORT_PAGE).read_text()
+    (page,) = (page.decode() for page in tracker.logged.values())
+    assert "part-9" in whole and "part-9" not in page and "12, of which this page shows one" in page
+    assert '"name":"tile"' in page and "tile: fewer than 20" in page and "has no detector" not in page
+
+
 def test_no_failure_of_the_report_fails_the_search(results: list[CategoryResult], plan: Any) -> None:
     away: Any = FakeTracker(is_away=True)
     written = write_report(results, plan, away, Run(0.0, [], "", ""), {})

@@ -193,6 +193,8 @@ def test_a_detector_comes_from_a_folder_an_address_or_mlflow(detector_folder: Pa
         ({"concurrency": 3, "address": "auto"}, {"CPU": 2}, Workers(3, 1.0, 0.0)),
         ({}, {"CPU": 1}, "1 workers of 1 CPUs and 0 GPUs, .* lower --concurrency"),
         ({"gpus_per_worker": 1.0}, {"CPU": 8}, "1 workers of 1 CPUs and 1 GPUs, .* and 0 GPUs; lower"),
+        ({"precision": "float16"}, {"CPU": 8}, "--precision float16 needs GPUs, and the workers have none"),
+        ({"precision": "float16"}, {"CPU": 64, "GPU": 4}, Workers(4, 1.0, 1.0)),
     ],
 )
 def test_workers_fill_the_cluster_and_leave_room_to_read_and_write(

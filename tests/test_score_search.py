@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from dskd import metrics
-from dskd.anomaly import Discrepancies, anomaly_maps, image_scores
+from dskd.anomaly import anomaly_maps, image_scores
 from dskd.config import ScoreConfig
+from dskd.model.distances import Discrepancies
 from dskd.training.score_search import search_scores
 
 NUM_NORMALS = 12

@@ -69,6 +69,11 @@ def test_a_search_serves_its_champions_and_says_when_one_changes(
         champions_of(ServeSettings(name="parts", storage=str(tmp_path / "results"), categories=("wood",)))
 
 
+def test_a_lower_precision_without_a_gpu_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--precision float16 needs --gpus-per-replica above 0"):
+        ServeSettings(name="parts", storage=str(tmp_path), precision="float16")
+
+
 def test_a_node_without_a_token_serves_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     from tune.jobs.serve import page_token_of_node
 

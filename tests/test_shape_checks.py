@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import SHAPE_CHECKED
 
-from dskd.anomaly import discrepancies, image_scores
+from dskd.anomaly import image_scores
 from dskd.losses import focal_loss
-from dskd.model.distances import position_distances
+from dskd.model.distances import discrepancies, position_distances
 from dskd.model.teacher import normalize
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dskd.anomaly import anomaly_maps, discrepancies
+from dskd.anomaly import anomaly_maps
 from dskd.checkpoint import write_detector
 from dskd.config import DataConfig, DataSpec, RunConfig, TeacherSource
 from dskd.data.cache import ArrayCache
@@ -45,6 +45,8 @@ from dskd.data.tiles import (
 from dskd.detector import Detector, Prediction
 from dskd.evaluate import score_canvas
 from dskd.export import OnnxDetector, build_model, compare, generated_inputs, network_inputs
+from dskd.model.distances import discrepancies
+from dskd.model.frozen import FrozenNetworks
 from dskd.model.teacher import normalize
 from dskd.predict import predict_images
 from dskd.presets import PRESETS
@@ -331,7 +333,8 @@ def test_an_image_that_is_shifted_has_the_shifted_map(preset: str, overlap: int,
     def by_tiles(canvas: np.ndarray, overlap: int = overlap) -> np.ndarray:
         geometry = Geometry.of(DataConfig(tile=128, overlap=overlap))
         frame = geometry.frame(canvas.shape[1], canvas.shape[0])
-        return score_canvas(detector.teacher, detector.students, canvas, frame, config, geometry, CPU)[0]
+        networks = FrozenNetworks(detector.teacher, detector.students)
+        return score_canvas(networks, canvas, frame, config, geometry, CPU)[0]
 
     def at_once(canvas: np.ndarray) -> np.ndarray:
         with torch.inference_mode():

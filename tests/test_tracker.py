@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import mlflow.data
 import pytest
@@ -153,6 +154,36 @@ def test_a_continued_search_writes_to_the_same_runs(uri: str, tmp_path: Path) ->
         assert set(found) == {"tile", "tile-a"}
         assert found["tile-a"].data.metrics["val/best_objective"] == objectives[-1]
         assert found["tile-a"].info.status == status and "dskd.error" not in found["tile-a"].data.tags
+
+
+def test_a_new_search_looks_for_no_runs_but_for_those_whose_answer_was_lost(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow looks at all runs of the experiment for that, so that each trial would cost more than the one before."""
+    looked: list[str] = []
+    search_runs, create_run = MlflowClient.search_runs, MlflowClient.create_run
+
+    def look(self: MlflowClient, ids: list[str], wanted: str = "", **more: Any) -> object:
+        looked.append(wanted)
+        return search_runs(self, ids, wanted, **more)
+
+    def create_and_lose(self: MlflowClient, *args: Any, **more: Any) -> Run:
+        made = create_run(self, *args, **more)
+        if more["run_name"] == "tile-b" and "lost" not in looked:
+            looked.append("lost")
+            raise ConnectionError("the answer")
+        return made
+
+    monkeypatch.setattr(MlflowClient, "search_runs", look)
+    monkeypatch.setattr(MlflowClient, "create_run", create_and_lose)
+    monkeypatch.setattr(outbox, "FIRST_PAUSE", 0.01)
+    writer = tracker(uri, "many", tmp_path)
+    for trial in "abc":
+        for event in one_trial("tile", trial, 0.5):
+            writer.put(event)
+    assert writer.close(60) == 0
+    assert looked[0] == "lost" and len(looked) == 2 and "'b'" in looked[1]
+    assert set(runs(uri, "many")) == {"tile", "tile-a", "tile-b", "tile-c"}
 
 
 def test_an_event_that_mlflow_refuses_does_not_stop_the_others(

@@ -207,7 +207,7 @@ def test_textures_change_some_of_the_drawn_defects_and_their_cached_features(
     fresh = prepared(tiny, mvtec_root, textures=tmp_path / "textures")
     np.testing.assert_array_equal(found[0].validation_features.rows, fresh.validation_features.rows)
     rows = found[0].validation_features.rows != inputs.validation_features.rows
-    np.testing.assert_array_equal(rows.any(axis=1), changed)
+    np.testing.assert_array_equal(np.asarray(rows).any(axis=1), changed)
 
 
 def test_a_feature_row_is_the_teachers_pyramid_of_that_image(inputs: TrainingData) -> None:

@@ -34,7 +34,7 @@ from dskd.cli.output import (
     show,
     training_document,
 )
-from dskd.config import VERSION, DataSpec, LayoutName, RunConfig, TeacherSource
+from dskd.config import VERSION, DataSpec, LayoutName, Precision, RunConfig, TeacherSource
 from dskd.presets import PRESETS, Preset
 
 if TYPE_CHECKING:
@@ -223,6 +223,7 @@ def evaluate(
     false_alarm_rate: float = 0.01,
     threshold: float | None = None,
     device: str = "auto",
+    precision: Precision = "float32",
     max_megapixels: float | None = None,
     json: bool = False,
 ) -> None:
@@ -235,13 +236,14 @@ def evaluate(
         false_alarm_rate: Share of good images that may be called anomalous, in (0, 1), for the counts of verdicts.
         threshold: Score above which an image is anomalous, instead of the calibrated one.
         device: auto, cpu, cuda or cuda:N.
+        precision: Of a GPU; float16 is four times as fast as float32 and moves scores by some thousandths.
         max_megapixels: Larger images are refused as decompression bombs; 512, or $DSKD_MAX_MEGAPIXELS, unless given.
         json: Print one JSON document.
     """
     _allow_megapixels(max_megapixels)
     from dskd.detector import chosen_limit, rates_of
 
-    loaded = _load(detector, device)
+    loaded = _load(detector, device, precision)
     limit, note = chosen_limit(loaded, false_alarm_rate, threshold)
     found = loaded.evaluation(data, category or loaded.record.category, say)
     if json:
@@ -282,6 +284,7 @@ def predict(
     group_by: str = "",
     overlays: Literal["all", "anomalous", "none"] = "all",
     device: str = "auto",
+    precision: Precision = "float32",
     max_megapixels: float | None = None,
     json: bool = False,
 ) -> None:
@@ -301,6 +304,7 @@ def predict(
             several images, whose verdicts go to parts.jsonl.
         overlays: Of which images a picture is drawn; of many images it takes as long as the inspection.
         device: auto, cpu, cuda or cuda:N.
+        precision: Of a GPU; float16 is four times as fast as float32 and moves scores by some thousandths.
         max_megapixels: Larger images are refused as decompression bombs; 512, or $DSKD_MAX_MEGAPIXELS, unless given.
         json: Print one JSON document.
     """
@@ -309,7 +313,7 @@ def predict(
 
     _allow_megapixels(max_megapixels)
     check_out(out)
-    loaded = _load(detector, device)
+    loaded = _load(detector, device, precision)
     found = find_images(images)
     chosen_limit(loaded, false_alarm_rate, threshold)  # what is wrong with it is said before anything else
     check_discovery_rate(loaded.record, fdr, threshold)
@@ -475,6 +479,7 @@ def page(
     port: int = 8700,
     allowed_host: tuple[str, ...] = (),
     device: str = "auto",
+    precision: Precision = "float32",
     max_megapixels: float | None = None,
     requests_per_minute: float = 1200.0,
 ) -> None:
@@ -488,6 +493,7 @@ def page(
         port: TCP port; 0 takes a free one.
         allowed_host: Name under which a proxy on this machine publishes the page.
         device: auto, cpu, cuda or cuda:N.
+        precision: Of a GPU, as for `dskd predict`.
         max_megapixels: Larger images are refused; 100, or $DSKD_MAX_MEGAPIXELS, unless given.
         requests_per_minute: Of one address, at least 1; behind a proxy all clients have one address.
     """
@@ -506,7 +512,15 @@ def page(
         max_megapixels = MEGAPIXELS
     _allow_megapixels(max_megapixels)
     limits = Limits(requests_per_minute=requests_per_minute)
-    serve_page(detectors, port=port, device=str(computing_device(device)), hosts=allowed_host, limits=limits, say=say)
+    serve_page(
+        detectors,
+        port=port,
+        device=str(computing_device(device)),
+        precision=precision,
+        hosts=allowed_host,
+        limits=limits,
+        say=say,
+    )
 
 
 def export(
@@ -689,11 +703,11 @@ def _train_command(arguments: Sequence[str]) -> Callable[..., None]:
     return functools.partial(command, data=Path(), out=Path()) if chosen.print_config else command
 
 
-def _load(folder: Path, device: str) -> "Detector":
+def _load(folder: Path, device: str, precision: Precision = "float32") -> "Detector":
     from dskd.detector import UNTRAINED_TEACHER, Detector
     from dskd.device import computing_device
 
-    detector = Detector.load(folder, str(computing_device(device)))
+    detector = Detector.load(folder, str(computing_device(device)), precision)
     if detector.record.is_untrained_teacher:
         say(UNTRAINED_TEACHER)
     return detector

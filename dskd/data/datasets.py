@@ -27,6 +27,8 @@ NUM_VALIDATION_DEFECTS = 32
 MAX_TRAINING_TILES, MAX_VALIDATION_TILES = 2048, 64
 """More tiles than these are not used: the teacher's features of 2048 tiles of 256 pixels take 3.7 GB."""
 _MAX_DEPTH = 3  # of a category folder below the data folder
+_seen: "dict[tuple[Path, bool], dict[str, CategoryFolder]]" = {}
+"""Folders by category that `_found` has seen below a data folder, with or without those that have a test split only."""
 
 
 class Category(NamedTuple):
@@ -93,15 +95,17 @@ def scan(root: Path, layout: LayoutName = "auto", *, with_test_only: bool = Fals
 def _category_folders(folder: Path, depth: int, with_test_only: bool, entered: set[Path]) -> Iterator[CategoryFolder]:
     if (real := folder.resolve()) in entered:  # a link back to a folder above
         return
-    layouts = recognised(folder)
-    if not layouts and with_test_only and has_test_split(folder):
-        layouts = (TEST_ONLY,)
-    if layouts:
+    if layouts := _layouts_of(folder, with_test_only):
         yield CategoryFolder(folder, layouts)
     elif depth > 0:
         for child in class_folders(folder):
             if child.name not in SPLIT_FOLDERS:
                 yield from _category_folders(child, depth - 1, with_test_only, entered | {real})
+
+
+def _layouts_of(folder: Path, with_test_only: bool) -> tuple[Layout, ...]:
+    layouts = recognised(folder)
+    return (TEST_ONLY,) if not layouts and with_test_only and has_test_split(folder) else layouts
 
 
 def find_categories(root: Path, layout: LayoutName = "auto") -> dict[str, Path]:
@@ -150,11 +154,25 @@ def read_test_split(root: Path, name: str, layout: LayoutName = "auto") -> Categ
 
 
 def _listed(root: Path, name: str, layout: LayoutName, *, with_test_only: bool) -> tuple[Path, Layout, Listing]:
+    folder, (found,) = _found(root, name, layout, with_test_only=with_test_only)
+    return folder, found, found.read(folder)
+
+
+def _found(root: Path, name: str, layout: LayoutName, *, with_test_only: bool) -> CategoryFolder:
+    """The folder of a category.
+
+    All folders are looked at only if it is not where it was: else each of N categories would cost N looks.
+    """
+    known = (root.resolve(), with_test_only)
+    before = _seen.get(known, {}).get(name) if layout == "auto" else None
+    if before is not None and root.is_dir() and _layouts_of(before.folder, with_test_only) == before.layouts:
+        return before
     categories = _by_name(root, layout, with_test_only=with_test_only)
     if name not in categories:
         raise ValueError(f"no category {name!r} in {root}; it holds: {', '.join(categories)}.")
-    folder, (found,) = categories[name]
-    return folder, found, found.read(folder)
+    if layout == "auto":
+        _seen[known] = categories
+    return categories[name]
 
 
 def _as_category(name: str, folder: Path, layout: Layout, listing: Listing) -> Category:

@@ -50,7 +50,12 @@ class _Site(NamedTuple):
 
 
 def add_defects(
-    images: Bytes, *, seed: int, textures: Bytes | None = None, inside: NDArray[np.bool_] | None = None
+    images: Bytes,
+    *,
+    seed: int,
+    textures: Bytes | None = None,
+    inside: NDArray[np.bool_] | None = None,
+    objects: Sequence[Mask] | None = None,
 ) -> tuple[Bytes, NDArray[np.bool_]]:
     """Copies of good images (N, H, W, 3), each with one visible defect, and the defects' masks (N, H, W).
 
@@ -59,7 +64,8 @@ def add_defects(
     `textures`, so it stays the same when images are appended. Outside its mask no channel differs by more than
     `NOTICEABLE`; inside, every pixel is changed by more than that or lies between such pixels.
     Areas are mostly 0.1 % to 10 % of the image, centred on the object if it differs from the image border.
-    `inside` (N, H, W) are the pixels that may change; an image without such pixels has no defect.
+    `inside` (N, H, W) are the pixels that may change; an image without such pixels has no defect. `objects` are what
+    `find_foreground` gives for the images, for callers that know it already: finding it takes a quarter of the time.
     Raises ValueError on arrays of another type or shape, sides below 16 pixels, and negative seeds.
     """
     _check_images("images", images)
@@ -76,7 +82,8 @@ def add_defects(
     for index, image in enumerate(images):
         rng = np.random.default_rng([seed, index])
         where = None if inside is None else inside[index]
-        changed[index], masks[index] = _add_defect(rng, np.asarray(image), textures, where)
+        found = find_foreground(image) if objects is None else objects[index]
+        changed[index], masks[index] = _add_defect(rng, np.asarray(image), found, textures, where)
         if where is not None:
             masks[index] &= where
     return changed, masks
@@ -195,11 +202,13 @@ def _log_uniform(rng: Generator, low: float, high: float) -> float:
     return float(np.exp(rng.uniform(np.log(low), np.log(high))))
 
 
-def _add_defect(rng: Generator, image: Bytes, textures: Bytes | None, inside: Mask | None) -> tuple[Bytes, Mask]:
+def _add_defect(
+    rng: Generator, image: Bytes, found: Mask, textures: Bytes | None, inside: Mask | None
+) -> tuple[Bytes, Mask]:
     where = np.ones(image.shape[:2], np.bool_) if inside is None else inside
     if not where.any():
         return image, np.zeros_like(where)
-    foreground = find_foreground(image) & where
+    foreground = found & where
     if not foreground.any():
         foreground = where
     is_grey = bool((image == image[..., :1]).all())

@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from dskd.data.cache import ArrayCache
 from dskd.data.images import progress_bar
-from dskd.device import to_device
+from dskd.device import resident, to_device
 from dskd.model.teacher import Teacher, normalize, weights_fingerprint
 
 _CHUNK = 16
@@ -19,7 +20,7 @@ _CHUNK = 16
 class FeatureTable(NamedTuple):
     """Pyramids of N images, one float32 row each, the levels one after the other."""
 
-    rows: npt.NDArray[np.float32]
+    rows: npt.NDArray[np.float32] | Float[Tensor, "n values"]
     shapes: tuple[tuple[int, int, int], ...]
     """(channels, height, width) of each level, shallowest first."""
 
@@ -30,6 +31,10 @@ class FeatureTable(NamedTuple):
         return tuple(
             part.unflatten(1, shape) for part, shape in zip(rows.split(sizes, dim=1), self.shapes, strict=True)
         )
+
+    def resident(self, device: torch.device) -> "FeatureTable":
+        """The same, in a GPU's memory where there is room."""
+        return self if isinstance(self.rows, Tensor) else FeatureTable(resident(device, self.rows), self.shapes)
 
 
 def feature_table(

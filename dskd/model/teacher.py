@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dskd.config import TeacherSource
+from dskd.device import constant
 from dskd.model.distances import Pyramid
 from dskd.model.seeding import seeded
 
@@ -98,8 +99,8 @@ def normalize(images: UInt8[Tensor, "b height width 3"]) -> Float[Tensor, "b 3 h
 
     The result keeps the memory order of the bytes (torch.channels_last), in which convolutions run faster.
     """
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device)
-    std = torch.tensor(IMAGENET_STD, device=images.device)
+    mean = constant(images.device, tuple, IMAGENET_MEAN)
+    std = constant(images.device, tuple, IMAGENET_STD)
     return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)
 
 

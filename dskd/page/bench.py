@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dskd.checkpoint import RECORD_FILE, BrokenDetectorError
+from dskd.config import Precision
 from dskd.detector import PREDICT_CHUNK, Detector
 from dskd.jobs.feedback import Quarantine, QuarantineFullError
 from dskd.page.inspector import Category, Judged, Photo, Question, Refusal, unknown_category
@@ -24,13 +25,13 @@ _log = logging.getLogger(__name__)
 class Bench:
     """An `Inspector` of detector folders. A folder whose record changes, by feedback or a new search, is read again."""
 
-    def __init__(self, folders: Sequence[Path], device: str = "cpu") -> None:
+    def __init__(self, folders: Sequence[Path], device: str = "cpu", precision: Precision = "float32") -> None:
         """Load the detectors; raises ValueError where two are of one category, BrokenDetectorError as `Detector`."""
-        self._device = device
+        self._device, self._precision = device, precision
         self._folders: dict[str, Path] = {}
         self._loaded: dict[str, tuple[object, Detector]] = {}
         for folder in folders:
-            stamp, detector = _stamp(folder), Detector.load(folder, device)
+            stamp, detector = _stamp(folder), Detector.load(folder, device, precision)
             name = detector.record.category
             if name in self._folders:
                 raise ValueError(
@@ -86,7 +87,7 @@ class Bench:
             with contextlib.suppress(OSError):  # gone for a moment, while a new one takes its place
                 if (now := _stamp(self._folders[name])) != stamp:
                     try:
-                        detector = Detector.load(self._folders[name], self._device)
+                        detector = Detector.load(self._folders[name], self._device, self._precision)
                     except BrokenDetectorError as error:
                         _log.error("goes on with the detector before: %s", error)
                     self._loaded[name] = now, detector

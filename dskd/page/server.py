@@ -8,6 +8,7 @@ from pathlib import Path
 
 import uvicorn
 
+from dskd.config import Precision
 from dskd.page.app import make_app
 from dskd.page.bench import Bench
 from dskd.page.guard import Limits
@@ -25,6 +26,7 @@ def serve_page(
     *,
     port: int,
     device: str,
+    precision: Precision = "float32",
     hosts: tuple[str, ...] = (),
     limits: Limits | None = None,
     say: Callable[[str], object],
@@ -35,7 +37,7 @@ def serve_page(
     Raises ValueError as `Bench`, on a token that is too short, and OSError where the port is taken.
     """
     token, is_own = page_token()
-    bench = Bench(folders, device)
+    bench = Bench(folders, device, precision)
     listening = socket.socket()
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

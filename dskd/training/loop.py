@@ -4,12 +4,10 @@ An interval is the steps from one validation to the next. An epoch, one pass ove
 few images it is so short that a validation after each would cost as much as the training itself.
 """
 
-import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dskd.config import LossConfig, RunConfig, TrainConfig
-from dskd.device import WorkerRank, mean_over_workers, to_device
+from dskd.device import WorkerRank, mean_over_workers, resident, to_device
 from dskd.losses import LossTerms, distillation_loss
 from dskd.model.distances import Pyramid
 from dskd.model.features import FeatureTable
@@ -55,10 +53,11 @@ class Interval(NamedTuple):
 
 def build_optimizer(students: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """The optimiser of RD4AD (arXiv 2201.10703) or STFPM (arXiv 2103.04257) over the students' parameters."""
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(students.parameters(), lr=config.learning_rate, momentum=0.9, weight_decay=1e-4)
     # On a GPU one kernel updates all parameters; the result is the same up to rounding.
     fused = True if next(students.parameters()).is_cuda else None
+    if config.optimizer == "sgd":
+        rate = config.learning_rate
+        return torch.optim.SGD(students.parameters(), lr=rate, momentum=0.9, weight_decay=1e-4, fused=fused)
     return torch.optim.Adam(students.parameters(), lr=config.learning_rate, betas=(0.5, 0.999), fused=fused)
 
 
@@ -106,31 +105,28 @@ def draw_batches(
         left = order[num_full:]
 
 
-TakeStep = Callable[[Tensor, Pyramid], LossTerms]
+TakeStep = Callable[[nn.Module, torch.optim.Optimizer, LossConfig, Tensor, Pyramid], LossTerms]
 """Takes one optimiser step on a batch, images from `normalize` and their teacher pyramid; the loss before it."""
-Join = Callable[[nn.Module, torch.optim.Optimizer, LossConfig, Hashable], AbstractContextManager[TakeStep]]
-"""Begins the steps of one interval. Trainings whose last value, their kind, is equal may take them together."""
 
 
-def step_alone(
+def plain_step(
     students: nn.Module, optimizer: torch.optim.Optimizer, loss: LossConfig, images: Tensor, targets: Pyramid
 ) -> LossTerms:
     """One optimiser step, the convolutions in bfloat16 on a GPU; the loss before it."""
-    with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=images.is_cuda):
-        outputs = students(images, targets)
-    terms = distillation_loss(targets, outputs.encoder, outputs.decoder, loss)
     optimizer.zero_grad(set_to_none=True)
-    terms.total.backward()
+    terms = gradients(students, loss, images, targets)
     optimizer.step()
     return terms
 
 
-@contextmanager
-def alone(
-    students: nn.Module, optimizer: torch.optim.Optimizer, loss: LossConfig, kind: Hashable
-) -> Iterator[TakeStep]:
-    """The `Join` of a training that takes its steps by itself."""
-    yield functools.partial(step_alone, students, optimizer, loss)
+def gradients(students: nn.Module, loss: LossConfig, images: Tensor, targets: Pyramid) -> LossTerms:
+    """Add the gradients of a batch's loss to the students' weights; the loss."""
+    # No weight is used twice, so that a cache of rounded weights gains nothing; a recorded step must not have one.
+    with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=images.is_cuda, cache_enabled=False):
+        outputs = students(images, targets)
+    terms = distillation_loss(targets, outputs.encoder, outputs.decoder, loss)
+    terms.total.backward()
+    return LossTerms(*(term.detach() for term in terms))  # what is kept of a step keeps nothing of its graph
 
 
 def fit(
@@ -143,19 +139,19 @@ def fit(
     device: torch.device,
     worker: WorkerRank = WorkerRank(),  # noqa: B008 - an immutable tuple
     first_interval: int = 0,
-    join: Join = alone,
+    take_step: TakeStep = plain_step,
 ) -> Iterator[Step | Interval]:
     """Train `students` in place on normal images (N, S, S, 3); yields every step, and each interval after its steps.
 
-    `students` maps (images, teacher pyramid) to student pyramids and may be wrapped for DDP; `join` lets several
-    trainings of one process take their steps together (`dskd.training.stack`). The whole
-    state is in `students` and `optimizer`: save both after an interval, later restore them and pass the
-    next index as `first_interval`; the remaining intervals are then equal to those of an uninterrupted run.
+    `students` maps (images, teacher pyramid) to student pyramids and may be wrapped for DDP; `take_step` may be a
+    quicker one of a GPU (`dskd.training.recorded`). The whole state is in `students` and `optimizer`: save both after
+    an interval, later restore them and pass the next index as `first_interval`; the remaining intervals are then equal
+    to those of an uninterrupted run.
 
     Raises NonFiniteLossError at the end of an interval in which a loss is not a finite number.
     """
     train = config.train
-    kind = config.model, min(train.batch_size, len(images)), images.shape[1:]
+    there, table = resident(device, images), teacher_features.resident(device)
     ends = (0, *train.interval_ends(len(images)))
     batches = draw_batches(len(images), train.batch_size, train.seed, worker)
     batches = itertools.islice(batches, ends[first_interval], None)
@@ -163,21 +159,20 @@ def fit(
         started = time.perf_counter()
         students.train()
         losses, seen = [], []
-        with join(students, optimizer, config.loss, kind) as take_step:
-            for step, indices in zip(range(ends[number], ends[number + 1]), batches, strict=False):
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(train, step / ends[-1])
-                pixels = normalize(to_device(device, images, indices))
-                terms = take_step(pixels, teacher_features.pyramid(indices, device))
-                scalars = torch.stack([terms.total, terms.encoder, terms.decoder, terms.hard]).detach()
-                losses.append(torch.cat([scalars, terms.levels.flatten()]))
-                seen.append(indices)
-                yield Step(len(indices) * worker.world_size, scalars[0])
+        for step, indices in zip(range(ends[number], ends[number + 1]), batches, strict=False):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(train, step / ends[-1])
+            pixels = normalize(to_device(device, there, indices))
+            terms = take_step(students, optimizer, config.loss, pixels, table.pyramid(indices, device))
+            scalars = torch.stack([terms.total, terms.encoder, terms.decoder, terms.hard])
+            losses.append(torch.cat([scalars, terms.levels.flatten()]))
+            seen.append(indices)
+            yield Step(len(indices) * worker.world_size, scalars[0])
         # Read once per interval: reading every step would make the host wait for the GPU.
-        table = mean_over_workers(torch.stack(losses).double()).cpu()  # (steps, 4 + 2 * levels)
-        loss, encoder, decoder, hard = table[:, :4].mean(dim=0).tolist()
+        means = mean_over_workers(torch.stack(losses).double()).cpu()  # (steps, 4 + 2 * levels)
+        loss, encoder, decoder, hard = means[:, :4].mean(dim=0).tolist()
         if not math.isfinite(loss):
-            raise NonFiniteLossError(_divergence(table, seen, ends[number], ends[-1], teacher_features, config))
+            raise NonFiniteLossError(_divergence(means, seen, ends[number], ends[-1], teacher_features, config))
         seconds = time.perf_counter() - started
         num_seen = sum(map(len, seen)) * worker.world_size
         yield Interval(number, loss, encoder, decoder, hard, num_seen / seconds, seconds, ends[number + 1])

@@ -30,13 +30,15 @@ from dskd.evaluate import (
 )
 from dskd.metrics import Scores
 from dskd.model.batchnorm import share_batchnorm
-from dskd.model.folding import folded_pair
+from dskd.model.features import FeatureTable
+from dskd.model.frozen import FrozenNetworks
 from dskd.model.network import build_students
 from dskd.model.seeding import seeded
 from dskd.model.teacher import UNREADABLE, normalize
 from dskd.training.evidence import Evidence, resampled_objectives
 from dskd.training.inputs import TrainingData
-from dskd.training.loop import Interval, Join, NonFiniteLossError, Step, alone, build_optimizer, fit
+from dskd.training.loop import Interval, NonFiniteLossError, Step, build_optimizer, fit, plain_step
+from dskd.training.recorded import RecordedSteps
 from dskd.training.score_search import CoarseImages, search_scores
 
 STATE_FILE = "training.pt"
@@ -120,25 +122,24 @@ class TrainingRun:
         self,
         trained: nn.Module | None = None,
         worker: WorkerRank = WorkerRank(),  # noqa: B008 - an immutable tuple
-        join: Join = alone,
     ) -> Iterator[IntervalResult]:
         """Train to the end, with a validation after each interval.
 
         `trained` is `students` wrapped for DDP if several workers train together; every worker
-        then yields the same results. `join` as in `fit`.
+        then yields the same results.
         """
-        return (each for each in self.steps(trained, worker, join) if isinstance(each, IntervalResult))
+        return (each for each in self.steps(trained, worker) if isinstance(each, IntervalResult))
 
     def steps(
         self,
         trained: nn.Module | None = None,
         worker: WorkerRank = WorkerRank(),  # noqa: B008 - an immutable tuple
-        join: Join = alone,
     ) -> Iterator[Step | IntervalResult]:
         """Like `intervals`, but also yields every optimiser step, before its interval."""
         if self.is_finished:  # restored
             return
         inputs = self.inputs
+        is_alone = trained is None or trained is self.students  # not wrapped for DDP
         training = fit(
             trained or self.students,
             self.optimizer,
@@ -148,13 +149,14 @@ class TrainingRun:
             device=self.device,
             worker=worker,
             first_interval=self.next_interval,
-            join=join,
+            take_step=RecordedSteps() if is_alone and self.device.type == "cuda" else plain_step,
         )
+        validation_features = inputs.validation_features.resident(self.device)
         for each in training:
             if isinstance(each, Step):
                 yield each
                 continue
-            scores = self._validate(each, worker)
+            scores = self._validate(each, validation_features, worker)
             value = objective(scores)
             if value > self.best_objective:
                 self.best_interval, self.best_objective, self.best_scores = each.number, value, scores
@@ -167,11 +169,11 @@ class TrainingRun:
             if self.is_finished:
                 return
 
-    def _validate(self, interval: Interval, worker: WorkerRank) -> Scores:
+    def _validate(self, interval: Interval, features: FeatureTable, worker: WorkerRank) -> Scores:
         inputs = self.inputs
         try:
             return compute_metrics_shared(
-                inputs.validation_features,
+                features,
                 self.students,
                 inputs.validation,
                 self.config,
@@ -322,9 +324,9 @@ class TrainingRun:
         inputs = self.inputs
         geometry = Geometry.of(config.data, inputs.region, config.model.tile_alignment)
         # As the detector will see images: a good one that a threshold rests on must not lie above it by rounding.
-        networks = folded_pair(inputs.teacher, self.students, 2 * config.model.image_multiple[0])
+        networks = FrozenNetworks.folded(inputs.teacher, self.students, 2 * config.model.image_multiple[0])
         if geometry.tile:
-            return score_files(*networks, inputs.calibration_paths, config, geometry, self.device, inputs.scale)
+            return score_files(networks, inputs.calibration_paths, config, geometry, self.device, inputs.scale)
         seen = inspect_images(
             networks, inputs.calibration_images, config, self.device, inside=inputs.calibration_inside
         )

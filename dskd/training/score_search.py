@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dskd import metrics
-from dskd.anomaly import Discrepancies, anomaly_maps, image_scores
+from dskd.anomaly import anomaly_maps, image_scores
 from dskd.config import Fusion, ScoreConfig
+from dskd.model.distances import Discrepancies
 
 _GRID = 32
 """Side of the maps on which candidates are compared; the blur is scaled accordingly."""

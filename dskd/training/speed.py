@@ -1,22 +1,20 @@
 """How long a step of the optimiser takes on this machine."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from statistics import median
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from dskd.config import RunConfig
-from dskd.device import to_device
-from dskd.model.features import FeatureTable, feature_table
+from dskd.model.features import feature_table
 from dskd.model.network import build_students
-from dskd.model.teacher import Teacher, build_teacher, normalize
-from dskd.training.loop import Step, build_optimizer, fit
-from dskd.training.stack import Batch, StudentStack
+from dskd.model.teacher import Teacher, build_teacher
+from dskd.training.loop import Step, build_optimizer, fit, plain_step
+from dskd.training.recorded import NUM_REHEARSALS, RecordedSteps
 
 MIN_STEP_SECONDS = 0.4
 """Seconds of a step above which no larger batch is measured: on a slow device a full batch would take too long."""
@@ -33,43 +31,27 @@ class StepSpeed(NamedTuple):
 
 
 def step_speed(
-    config: RunConfig,
-    teacher: Teacher,
-    images: npt.NDArray[np.uint8],
-    num_images: int,
-    device: torch.device,
-    num_together: int = 1,
+    config: RunConfig, teacher: Teacher, images: npt.NDArray[np.uint8], num_images: int, device: torch.device
 ) -> StepSpeed:
     """Time of a step with untrained students on `num_images`, of which `images` (N, H, W, 3) may be fewer.
 
-    Features of the teacher are taken as cached. The first step includes set-up and is not counted. With `num_together`
-    it is the time of one step for so many trainings at once, each with a batch of its own.
+    Features of the teacher are taken as cached. The first steps include set-up and are not counted.
     """
-    seeds = range(config.train.seed, config.train.seed + num_together)
-    students = [build_students(config.model, teacher, seed).to(device) for seed in seeds]
-    optimizers = [build_optimizer(each, config.train) for each in students]
-    stack = StudentStack(students) if num_together > 1 else None
-
-    def steps(batch: npt.NDArray[np.uint8], table: FeatureTable) -> Iterator[Tensor]:
-        if stack is None:
-            # More steps than are taken, so that no interval ends meanwhile.
-            endless = config.with_values({"batch_size": len(batch), "steps": 1000})
-            taken = fit(students[0], optimizers[0], batch, table, endless, device=device)
-            yield from (each.loss for each in taken if isinstance(each, Step))
-            return
-        rows = np.arange(len(batch))
-        precision = torch.bfloat16 if device.type == "cuda" else torch.float32
-        while True:
-            own = [Batch(normalize(to_device(device, batch, rows)), table.pyramid(rows, device)) for _ in students]
-            terms = stack.backward(own, [config.loss] * num_together, precision)
-            for optimizer in optimizers:
-                optimizer.step()
-            yield terms[0].total
+    students = build_students(config.model, teacher, config.train.seed).to(device)
+    optimizer = build_optimizer(students, config.train)
 
     def timed(size: int) -> float:
         batch = images[np.resize(np.arange(len(images)), size)]
-        losses = steps(batch, feature_table(teacher, batch, device))
-        next(losses).item()  # reading the loss waits for the device
+        # More steps than are taken, so that no interval ends meanwhile.
+        endless = config.with_values({"batch_size": len(batch), "steps": 1000})
+        recorded = RecordedSteps() if device.type == "cuda" else None
+        steps = fit(
+            students, optimizer, batch, feature_table(teacher, batch, device), endless, device=device,
+            take_step=recorded or plain_step,
+        )  # fmt: skip
+        losses = (each.loss for each in steps if isinstance(each, Step))
+        for _ in range(1 if recorded is None else NUM_REHEARSALS + 2):
+            next(losses).item()  # reading the loss waits for the device
         times: list[float] = []
         while len(times) < 3 and sum(times) < MIN_STEP_SECONDS:
             times.append(seconds_of(lambda: next(losses).item()))

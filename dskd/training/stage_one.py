@@ -89,13 +89,14 @@ def fit_amplifier(
     schedule = _schedule(config)
     with torch.no_grad():
         sizes = [(level.shape[2], level.shape[3]) for level in teacher(_pixels(images[:1], device))]
-    objects = _object_patches(images, sizes, inside)
+    outlines = [find_foreground(image) for image in images]
+    objects = _object_patches(outlines, sizes, inside)
     for epoch in range(first_epoch, config.amplification_epochs):
         started = time.perf_counter()
         batches = _epoch_batches(len(images), schedule.batch_size, schedule.seed, epoch)
         sums = torch.zeros(3, dtype=torch.float64, device=device)
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-            drawn = _draw_ahead(threads, images, batches, schedule.seed, epoch, textures, inside)
+            drawn = _draw_ahead(threads, images, outlines, batches, schedule.seed, epoch, textures, inside)
             for step, (indices, (pictures, masks)) in enumerate(zip(batches, drawn, strict=True)):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(schedule, (epoch + step / len(batches)) / config.amplification_epochs)
@@ -158,16 +159,19 @@ def draw_example(
     epoch: int,
     textures: npt.NDArray[np.uint8] | None = None,
     inside: npt.NDArray[np.bool_] | None = None,
+    outline: npt.NDArray[np.bool_] | None = None,
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
     """The `index`-th good image (H, W, 3) as stage I uses it in an epoch, and the mask (H, W) of its defect.
 
-    Only pixels `inside` (H, W) may have a defect.
+    Only pixels `inside` (H, W) may have a defect. `outline` (H, W) is the object as `find_foreground` sees it.
     """
     rng = np.random.default_rng((seed, epoch, index, _DEFECTS))
     if rng.random() < CLEAN_SHARE:
         return image, np.zeros(image.shape[:2], np.bool_)
     where = None if inside is None else inside[None]
-    changed, masks = add_defects(image[None], seed=int(rng.integers(2**63)), textures=textures, inside=where)
+    objects = None if outline is None else [outline]
+    drawn = int(rng.integers(2**63))
+    changed, masks = add_defects(image[None], seed=drawn, textures=textures, inside=where, objects=objects)
     return changed[0], masks[0]
 
 
@@ -189,11 +193,10 @@ def _epoch_batches(num_images: int, batch_size: int, seed: int, epoch: int) -> l
 
 
 def _object_patches(
-    images: npt.NDArray[np.uint8], sizes: Sequence[tuple[int, int]], inside: npt.NDArray[np.bool_] | None
+    outlines: Sequence[npt.NDArray[np.bool_]], sizes: Sequence[tuple[int, int]], inside: npt.NDArray[np.bool_] | None
 ) -> list[npt.NDArray[np.bool_]]:
     """For each level, which positions (N, H, W) lie on the object; all of them if it fills the image."""
-    objects = (find_foreground(image) for image in images)
-    scored = (found if inside is None else found & inside[index] for index, found in enumerate(objects))
+    scored = (found if inside is None else found & inside[index] for index, found in enumerate(outlines))
     of_images = [patch_masks(found[None], sizes) for found in scored]
     return [np.concatenate(of_level) for of_level in zip(*of_images, strict=True)]
 
@@ -201,6 +204,7 @@ def _object_patches(
 def _draw_ahead(
     threads: ThreadPoolExecutor,
     images: npt.NDArray[np.uint8],
+    outlines: Sequence[npt.NDArray[np.bool_]],
     batches: Sequence[npt.NDArray[np.int64]],
     seed: int,
     epoch: int,
@@ -212,7 +216,14 @@ def _draw_ahead(
     def start(batch: npt.NDArray[np.int64]) -> list[Future[tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]]]:
         return [
             threads.submit(
-                draw_example, images[index], index, seed, epoch, textures, None if inside is None else inside[index]
+                draw_example,
+                images[index],
+                index,
+                seed,
+                epoch,
+                textures,
+                None if inside is None else inside[index],
+                outlines[index],
             )
             for index in batch.tolist()
         ]

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import optuna
 
 from dskd.checkpoint import RECORD_FILE, DetectorRecord
@@ -36,6 +37,8 @@ logger = logging.getLogger(__name__)
 REPORT_PAGE, REPORT_DOCUMENT = "report.html", "report.json"
 _FEW_TEST_IMAGES = 20
 """Fewer good or defective test images than this are a caveat: one image is then more than 5 %."""
+_MOST_ON_A_PAGE = 10
+"""Categories up to which the run of each gets the page of them all: of N it would be N pages of N categories."""
 _LIBRARIES = ("torch", "timm", "ray", "optuna", "mlflow")
 _TRACKING_PATIENCE = 60.0
 """Seconds to wait for an absent tracking server; the report lies in the storage already."""
@@ -68,6 +71,8 @@ def write_report(
 ) -> Written:
     """Write report.json and report.html beside the champions, and the page to MLflow; replaces an earlier report.
 
+    In MLflow the run of a category has the page of all, or where they are many a page of its own.
+
     `seconds` is the time of each category in this command. Never raises: the search itself has succeeded.
     """
     try:
@@ -81,12 +86,17 @@ def write_report(
             logger.error("%s", without_secrets("".join(traceback.format_exception(error))))
         return Written("", f"no report: {shown(str(error).partition(chr(10))[0] or type(error).__name__)}")
     address = f"{plan.addresses.home}/{REPORT_PAGE}"
-    categories = [result.category for result in results if result.champion and result.champion.run_id]
+    tracked = [result for result in results if result.champion and result.champion.run_id]
     try:
         with temporary_folder() as temporary:
             file = temporary / REPORT_PAGE
-            file.write_bytes(drawn)
-            tracker.add_report(categories, file, _TRACKING_PATIENCE)
+            if len(results) <= _MOST_ON_A_PAGE:
+                file.write_bytes(drawn)
+                tracker.add_report([result.category for result in tracked], file, _TRACKING_PATIENCE)
+                return Written(address)
+            for result in tracked:
+                file.write_text(render(of_category(report, result, plan)), encoding="utf-8")
+                tracker.add_report([result.category], file, _TRACKING_PATIENCE)
     except (TrackingUnavailableError, TrackingRefusedError) as error:
         return Written(address, f"the report is not in MLflow: {error}")
     return Written(address)
@@ -110,6 +120,19 @@ def gather(results: Sequence[CategoryResult], plan: SearchPlan, run: Run, second
         settings=tuple(_settings(plan)),
         trust=tuple(_trust(plan, run.revision)),
         commands=tuple(_commands(plan, categories, run)),
+    )
+
+
+def of_category(report: Report, result: CategoryResult, plan: SearchPlan) -> Report:
+    """The report of a search of many categories, with one of them alone."""
+    own = tuple(category for category in report.categories if category.name == result.category)
+    whole = Fact(name="categories of the search", value=f"{len(report.categories)}, of which this page shows one")
+    return msgspec.structs.replace(
+        report,
+        categories=own,
+        caveats=tuple(caveats_of(own, [result], plan)),
+        trial_seconds=sum(trial.seconds or 0.0 for category in own for trial in category.trials),
+        settings=(whole, *report.settings),
     )
 
 

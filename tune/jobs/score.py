@@ -21,6 +21,7 @@ import ray.exceptions
 import torch
 
 from dskd.checkpoint import RECORD_FILE, WEIGHTS_FILE, DetectorRecord, read_record, sha256_of
+from dskd.config import Precision
 from dskd.data.depth import PixelScale
 from dskd.data.files import IMAGE_SUFFIXES, Walk, is_image_name, is_left_out, walk
 from dskd.data.geometry import Geometry
@@ -217,6 +218,10 @@ def choose_workers(settings: ScoringSettings, num_images: int) -> Workers:
     """
     have: dict[str, float] = ray.cluster_resources()
     gpus = resolve_gpus(settings.gpus_per_worker, [have])
+    if settings.precision != "float32" and not gpus:
+        raise ValueError(
+            f"--precision {settings.precision} needs GPUs, and the workers have none; on CPUs use float32."
+        )
     # Ray Data's tasks that read and write need CPUs too, on any node.
     left = [have | {"CPU": have.get("CPU", 0) - _DECODING_CPUS - _WRITING_CPUS}]
     room = count_workers(left, Workers(1, settings.cpus_per_worker, gpus))
@@ -267,6 +272,7 @@ def _stream(
             "out": out,
             "overlays": settings.overlays,
             "workers": workers,
+            "precision": settings.precision,
         },
         compute=ray.data.ActorPoolStrategy(size=workers.number),
         batch_size=settings.batch_size,
@@ -350,12 +356,14 @@ class Inspector:
         out: str,
         overlays: str,
         workers: Workers,
+        precision: Precision = "float32",
     ) -> None:
         torch.set_num_threads(max(1, int(workers.cpus)))
         with temporary_folder() as temporary:
             for name, data in ray.get(detector).items():
                 (temporary / name).write_bytes(data)
-            self._detector = Detector.load(temporary, str(computing_device("cuda" if workers.gpus else "cpu")))
+            device = str(computing_device("cuda" if workers.gpus else "cpu"))
+            self._detector = Detector.load(temporary, device, precision)
         self._limit, self._images, self._overlays = limit, images.rstrip("/"), overlays
         self._source = absolute(images)
         self._out = Storage(out, "--out")

@@ -114,7 +114,7 @@ class Champions:
             with temporary_folder() as temporary:
                 folder = temporary / "detector"
                 download(folder)
-                detector = Detector.load(folder, self._device)
+                detector = Detector.load(folder, self._device, self._settings.precision)
             self._detectors = {**self._detectors, name: (stamp, detector)}  # one step: who reads sees old or new
             _log.info("serves version %s of %s", detector.record.detector_version, name)
         self._detectors = {name: each for name, each in self._detectors.items() if name in current}

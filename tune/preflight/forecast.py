@@ -133,7 +133,8 @@ def _measured(task: SpeedTask) -> Speed:
         teacher = AmplifiedTeacher(plain, amplifier)
 
     share = max(1, config.train.batch_size // task.num_workers)
-    measured, step = step_speed(config, teacher, images, share, device, task.trials_per_gpu)
+    measured, step = step_speed(config, teacher, images, share, device)
+    step *= task.trials_per_gpu  # they take turns, as far as anybody knows
     students = build_students(config.model, teacher, config.train.seed).to(device)
 
     defects = seconds_of(lambda: synthetic_validation(images[:1], seed=0, num_defective=2)) / 2

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from dskd.config import Precision
 from tune.settings.limits import (
     MLFLOW_EXAMPLE,
     Cpus,
@@ -48,6 +49,8 @@ class ScoringSettings:
     """CPUs of a worker."""
     gpus_per_worker: Gpus | None = None
     """GPUs of a worker, fractions allowed; by default 1 if the cluster has GPUs, else 0."""
+    precision: Precision = "float32"
+    """Of the networks on a GPU, as for `dskd predict`."""
     json: bool = False
     """Print summary.json on stdout at the end."""
 

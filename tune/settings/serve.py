@@ -6,6 +6,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from dskd.config import Precision
 from tune.settings.limits import (
     MLFLOW_EXAMPLE,
     Cpus,
@@ -56,6 +57,8 @@ class ServeSettings:
     """CPUs of each."""
     gpus_per_replica: Gpus = 0.0
     """GPUs of each, fractions allowed."""
+    precision: Precision = "float32"
+    """Of the networks on a GPU, as for `dskd predict`."""
     requests_per_minute: Requests = 6000.0
     """Of one address; behind a proxy all clients have one address. More are answered with 429."""
     max_megapixels: float = 100.0
@@ -70,6 +73,8 @@ class ServeSettings:
         object.__setattr__(self, "tracking_uri", resolved_server(given, "--tracking-uri", MLFLOW_EXAMPLE))
         object.__setattr__(self, "address", self.address or os.environ.get("RAY_ADDRESS") or None)
         check_ranges(self)
+        if self.precision != "float32" and not self.gpus_per_replica:
+            raise ValueError(f"--precision {self.precision} needs --gpus-per-replica above 0; on a CPU it is float32.")
         check_name(self.name, "--name")
         check_storage_address(self.storage, "--storage")
         if self.feedback is not None:

@@ -5,6 +5,7 @@ looked at, and the contents of those whose time alone has changed, as it does in
 not read here: each trial says what it was trained on, and that is compared too.
 """
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -162,8 +163,14 @@ def _read(marks: Mapping[str, Mark], paths: Mapping[str, Path], names: Iterable[
     """The marks with the contents of the named files that are local."""
     wanted = [name for name in names if name in paths]
     with ThreadPoolExecutor(_MAX_THREADS, thread_name_prefix="fingerprints") as pool:
-        digests = dict(zip(wanted, pool.map(lambda name: fingerprint([paths[name]]), wanted), strict=True))
+        digests = dict(zip(wanted, pool.map(lambda name: _digest(paths[name], *marks[name][:2]), wanted), strict=True))
     return {name: mark._replace(sha256=digests.get(name, "")) for name, mark in marks.items()}
+
+
+@functools.lru_cache(maxsize=4096)
+def _digest(path: Path, num_bytes: int, modified_ns: int) -> str:
+    """Fingerprint of a file of that size and time; all categories have the same teacher, which may be large."""
+    return fingerprint([path])
 
 
 def _difference(before: Mapping[str, Mark], now: Mapping[str, Mark]) -> str:

@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,6 +40,12 @@ QUIET_SECONDS = 25.0
 """Longest silence without a table; half a minute with what it takes to notice."""
 _LOOK_SECONDS = 1.0
 """Pause between two looks at how long nothing was said."""
+_TELL_SECONDS = 1.0
+"""Least pause between two times that a watcher by figures is told: they are as many as there are categories."""
+_AROUND_ROWS = 6
+"""Lines of the table that are no rows: its frame, and what is said below it."""
+_MOST_NAMED = 8
+"""Categories whose state one line tells."""
 
 
 class TimeShare(NamedTuple):
@@ -84,13 +91,28 @@ class _Trial:
 
 
 @dataclass
+class _Mean:
+    total: float = 0.0
+    number: int = 0
+
+    def add(self, value: float) -> None:
+        self.total, self.number = self.total + value, self.number + 1
+
+    @property
+    def value(self) -> float | None:
+        """None of no values."""
+        return self.total / self.number if self.number else None
+
+
+@dataclass
 class _Category:
     running: dict[str, _Trial] = field(default_factory=dict)
     ended: dict[str, Status] = field(default_factory=dict)
     """Status of each ended trial, by its id."""
     finalists: dict[str, bool] = field(default_factory=dict)
     """Trainings on other folds, and whether each has ended."""
-    durations: list[float] = field(default_factory=list)
+    durations: _Mean = field(default_factory=_Mean)
+    """Seconds of its ended trials."""
     most_running: int = 1
     best: float | None = None
     is_over: bool = False
@@ -102,6 +124,11 @@ class _Category:
     def num_ended(self) -> int:
         """Trials that will not go on; one that the time budget interrupted will."""
         return sum(status != "interrupted" for status in self.ended.values())
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether trials or trainings of finalists are running."""
+        return bool(self.running) or not all(self.finalists.values())
 
     def count(self, status: Status) -> int:
         return list(self.ended.values()).count(status)
@@ -123,7 +150,7 @@ class SearchProgress:
         """`epochs`: of a complete trial, 0 if unknown; without a `console`, lines go to the current sys.stderr.
 
         With `json_of`, the search's name, each line is a JSON object and there is no table. `on_change` is called with
-        the state of the search after every event.
+        the state of the search after an event, and of events that come at once after the last one.
         """
         self._trials = trials
         self._epochs = epochs
@@ -135,11 +162,15 @@ class SearchProgress:
         self._last_line = clock()
         self._beats: IO[str] | None = None
         self._spent = TimeShare(0.0, 0.0, 0.0)
+        self._durations = _Mean()
         self._is_silent = False
         self._started = clock()
         self._live: Live | None = None
         self._json_of = json_of
         self._on_change = on_change
+        self._told = float("-inf")
+        self._is_untold = False
+        """Whether something has changed since `on_change` was called, at the time `_told`."""
 
     @contextmanager
     def watching(self, categories: Sequence[str]) -> Iterator[None]:
@@ -153,8 +184,12 @@ class SearchProgress:
             yield
             return
         before = sys.stderr
+
         # rich prints other output to sys.stdout and sys.stderr, such as warnings, above the table
-        with Live(console=console, get_renderable=self.table, refresh_per_second=2) as live:
+        def drawn() -> RenderableType:
+            return self.table(max(1, console.height - _AROUND_ROWS))
+
+        with Live(console=console, get_renderable=drawn, refresh_per_second=2) as live:
             handlers = [handler for handler in _stream_handlers() if handler.stream is before]
             for handler in handlers:
                 handler.setStream(sys.stderr)
@@ -186,6 +221,7 @@ class SearchProgress:
                 stop.set()
                 beats.join()
                 self._beats = None
+                self._tell(within=0.0)
 
     def begin(self, phase: str) -> None:
         """What is being done from now on, until categories are watched: told where nothing else is said for long.
@@ -195,7 +231,11 @@ class SearchProgress:
         self._phase = phase
 
     def beat(self) -> None:
-        """Say what is being done if nothing was said for `QUIET_SECONDS`; a live table needs no such line."""
+        """Say what is being done if nothing was said for `QUIET_SECONDS`; a live table needs no such line.
+
+        Whoever watches by figures is told what has changed.
+        """
+        self._tell(within=_TELL_SECONDS)
         if self._live is None and self._clock() - self._last_line >= QUIET_SECONDS:
             self._print(self.status(), self._beats)
 
@@ -206,7 +246,10 @@ class SearchProgress:
             if self._phase or not open_ones:
                 return f"still {self._phase}" if self._phase else "still finishing"
             begun = {name: each for name, each in open_ones.items() if each.running or each.ended}
-            parts = [f"{name}: {self._status_of(each)}" for name, each in begun.items()]
+            named = sorted(begun, key=lambda name: not begun[name].is_busy)[:_MOST_NAMED]
+            parts = [f"{name}: {self._status_of(begun[name])}" for name in named]
+            if num_more := len(begun) - len(named):
+                parts.append(f"{num_more} more {'category' if num_more == 1 else 'categories'} begun")
             if num_waiting := len(open_ones) - len(begun):
                 parts.append(f"{num_waiting} {'category' if num_waiting == 1 else 'categories'} starting or waiting")
             left = self.seconds_left()
@@ -290,6 +333,16 @@ class SearchProgress:
         """Count an event; prints a line for remarks and for ended trials, none for trials that had ended before."""
         if not isinstance(event, SearchBegan):
             self._count(event)
+        with self._lock:
+            self._is_untold = True
+        self._tell(within=_TELL_SECONDS)
+
+    def _tell(self, within: float) -> None:
+        """Call `on_change` if something has changed, but not again `within` so many seconds."""
+        with self._lock:
+            if not self._is_untold or self._clock() - self._told < within:
+                return
+            self._is_untold, self._told = False, self._clock()
         self._on_change(self.counts())
 
     def counts(self) -> "Counts":
@@ -298,7 +351,8 @@ class SearchProgress:
             trials = {
                 name: {
                     "running": len(each.running),
-                    **{status: each.count(status) for status in get_args(Status)},
+                    **dict.fromkeys(get_args(Status), 0),
+                    **Counter(each.ended.values()),
                 }
                 for name, each in self._categories.items()
             }
@@ -361,7 +415,8 @@ class SearchProgress:
             duration = self._clock() - trial.started
             # The events of trials that ended before this search was continued are repeated, all at once.
             if trial.training + trial.validation <= duration:
-                category.durations.append(duration)
+                category.durations.add(duration)
+                self._durations.add(duration)
                 spent = self._spent
                 self._spent = TimeShare(
                     spent.training + trial.training, spent.validation + trial.validation, spent.total + duration
@@ -407,14 +462,23 @@ class SearchProgress:
         with self._lock:
             return self._spent if self._spent.total > 0 else None
 
-    def table(self) -> RenderableType:
-        """Table of all categories, with a line on the whole search below."""
+    def table(self, room: int | None = None) -> RenderableType:
+        """Table of the categories, with a line on the whole search below.
+
+        With `room` at most so many rows: those that are running first, then those that wait.
+        """
         with self._lock:
+            usual = self._usual_seconds()
+            rows = list(self._categories.items())
+            if room is not None and len(rows) > room:
+                ranked = sorted(rows, key=lambda row: (row[1].is_over, not row[1].is_busy))[:room]
+                kept = {name for name, _ in ranked}
+                rows = [(name, category) for name, category in rows if name in kept]
             table = Table(expand=False)
             table.add_column("category", no_wrap=True, overflow="ellipsis")
             for name in ("ended", "running", "pruned", "failed", "best", "left"):
                 table.add_column(name, justify="right", no_wrap=True, overflow="ellipsis")
-            for name, category in self._categories.items():
+            for name, category in rows:
                 table.add_row(
                     # no markup: a folder may have any name
                     Text(printable(name)),
@@ -423,10 +487,15 @@ class SearchProgress:
                     str(category.count("pruned")),
                     Text(str(category.count("failed")), style="bold red" if category.count("failed") else ""),
                     "–" if (best := _best_of(category)) is None else f"{best:.4f}",
-                    self._end_of(category) if category.is_over else _clock_time(self._left(category)),
+                    self._end_of(category) if category.is_over else _clock_time(self._left(category, usual)),
                 )
             elapsed = _clock_time(self._clock() - self._started)
-            return Group(table, Text(f"{elapsed} so far, about {_clock_time(self.seconds_left())} left"))
+            below = [Text(f"{elapsed} so far, about {_clock_time(self.seconds_left())} left")]
+            if hidden := len(self._categories) - len(rows):
+                num_over = sum(category.is_over for category in self._categories.values())
+                whole = len(self._categories)
+                below.insert(0, Text(f"{hidden} more of {whole} categories, {num_over} of all are over"))
+            return Group(table, *below)
 
     def _end_of(self, category: _Category) -> str:
         return "done" if category.num_ended >= self._trials else "stopped"
@@ -434,35 +503,44 @@ class SearchProgress:
     def seconds_left(self) -> float | None:
         """Estimated seconds to the end of the search; None before any epoch was measured."""
         with self._lock:
+            usual = self._usual_seconds()
             open_ones = [category for category in self._categories.values() if not category.is_over]
-            works = [self._work(category) for category in open_ones]
+            works = [self._work(category, usual) for category in open_ones]
             if any(work is None for work in works):
                 return None
             running = sum(len(category.running) for category in open_ones)
-            lefts = [self._left(category) for category in open_ones]
+            lefts = [self._left(category, usual) for category in open_ones]
             # Running categories share the cluster; a waiting one starts when another ends.
             total = sum(work for work in works if work is not None) / max(1, running)
             return max([total, *(left for left, each in zip(lefts, open_ones, strict=True) if left and each.running)])
 
-    def _left(self, category: _Category) -> float | None:
-        work = self._work(category)
+    def _left(self, category: _Category, usual: float | None) -> float | None:
+        work = self._work(category, usual)
         return None if work is None else work / min(category.most_running, max(1, self._trials - category.num_ended))
 
-    def _work(self, category: _Category) -> float | None:
-        """Remaining seconds of a category's trials, summed over the trials; None while it compares finalists."""
-        if not all(category.finalists.values()):
+    def _usual_seconds(self) -> float | None:
+        """Duration of a whole trial over all categories: of those that ended, or else as those that run promise.
+
+        None before any epoch. Asked for once where many categories are looked at.
+        """
+        if (known := self._durations.value) is not None:
+            return known
+        now, promised = self._clock(), _Mean()
+        for each in self._categories.values():
+            for trial in each.running.values():
+                if trial.epoch:
+                    promised.add((now - trial.started) / trial.epoch * self._epochs)
+        return promised.value
+
+    def _work(self, category: _Category, usual: float | None) -> float | None:
+        """Remaining seconds of a category's trials, summed over the trials; None while it compares finalists.
+
+        `usual`: `_usual_seconds`.
+        """
+        mean = category.durations.value
+        mean = usual if mean is None else mean
+        if mean is None or not all(category.finalists.values()):
             return None
-        known = category.durations or [each for other in self._categories.values() for each in other.durations]
-        now = self._clock()
-        whole = [
-            (now - trial.started) / trial.epoch * self._epochs
-            for each in self._categories.values()
-            for trial in each.running.values()
-            if trial.epoch
-        ]
-        if not known and not whole:
-            return None
-        mean = sum(known) / len(known) if known else sum(whole) / len(whole)
         waiting = max(0, self._trials - category.num_ended - len(category.running))
         return waiting * mean + sum(self._rest(trial, mean) for trial in category.running.values())
 

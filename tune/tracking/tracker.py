@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.tracking import MlflowClient
 
 from tune.settings.search import Promote
@@ -95,6 +95,10 @@ class Tracker:
         self._has_parents = has_parents
         self._about = about
         self._runs: dict[tuple[str, str], str] = {}
+        self._asked_for: set[tuple[str, str]] = set()
+        """Runs that were asked for and have not been answered: there may be one all the same."""
+        self._is_first = False
+        """Whether this object has made the experiment, so that it holds no other runs."""
         self._roles: dict[str, Role] = {}
         self._crowned: set[str] = set()
         self._experiment = ""
@@ -313,12 +317,16 @@ class Tracker:
         return self._run(category, trial_id, f"{category}-{trial_id}", parent)
 
     def _run(self, category: str, trial_id: str, name: str, more: dict[str, str]) -> str:
-        if (category, trial_id) in self._runs:
-            return self._runs[category, trial_id]
+        key = (category, trial_id)
+        if key in self._runs:
+            return self._runs[key]
         experiment = self._experiment_id()
-        wanted = f"tags.`dskd.category` = {quoted(category)} and tags.`dskd.trial` = '{trial_id or '-'}'"
-        # The oldest, should a request that seemed lost have made a second one.
-        found = self._client.search_runs([experiment], wanted, max_results=1, order_by=["attributes.start_time ASC"])
+        found: list[Run] = []
+        if not self._is_first or key in self._asked_for:  # MLflow looks at all runs: of 10,000 that takes 35 ms
+            wanted = f"tags.`dskd.category` = {quoted(category)} and tags.`dskd.trial` = '{trial_id or '-'}'"
+            # The oldest, should a request that seemed lost have made a second one.
+            oldest = ["attributes.start_time ASC"]
+            found = self._client.search_runs([experiment], wanted, max_results=1, order_by=oldest)
         if found:
             run_id = found[0].info.run_id
             self._client.update_run(run_id, status="RUNNING")
@@ -329,9 +337,11 @@ class Tracker:
                 "dskd.category": category,
                 "dskd.trial": trial_id or "-",
             }
+            self._asked_for.add(key)
             run_id = self._client.create_run(experiment, tags=tags | self._tags | more, run_name=name).info.run_id
-        self._runs[category, trial_id] = str(run_id)
-        return self._runs[category, trial_id]
+        self._asked_for.discard(key)
+        self._runs[key] = str(run_id)
+        return self._runs[key]
 
     def page(self, patience: float) -> str:
         """How to open the page of the search's runs; errors as `register_champion`."""
@@ -351,6 +361,7 @@ class Tracker:
                     artifact_location=self._artifact_location,
                     tags={EXPERIMENT_KIND: CUSTOM, VIEW_TAG: view_tag(), **about},
                 )
+                self._is_first = True
             else:  # of an earlier version it has no view; a description that somebody wrote stays
                 for name, value in ({VIEW_TAG: view_tag()} | about).items():
                     if name not in known.tags:

@@ -24,8 +24,6 @@ import torch.distributed
 from dskd.config import RunConfig
 from dskd.device import WorkerRank, computing_device
 from dskd.model.seeding import reseed
-from dskd.training.loop import Join, alone
-from dskd.training.stack import SharedSteps
 from tune.runtime.ray_internals import node_is_leaving
 from tune.storage.temporary import temporary_folder
 from tune.trial.assignment import Assignment, Evaluation, Order, Training
@@ -57,7 +55,7 @@ def serve_alone(dispatcher: str, slot: str, first: TrialSpec | None, device: str
 
 
 def serve_together(dispatcher: str, slots: Sequence[str], first: TrialSpec | None, device: str) -> None:
-    """The life of a worker that trials share: a thread for each slot, and training steps taken together.
+    """The life of a worker that trials share: a thread for each slot, on a GPU with a stream of its own.
 
     Returns once all of them are told to leave, or should make room for a fresh process.
     """
@@ -79,8 +77,11 @@ def serve_together(dispatcher: str, slots: Sequence[str], first: TrialSpec | Non
 
 def _serve_in_company(company: "_Company", member: "_Member", device: str, first: TrialSpec | None) -> None:
     """A failure ends what this member works on; the others finish what they have begun."""
+    place = torch.device(device)
+    own_stream = torch.cuda.stream(torch.cuda.Stream(place)) if place.type == "cuda" else contextlib.nullcontext()
     try:
-        member.serve(torch.device(device), first)
+        with own_stream:
+            member.serve(place, first)
     except Exception:
         company.make_room()
         with contextlib.suppress(ray.exceptions.RayError):
@@ -182,9 +183,7 @@ class _Member:
         last = RunConfig.from_dict(spec.config).train.num_validations
         with (
             opened(newest) as resumed,
-            contextlib.closing(
-                train(spec, self._worker, device, resumed, self._must_save, self._company.join)
-            ) as reports,
+            contextlib.closing(train(spec, self._worker, device, resumed, self._must_save)) as reports,
         ):
             for report in reports:
                 metrics = dict(report.metrics)
@@ -250,8 +249,6 @@ class _Company:
         self._num_working = self._num_told = self._num_left = self._num_done = 0
         self._makes_room = False
         self._own_memory = 0
-        self.join: Join = alone if size == 1 else SharedSteps().join
-        """How its members' trainings take their steps."""
 
     def is_full(self) -> bool:
         """Whether the process is to take nothing more."""

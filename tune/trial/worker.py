@@ -18,7 +18,7 @@ from dskd.device import WorkerRank, computing_device
 from dskd.show.overlays import preview_of
 from dskd.show.validation import write_figures
 from dskd.training.inputs import TrainingData, prepare
-from dskd.training.loop import Join, NonFiniteLossError, alone
+from dskd.training.loop import NonFiniteLossError
 from dskd.training.run import IntervalResult, TrainingRun
 from tune.storage.files import with_retries
 from tune.storage.staging import local_copy
@@ -61,7 +61,6 @@ def train(
     device: torch.device,
     resumed: Path | None,
     is_leaving: Callable[[], bool] = _never_leaves,
-    join: Join = alone,
 ) -> Generator[Report, None, None]:
     """Train to the end, from the checkpoint in the folder `resumed` if given; yields a report after every validation.
 
@@ -70,11 +69,11 @@ def train(
     after every validation. A failure that would occur on every attempt, such as a diverged training or too little
     memory, ends the trial with objective 0 and the reason under `error`. If only one of several workers meets it, it
     is raised as UnrecoverableTrialError. Where trials share a process, too little memory is raised, as it may suffice
-    beside others; `join` lets them take their steps together.
+    beside others.
     """
     last = 0
     try:
-        for report in _train(spec, worker, device, resumed, is_leaving, join):
+        for report in _train(spec, worker, device, resumed, is_leaving):
             last = int(report.metrics[EPOCH])
             yield report
     except NonFiniteLossError as error:  # on all workers at once
@@ -103,7 +102,6 @@ def _train(
     device: torch.device,
     resumed: Path | None,
     is_leaving: Callable[[], bool],
-    join: Join,
 ) -> Iterator[Report]:
     torch.set_num_threads(max(1, int(spec.cpus_per_worker)))
     device = computing_device(str(device))
@@ -118,7 +116,7 @@ def _train(
     trained = ray.train.torch.prepare_model(run.students) if worker.world_size > 1 else run.students
     saved = time.monotonic()
     machine_usage(device, default_folder())  # starts the measuring period of the next call
-    for result, seconds in _timed(run.intervals(trained, worker, join)):
+    for result, seconds in _timed(run.intervals(trained, worker)):
         epoch = result.interval
         metrics = {
             # One that ends early, by its patience, is complete all the same.

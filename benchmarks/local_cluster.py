@@ -99,11 +99,13 @@ class Cluster:
             f"--ray-client-server-port={free_port()}", *head_words,
         )  # fmt: skip
 
-    def add(self, cpus: int, *, env: Mapping[str, str] = MappingProxyType({})) -> None:
-        """Start a node; `env` is added to its environment."""
-        self.nodes.append(self._start(f"--address={self.address}", f"--num-cpus={cpus}", env=env))
+    def add(self, cpus: int, *, prefix: Sequence[str] = (), env: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Start a node; `prefix` is put before its command, `env` is added to its environment."""
+        self.nodes.append(self._start(f"--address={self.address}", f"--num-cpus={cpus}", prefix=prefix, env=env))
 
-    def _start(self, *words: str, env: Mapping[str, str] = MappingProxyType({})) -> subprocess.Popen[bytes]:
+    def _start(
+        self, *words: str, prefix: Sequence[str] = (), env: Mapping[str, str] = MappingProxyType({})
+    ) -> subprocess.Popen[bytes]:
         path = self._folder / f"node-{next(self._numbers)}.log"
         # A short path, since it also holds sockets, whose paths have at most 107 bytes. One folder per node, as on
         # separate machines: in a shared folder a node would remove the code of a job that other nodes run.
@@ -112,7 +114,8 @@ class Cluster:
         ports = ("--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0")
         with path.open("wb") as log:
             process = subprocess.Popen(
-                ["ray", "start", "--block", "--disable-usage-stats", f"--temp-dir={temporary}", *ports, *words],
+                [*prefix, "ray", "start", "--block", "--disable-usage-stats", f"--temp-dir={temporary}",
+                 *ports, *words],
                 env=self.env | dict(env), stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
         wait_for(lambda: "Ray runtime started" in path.read_text() or process.poll() is not None, "a node")

@@ -151,7 +151,7 @@ class Bench:
         found |= {"servers"} if len(self._links) == len(_ADDRESSES) else set()
         found |= {"disk"} if self._disk is not None else set()
         found |= {"root"} if os.geteuid() == 0 else set()
-        return found | ({"faketime"} if shutil.which("faketime") else set())
+        return found | ({"cc"} if shutil.which("cc") else set())
 
     def run(self, setup: Setup, faults: Sequence[Fault], seed: str) -> dict[str, Any]:
         """A search that meets the faults, or as many of them as it lives to see; its record."""
@@ -418,6 +418,8 @@ def main() -> None:
         print(table(read(options.results or Path("results.jsonl"))))
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # otherwise the cluster would keep running
+    # A shell's job in the background ignores Ctrl-C, and so would every driver that it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if options.folder is not None:
         options.folder.mkdir(parents=True, exist_ok=True)
         sys.exit(0 if run(options, options.folder.resolve()) else 1)

@@ -24,7 +24,10 @@ HANG_SECONDS = 60.0
 """How long what is stopped with SIGSTOP stands still."""
 FOREVER_SECONDS = 150.0
 """A server that is away for ever is away until the driver ends, at most for so long."""
-FAKE_TIME = ("faketime", "--exclude-monotonic", "-f", "+10m")
+CLOCK_SECONDS = 600
+"""How far a wrong clock is off."""
+_ELSEWHERE = ("unshare", "--uts", "sh", "-c", 'hostname other; exec "$@"', "sh")
+"""Put before a command: to it, this is another machine."""
 _APPEAR_SECONDS = 60.0
 _MAX_STARTS = 8
 """How often the driver may have to be started again after one fault."""
@@ -119,7 +122,7 @@ class Fault(NamedTuple):
     strike: Callable[[World], str]
     """Brings it about and ends it; returns a remark, or raises MissedError, or AssertionError on a wrong answer."""
     needs: frozenset[str] = frozenset()
-    """"servers", "disk", "faketime", "root", "two workers", "one worker"."""
+    """"servers", "disk", "cc", "root", "two workers", "one worker"."""
 
 
 _SIGNALS = MappingProxyType({"killed": signal.SIGKILL, "ended (SIGTERM)": signal.SIGTERM, "hangs": signal.SIGSTOP})
@@ -272,20 +275,49 @@ def _disk_full(world: World) -> str:
     return ""
 
 
+def shifted_clock(folder: Path, seconds: int) -> dict[str, str]:
+    """Environment in which the wall clock is ahead; needs a C compiler, and writes a library into the folder."""
+    library = folder / "shifted_clock.so"
+    if not library.exists():
+        source = Path(__file__).with_name("shifted_clock.c")
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
+    return {"LD_PRELOAD": str(library), "CLOCK_SHIFT": str(seconds)}
+
+
 def _node_with_another_clock(world: World) -> str:
     node = world.rng.choice(world.made.nodes)
     world.made.kill_node(node)
-    world.made.add(1, prefix=FAKE_TIME)
-    return "a node of 10 min ahead joins"
+    world.made.add(1, env=shifted_clock(world.folder, CLOCK_SECONDS))
+    return "such a node replaces another"
+
+
+def _driver_with_another_clock(seconds: int) -> Callable[[World], str]:
+    """The driver is lost, one on a machine of another clock follows, and yet another is refused."""
+
+    def strike(world: World) -> str:
+        right, owner = world.search.env, _lease_owner(world)
+        world.search.kill()
+        world.search.env = right | shifted_clock(world.folder, seconds)
+        world.search.start(_ELSEWHERE)
+        wait_for(lambda: world.search.has_ended or _lease_owner(world) not in ("", owner), "the next driver's lease")
+        assert not world.search.has_ended, f"the next driver ended with {world.search.driver.returncode}"
+        return f"with a right clock another is {_refused(world, right)}"
+
+    return strike
 
 
 def _second_driver(world: World) -> str:
+    return _refused(world, world.search.env)
+
+
+def _refused(world: World, env: Mapping[str, str]) -> str:
+    """What becomes of another driver: "refused", or AssertionError."""
     done = subprocess.run(
-        world.search.command, cwd=world.search.code, env=world.search.env, capture_output=True, text=True, check=False
+        world.search.command, cwd=world.search.code, env=env, capture_output=True, text=True, check=False
     )  # fmt: skip
     if world.search.has_ended:
         raise MissedError("the search ended before")
-    said = done.stderr.strip().splitlines()
+    said = [line for line in done.stderr.splitlines() if "still preparing" not in line]  # on a busy machine
     assert done.returncode == 2 and len(said) == 1 and "runs already" in said[0], (done.returncode, said[-3:])
     return "refused"
 
@@ -300,7 +332,7 @@ def _lease_taken(world: World) -> str:
     """A driver stands still, another takes over from what seems another machine, and the first wakes up."""
     first, owner = world.search.driver, _lease_owner(world)
     signal_all([first.pid], signal.SIGSTOP)
-    world.search.start(("unshare", "--uts", "sh", "-c", 'hostname other; exec "$@"', "sh"))
+    world.search.start(_ELSEWHERE)
     try:
         wait_for(lambda: world.search.has_ended or _lease_owner(world) not in ("", owner), "the second driver's lease")
         assert not world.search.has_ended, f"the second driver ended with {world.search.driver.returncode}"
@@ -396,7 +428,9 @@ def _all_faults() -> Iterator[Fault]:
         yield Fault(f"{name} slow (2 s a request)", _server(name, "slow", 60), servers)
         yield Fault(f"{name} half-open for 60 s", _server(name, "silent", 60), servers)
     yield Fault("disk full for 20 s", _disk_full, frozenset({"disk"}))
-    yield Fault("node's clock ahead", _node_with_another_clock, frozenset({"faketime"}))
+    yield Fault("node's clock ahead", _node_with_another_clock, frozenset({"cc"}))
+    for way, seconds in (("ahead", CLOCK_SECONDS), ("behind", -CLOCK_SECONDS)):
+        yield Fault(f"driver's clock {way}", _driver_with_another_clock(seconds), frozenset({"cc", "root"}))
     yield Fault("second driver", _second_driver)
     yield Fault("lease taken", _lease_taken, lone | {"root"})
     yield Fault("ray job stop", _job_stopped)

@@ -1,7 +1,11 @@
 import importlib.util
 import json
+import os
+import platform
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean, stdev
@@ -300,6 +304,36 @@ def test_what_a_trial_costs_the_driver_is_told_for_every_window(tmp_path: Path) 
     assert [int(row[0]) for row in rows] == [2, 4]
     assert all(float(row[1]) > 0 and float(row[3]) > 0 for row in rows), "MLflow is a part of it"
     assert "4 trials finished" in done.stdout
+
+
+@pytest.mark.parametrize("seconds", [600, -600])
+@pytest.mark.skipif(
+    shutil.which("cc") is None or platform.machine() != "x86_64", reason="needs a C compiler, and this kernel's numbers"
+)
+def test_a_shifted_clock_shows_another_time_and_leaves_waits_alone(
+    seconds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Waits until a time of the wall clock: a semaphore's, as Python waits, and the kernel's, as Ray does."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    faults = importlib.import_module("chaos_faults")
+    script = (
+        "import ctypes, multiprocessing, threading, time\n"
+        "libc, begun = ctypes.CDLL(None, use_errno=True), time.monotonic()\n"
+        "class Until(ctypes.Structure): _fields_ = [('seconds', ctypes.c_long), ('nanoseconds', ctypes.c_long)]\n"
+        "time.sleep(0.01)\n"
+        "threading.Event().wait(0.01)\n"
+        "assert not multiprocessing.Semaphore(0).acquire(timeout=0.01)\n"
+        "word, until = ctypes.c_int(0), Until(int(time.time()) + 1, 0)\n"
+        "assert libc.syscall(202, ctypes.byref(word), 9 | 128 | 256, 0, ctypes.byref(until), None, -1) == -1\n"
+        "assert ctypes.get_errno() == 110, 'the time is over'\n"
+        "print(time.time(), time.monotonic() - begun)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | faults.shifted_clock(tmp_path, seconds),
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    shown, taken = map(float, done.stdout.split())
+    assert abs(shown - time.time() - seconds) < 60 and taken < 60
 
 
 @pytest.mark.cluster

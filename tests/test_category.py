@@ -3,6 +3,8 @@
 import dataclasses
 import math
 import signal
+import socket
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +13,10 @@ from unittest.mock import Mock, call
 
 import optuna
 import pytest
+import ray
+import services
+import sqlalchemy
+from faulty_link import FaultyLink
 
 from dskd.config import RunConfig
 from dskd.presets import PRESETS
@@ -22,11 +28,12 @@ from tune.settings.workers import Workers
 from tune.storage.files import Storage
 from tune.storage.inputs import InputsChangedError, TrainedOn
 from tune.storage.lease import LeaseLostError
-from tune.study import hooks
+from tune.study import database, hooks
 from tune.study.budget import Share, Shares
-from tune.study.category import make_sampler, not_yet_asked_for
+from tune.study.category import make_sampler, monotonic_deadline, not_yet_asked_for
 from tune.study.context import StudyContext, enter_study, study_context
-from tune.study.hooks import Deadline, Halving, Observe, Searcher, StudyStorage, Suggestions, repeat_ended
+from tune.study.database import StudyStorage
+from tune.study.hooks import Deadline, Halving, Observe, Searcher, Suggestions, repeat_ended
 from tune.study.records import TrialRecord, TrialRecords
 from tune.tracking.events import CategoryContinued, EpochDone, Event, TrialEnded, TrialStarted
 from tune.trial.spec import CATEGORY, DATA_SHA256, EPOCH, ERROR, LOST, OBJECTIVE, RUNG, build_spec
@@ -352,11 +359,54 @@ def test_a_continued_search_compares_trials_at_the_epochs_that_the_undisturbed_o
     assert decide(killed=True) == decide(killed=False) == ["CONTINUE", "STOP", "CONTINUE", "CONTINUE", "STOP"]
 
 
+def test_a_database_that_does_not_answer_is_given_up_in_one_line_that_is_why_the_study_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "_PATIENCE_SECONDS", 0.0)
+    known = context(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with pytest.raises(
+        ConnectionError, match=rf"127\.0\.0\.1:{port}/studies, does not answer: .*same command"
+    ) as error:
+        StudyStorage(f"postgresql+psycopg2://user:secret-7@127.0.0.1:{port}/studies")
+    assert known.fault is error.value and "\n" not in str(error.value) and "secret-7" not in str(error.value)
+
+
+@pytest.mark.services
+def test_a_study_waits_for_a_database_that_is_away(tmp_path: Path) -> None:
+    if reason := services.postgres_unavailable():
+        pytest.skip(reason)
+    with tempfile.TemporaryDirectory(prefix="pg-") as short, services.postgres(Path(short)) as url:
+        address = sqlalchemy.make_url(url)
+        link = FaultyLink(str(address.host), int(address.port or 5432))
+        storage = StudyStorage(address.set(port=link.port, database="postgres").render_as_string(hide_password=False))
+        study = optuna.create_study(study_name="parts/bolt", storage=storage)
+        for number in range(2):
+            trial = study.ask()
+            with link.faulty("cut", 3.0):
+                refused = link.num_refused
+                trial.report(0.5, 1)
+                assert link.num_refused > refused, "it was away"
+            study.tell(trial, number)
+        link.close()
+        assert [each.value for each in study.trials] == [0, 1]
+
+
+def test_a_deadline_counts_by_the_clock_of_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the clock of the study's node shows."""
+    monkeypatch.setattr(ray, "get", lambda answer: answer)
+    driver = 1000.0
+    post = SimpleNamespace(now=SimpleNamespace(remote=lambda: driver))
+    begun = time.monotonic()
+    assert begun + 30 <= monotonic_deadline(driver + 30, post) <= time.monotonic() + 30
+
+
 def test_the_deadline_interrupts_tune_once_it_is_over(tmp_path: Path) -> None:
     seen: list[int] = []
     before = signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
     try:
-        for deadline, expected in ((None, 0), (time.time() + 600, 0), (time.time() - 1, 1)):
+        for deadline, expected in ((None, 0), (time.monotonic() + 600, 0), (time.monotonic() - 1, 1)):
             known = context(tmp_path, deadline=deadline)
             assert not Deadline().stop_all(), "to stop the trials would end them for good"
             assert len(seen) == expected == known.is_over

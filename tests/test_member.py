@@ -62,13 +62,17 @@ class Script:
         self.over: list[str] = []
         self.ask, self.report = SimpleNamespace(remote=self._ask), SimpleNamespace(remote=self._report)
         self.alive = SimpleNamespace(remote=lambda *_: None)
+        self.now = SimpleNamespace(remote=lambda: 5.0)
+        self.generations: set[float] = set()
         self.is_stopping = SimpleNamespace(remote=lambda: False)
 
     def _ask(self, slot: str, generation: float) -> Order:
         leave_marks()
+        self.generations.add(generation)
         return Order(self.assignments.pop(0)) if self.assignments else Order(must_leave=True)
 
     def _report(self, slot: str, generation: float, assignment: Assignment, metrics: Any, *, is_over: bool) -> bool:
+        self.generations.add(generation)
         self.reports.setdefault(assignment.trial_id, []).append(dict(metrics))
         if is_over:
             self.over.append(assignment.trial_id)
@@ -149,6 +153,7 @@ def test_a_trial_after_others_of_every_kind_is_the_trial_alone_to_the_last_bit(
 
 def test_a_trial_that_another_worker_began_goes_on_from_its_last_checkpoint(mvtec_root: Path, tmp_path: Path) -> None:
     whole = serve(Script([training("whole", config(), mvtec_root, tmp_path)]))
+    assert whole.generations == {5.0}, "by the dispatcher's clock: that of this node may be wrong"
     one = training("one", config(), mvtec_root, tmp_path)
     begun = serve(Script([one], dropped=("one",)))
     assert [each[EPOCH] for each in begun.reports["one"]] == [1]

@@ -1,4 +1,5 @@
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,13 @@ import pytest
 import ray
 import ray.train
 import ray.train.torch
+import ray.tune
 import ray.util
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.tune.search import ConcurrencyLimiter, Searcher
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from tune.runtime.ray_internals import Reservation, autoscaler_can_help, free_abandoned
+from tune.runtime.ray_internals import Reservation, autoscaler_can_help, free_abandoned, lost_relays_replaced
 
 
 def wait_until_free(cpus: float, pids: list[int]) -> None:
@@ -76,3 +79,38 @@ def test_workers_that_are_lost_as_they_begin_to_train_hold_no_place_afterwards(l
 @pytest.mark.cluster
 def test_a_cluster_without_the_second_autoscaler_says_nothing_about_its_growth(local_ray: None) -> None:
     assert autoscaler_can_help() is None
+
+
+@pytest.mark.cluster
+def test_a_trial_is_started_again_whose_process_died_after_the_trial_before(local_ray: None, tmp_path: Path) -> None:
+    def train(config: dict[str, Any]) -> None:
+        ray.tune.report({"pid": os.getpid()})
+
+    class Killing(Searcher):
+        """Kills the process of each trial when the next one is asked for, which would use it."""
+
+        def __init__(self) -> None:
+            super().__init__(metric="pid", mode="max")
+            self.pids: list[int] = []
+
+        def suggest(self, trial_id: str) -> dict[str, Any]:
+            if self.pids and self.pids[-1]:
+                os.kill(self.pids[-1], signal.SIGKILL)
+            return {}
+
+        def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+            self.pids.append(0 if error or result is None else int(result["pid"]))  # 0: it failed
+
+    searcher = Killing()
+    tuner = ray.tune.Tuner(
+        train,
+        tune_config=ray.tune.TuneConfig(
+            num_samples=3, reuse_actors=True, search_alg=ConcurrencyLimiter(searcher, max_concurrent=1)
+        ),
+        run_config=ray.tune.RunConfig(
+            storage_path=str(tmp_path), failure_config=ray.tune.FailureConfig(max_failures=9), verbose=0
+        ),
+    )
+    with lost_relays_replaced():
+        found = tuner.fit()
+    assert found.num_errors == 0 and len(set(searcher.pids)) == 3 and 0 not in searcher.pids

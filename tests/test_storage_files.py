@@ -600,7 +600,7 @@ def own_authority(folder: Path) -> tuple[Path, Path]:
     return folder / "own.pem", folder / "own.key"
 
 
-def test_a_server_that_takes_a_document_and_never_answers_is_given_up(
+def test_a_server_that_takes_a_document_or_a_folder_and_never_answers_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pickled after its first request, too: what asks a server stays behind."""
@@ -614,6 +614,10 @@ def test_a_server_that_takes_a_document_and_never_answers_is_given_up(
         for each in (store, pickle.loads(pickle.dumps(store))):
             with pytest.raises(StorageError, match=r"writing a\.json at .* failed 1 times: Read timeout"):
                 each.write_json("a.json", {"a": 1})
+        for size in (9, 9 << 20):  # in one request, and in parts
+            (tmp_path / "state").write_bytes(bytes(size))
+            with pytest.raises(StorageError, match=r"uploading one at .* failed 1 times: Read timeout"):
+                store.upload(tmp_path, "one")
 
 
 @pytest.mark.slow

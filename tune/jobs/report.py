@@ -26,6 +26,7 @@ from tune.storage.files import Storage
 from tune.storage.shown import command, shown, shown_url, without_secrets
 from tune.storage.temporary import temporary_folder
 from tune.study.categories import CategoryResult, pull_command
+from tune.study.database import StudyStorage
 from tune.tracking.outbox import TrackingRefusedError, TrackingUnavailableError
 from tune.tracking.registry import model_name
 from tune.tracking.tracker import Tracker
@@ -81,7 +82,8 @@ def write_report(
         storage.write(REPORT_DOCUMENT, to_json(report))
         storage.write(REPORT_PAGE, drawn)
     except Exception as error:  # nothing of the search depends on it
-        logger.error("%s", without_secrets("".join(traceback.format_exception(error))))
+        if not isinstance(error, OSError):
+            logger.error("%s", without_secrets("".join(traceback.format_exception(error))))
         return Written("", f"no report: {shown(str(error).partition(chr(10))[0] or type(error).__name__)}")
     address = f"{plan.addresses.home}/{REPORT_PAGE}"
     tracked = [result for result in results if result.champion and result.champion.run_id]
@@ -183,7 +185,7 @@ def _category(result: CategoryResult, plan: SearchPlan, seconds: float | None, p
 def _study(plan: SearchPlan, category: str) -> optuna.Study | None:
     """The category's study; None if no trial of it was ever asked for."""
     try:
-        return optuna.load_study(study_name=plan.study_name(category), storage=plan.studies)
+        return optuna.load_study(study_name=plan.study_name(category), storage=StudyStorage(plan.studies))
     except KeyError:
         return None
 

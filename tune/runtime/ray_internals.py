@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import ray
+import ray.exceptions
 import ray.util
 from ray import PlacementGroupID
 from ray._private.state import state
@@ -156,6 +157,33 @@ def next_trial_id(trial_id: str) -> Iterator[None]:
         yield
     finally:
         Trial.generate_id = drawing  # type: ignore[method-assign]
+
+
+@contextmanager
+def lost_relays_replaced() -> Iterator[None]:
+    """While the block runs, Tune starts a trial again whose relay was lost before the trial had begun.
+
+    Tune (2.60) uses the process of an ended trial for the next one. If that process turns out to be dead, it handles
+    the loss twice, once for the process and once for the task that should have begun the trial: the first puts the
+    trial back into the queue, and the second, which finds it waiting, ends it as failed. Its note that the trial is
+    about to begin would stay as well, and nothing would begin it.
+    """
+    from ray.tune.execution.tune_controller import TuneController
+
+    handle = TuneController._trial_task_failure
+
+    def once(self: Any, trial: Any, exception: Exception) -> None:
+        is_beginning = trial in self._resetting_trials and isinstance(exception, ray.exceptions.RayActorError)
+        if is_beginning and trial.status != trial.RUNNING:
+            self._resetting_trials.discard(trial)
+        else:
+            handle(self, trial, exception)
+
+    TuneController._trial_task_failure = once  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        TuneController._trial_task_failure = handle  # type: ignore[method-assign]
 
 
 def fill_rungs(scheduler: "ASHAScheduler", reported: Mapping[str, Mapping[int, float]]) -> None:

@@ -26,7 +26,7 @@ RETRY_PAUSE = 0.5
 """Seconds between the first attempt and the second; each pause is twice the one before, up to 30 s."""
 RETRY_ATTEMPTS = 8
 _CONNECT_SECONDS, _ANSWER_SECONDS = 5.0, 10.0
-"""Seconds that boto3 waits for a server: what it reads and writes is small."""
+"""Seconds that boto3 waits for a server: what it reads and writes at once is small."""
 _SQLITE_SECONDS = 5.0
 """Seconds to wait for another process's transaction."""
 
@@ -217,15 +217,31 @@ class Storage:
 
     def upload(self, folder: Path, name: str) -> None:
         """Copy the files of a local folder to `name`."""
-        self._with_retries(
-            lambda: pyarrow.fs.copy_files(
-                str(folder),
-                self._path(name),
-                source_filesystem=pyarrow.fs.LocalFileSystem(),
-                destination_filesystem=self._prepared(name),
-            ),
-            f"uploading {name}",
-        )
+
+        def copy() -> None:
+            if isinstance(self._files, pyarrow.fs.S3FileSystem):
+                for path in sorted(each for each in folder.rglob("*") if each.is_file()):
+                    self._upload_object(path, self._path(f"{name}/{path.relative_to(folder).as_posix()}"))
+            else:
+                pyarrow.fs.copy_files(
+                    str(folder),
+                    self._path(name),
+                    source_filesystem=pyarrow.fs.LocalFileSystem(),
+                    destination_filesystem=self._prepared(name),
+                )
+
+        self._with_retries(copy, f"uploading {name}")
+
+    def _upload_object(self, local: Path, path: str) -> None:
+        """Write a file of any size as an object in S3, in parts of 8 MiB; pyarrow may wait for a server for ever."""
+        from boto3.exceptions import S3UploadFailedError
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        bucket, _, key = path.partition("/")
+        try:
+            self._s3().upload_file(str(local), bucket, key)
+        except (BotoCoreError, ClientError, S3UploadFailedError) as error:
+            raise OSError(_first_line(error)) from None
 
     def download(self, name: str, folder: Path) -> None:
         """Copy the files below `name` into a local folder, which is created.

@@ -26,6 +26,7 @@ from tune.storage.shown import command, shown, without_secrets
 from tune.storage.temporary import temporary_folder
 from tune.study.budget import BudgetSpentError, Share, Shares, TimeBudget
 from tune.study.category import StudyResult, search_category
+from tune.study.database import StudyStorage
 from tune.study.finalists import CommonWinner, find_common_winner
 from tune.study.progress import SearchProgress
 from tune.study.repair import Trial, deliver_again, find_fault, has_detector, readable_champion, train_again
@@ -472,7 +473,7 @@ class _Pictures(NamedTuple):
 def _draw_study(search: SharedSearch, category: str, folder: Path) -> _Pictures:
     plan = search.plan
     is_untuned = plan.spaces[category].is_untuned
-    return _Pictures(folder, draw_study(plan.studies, plan.study_name(category), folder, is_untuned))
+    return _Pictures(folder, draw_study(StudyStorage(plan.studies), plan.study_name(category), folder, is_untuned))
 
 
 def _log_study(search: SharedSearch, category: str, pictures: _Pictures) -> tuple[str, ...]:

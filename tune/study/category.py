@@ -7,6 +7,7 @@ Ray Tune keeps module-level state that two experiments in one process corrupt (s
 import functools
 import logging
 import os
+import time
 import zlib
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import ray.tune
 from ray.tune.experiment import Trial
 from ray.util.queue import Queue
 
-from tune.runtime.ray_internals import keep_aws_keys_out_of_runtime_environments
+from tune.runtime.ray_internals import keep_aws_keys_out_of_runtime_environments, lost_relays_replaced
 from tune.settings.plan import SearchPlan
 from tune.settings.search import SamplerName
 from tune.settings.space import Space
@@ -25,13 +26,13 @@ from tune.storage.inputs import TrainedOn
 from tune.storage.temporary import temporary_folder
 from tune.study.budget import Share
 from tune.study.context import StudyContext, enter_study
+from tune.study.database import StudyStorage
 from tune.study.finalists import FinishedTrial
 from tune.study.hooks import (
     Deadline,
     Halving,
     Observe,
     Searcher,
-    StudyStorage,
     Suggestions,
     detector_uri,
     repeat_ended,
@@ -62,8 +63,8 @@ def search_category(
     """Run or continue the trials of the plan's only category and put their events into `events`.
 
     All trials use `spec`, each with its own configuration. The category runs its `share` of `--max-concurrent`
-    trials, or of as many as the cluster can hold at that time. `deadline` is in seconds since 1970. The `dispatcher` of
-    that name gives the trials to worker groups.
+    trials, or of as many as the cluster can hold at that time. `deadline` is in seconds since 1970 by the clock of the
+    driver. The `dispatcher` of that name gives the trials to worker groups.
 
     Meant to run in a Ray task: if its process is lost, a retry continues from the trials' records.
     """
@@ -71,13 +72,14 @@ def search_category(
     home, category = Storage(plan.addresses.home), spec.category
     records = TrialRecords(home, category)
     records.read()
+    post: Any = ray.get_actor(dispatcher)
     context = StudyContext(
         plan=plan,
         spec=spec,
         share=share,
         events=events,
-        deadline=deadline,
-        dispatcher=ray.get_actor(dispatcher),
+        deadline=None if deadline is None else monotonic_deadline(deadline, post),
+        dispatcher=post,
         records=records,
         trained_on=TrainedOn(home, category),
         waiting=[each.trial_id for each in records.unfinished],
@@ -90,12 +92,21 @@ def search_category(
     if left:
         with temporary_folder() as folder:
             try:
-                _tuner(context, searcher, left, str(folder), dispatcher).fit()
+                with lost_relays_replaced():
+                    _tuner(context, searcher, left, str(folder), dispatcher).fit()
             except Exception:
                 if context.fault is not None:
                     raise context.fault from None
                 raise
     return _summarise(context)
+
+
+def monotonic_deadline(deadline: float, post: Any) -> float:
+    """A deadline by the driver's clock, as one of `time.monotonic` in this process, whose node's clock may be wrong.
+
+    `post`: handle of the dispatcher, which runs on the driver's node.
+    """
+    return time.monotonic() + deadline - float(ray.get(post.now.remote()))
 
 
 def _tuner(context: StudyContext, searcher: Searcher, left: int, folder: str, dispatcher: str) -> ray.tune.Tuner:

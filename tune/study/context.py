@@ -32,7 +32,7 @@ class StudyContext:
     events: Queue
     """Queue of the trials' events to the driver."""
     deadline: float | None
-    """Seconds since 1970; None: no limit."""
+    """On the clock of `time.monotonic`; None: no limit."""
     dispatcher: Any
     """Handle of the actor that gives the trials to worker groups."""
     records: TrialRecords
@@ -87,6 +87,13 @@ _contexts: list[StudyContext] = []
 def enter_study(context: StudyContext) -> None:
     """Set the context of this process, which searches one category at a time."""
     _contexts[:] = [context]
+
+
+def give_up(fault: Exception) -> Exception:
+    """`fault`, which is now why the study of this process must end, if it runs one."""
+    for context in _contexts:
+        context.fault = context.fault or fault
+    return fault
 
 
 def study_context() -> StudyContext:

@@ -61,16 +61,6 @@ def detector_uri(metrics: Mapping[str, Any]) -> str | None:
     return None if path is None else f"{study_context().records.address(path)}/{DETECTOR_FOLDER}"
 
 
-class StudyStorage(optuna.storages.RDBStorage):
-    """Optuna's storage, pickled without its URL, so that what Tune writes contains no password."""
-
-    def __init__(self, url: str) -> None:
-        super().__init__(url, engine_kwargs={"pool_pre_ping": True})
-
-    def __reduce__(self) -> tuple[Any, tuple[()]]:
-        return _restore_storage, ()
-
-
 class Searcher(OptunaSearch):
     """OptunaSearch for a cluster that grows and shrinks, and for a search that was killed, stopped or moved.
 
@@ -182,15 +172,11 @@ class Deadline(ray.tune.Stopper):
 
     def stop_all(self) -> bool:
         context = study_context()
-        if context.deadline is not None and time.time() >= context.deadline:
+        if context.deadline is not None and time.monotonic() >= context.deadline:
             assert signal.getsignal(signal.SIGUSR1) is not signal.SIG_DFL, "Tune handles it while it runs a study"
             signal.raise_signal(signal.SIGUSR1)
             context.is_over = True
         return False
-
-
-def _restore_storage() -> StudyStorage:
-    return StudyStorage(study_context().plan.studies)
 
 
 class Observe(ray.tune.Callback):

@@ -34,14 +34,18 @@ class _Study(NamedTuple):
 
 
 def draw_study(
-    url: str, name: str, folder: Path, is_untuned: Callable[[Mapping[str, Any]], bool] = lambda params: False
+    storage: str | optuna.storages.BaseStorage,
+    name: str,
+    folder: Path,
+    is_untuned: Callable[[Mapping[str, Any]], bool] = lambda params: False,
 ) -> tuple[str, ...]:
     """Write `history.png`, `importance.png` and `trials.png` to `folder`, which is created.
 
+    `storage` or its URL holds the study of that `name`.
     `is_untuned` tells the presets by a trial's parameters. Returns a line for each picture that cannot be drawn yet,
     with the reason.
     """
-    study = optuna.load_study(study_name=name, storage=url)
+    study = optuna.load_study(study_name=name, storage=storage)
     return draw(study, folder, is_untuned)
 
 

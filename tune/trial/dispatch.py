@@ -170,6 +170,13 @@ class Dispatcher:
 
     # Groups: rank 0 of each.
 
+    async def now(self) -> float:
+        """Seconds since 1970 on the driver's node: times that are compared are of this clock, as those of nodes differ.
+
+        A group takes its generation from it when it starts.
+        """
+        return time.time()
+
     async def ask(self, slot: str, generation: float) -> Order:
         """The next assignment of a group, at the latest after `POLL_SECONDS` an order without one.
 

@@ -123,7 +123,10 @@ class _Member:
         self._post: Any = ray.get_actor(dispatcher)
         self._slot, self._worker, self._control, self._is_leaving = slot, worker, control, is_leaving
         self._company = company or _Company(1)
-        self._generation = time.time()
+        self._generation = 0.0
+        if worker.rank == 0:
+            now: ray.ObjectRef[float] = self._post.now.remote()
+            self._generation = ray.get(now)
         self._current: Assignment | None = None
         self._is_stopping = False
         self._work = _Work()

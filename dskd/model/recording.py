@@ -51,7 +51,8 @@ class _Recorded(NamedTuple):
 class Recorded:
     """A function of tensors on a GPU, recorded for each shape of its inputs when it first meets it.
 
-    Its weights must stay in place. Threads may call it; they take turns. Where it cannot be recorded it runs as it is.
+    Its weights must stay in place. Threads of one stream may call it; they take turns. Where it cannot be recorded it
+    runs as it is.
     """
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:

@@ -274,7 +274,7 @@ def test_the_gpu_benchmark_runs_every_part_goes_on_after_a_failure_and_keeps_to_
     assert [each["part"] for each in found if "took_seconds" in each] == list(gpu.PARTS)
     assert not [each for each in found if "failed" in each]
     needs_gpu = {each["part"] for each in found if each.get("left_out") == "needs a GPU"}
-    assert needs_gpu == {"K students at once", "inference as a CUDA graph", "other ways of a step"}
+    assert needs_gpu == {"K students at once", "recorded steps", "other ways of a step"}
     checks = [each for each in found if "passed" in each]
     assert {each["part"] for each in checks} >= set(list(gpu.PARTS)[:4]) and all(each["passed"] for each in checks)
     together = [each for each in found if each["part"] == "K students at once" and "gain" in each]

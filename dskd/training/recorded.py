@@ -13,12 +13,17 @@ from dskd.config import LossConfig
 from dskd.losses import LossTerms
 from dskd.model.distances import Pyramid
 from dskd.model.recording import record, rehearse
-from dskd.training.loop import gradients, plain_step
+from dskd.training.loop import TakeStep, gradients, plain_step
 
 logger = logging.getLogger(__name__)
 
 NUM_REHEARSALS = 3
 """Steps before the recording: in the first ones libraries choose their algorithms and allocate what they keep."""
+
+
+def quickest_step(device: torch.device, num_workers: int = 1) -> TakeStep:
+    """How one training takes its steps there: recorded on a GPU, unless it is wrapped for DDP."""
+    return RecordedSteps() if device.type == "cuda" and num_workers == 1 else plain_step
 
 
 class RecordedSteps:

@@ -37,8 +37,8 @@ from dskd.model.seeding import seeded
 from dskd.model.teacher import UNREADABLE, normalize
 from dskd.training.evidence import Evidence, resampled_objectives
 from dskd.training.inputs import TrainingData
-from dskd.training.loop import Interval, NonFiniteLossError, Step, build_optimizer, fit, plain_step
-from dskd.training.recorded import RecordedSteps
+from dskd.training.loop import Interval, NonFiniteLossError, Step, build_optimizer, fit
+from dskd.training.recorded import quickest_step
 from dskd.training.score_search import CoarseImages, search_scores
 
 STATE_FILE = "training.pt"
@@ -139,7 +139,6 @@ class TrainingRun:
         if self.is_finished:  # restored
             return
         inputs = self.inputs
-        is_alone = trained is None or trained is self.students  # not wrapped for DDP
         training = fit(
             trained or self.students,
             self.optimizer,
@@ -149,7 +148,7 @@ class TrainingRun:
             device=self.device,
             worker=worker,
             first_interval=self.next_interval,
-            take_step=RecordedSteps() if is_alone and self.device.type == "cuda" else plain_step,
+            take_step=quickest_step(self.device, worker.world_size),
         )
         validation_features = inputs.validation_features.resident(self.device)
         for each in training:

@@ -13,8 +13,8 @@ from dskd.config import RunConfig
 from dskd.model.features import feature_table
 from dskd.model.network import build_students
 from dskd.model.teacher import Teacher, build_teacher
-from dskd.training.loop import Step, build_optimizer, fit, plain_step
-from dskd.training.recorded import NUM_REHEARSALS, RecordedSteps
+from dskd.training.loop import Step, build_optimizer, fit
+from dskd.training.recorded import NUM_REHEARSALS, quickest_step
 
 MIN_STEP_SECONDS = 0.4
 """Seconds of a step above which no larger batch is measured: on a slow device a full batch would take too long."""
@@ -31,11 +31,17 @@ class StepSpeed(NamedTuple):
 
 
 def step_speed(
-    config: RunConfig, teacher: Teacher, images: npt.NDArray[np.uint8], num_images: int, device: torch.device
+    config: RunConfig,
+    teacher: Teacher,
+    images: npt.NDArray[np.uint8],
+    num_images: int,
+    device: torch.device,
+    num_workers: int = 1,
 ) -> StepSpeed:
     """Time of a step with untrained students on `num_images`, of which `images` (N, H, W, 3) may be fewer.
 
-    Features of the teacher are taken as cached. The first steps include set-up and are not counted.
+    Features of the teacher are taken as cached. The first steps include set-up and are not counted. `num_workers` is
+    how many train together, each with a share of the batch.
     """
     students = build_students(config.model, teacher, config.train.seed).to(device)
     optimizer = build_optimizer(students, config.train)
@@ -44,13 +50,12 @@ def step_speed(
         batch = images[np.resize(np.arange(len(images)), size)]
         # More steps than are taken, so that no interval ends meanwhile.
         endless = config.with_values({"batch_size": len(batch), "steps": 1000})
-        recorded = RecordedSteps() if device.type == "cuda" else None
         steps = fit(
             students, optimizer, batch, feature_table(teacher, batch, device), endless, device=device,
-            take_step=recorded or plain_step,
+            take_step=quickest_step(device, num_workers),
         )  # fmt: skip
         losses = (each.loss for each in steps if isinstance(each, Step))
-        for _ in range(1 if recorded is None else NUM_REHEARSALS + 2):
+        for _ in range(NUM_REHEARSALS + 2 if device.type == "cuda" else 1):
             next(losses).item()  # reading the loss waits for the device
         times: list[float] = []
         while len(times) < 3 and sum(times) < MIN_STEP_SECONDS:

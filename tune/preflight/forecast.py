@@ -133,7 +133,7 @@ def _measured(task: SpeedTask) -> Speed:
         teacher = AmplifiedTeacher(plain, amplifier)
 
     share = max(1, config.train.batch_size // task.num_workers)
-    measured, step = step_speed(config, teacher, images, share, device)
+    measured, step = step_speed(config, teacher, images, share, device, task.num_workers)
     step *= task.trials_per_gpu  # they take turns, as far as anybody knows
     students = build_students(config.model, teacher, config.train.seed).to(device)
 

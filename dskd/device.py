@@ -74,7 +74,7 @@ def to_host(tensor: Tensor) -> Callable[[], npt.NDArray[Any]]:
         return tensor.numpy
     copy = tensor.to("cpu", non_blocking=True)  # page-locked
     is_there = torch.cuda.Event()
-    is_there.record()
+    is_there.record(torch.cuda.current_stream(tensor.device))
 
     def wait() -> npt.NDArray[Any]:
         is_there.synchronize()

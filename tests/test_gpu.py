@@ -78,3 +78,16 @@ def test_recorded_inspections_see_what_a_cpu_sees(gpu: torch.device, precision: 
         seen = inspect_images(networks, images[:count], config, gpu)
         np.testing.assert_allclose(seen.maps, expected.maps[:count], rtol=0, atol=error * expected.maps.max())
         np.testing.assert_allclose(seen.scores, expected.scores[:count], rtol=error)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_another_gpu_than_the_current_one_sees_the_same() -> None:
+    config = PRESETS["stfpm"].with_values({"image_size": SIZE})
+    teacher = build_teacher(config.model.backbone, config.model.levels, "random")
+    students = build_students(config.model, teacher, seed=0).eval()
+    images, second = pictures(6), computing_device("cuda:1")
+    expected = score_images(teacher, students, images, config, CPU)
+    networks = FrozenNetworks.folded(teacher.to(second), students.to(second), 64)
+    for _ in range(2):  # recorded, and replayed
+        seen = inspect_images(networks, images, config, second)
+        np.testing.assert_allclose(seen.maps, expected.maps, rtol=0, atol=1e-5 * expected.maps.max())

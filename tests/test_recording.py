@@ -69,7 +69,7 @@ def test_recorded_steps_see_each_batch_and_equal_single_ones(
             targets = tuple(level.contiguous(memory_format=torch.channels_last) for level in targets)
         return plain_step(students, optimizer, loss, images, targets)
 
-    def record(act: Callable[[], LossTerms]) -> tuple[Tape, LossTerms]:
+    def record(device: torch.device, act: Callable[[], LossTerms]) -> tuple[Tape, LossTerms]:
         def anew() -> LossTerms:
             for weight in weights:  # a recorded backward pass replaces the gradients, where a repeated one adds to them
                 weight.grad = None
@@ -80,7 +80,7 @@ def test_recorded_steps_see_each_batch_and_equal_single_ones(
         tape.outputs = LossTerms(total, encoder, decoder, hard, torch.full((2, 2), -1.0))
         return tape, tape.outputs
 
-    monkeypatch.setattr(steps, "rehearse", lambda act: act())
+    monkeypatch.setattr(steps, "rehearse", lambda device, act: act())
     monkeypatch.setattr(steps, "record", record)
     own = RecordedSteps()
     losses, state = trained(longer, inputs, own, weights)
@@ -93,10 +93,10 @@ def test_recorded_steps_see_each_batch_and_equal_single_ones(
 def test_steps_that_cannot_be_recorded_are_taken_one_by_one(
     longer: RunConfig, inputs: TrainingData, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(act: Callable[[], object]) -> None:
+    def refuse(device: torch.device, act: Callable[[], object]) -> None:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    monkeypatch.setattr(steps, "rehearse", lambda act: act())
+    monkeypatch.setattr(steps, "rehearse", lambda device, act: act())
     monkeypatch.setattr(steps, "record", refuse)
     own = RecordedSteps()
     assert trained(longer, inputs, own)[0] == trained(longer, inputs, plain_step)[0] and not own.is_recorded
@@ -109,13 +109,13 @@ def on_tape(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Inspections are recorded on the CPU too; the sizes of the batches that were."""
     sizes: list[int] = []
 
-    def record(act: Callable[[], tuple[Tensor, ...]]) -> tuple[Tape, tuple[Tensor, ...]]:
+    def record(device: torch.device, act: Callable[[], tuple[Tensor, ...]]) -> tuple[Tape, tuple[Tensor, ...]]:
         tape = Tape(act)
         tape.outputs = tuple(torch.full_like(each, -1.0) for each in act())
         sizes.append(len(tape.outputs[0]))
         return tape, tape.outputs
 
-    monkeypatch.setattr(recording, "rehearse", lambda act: act())
+    monkeypatch.setattr(recording, "rehearse", lambda device, act: act())
     monkeypatch.setattr(recording, "record", record)
     yield sizes
 
@@ -146,7 +146,7 @@ def test_what_cannot_be_recorded_is_computed_as_it_is_and_many_shapes_are_not_al
         assert found.tolist() == [2.0] * length
     assert on_tape == [1, 2, 3, 1]
 
-    def refuse(act: Callable[[], object]) -> None:
+    def refuse(device: torch.device, act: Callable[[], object]) -> None:
         raise RuntimeError("cannot")
 
     monkeypatch.setattr(recording, "record", refuse)

@@ -20,21 +20,23 @@ _RECORDING = threading.RLock()
 _MOST_SHAPES = 12
 
 
-def record(act: Callable[[], Found]) -> tuple[torch.cuda.CUDAGraph, Found]:
-    """`act` as a graph, and what it returned: tensors that each replay fills anew.
+def record(device: torch.device, act: Callable[[], Found]) -> tuple[torch.cuda.CUDAGraph, Found]:
+    """`act`, which works on that GPU, as a graph, and what it returned: tensors that each replay fills anew.
 
     Nothing is computed meanwhile. `act` must have run before (`rehearse`), must not read a tensor on the host, and all
     tensors that it gets or changes must stay where they are. Raises RuntimeError where it cannot be recorded.
     """
-    graph = torch.cuda.CUDAGraph()
-    with _RECORDING, torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+    # Of another GPU than the process's current one nothing would be recorded, and nothing said.
+    recording = torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local")
+    with _RECORDING, torch.cuda.device(device), recording:
         found = act()
     return graph, found
 
 
-def rehearse(act: Callable[[], Found]) -> Found:
+def rehearse(device: torch.device, act: Callable[[], Found]) -> Found:
     """Do `act` on a stream of its own, as recording will: libraries prepare what must not be prepared in a graph."""
-    here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+    here, aside = torch.cuda.current_stream(device), torch.cuda.Stream(device)
     aside.wait_stream(here)
     with _RECORDING, torch.cuda.stream(aside):
         found = act()
@@ -79,9 +81,10 @@ class Recorded:
 
     def _record(self, inputs: tuple[Tensor, ...]) -> _Recorded | None:
         places = tuple(each.clone() for each in inputs)
-        rehearse(lambda: self._function(*places))
+        device = places[0].device
+        rehearse(device, lambda: self._function(*places))
         try:
-            return _Recorded(places, *record(lambda: self._function(*places)))
+            return _Recorded(places, *record(device, lambda: self._function(*places)))
         except RuntimeError as error:
             logger.warning("an inspection is not recorded: %s", (str(error).splitlines() or [""])[0])
             return None

@@ -51,7 +51,7 @@ class RecordedSteps:
         """One step; always of the same students, optimiser and loss."""
         self._num_taken += 1
         if self._num_taken <= NUM_REHEARSALS:
-            return rehearse(lambda: plain_step(students, optimizer, loss, images, targets))
+            return rehearse(images.device, lambda: plain_step(students, optimizer, loss, images, targets))
         if self._num_taken == NUM_REHEARSALS + 1:
             self._record(students, optimizer, loss, images, targets)
         if self._graph is None or self._images is None or self._terms is None:
@@ -71,7 +71,7 @@ class RecordedSteps:
         seen = images.clone()
         optimizer.zero_grad(set_to_none=True)  # so that the gradients lie in the graph's memory, and are not added up
         try:
-            graph, terms = record(lambda: gradients(students, loss, seen, wanted))
+            graph, terms = record(images.device, lambda: gradients(students, loss, seen, wanted))
         except RuntimeError as error:
             logger.warning("steps are not recorded: %s", (str(error).splitlines() or [""])[0])
             return

@@ -128,6 +128,25 @@ def test_a_writer_that_stands_still_is_not_waited_for_for_ever(store: Storage) -
     assert store.read_json("a.json") is None
 
 
+def test_a_lock_goes_back_though_a_program_that_is_being_started_holds_a_copy_of_its_file(store: Storage) -> None:
+    copies: list[int] = []
+
+    def starting(known: object) -> dict[str, Any]:
+        """What a fork in another thread does at this moment."""
+        locks = [int(fd) for fd in os.listdir("/proc/self/fd") if os.path.realpath(f"/proc/self/fd/{fd}") == lock]
+        copies.extend(os.dup(fd) for fd in locks)
+        return {"x": 1}
+
+    lock = os.path.realpath(store.uri + "/.lock")
+    try:
+        store.tried_once().replace_json("a.json", starting)
+        store.tried_once().replace_json("a.json", lambda known: {"x": 2})
+    finally:
+        for copy in copies:
+            os.close(copy)
+    assert copies and store.read_json("a.json") == {"x": 2}
+
+
 def test_a_file_system_without_locks_is_written_to_all_the_same(
     store: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,7 +21,7 @@ from dskd.checkpoint import (
     rewrite_record,
 )
 from dskd.report.document import Inspected, read_inspected, to_json
-from tune.storage.files import Storage, StorageError
+from tune.storage.files import Storage, StorageError, unlocking
 from tune.storage.lease import LeaseLostError, lease_generation
 from tune.storage.uris import DETECTOR_FOLDER, FIGURES_FOLDER
 
@@ -321,13 +321,14 @@ def _resumable_folder(folder: Path) -> Iterator[Path]:
     handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        try:
-            yield partial
-        except BaseException as error:
-            weights = partial / WEIGHTS_FILE
-            if isinstance(error, BrokenDetectorError) or not (weights.is_file() and weights.stat().st_size):
-                shutil.rmtree(partial, ignore_errors=True)
-            raise
+        with unlocking(handle):
+            try:
+                yield partial
+            except BaseException as error:
+                weights = partial / WEIGHTS_FILE
+                if isinstance(error, BrokenDetectorError) or not (weights.is_file() and weights.stat().st_size):
+                    shutil.rmtree(partial, ignore_errors=True)
+                raise
     except BlockingIOError:
         raise OSError(f"another process is fetching to {folder}; wait for it.") from None
     finally:

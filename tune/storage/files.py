@@ -10,7 +10,7 @@ import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
@@ -451,7 +451,23 @@ def _one_writer(folder: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
+            unlocked: AbstractContextManager[None] = nullcontext()
+        else:
+            unlocked = unlocking(lock.fileno())
+        with unlocked:
+            yield
+
+
+@contextmanager
+def unlocking(lock: int) -> Iterator[None]:
+    """Give a file's lock back after the block, by saying so.
+
+    Closing the file is not enough: a program that another thread is just starting holds a copy of it for a moment.
+    """
+    try:
         yield
+    finally:
+        fcntl.flock(lock, fcntl.LOCK_UN)
 
 
 def with_retries(act: Callable[[], _T], what: str, attempts: int = 0) -> _T:
